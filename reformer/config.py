@@ -1,0 +1,161 @@
+"""The model's configuration: frozen, typed, checked as a whole when it is made.
+
+Every field says what it means in one sentence; every relation between fields is checked here, so that a
+`ReformerConfig` that exists can be built. Errors name the value, what was expected and a way out.
+"""
+
+import math
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the value and the way out."""
+
+
+class StrictConfig(BaseModel):
+    """A frozen pydantic model that refuses unknown fields and names the nearest real one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line per problem of a pydantic error: the field, what is wrong with it, the value given.
+
+    A nested StrictConfig explains itself; its lines come out behind the name of its table, as in TOML.
+    """
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key '{name}'{_nearest(name, list(model.model_fields))}")
+        elif problem["type"] == "missing":
+            lines.append(f"'{name}' is missing: give it a value")
+        elif problem["type"] == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.extend(f"[{name}] {line}" if name else line for line in message.splitlines())
+        else:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            lines.append(f"'{name}': {message} (got {problem['input']!r})")
+    return "\n".join(lines)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean '{close[0]}'?" if close else f": the known keys are {', '.join(known)}"
+
+
+class ReformerConfig(StrictConfig):
+    """Shape and behaviour of a `Reformer` (Kitaev, Kaiser, Levskaya, ICLR 2020)."""
+
+    vocab_size: int = Field(ge=2)
+    """Number of token ids."""
+    max_seq_len: int = Field(default=65_536, ge=1)
+    """Longest sequence in tokens; the axial position table covers exactly this many."""
+    d_model: int = Field(default=256, ge=1)
+    """Width of each of the two residual streams."""
+    n_layers: int = Field(default=6, ge=1)
+    """Number of reversible blocks, each one attention and one feed-forward layer."""
+    attn_pattern: tuple[Literal["local", "lsh"], ...] = Field(default=("local", "lsh"), min_length=1)
+    """Kinds of attention, repeated over the layers from the first on."""
+    n_heads: int = Field(default=4, ge=1)
+    """Attention heads per layer."""
+    d_head: int | None = Field(default=None, ge=1)
+    """Width of one head; d_model / n_heads when not given."""
+    d_ff: int | None = Field(default=None, ge=1)
+    """Inner width of the feed-forward layers; 4 * d_model when not given."""
+    activation: Literal["relu", "gelu"] = "relu"
+    """Non-linearity of the feed-forward layers; relu in the authors' code."""
+    causal: bool = True
+    """Whether a token sees only itself and what comes before it."""
+    n_hashes: int = Field(default=4, ge=1)
+    """LSH rounds per layer; more rounds recover more of full attention, at proportional cost."""
+    n_buckets: int | tuple[int, ...] | None = None
+    """Hash buckets: a number, its factors, or None for the paper's 2 * T / lsh_chunk_len."""
+    lsh_chunk_len: int = Field(default=64, ge=1)
+    """Tokens per chunk of the sorted sequence in LSH attention."""
+    attend_across_buckets: bool = True
+    """Whether LSH attention reaches all of the visible chunks, as published models do, or one bucket."""
+    duplicate_correction: bool = False
+    """Whether a key that several rounds reach counts once (the paper's eq. 16) or once per round."""
+    local_chunk_len: int = Field(default=64, ge=1)
+    """Tokens per chunk of local attention; a token sees its own chunk and the one before."""
+    axial_shape: tuple[int, int] | None = None
+    """Factors (rows, columns) of max_seq_len for the axial position table; near-square when not given."""
+    axial_dims: tuple[int, int] | None = None
+    """Widths of the two axial tables, summing to d_model; a quarter and three quarters when not given."""
+    ff_chunk_tokens: int = Field(default=4096, ge=1)
+    """Tokens that pass through a feed-forward layer at a time."""
+    loss_chunk_tokens: int = Field(default=2048, ge=1)
+    """Tokens whose logits exist at a time when the loss is computed."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability of dropping an element of a sub-layer's output in training."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the hash rotations and of dropout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, values: Any) -> Any:
+        """Fill in the fields that follow from others, so that a config always shows its real numbers."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        d_model = filled.get("d_model", cls.model_fields["d_model"].default)
+        n_heads = filled.get("n_heads", cls.model_fields["n_heads"].default)
+        max_seq_len = filled.get("max_seq_len", cls.model_fields["max_seq_len"].default)
+        if all(isinstance(number, int) and number > 0 for number in (d_model, n_heads, max_seq_len)):
+            if filled.get("d_head") is None:
+                if d_model % n_heads:
+                    raise ValueError(
+                        f"d_model={d_model} is not divisible by n_heads={n_heads}: "
+                        "change one of them, or give d_head"
+                    )
+                filled["d_head"] = d_model // n_heads
+            if filled.get("d_ff") is None:
+                filled["d_ff"] = 4 * d_model
+            if filled.get("axial_shape") is None:
+                filled["axial_shape"] = _near_square(max_seq_len)
+            if filled.get("axial_dims") is None:
+                filled["axial_dims"] = (d_model // 4, d_model - d_model // 4)
+        return filled
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Self:
+        if self.axial_shape is not None and math.prod(self.axial_shape) != self.max_seq_len:
+            rows, columns = self.axial_shape
+            raise ValueError(
+                f"axial_shape=({rows}, {columns}) covers {rows * columns} positions, but max_seq_len="
+                f"{self.max_seq_len}: give factors whose product is max_seq_len, such as "
+                f"{_near_square(self.max_seq_len)}, or leave axial_shape out"
+            )
+        if self.axial_dims is not None and (sum(self.axial_dims) != self.d_model or min(self.axial_dims) < 0):
+            raise ValueError(
+                f"axial_dims={self.axial_dims} must sum to d_model={self.d_model}: "
+                f"give ({self.d_model // 4}, {self.d_model - self.d_model // 4}), or leave axial_dims out"
+            )
+        factors = self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets or 2,)
+        if any(factor < 2 or factor % 2 for factor in factors):
+            raise ValueError(
+                f"n_buckets={self.n_buckets}: each factor must be even and at least 2, "
+                "since a hash is the largest of [xR; -xR]"
+            )
+        return self
+
+    def attention_kind(self, layer: int) -> Literal["local", "lsh"]:
+        """The kind of attention of layer `layer`, counted from 0."""
+        return self.attn_pattern[layer % len(self.attn_pattern)]
+
+
+def _near_square(n: int) -> tuple[int, int]:
+    """The factors (rows, columns) of n with rows <= columns that are closest to each other."""
+    rows = next(divisor for divisor in range(math.isqrt(n), 0, -1) if n % divisor == 0)
+    return rows, n // rows
