@@ -116,8 +116,7 @@ class ReformerConfig(StrictConfig):
             if filled.get("d_head") is None:
                 if d_model % n_heads:
                     raise ValueError(
-                        f"d_model={d_model} is not divisible by n_heads={n_heads}: "
-                        "change one of them, or give d_head"
+                        f"d_model={d_model} is not divisible by n_heads={n_heads}: change one of them, or give d_head"
                     )
                 filled["d_head"] = d_model // n_heads
             if filled.get("d_ff") is None:

@@ -1,0 +1,41 @@
+"""What one forward pass is given besides its tokens, as a value: nothing of it is kept on a module.
+
+The randomness of a pass (hash rotations, dropout masks) is a pure function of this value and of the layer, so that
+the backward of a reversible stack, another rank, or a resumed run draws the same numbers, and torch's global
+random state is neither used nor changed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from reformer.lsh.hashing import derive_seed
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward pass."""
+
+    seed: int
+    """The model's seed."""
+    step: int = 0
+    """Draws new rotations and dropout masks at every step of training."""
+    sample_ids: tuple[int, ...] = ()
+    """For each sample its index in the global batch: equal samples get equal dropout on any number of ranks."""
+    dropout: float = 0.0
+    """0 in evaluation."""
+    segment_ids_BT: Tensor | None = None
+    """Documents packed in one row; they do not see each other."""
+
+    def dropout_scale(self, like_BTM: Tensor, layer: int, half: Literal["attention", "feed_forward"]) -> Tensor | None:
+        """Factors [B, T, M]: 0 where an element is dropped, 1 / (1 - p) elsewhere; None without dropout."""
+        if not self.dropout:
+            return None
+        masks = []
+        for sample_id in self.sample_ids:
+            seed = derive_seed(self.seed, self.step, layer, int(half == "attention"), sample_id)
+            generator = torch.Generator(like_BTM.device).manual_seed(seed)
+            masks.append(torch.rand(like_BTM.shape[1:], generator=generator, device=like_BTM.device) >= self.dropout)
+        return torch.stack(masks).to(like_BTM.dtype) / (1 - self.dropout)

@@ -1,0 +1,73 @@
+"""The feed-forward half of a block, a few thousand tokens at a time (the paper's section 3.1, "chunking").
+
+Only one chunk's inner activations [chunk, d_ff] exist at any moment, in the backward too. The parameters are owned
+by the module itself, not by inner layers, so that ZeRO-3 gathers them once per call and not once per chunk.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reformer.config import ReformerConfig
+from reformer.gradients import GradientSum, with_gradients
+
+NORM_EPS = 1e-6
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Layer normalisation with statistics in x's dtype (fp32 streams) and the result in the weights' dtype."""
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), NORM_EPS).to(weight.dtype)
+
+
+class FeedForward(nn.Module):
+    """x [B, T, M] -> W_out act(W_in norm(x) + b_in) + b_out, position by position."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        d_model, d_ff = config.d_model, config.d_ff
+        assert d_ff is not None  # filled in by the config
+        self.chunk_tokens = config.ff_chunk_tokens
+        self.activation = F.relu if config.activation == "relu" else F.gelu
+        self.norm_weight = nn.Parameter(torch.ones(d_model))
+        self.norm_bias = nn.Parameter(torch.zeros(d_model))
+        self.in_weight = nn.Parameter(torch.empty(d_ff, d_model))
+        self.in_bias = nn.Parameter(torch.zeros(d_ff))
+        self.out_weight = nn.Parameter(torch.empty(d_model, d_ff))
+        self.out_bias = nn.Parameter(torch.zeros(d_model))
+        nn.init.xavier_uniform_(self.in_weight)
+        nn.init.xavier_uniform_(self.out_weight)
+
+    def forward(self, x_BTM: Tensor, d_out_BTM: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The output, and None. Given the gradient of the output, the output without a graph, and a scalar.
+
+        The scalar is <output, d_out>: its backward gives x and the parameters their gradients, each once.
+        """
+        parameters = list(self.parameters(recurse=False))
+        if d_out_BTM is None:
+            chunks = x_BTM.split(self.chunk_tokens, dim=1)
+            return torch.cat([self._chunk(chunk, *parameters) for chunk in chunks], dim=1), None
+        out = torch.empty_like(d_out_BTM)
+        d_x = torch.empty_like(x_BTM)
+        sums = GradientSum(parameters)
+        for start in range(0, x_BTM.shape[1], self.chunk_tokens):
+            tokens = slice(start, start + self.chunk_tokens)
+            with torch.enable_grad():
+                x_chunk = x_BTM[:, tokens].detach().requires_grad_()
+                out_chunk = self._chunk(x_chunk, *sums.aliases)
+            (d_x[:, tokens],) = sums.add(out_chunk, [x_chunk], d_out_BTM[:, tokens].to(out_chunk.dtype))
+            out[:, tokens] = out_chunk.detach()
+        inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
+        return out, with_gradients(inner_product, [x_BTM, *parameters], [d_x, *sums.totals()])
+
+    def _chunk(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        in_weight: Tensor,
+        in_bias: Tensor,
+        out_weight: Tensor,
+        out_bias: Tensor,
+    ) -> Tensor:
+        inner = self.activation(F.linear(layer_norm(x, norm_weight, norm_bias), in_weight, in_bias))
+        return F.linear(inner, out_weight, out_bias)

@@ -1,0 +1,54 @@
+"""Gradients that are computed during the forward and handed over once.
+
+A layer that works by chunks of tokens meets each of its parameters once per chunk. If autograd saw the chunks,
+every parameter's gradient would arrive in pieces, and ZeRO's gradient hooks must fire exactly once per backward;
+if it saw the whole, the intermediate values of all tokens would be alive at once. So such a layer computes value
+and gradients chunk by chunk, adds the gradients up itself, and returns a scalar that knows them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _KnownGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("these gradients were handed over already: run the forward again")
+        gradients, ctx.gradients = ctx.gradients, None
+        if torch.is_grad_enabled():
+            raise RuntimeError("second derivatives (create_graph=True) are not available through chunked layers")
+        return None, None, *(gradient.mul_(d_value.to(gradient.dtype)) for gradient in gradients)
+
+
+def with_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """The scalar `value`, whose backward gives `gradients` (scaled in place) to `inputs`, each exactly once."""
+    return _KnownGradients.apply(value, gradients, *inputs)
+
+
+class GradientSum:
+    """Adds up gradients of parameters over chunks, in fp32 or better, and returns them in the parameters' dtype."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        # Aliases without the originals' hooks: what is differentiated chunk by chunk.
+        self.aliases = [parameter.detach().requires_grad_() for parameter in parameters]
+        self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+
+    def add(self, output: Tensor, chunk_inputs: Sequence[Tensor], d_output: Tensor | None = None) -> list[Tensor]:
+        """Differentiate a chunk's output: add to the parameters' sums, return the gradients of the inputs."""
+        gradients = torch.autograd.grad(output, [*chunk_inputs, *self.aliases], d_output)
+        for total, gradient in zip(self.sums, gradients[len(chunk_inputs) :], strict=True):
+            total += gradient
+        return list(gradients[: len(chunk_inputs)])
+
+    def totals(self) -> list[Tensor]:
+        return [total.to(p.dtype) for total, p in zip(self.sums, self.parameters, strict=True)]

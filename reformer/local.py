@@ -1,0 +1,68 @@
+"""Local attention: a token sees its own chunk of the sequence and the chunk before (and after, if not causal).
+
+The same tiles as LSH attention with the identity as the sort order, one round, and separate queries and keys.
+Below it stands its slow, obvious twin.
+"""
+
+import torch
+from torch import Tensor
+
+from reformer.lsh.chunked import Layout, by_head, chunked_attention
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_len: int,
+    causal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
+    """Sliding-chunk attention [B, H, T, D] with scores q.k / sqrt(D); any T >= 1 (padded inside).
+
+    key_padding_mask [B, T] is True at tokens that may be seen; a token always sees itself. segment_ids [B, T]:
+    tokens of different segments do not see each other. Statistics are fp32 for half-precision inputs.
+    """
+    batch, n_heads, n_tokens, d_head = q.shape
+    groups = batch * n_heads
+    places = torch.arange(n_tokens + -n_tokens % chunk_len, dtype=torch.int32, device=q.device)
+    layout = Layout(
+        order_GRS=places.expand(groups, 1, -1),
+        inverse_GRT=places[:n_tokens].expand(groups, 1, -1),
+        chunk_len=chunk_len,
+        causal=causal,
+        is_lsh=False,
+        key_mask_GT=by_head(key_padding_mask, n_heads, torch.bool),
+        segment_ids_GT=by_head(segment_ids, n_heads),
+    )
+    scaled_q = q * d_head**-0.5
+    return chunked_attention(scaled_q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout).view_as(v)
+
+
+def local_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_len: int,
+    causal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
+    """The same as one dense softmax under a [B, 1, T, T] mask: O(T^2), plain autograd."""
+    position = torch.arange(q.shape[2], device=q.device)
+    chunk = position // chunk_len
+    distance = chunk[:, None] - chunk[None, :]
+    allowed = ((distance >= 0) if causal else (distance >= -1)) & (distance <= 1)
+    if causal:
+        allowed = allowed & (position[None, :] <= position[:, None])
+    allowed = allowed[None, None]
+    if key_padding_mask is not None:
+        allowed = allowed & key_padding_mask.bool()[:, None, None, :]
+    if segment_ids is not None:
+        allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    allowed = allowed | (position[:, None] == position[None, :])
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
+    return scores.softmax(dim=-1) @ v

@@ -1,0 +1,70 @@
+"""The output layer and its loss, without ever holding [T, vocab] logits.
+
+Norm, projection and cross entropy go by chunks of tokens; where gradients are wanted they are computed in the
+same pass (three matrix products per chunk instead of four) and handed over once.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reformer.config import ReformerConfig
+from reformer.feed_forward import layer_norm
+from reformer.gradients import GradientSum, with_gradients
+
+IGNORED_LABEL = -100
+
+
+class OutputHead(nn.Module):
+    """Reads the two streams side by side: logits = W norm([y1; y2]) + b (as the authors' code and others do)."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        width = 2 * config.d_model
+        self.chunk_tokens = config.loss_chunk_tokens
+        self.norm_weight = nn.Parameter(torch.ones(width))
+        self.norm_bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.randn(config.vocab_size, width) / math.sqrt(width))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, y1_BTM: Tensor, y2_BTM: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]; or, given labels, the mean loss in nats (fp32 or better) over labels != -100.
+
+        The mean over no labels at all is 0.
+        """
+        parameters = list(self.parameters(recurse=False))
+        if labels_BT is None:
+            return _logits(y1_BTM, y2_BTM, *parameters)
+        y1, y2, labels = y1_BTM.flatten(0, 1), y2_BTM.flatten(0, 1), labels_BT.flatten()
+        total = torch.zeros((), dtype=torch.promote_types(y1.dtype, torch.float32), device=y1.device)
+        scale = 1 / (labels != IGNORED_LABEL).sum().clamp(min=1).to(total.dtype)
+        if not torch.is_grad_enabled():
+            for tokens in _slices(len(labels), self.chunk_tokens):
+                total += _nll_sum(y1[tokens], y2[tokens], labels[tokens], *parameters)
+            return total * scale
+        d_y1, d_y2 = torch.empty_like(y1), torch.empty_like(y2)
+        sums = GradientSum(parameters)
+        for tokens in _slices(len(labels), self.chunk_tokens):
+            with torch.enable_grad():
+                chunk = [y[tokens].detach().requires_grad_() for y in (y1, y2)]
+                loss = _nll_sum(*chunk, labels[tokens], *sums.aliases) * scale
+            d_y1[tokens], d_y2[tokens] = sums.add(loss, chunk)
+            total += loss.detach()
+        gradients = [d_y1.view_as(y1_BTM), d_y2.view_as(y2_BTM), *sums.totals()]
+        return with_gradients(total, [y1_BTM, y2_BTM, *parameters], gradients)
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+
+def _logits(y1: Tensor, y2: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(layer_norm(torch.cat([y1, y2], dim=-1), norm_weight, norm_bias), weight, bias)
+
+
+def _nll_sum(y1: Tensor, y2: Tensor, labels: Tensor, *parameters: Tensor) -> Tensor:
+    logits = _logits(y1, y2, *parameters)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")

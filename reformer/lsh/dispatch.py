@@ -1,0 +1,130 @@
+"""The one door to LSH attention: checks what it is given, hashes where no buckets are given, picks the path."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reformer.lsh.chunked import Layout, by_head, chunked_attention
+from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket
+from reformer.lsh.reference import lsh_attention_reference
+
+Backend = Literal["auto", "chunked", "reference"]
+
+
+def lsh_attention(
+    qk: Tensor,
+    v: Tensor,
+    buckets: Tensor | None = None,
+    *,
+    n_hashes: int,
+    chunk_len: int,
+    n_buckets: int | Sequence[int] | None = None,
+    causal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    attend_across_buckets: bool = True,
+    duplicate_correction: bool = False,
+    rotations: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Multi-round LSH attention with shared queries and keys (Kitaev et al., ICLR 2020, section 2).
+
+    Per round, tokens are sorted by (bucket, position) and cut into chunks; a chunk sees itself and the one before
+    (and the one after when not causal), cyclically over all rounds. Keys are qk / ||qk||, scores q.k; a token
+    sees itself only if it sees nothing else. Rounds combine by exp(lse_round - lse_total).
+
+    Args:
+        qk: shared queries and keys [B, H, T, D], floating point; any T >= 1 (padded inside).
+        v: values [B, H, T, D].
+        buckets: integer [B, H, n_hashes, T], used as they are: nothing is hashed. None: hash qk.
+        n_hashes: rounds R.
+        chunk_len: tokens per chunk of the sorted sequence.
+        n_buckets: a number, its even factors, or None for about 2 * T / chunk_len.
+        causal: whether a token sees only what stands before it in the original order.
+        key_padding_mask: [B, T], True (non-zero) at tokens that may be seen.
+        segment_ids: integer [B, T]; tokens of different segments do not see each other.
+        attend_across_buckets: see all of the visible chunks, or the own bucket of the round only (eq. 4).
+        duplicate_correction: subtract log N_ij, N_ij the number of times that the rounds find key j (eq. 16), so
+            that the rounds together are one softmax over the union of what they reach.
+        rotations: N(0, 1) [H, D, n_hashes, sum(factors) / 2]; None draws from torch's global generator.
+        backend: "chunked" (any device), "reference" (O(T^2), the oracle), or "auto".
+
+    Returns:
+        The output [B, H, T, D] in v's dtype and the buckets [B, H, n_hashes, T] that were used. Buckets carry no
+        gradient. Statistics are fp32 for half-precision inputs.
+
+    Raises:
+        ValueError: a shape, dtype or option that does not fit, with what was expected.
+    """
+    _check_arguments(qk, v, buckets, n_hashes, chunk_len, key_padding_mask, segment_ids)
+    if backend not in ("auto", "chunked", "reference"):
+        raise ValueError(f"backend={backend!r}: choose 'auto', 'chunked' or 'reference'")
+    n_heads, n_tokens, d_head = qk.shape[1:]
+    if buckets is None:
+        factors = bucket_factors(n_buckets, n_tokens, chunk_len)
+        shape = (n_heads, d_head, n_hashes, sum(factors) // 2)
+        if rotations is None:
+            rotations = torch.randn(shape, device=qk.device, dtype=torch.float32)
+        elif rotations.shape != shape:
+            raise ValueError(f"rotations must be {list(shape)} = [H, D, R, F], got {list(rotations.shape)}")
+        with torch.no_grad():
+            buckets = hash_to_buckets(qk, rotations, factors)
+    if backend == "reference":
+        out = lsh_attention_reference(
+            qk,
+            v,
+            buckets,
+            chunk_len=chunk_len,
+            causal=causal,
+            key_padding_mask_BT=key_padding_mask,
+            segment_ids_BT=segment_ids,
+            attend_across_buckets=attend_across_buckets,
+            duplicate_correction=duplicate_correction,
+        )
+        return out, buckets
+    buckets_GRT = buckets.flatten(0, 1)
+    order, inverse = sort_by_bucket(buckets_GRT, chunk_len)
+    layout = Layout(
+        order,
+        inverse,
+        chunk_len,
+        causal,
+        is_lsh=True,
+        key_mask_GT=by_head(key_padding_mask, n_heads, torch.bool),
+        segment_ids_GT=by_head(segment_ids, n_heads),
+        buckets_GRT=None if attend_across_buckets else buckets_GRT,
+        duplicate_correction=duplicate_correction,
+    )
+    k = F.normalize(qk.to(torch.promote_types(qk.dtype, torch.float32)), dim=-1)
+    out = chunked_attention(qk.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout)
+    return out.view_as(v), buckets
+
+
+def _check_arguments(
+    qk: Tensor,
+    v: Tensor,
+    buckets: Tensor | None,
+    n_hashes: int,
+    chunk_len: int,
+    key_padding_mask: Tensor | None,
+    segment_ids: Tensor | None,
+) -> None:
+    if qk.ndim != 4 or v.shape != qk.shape or qk.shape[2] == 0:
+        raise ValueError(f"qk and v must both be [B, H, T, D] with T >= 1, got {list(qk.shape)} and {list(v.shape)}")
+    if not qk.is_floating_point() or v.dtype != qk.dtype:
+        raise ValueError(f"qk and v must have one floating-point dtype, got {qk.dtype} and {v.dtype}")
+    if n_hashes < 1 or chunk_len < 1:
+        raise ValueError(f"n_hashes={n_hashes} and chunk_len={chunk_len} must be at least 1")
+    batch, n_heads, n_tokens, _ = qk.shape
+    if buckets is not None:
+        shape = [batch, n_heads, n_hashes, n_tokens]
+        if list(buckets.shape) != shape or buckets.is_floating_point():
+            raise ValueError(
+                f"buckets must be integers {shape} = [B, H, R, T], got {buckets.dtype} {list(buckets.shape)}"
+            )
+    for name, mask in (("key_padding_mask", key_padding_mask), ("segment_ids", segment_ids)):
+        if mask is not None and list(mask.shape) != [batch, n_tokens]:
+            raise ValueError(f"{name} must be [B, T] = {[batch, n_tokens]}, got {list(mask.shape)}")

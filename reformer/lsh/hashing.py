@@ -1,0 +1,106 @@
+"""From vectors to buckets, and from buckets to the sorted order that LSH attention works in.
+
+Angular LSH of the Reformer paper (section 2): a random rotation R, bucket = argmax([xR; -xR]). Everything here is
+a pure function; the randomness is a tensor of rotations that the caller passes in, drawn by `draw_rotations` from
+(seed, step, layer, round), so that it never depends on the device, the rank or the global random state.
+
+Axes: B batch, H heads, T tokens, D head dim, R hash rounds, F half the hash width, C chunks, L chunk length.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Unfactorised hashing costs T * D * n_buckets / 2 products and n_buckets grows with T: beyond this many
+# buckets it would be quadratic, so the default number is split into two factors.
+MAX_UNFACTORISED = 128
+
+
+def default_buckets(n_tokens: int, chunk_len: int) -> tuple[int, ...]:
+    """Factors of the default number of buckets, 2 * T / chunk_len (the paper's chunk length m = 2 T / n_buckets).
+
+    Above MAX_UNFACTORISED buckets: two powers of two whose product is the nearest power of two.
+    """
+    n_buckets = 2 * math.ceil(n_tokens / chunk_len)
+    if n_buckets <= MAX_UNFACTORISED:
+        return (n_buckets,)
+    power = round(math.log2(n_buckets))
+    return (2 ** (power // 2), 2 ** (power - power // 2))
+
+
+def bucket_factors(n_buckets: int | Sequence[int] | None, n_tokens: int, chunk_len: int) -> tuple[int, ...]:
+    """The even factors of the number of buckets. Raises ValueError for an odd or non-positive factor."""
+    if n_buckets is None:
+        return default_buckets(n_tokens, chunk_len)
+    factors = (n_buckets,) if isinstance(n_buckets, int) else tuple(n_buckets)
+    if not factors or any(factor < 2 or factor % 2 for factor in factors):
+        raise ValueError(f"n_buckets={n_buckets}: each factor must be even and at least 2")
+    return factors
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from integers: different tuples give unrelated seeds, the same on every platform."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def draw_rotations(
+    n_heads: int, d_head: int, n_hashes: int, factors: tuple[int, ...], seed: int, step: int, layer: int
+) -> Tensor:
+    """Random rotations [H, D, R, F] ~ N(0, 1), fp32 on the CPU, F = sum(factors) / 2.
+
+    Round r of (seed, step, layer) is the same whatever the number of rounds, and head h is its h-th slice, so
+    that evaluation may use more rounds than training and a rank may compute with some of the heads only.
+    """
+    rounds = [
+        torch.randn(
+            n_heads,
+            d_head,
+            sum(factors) // 2,
+            generator=torch.Generator().manual_seed(derive_seed(seed, step, layer, round_)),
+        )
+        for round_ in range(n_hashes)
+    ]
+    return torch.stack(rounds, dim=2)
+
+
+def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """Buckets [B, H, R, T] (int16, or int32 above 32,767 buckets) of the vectors qk [B, H, T, D].
+
+    With factors (f1, f2, …) the columns of the rotation are split into f_i / 2 each, every part is hashed by
+    argmax([xR; -xR]), and bucket = b1 + f1 * (b2 + f2 * …). Half precision inputs are hashed in fp32.
+    """
+    dtype = torch.promote_types(qk_BHTD.dtype, torch.float32)
+    rotations = rotations_HDRF.to(device=qk_BHTD.device, dtype=dtype)
+    x_BHTD = qk_BHTD.detach().to(dtype)
+    bucket_dtype = torch.int16 if math.prod(factors) <= 2**15 else torch.int32
+    rounds = []
+    for round_ in range(rotations.shape[2]):
+        rotated_BHTF = torch.matmul(x_BHTD, rotations[:, :, round_])
+        bucket_BHT = torch.zeros(x_BHTD.shape[:-1], dtype=torch.int64, device=x_BHTD.device)
+        stride = 1
+        for factor, part in zip(factors, rotated_BHTF.split([f // 2 for f in factors], dim=-1), strict=True):
+            bucket_BHT += stride * torch.cat([part, -part], dim=-1).argmax(dim=-1)
+            stride *= factor
+        rounds.append(bucket_BHT.to(bucket_dtype))
+    return torch.stack(rounds, dim=2)
+
+
+def sort_by_bucket(buckets_GRT: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]:
+    """The order of the tokens by (bucket, position) in each round, and its inverse.
+
+    Returns order [G, R, C*L] int32, the token at each sorted place, with values of T and above at the padding
+    that fills a round up to whole chunks; and inverse [G, R, T] int32, the sorted place of each token.
+    """
+    n_tokens = buckets_GRT.shape[-1]
+    padding = -n_tokens % chunk_len
+    order = torch.sort(buckets_GRT, dim=-1, stable=True).indices.to(torch.int32)
+    places = torch.arange(n_tokens, dtype=torch.int32, device=order.device).expand_as(order)
+    inverse = torch.empty_like(order).scatter_(-1, order.long(), places)
+    if padding:
+        tail = torch.arange(n_tokens, n_tokens + padding, dtype=torch.int32, device=order.device)
+        order = torch.cat([order, tail.expand(*order.shape[:-1], padding)], dim=-1)
+    return order, inverse

@@ -1,0 +1,91 @@
+"""LSH attention by its definition: O(T^2), one dense mask of multiplicities per round, plain autograd.
+
+This is the oracle that every fast path is compared with, in outputs and gradients. It knows nothing of tiles,
+running maxima or saved statistics; use float64. `count_RTT` says how often query i reaches key j in round r:
+
+    chunk g of the R*C chunks (rounds one behind the other) sees itself and chunk g-1, and g+1 when bidirectional,
+    cyclically, so that the first chunk of a round sees the last chunk of the round before it.
+
+Axes: B batch, H heads, T tokens, D head dim, R hash rounds, C chunks, L chunk length.
+"""
+
+import torch
+from torch import Tensor
+
+from reformer.lsh.hashing import sort_by_bucket
+
+SELF_PENALTY = -1e5
+"""What a token's score with itself is lowered by: finite, so that a token with no other target attends to itself."""
+
+
+def reach_counts(buckets_RT: Tensor, chunk_len: int, *, causal: bool, attend_across_buckets: bool) -> Tensor:
+    """How often query i finds key j within the chunks that it sees, [R, T, T], for one head, before any mask.
+
+    With attend_across_buckets=False only keys of the same round and bucket count (the paper's eq. 4).
+    """
+    n_hashes, n_tokens = buckets_RT.shape
+    _, inverse = sort_by_bucket(buckets_RT[None], chunk_len)
+    chunks_per_round = -(-n_tokens // chunk_len)
+    n_chunks = n_hashes * chunks_per_round
+    rounds = torch.arange(n_hashes, device=buckets_RT.device)
+    chunk_RT = rounds[:, None] * chunks_per_round + inverse[0].long() // chunk_len
+    visible = {offset % n_chunks for offset in ((0, -1) if causal else (0, -1, 1))}
+    counts = torch.zeros(n_hashes, n_tokens, n_tokens, dtype=torch.int64, device=buckets_RT.device)
+    for query_round in range(n_hashes):
+        for key_round in range(n_hashes):
+            offset = (chunk_RT[key_round][None, :] - chunk_RT[query_round][:, None]) % n_chunks
+            seen = torch.isin(offset, torch.tensor(sorted(visible), device=offset.device))
+            if not attend_across_buckets:
+                same = buckets_RT[query_round][:, None] == buckets_RT[key_round][None, :]
+                seen &= same & (query_round == key_round)
+            counts[query_round] += seen
+    return counts
+
+
+def lsh_attention_reference(
+    qk_BHTD: Tensor,
+    v_BHTD: Tensor,
+    buckets_BHRT: Tensor,
+    *,
+    chunk_len: int,
+    causal: bool = True,
+    key_padding_mask_BT: Tensor | None = None,
+    segment_ids_BT: Tensor | None = None,
+    attend_across_buckets: bool = True,
+    duplicate_correction: bool = False,
+) -> Tensor:
+    """Output [B, H, T, D] of multi-round LSH attention with the given buckets; see `reformer.lsh_attention`."""
+    n_tokens = qk_BHTD.shape[2]
+    k_BHTD = qk_BHTD / qk_BHTD.norm(dim=-1, keepdim=True)
+    position = torch.arange(n_tokens, device=qk_BHTD.device)
+    is_self = position[:, None] == position[None, :]
+    outputs = []
+    for b in range(qk_BHTD.shape[0]):
+        allowed = torch.ones_like(is_self)
+        if causal:
+            allowed &= position[None, :] <= position[:, None]
+        if key_padding_mask_BT is not None:
+            allowed &= key_padding_mask_BT[b].bool()[None, :]
+        if segment_ids_BT is not None:
+            allowed &= segment_ids_BT[b][:, None] == segment_ids_BT[b][None, :]
+        allowed |= is_self
+        for h in range(qk_BHTD.shape[1]):
+            scores = qk_BHTD[b, h] @ k_BHTD[b, h].T + SELF_PENALTY * is_self
+            counts = reach_counts(
+                buckets_BHRT[b, h],
+                chunk_len,
+                causal=causal,
+                attend_across_buckets=attend_across_buckets,
+            )
+            outputs.append(_combine_rounds(scores, counts * allowed, v_BHTD[b, h], duplicate_correction))
+    return torch.stack(outputs).view_as(v_BHTD)
+
+
+def _combine_rounds(scores: Tensor, counts_RTT: Tensor, v_TD: Tensor, duplicate_correction: bool) -> Tensor:
+    """One softmax per round over the keys that it reaches, rounds weighted by exp(lse_round - lse_total)."""
+    if duplicate_correction:
+        scores = scores - counts_RTT.sum(dim=0).clamp(min=1).to(scores.dtype).log()
+    weighted = scores + counts_RTT.to(scores.dtype).log()  # -inf where a key is not reached
+    lse_RT = weighted.logsumexp(dim=-1)
+    out_RTD = weighted.softmax(dim=-1) @ v_TD
+    return ((lse_RT - lse_RT.logsumexp(dim=0)).exp()[..., None] * out_RTD).sum(dim=0)

@@ -1,0 +1,71 @@
+"""The Reformer: embedding and axial positions, a reversible stack, and an output head that computes its own loss.
+
+Both residual streams start as the embedded tokens, run in fp32 whatever the parameters' dtype (float64 stays
+float64), and are read side by side at the end.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from reformer.call import Call
+from reformer.config import ReformerConfig
+from reformer.loss import OutputHead
+from reformer.positions import AxialPositions
+from reformer.reversible import ReversibleBlock, reversible_stack
+
+
+class Embedding(nn.Module):
+    """Tokens [B, T] -> [B, T, M]: token embedding plus position embedding."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.positions = AxialPositions(config)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return self.tokens(tokens_BT) + self.positions(tokens_BT.shape[1])
+
+
+class Reformer(nn.Module):
+    """A language model over sequences of any length up to config.max_seq_len."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList([ReversibleBlock(config, layer) for layer in range(config.n_layers)])
+        self.head = OutputHead(config)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        step: int = 0,
+        sample_ids: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V]; or, given labels, the mean loss in nats over labels != -100, an fp32 scalar.
+
+        Args:
+            tokens: integer [B, T].
+            labels: int64 [B, T], the token to be predicted at each place (already shifted), -100 to ignore it.
+            segment_ids: integer [B, T]; tokens of different segments (documents) do not see each other.
+            step: with the model's seed, fixes the hash rotations and dropout masks of this pass.
+            sample_ids: index of each sample in the global batch, which keys its dropout; 0, 1, … if not given.
+        """
+        ids = range(len(tokens)) if sample_ids is None else sample_ids
+        call = Call(
+            seed=self.config.seed,
+            step=step,
+            sample_ids=tuple(int(sample_id) for sample_id in ids),
+            dropout=self.config.dropout if self.training else 0.0,
+            segment_ids_BT=segment_ids,
+        )
+        x = self.embedding(tokens)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        y1, y2 = reversible_stack(self.blocks, x, x, call)
+        return self.head(y1, y2, labels)
