@@ -1,0 +1,78 @@
+"""Which sample goes where, and the micro-batches made of them.
+
+What is special: the share of every rank is a pure function of plain integers. A step's global batch is the same set
+of samples on any number of ranks, so one rank that accumulates and two that do not compute the same update.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.dataset import Sample
+
+
+IGNORED = -100
+"""The label of a position with nothing to predict: what data_pipeline writes and reformer skips."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on its device, and how much there is to predict in it."""
+
+    tokens: torch.Tensor
+    """int64 [B, T]"""
+    labels: torch.Tensor
+    """int64 [B, T]"""
+    segment_ids: torch.Tensor
+    """int32 [B, T]"""
+    sample_ids: Sequence[int]
+    """Index of each sample in the global batch."""
+    n_tokens: int
+    """Tokens to predict."""
+    n_bytes: int
+    """Bytes that these tokens stand for."""
+
+
+def shares(train_batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[range]:
+    """This rank's micro-batches of one step, each as indices into the global batch.
+
+    The global batch is dealt out in order: first micro-batch to rank 0, next to rank 1, and round again.
+    """
+    starts = range(rank * micro_batch_size, train_batch_size, world_size * micro_batch_size)
+    return [range(start, start + micro_batch_size) for start in starts]
+
+
+def evaluation_shares(n_rows: int, micro_batch_size: int, rank: int, world_size: int) -> list[list[int | None]]:
+    """This rank's micro-batches of an evaluation of rows 0 .. n_rows - 1, dealt out in the same way.
+
+    None is a row with nothing to predict: under ZeRO-3 every rank must take part in every forward pass, so all get
+    equally many micro-batches of equal size.
+    """
+    each = micro_batch_size * world_size
+    padded = -(-n_rows // each) * each
+    return [
+        [row if row < n_rows else None for row in share]
+        for share in shares(padded, micro_batch_size, rank, world_size)
+    ]
+
+
+def collate(
+    samples: Sequence[Sample], sample_ids: Sequence[int], token_bytes: torch.Tensor, device: torch.device
+) -> Batch:
+    """Stack samples into a micro-batch. `token_bytes` holds the number of bytes of each token id."""
+    labels = torch.stack([sample.labels for sample in samples])
+    predicted = labels[labels != IGNORED]
+    return Batch(
+        tokens=torch.stack([sample.tokens for sample in samples]).to(device),
+        labels=labels.to(device),
+        segment_ids=torch.stack([sample.segment_ids for sample in samples]).to(device),
+        sample_ids=sample_ids,
+        n_tokens=predicted.numel(),
+        n_bytes=int(token_bytes[predicted].sum()),
+    )
+
+
+def blank(sample: Sample) -> Sample:
+    """The same row with nothing to predict."""
+    return Sample(sample.tokens, torch.full_like(sample.labels, IGNORED), sample.segment_ids)

@@ -1,0 +1,171 @@
+"""The relations between TOML, DeepSpeed's JSON, the data and the number of ranks, in one pure function.
+
+It runs on every rank before any process group starts, so nothing can hang, and reports every problem at once.
+What is special: DeepSpeed ignores top-level keys that it does not know, so the keys that this trainer passes on are
+listed here, and those that would change what the training loop relies on are refused with the reason.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Self
+
+import torch
+from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
+from pydantic import ValidationError
+
+from data_pipeline.store import Store
+from reformer.config import ConfigError
+from trainer.config import RunConfig
+
+ALLOWED = frozenset(
+    """train_batch_size train_micro_batch_size_per_gpu optimizer gradient_clipping bf16 zero_optimization data_types
+    communication_data_type prescale_gradients gradient_predivide_factor zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer aio comms_logger flops_profiler wall_clock_breakdown memory_breakdown
+    steps_per_print""".split()
+)
+"""Top-level keys of DeepSpeed's JSON that work here."""
+
+REFUSED = {
+    "gradient_accumulation_steps": "it follows from train_batch_size, train_micro_batch_size_per_gpu and the number "
+    "of ranks, so that the same file gives the same global batch on any of them; leave it out",
+    "scheduler": "the learning rate's course belongs to [run]: run.warmup_steps, run.decay, run.final_lr_ratio",
+    "fp16": "the trainer runs in fp32 or bf16; use bf16",
+    "gradient_allreduce_op": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
+    "managed_gradient_accumulation": "the loss is scaled for DeepSpeed's default; leave it out",
+    "activation_checkpointing": "reversible layers keep no activations to checkpoint; leave it out",
+    "tensorboard": "the trainer writes TensorBoard events to run.dir; leave it out",
+}
+"""Keys of DeepSpeed's that contradict this trainer, with the way out."""
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """What the relations need to know of a store."""
+
+    seq_len: int
+    vocab_size: int
+    rows: Mapping[str, int]
+    """Rows of each split."""
+
+    @classmethod
+    def of(cls, store: Store) -> Self:
+        """The facts of a store on disk."""
+        rows = {name: sum(stop - start for start, stop in store.split_rows(name)) for name in store.manifest.splits}
+        return cls(store.seq_len, store.vocab_size, rows)
+
+
+def check(config: RunConfig, deepspeed: Mapping[str, Any], store: StoreFacts, world_size: int) -> None:
+    """Raise one ConfigError that names every contradiction; return if there is none."""
+    problems = [
+        *_keys(deepspeed),
+        *_batch(deepspeed, world_size),
+        *_precision(deepspeed),
+        *_clipping(deepspeed.get("gradient_clipping", 0.0)),
+        *_optimizer(deepspeed.get("optimizer")),
+        *_data(config, store),
+    ]
+    # DeepSpeed's own opinion is asked last: it stops at its first problem, and would only repeat the ones above.
+    if problems := (problems or _deepspeed_objection(deepspeed)):
+        raise ConfigError("\n".join(problems))
+
+
+def _keys(deepspeed: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for key in deepspeed:
+        if key in REFUSED and deepspeed[key] != {"enabled": False}:
+            problems.append(f"deepspeed.{key}: {REFUSED[key]}")
+        elif key not in ALLOWED and key not in REFUSED:
+            problems.append(f"deepspeed.{key}: {_nearest(key, ALLOWED)}")
+    return problems
+
+
+def _batch(deepspeed: Mapping[str, Any], world_size: int) -> list[str]:
+    sizes = {key: deepspeed.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu")}
+    problems = [
+        f"deepspeed.{key}: give a number of sequences, 1 or more (got {size!r})"
+        for key, size in sizes.items()
+        if type(size) is not int or size < 1
+    ]
+    if problems:
+        return problems
+    batch, micro = sizes.values()
+    each = micro * world_size
+    if batch % each == 0:
+        return []
+    near = sorted({max(each, batch // each * each), (batch // each + 1) * each})
+    return [
+        f"deepspeed.train_batch_size={batch} is not divisible by train_micro_batch_size_per_gpu={micro} times "
+        f"{world_size} ranks: {' or '.join(map(str, near))} would do"
+    ]
+
+
+def _precision(deepspeed: Mapping[str, Any]) -> list[str]:
+    zero, bf16, types = (deepspeed.get(key) or {} for key in ("zero_optimization", "bf16", "data_types"))
+    accumulate = types.get("grad_accum_dtype")
+    if zero.get("stage", 0) == 0 and bf16.get("enabled") and accumulate not in (None, "bf16"):
+        return [
+            f"deepspeed.data_types.grad_accum_dtype='{accumulate}' with bf16 needs ZeRO: "
+            "set deepspeed.zero_optimization.stage to 1, 2 or 3, or leave it out"
+        ]
+    return []
+
+
+def _clipping(limit: Any) -> list[str]:
+    if isinstance(limit, float | int) and limit >= 0:
+        return []
+    return [f"deepspeed.gradient_clipping={limit!r}: give the largest gradient norm as a number, or 0 for any"]
+
+
+def _optimizer(optimizer: Any) -> list[str]:
+    if not isinstance(optimizer, Mapping) or str(optimizer.get("type")).lower() not in ("adam", "adamw"):
+        return ['deepspeed.optimizer: give one of type "AdamW" or "Adam"']
+    params = optimizer.get("params") or {}
+    known = {*inspect.signature(torch.optim.AdamW).parameters, "torch_adam", "adam_w_mode"} - {"params"}
+    problems = [f"deepspeed.optimizer.params.{key}: {_nearest(key, known)}" for key in params if key not in known]
+    if not isinstance(params.get("lr"), float | int):
+        problems.append("deepspeed.optimizer.params.lr: give the peak learning rate as a number")
+    return problems
+
+
+def _data(config: RunConfig, store: StoreFacts) -> list[str]:
+    model, data = config.model, config.data
+    problems = []
+    if model.vocab_size != store.vocab_size:
+        problems.append(
+            f"model.vocab_size={model.vocab_size}, but the tokenizer of {data.store} has {store.vocab_size} tokens: "
+            f"set model.vocab_size={store.vocab_size}"
+        )
+    if model.max_seq_len < store.seq_len:
+        problems.append(
+            f"model.max_seq_len={model.max_seq_len}, but the rows of {data.store} have {store.seq_len} tokens: "
+            f"set model.max_seq_len={store.seq_len}, with an axial_shape of that product"
+        )
+    splits = {"data.train_split": data.train_split}
+    if config.run.eval_every:
+        splits["data.eval_split"] = data.eval_split
+    for name, split in splits.items():
+        if not store.rows.get(split):
+            full = ", ".join(f"'{known}'" for known, rows in store.rows.items() if rows)
+            problems.append(f"{name}='{split}' has no rows in {data.store}: its splits are {full}")
+    return problems
+
+
+def _deepspeed_objection(deepspeed: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed itself would say to its configuration; without a process group it assumes one rank."""
+    try:
+        DeepSpeedConfig(dict(deepspeed))
+    except ValidationError as error:
+        return [
+            f"deepspeed: {'.'.join(map(str, problem['loc']))}: {problem['msg']} (in {error.title})"
+            for problem in error.errors()
+        ]
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
+        return [f"deepspeed: {error}"]
+    return []
+
+
+def _nearest(key: str, known: set[str] | frozenset[str]) -> str:
+    close = get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown key; did you mean '{close[0]}'?" if close else "not a key that this trainer passes to DeepSpeed"

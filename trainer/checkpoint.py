@@ -1,0 +1,144 @@
+"""Checkpoints: complete or absent, and refused where they would not continue the same run.
+
+What is special: everything is written into `.partial-step_…`, and when every rank has finished, the folder is
+published by renaming it. `state.json` says what the checkpoint belongs to and is read before any process group
+starts. The rest of the folder is a DeepSpeed checkpoint of its own, for DeepSpeed's tools too.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from reformer.config import ConfigError
+from trainer.config import RunConfig, flatten
+from trainer.distributed import Launch, barrier
+
+TAG = "deepspeed"
+"""Subfolder of DeepSpeed's files in a checkpoint."""
+
+FIXED = (
+    "store_fingerprint",
+    "world_size",
+    "model",
+    "data.train_split",
+    "run.seed",
+    "deepspeed.train_batch_size",
+    "deepspeed.optimizer",
+    "deepspeed.bf16",
+    "deepspeed.data_types",
+    "deepspeed.zero_optimization.stage",
+)
+"""What must be the same when a run continues: the model, the order of the data, the layout of the optimizer's state."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint."""
+
+    path: Path
+    step: int
+    """Optimizer steps that it is the result of."""
+
+
+def identity(
+    config: RunConfig, deepspeed_config: Mapping[str, Any], store_fingerprint: str, world_size: int
+) -> dict[str, Any]:
+    """What a checkpoint says about its run, as plain JSON values."""
+    return {
+        "store_fingerprint": store_fingerprint,
+        "world_size": world_size,
+        **config.model_dump(mode="json"),
+        "deepspeed": dict(deepspeed_config),
+    }
+
+
+def published(run_dir: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a run, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    steps = [(match, folder) for folder in folders if (match := re.fullmatch(r"step_(\d+)", folder.name))]
+    return sorted((Checkpoint(path, int(match[1])) for match, path in steps), key=lambda found: found.step)
+
+
+def starting_point(run_dir: Path, current: Mapping[str, Any], resume: bool) -> Checkpoint | None:
+    """Where to start from: a checkpoint or, as None, the beginning. A ConfigError if that is not possible."""
+    found = published(run_dir)
+    if not found:
+        return None
+    newest = found[-1]
+    if not resume:
+        raise ConfigError(
+            f"{run_dir} already holds a run up to step {newest.step}: "
+            "continue it with --resume, or choose another folder with run.dir=…"
+        )
+    if differences := _differences(_read_state(newest)["run"], current):
+        raise ConfigError("\n".join([f"cannot continue from {newest.path}:", *differences]))
+    return newest
+
+
+def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    path = checkpoint.path / "state.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the checkpoint {checkpoint.path} is damaged: {path.name}: {error}") from None
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One line for each value in FIXED that is not what it was."""
+    before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
+    return [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r} now: set it back, or start anew in another run.dir"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name) and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
+    ]
+
+
+def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+    """Bring weights, optimizer and schedule to where they were."""
+    loaded, _ = engine.load_checkpoint(str(checkpoint.path), tag=TAG)
+    if loaded is None:
+        raise ConfigError(f"the checkpoint {checkpoint.path} is damaged: DeepSpeed finds no state in it")
+
+
+def save(
+    engine: deepspeed.DeepSpeedEngine,
+    run_dir: Path,
+    step: int,
+    run: Mapping[str, Any],
+    keep_last: int,
+    launch: Launch,
+    device: torch.device,
+) -> Path:
+    """Write the state after `step` steps, publish it, and remove what is older than `keep_last`."""
+    name = f"step_{step:08d}"
+    partial, final = run_dir / "checkpoints" / f".partial-{name}", run_dir / "checkpoints" / name
+    engine.save_checkpoint(str(partial), tag=TAG)
+    # Rank 0 may publish only what every rank has finished, and none may go on before it is published.
+    barrier(device)
+    if launch.rank == 0:
+        (partial / "state.json").write_text(json.dumps({"step": step, "run": run}, indent=1), encoding="utf-8")
+        partial.rename(final)
+        for old in published(run_dir)[:-keep_last]:
+            _remove(old)
+    barrier(device)
+    return final
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what an interrupted save left behind."""
+    for leftover in (run_dir / "checkpoints").glob(".partial-*"):
+        shutil.rmtree(leftover)
+
+
+def _remove(checkpoint: Checkpoint) -> None:
+    """Delete a checkpoint so that, interrupted, it is a leftover and not a damaged checkpoint."""
+    doomed = checkpoint.path.with_name(f".partial-{checkpoint.path.name}")
+    checkpoint.path.rename(doomed)
+    shutil.rmtree(doomed)

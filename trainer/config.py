@@ -1,0 +1,139 @@
+"""What a run is made of: `[model]`, `[data]` and `[run]` from TOML, and DeepSpeed's own JSON beside them.
+
+Every number has one owner. The JSON file owns what DeepSpeed consumes (batch sizes, precision, ZeRO, clipping,
+optimizer and its peak learning rate), TOML owns the rest, and nothing stands in both. A value comes from, each
+beating the one before: the defaults below, the file, `a.b=c` on the command line; `deepspeed.a.b=c` changes the JSON.
+How the two files, the data and the number of ranks must fit together is written in check.py.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from reformer.config import ConfigError, ReformerConfig, StrictConfig
+
+__all__ = ["ConfigError", "DataConfig", "RunConfig", "LoopConfig", "load"]
+
+
+class DataConfig(StrictConfig):
+    """What to read."""
+
+    store: Path
+    """Folder of the store that `python -m data_pipeline build` wrote, relative to the working directory."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str = "val"
+    """Split held out for evaluation."""
+
+
+class LoopConfig(StrictConfig):
+    """How long to train, what to report and what to keep."""
+
+    dir: Path
+    """Folder of the run (checkpoints, TensorBoard events, metrics), relative to the working directory."""
+    deepspeed_config: Path
+    """DeepSpeed's JSON file, relative to the TOML file; `--deepspeed_config` takes its place."""
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly to the optimizer's `lr`."""
+    decay: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Lowest learning rate as a part of the peak: the end of cosine and linear, a floor under inverse_sqrt."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights and of the order of the samples."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps from one line of metrics to the next."""
+    eval_every: int = Field(default=100, ge=0)
+    """Steps from one evaluation to the next, besides the first and the last one; 0: no evaluation at all."""
+    eval_rows: int = Field(default=64, ge=1)
+    """Rows of the evaluation split to use, at most."""
+    save_every: int = Field(default=100, ge=0)
+    """Steps from one checkpoint to the next, besides the one at the end; 0: only that one."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints to keep; older ones are removed."""
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is more than steps={self.steps}: the learning rate would "
+                "never reach its peak; lower one or raise the other"
+            )
+        return self
+
+
+class RunConfig(StrictConfig):
+    """The TOML side of a run."""
+
+    model: ReformerConfig
+    """The model to train."""
+    data: DataConfig
+    """The data to train it on."""
+    run: LoopConfig
+    """The course of the training."""
+
+
+def load(
+    path: Path, overrides: Iterable[str] = (), deepspeed_path: Path | None = None
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Read the two files and apply the overrides; the pair (TOML side, DeepSpeed side)."""
+    tables = _read(path, tomllib.loads)
+    changes = [parse_override(override) for override in overrides]
+    for keys, value in changes:
+        if keys[0] != "deepspeed":
+            _assign(tables, keys, value)
+    config = RunConfig(**tables)
+    deepspeed = _read(deepspeed_path or path.parent / config.run.deepspeed_config, json.loads)
+    for keys, value in changes:
+        if keys[0] == "deepspeed":
+            _assign(deepspeed, keys[1:], value)
+    return config, deepspeed
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=c` as (["a", "b"], c): c is read as TOML where it is TOML, and is a string otherwise."""
+    name, equals, value = text.partition("=")
+    keys = name.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"cannot read '{text}': an override looks like run.steps=100")
+    try:
+        return keys, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return keys, value
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:
+    """A file's tables; every way of not being readable is a ConfigError with the file's name."""
+    try:
+        tables = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{path} must hold one object of keys and values")
+    return tables
+
+
+def _assign(tables: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set tables[a][b]... = value, making tables on the way."""
+    *parents, last = keys
+    for key in parents:
+        tables = tables.setdefault(key, {})
+        if not isinstance(tables, dict):
+            raise ConfigError(f"cannot set {'.'.join(keys)}: '{key}' is a value, not a table")
+    tables[last] = value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one level of dotted names; what two configurations are compared by."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

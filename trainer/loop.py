@@ -1,0 +1,204 @@
+"""The story of a run: build, resume, step, log, evaluate, save.
+
+What is special: nothing that decides the next step lives in the loop. A step's samples, hash rotations, dropout and
+learning rate follow from its number, so a run that stopped and continued equals one that did not.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import deepspeed
+import torch
+
+from data_pipeline.dataset import RowDataset
+from data_pipeline.store import Store
+from trainer import checkpoint, distributed
+from trainer.batches import collate, shares
+from trainer.check import StoreFacts
+from trainer.checkpoint import Checkpoint
+from trainer.config import RunConfig
+from trainer.distributed import Launch, all_max, all_sum
+from trainer.engine import backward, build_engine, forward, optimizer_step
+from trainer.evaluate import Score, evaluate
+from trainer.metrics import Metrics, environment, eval_line, peak_gib, train_line
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose parts have been checked against each other."""
+
+    config: RunConfig
+    deepspeed: Mapping[str, Any]
+    store: Store
+    launch: Launch
+    identity: Mapping[str, Any]
+    """What its checkpoints say about it: see checkpoint.identity."""
+    resume: bool
+    """Whether a checkpoint is to be continued, if there is one."""
+    start: Checkpoint | None
+    """That checkpoint; None for the beginning."""
+
+
+def train(job: Job) -> None:
+    """Run a job to its end."""
+    if job.start and job.start.step >= job.config.run.steps:
+        if job.launch.rank == 0:
+            print(f"{job.config.run.dir} is complete: {job.start.path} has {job.start.step} steps, run.steps asks for no more")
+        return
+    device = distributed.start(job.launch)
+    # Without a handler for errors: a rank that fails must not wait for others, which may be waiting for it.
+    Trainer(job, device).run()
+    distributed.stop()
+
+
+class Trainer:
+    """A run in progress on one rank."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job, self.device = job, device
+        self.launch, self.plan = job.launch, job.config.run
+        self.leads = job.launch.rank == 0
+        self.say(distributed.describe(job.launch, device))
+        data = job.config.data
+        self.train_rows = RowDataset(job.store, data.train_split, seed=self.plan.seed)
+        self.eval_rows = RowDataset(job.store, data.eval_split) if self.plan.eval_every else None
+        self.token_bytes = torch.from_numpy(job.store.token_bytes.astype("int64"))
+        self.engine = build_engine(job.config, job.deepspeed)
+        self.first_step = job.start.step if job.start else 0
+        if job.start:
+            checkpoint.load(self.engine, job.start)
+        if self.leads:
+            checkpoint.remove_leftovers(self.plan.dir)
+            self.metrics = Metrics(self.plan.dir, self.first_step)
+            write_record(job, device, sum(parameter_sizes(self.engine)))
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.leads:
+            print(line, flush=True)
+
+    def run(self) -> None:
+        """Every step to the last, and what comes between them."""
+        plan, spent = self.plan, Spent()
+        if self.job.start:
+            self.say(f"continuing from {self.job.start.path}, after step {self.first_step}")
+        else:
+            nothing = "no checkpoint to continue from: " if self.job.resume else ""
+            self.say(f"{nothing}starting anew in {plan.dir}")
+            self.evaluate(done=0)
+        for step in range(self.first_step, plan.steps):
+            begun = time.perf_counter()
+            lr = self.engine.get_lr()[0]
+            score, norm = self.step(step)
+            spent.add(score.n_tokens, time.perf_counter() - begun)
+            done = step + 1
+            if due(plan.log_every, done, plan.steps):
+                self.log(done, score, lr, norm, spent)
+                spent = Spent()
+            if due(plan.eval_every, done, plan.steps):
+                self.evaluate(done)
+            if due(plan.save_every, done, plan.steps) or done == plan.steps:
+                self.save(done)
+        if self.leads:
+            self.metrics.close()
+
+    def step(self, step: int) -> tuple[Score, float]:
+        """One update of the weights; the score of its batch before it, and the gradient's norm."""
+        batch_size, micro = self.engine.train_batch_size(), self.engine.train_micro_batch_size_per_gpu()
+        batches = [
+            collate([self.train_rows.at(step * batch_size + i) for i in ids], ids, self.token_bytes, self.device)
+            for ids in shares(batch_size, micro, self.launch.rank, self.launch.world_size)
+        ]
+        # The mean is over the tokens of all ranks, so these are counted before the first backward pass.
+        counts = [sum(batch.n_tokens for batch in batches), sum(batch.n_bytes for batch in batches)]
+        n_tokens, n_bytes = all_sum(counts, self.device)
+        nll = torch.zeros((), dtype=torch.float64, device=self.device)
+        norm = None
+        for batch in batches:
+            loss = forward(self.engine, batch, step)
+            nll += loss.detach().double() * batch.n_tokens
+            backward(self.engine, loss, batch.n_tokens, n_tokens)
+            norm = optimizer_step(self.engine)
+        assert norm is not None, "DeepSpeed and shares() disagree on the number of micro-batches"
+        return Score(all_sum([nll], self.device)[0], n_tokens, n_bytes), norm
+
+    def log(self, done: int, score: Score, lr: float, norm: float, spent: "Spent") -> None:
+        """Report a step."""
+        values = {
+            "train/loss": score.loss,
+            "train/bits_per_byte": score.bits_per_byte,
+            "train/lr": lr,
+            "train/grad_norm": norm,
+            "speed/tokens_per_s": spent.n_tokens / spent.seconds,
+            "speed/step_s": spent.seconds / spent.steps,
+            "memory/peak_gib": all_max(peak_gib(self.device), self.device),
+        }
+        if self.leads:
+            self.metrics.write(done, values)
+        self.say(train_line(done, self.plan.steps, values))
+
+    def evaluate(self, done: int) -> None:
+        """Report the held-out loss after `done` steps."""
+        if self.eval_rows is None:
+            return
+        n_rows = min(self.plan.eval_rows, len(self.eval_rows))
+        score = evaluate(self.engine, self.eval_rows, n_rows, self.token_bytes, self.launch, self.device)
+        values = {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte}
+        if self.leads:
+            self.metrics.write(done, values)
+        self.say(eval_line(done, self.plan.steps, values, n_rows))
+
+    def save(self, done: int) -> None:
+        """Publish a checkpoint of the state after `done` steps."""
+        path = checkpoint.save(
+            self.engine, self.plan.dir, done, self.job.identity, self.plan.keep_last, self.launch, self.device
+        )
+        self.say(f"saved {path}")
+
+
+@dataclass
+class Spent:
+    """Time and tokens since the last report."""
+
+    steps: int = 0
+    n_tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, n_tokens: float, seconds: float) -> None:
+        self.steps += 1
+        self.n_tokens += n_tokens
+        self.seconds += seconds
+
+
+def due(every: int, done: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now; never if `every` is 0."""
+    return every > 0 and (done % every == 0 or done == steps)
+
+
+def parameter_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
+    """Elements of each parameter; under ZeRO-3 the tensors themselves are empty between uses."""
+    return [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()]
+
+
+def write_record(job: Job, device: torch.device, n_parameters: int) -> None:
+    """RUN/run.json; its fields are described in metrics.py."""
+    record = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resumed_from_step": job.start.step if job.start else None,
+        "config": job.config.model_dump(mode="json"),
+        "deepspeed": job.deepspeed,
+        "store": {"fingerprint": job.store.manifest.fingerprint, **asdict(StoreFacts.of(job.store))},
+        "launch": {
+            "launcher": job.launch.launcher,
+            "world_size": job.launch.world_size,
+            "local_world_size": job.launch.local_world_size,
+            "device": distributed.device_name(device),
+        },
+        "n_parameters": n_parameters,
+        **environment(),
+    }
+    (job.config.run.dir / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")

@@ -1,0 +1,26 @@
+"""The learning rate as a pure function of the step, so that a resumed run needs no state to continue it."""
+
+import math
+from typing import Literal
+
+Decay = Literal["cosine", "linear", "inverse_sqrt", "constant"]
+
+
+def lr_factor(step: int, *, steps: int, warmup_steps: int, decay: Decay, final_ratio: float) -> float:
+    """What the peak learning rate is multiplied by in optimizer step `step`, counted from 0.
+
+    Warm-up arrives at the full rate in step `warmup_steps - 1`; cosine and linear decay are at `final_ratio` when the
+    last step is done; inverse_sqrt is sqrt(warmup / steps done), the original Transformer's, with a floor.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    match decay:
+        case "cosine":
+            return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+        case "linear":
+            return final_ratio + (1 - final_ratio) * (1 - done)
+        case "inverse_sqrt":
+            return max(final_ratio, math.sqrt(max(1, warmup_steps) / (step + 1)))
+        case "constant":
+            return 1.0
