@@ -1,1 +1,27 @@
+"""Turns a corpus into a sharded Zarr store of very long token sequences, and reads it back.
 
+Floor 1 of the project: it imports neither the model nor the trainer, and PyTorch only in `dataset.py`, so that a
+machine that merely preprocesses text needs no PyTorch. One property rules everything here: **a store is a pure
+function of its inputs and settings**, byte-identical for any number of workers.
+
+In the order things happen:
+
+    cli.py           python -m data_pipeline tokenizer | build | verify | inspect | decode
+    config.py        what a build is asked to do, checked
+    sources.py       documents out of files; where a huge one may be cut
+    tokenizer.py     bytes <-> token ids, exactly (SentencePiece, or plain bytes)
+    training.py      a SentencePiece model out of a sample of the corpus
+    splits.py        which document is held out
+    packing.py       which token goes to which row
+    scratch.py       token files between the two halves of a build
+    build.py         the story: scan, tokenize, plan, write, publish
+    manifest.py      what a store has to contain
+    store.py         the Zarr layout: the only file that knows it
+    staging.py       nothing half-written is ever taken for whole
+    parallel.py      the same map over one process or many
+    verify.py        is every byte still what was built?
+    decode.py        the exact text back
+    report.py        statistics for people
+    order.py         (seed, epoch, position) -> row
+    dataset.py       rows as torch tensors
+"""

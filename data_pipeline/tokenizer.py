@@ -1,0 +1,170 @@
+"""Bytes to token ids and back, exactly.
+
+Decoding never asks SentencePiece: a table with the bytes of every id is the whole decoder, and the same table says
+how many bytes of text a token stands for (bits per byte needs that). The promise is that decode(encode(x)) == x for
+any text, which ordinary SentencePiece settings break (see `training.py`); a model that does so is refused.
+
+The cut of a text into pieces is part of what a tokenizer is: SentencePiece is 2-4x slower on a whole book than on
+pieces of it, and near a cut the ids may differ.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import sentencepiece
+
+from data_pipeline.errors import DataError
+
+PIECE_CHARS = 1 << 16
+"""Characters that SentencePiece is given at once. Part of every store's manifest."""
+
+TokenizerKind = Literal["sentencepiece", "bytes"]
+
+# What common normalisers change: runs of spaces, a leading space, ligatures, combining marks, wide spaces, CRLF.
+_PROBE = "  a\t b\r\n\n\0 \ufb01 e\u0301 \u00a0\u3000\u2581 \u200b\ufeff \U0001f642\uac00 "
+_SPACE = "\u2581"  # SentencePiece writes a space this way inside pieces
+
+
+class Tokenizer(Protocol):
+    """What the pipeline needs of a tokenizer. Ids are `token_dtype(vocab_size)`."""
+
+    kind: TokenizerKind
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    sha256: str
+    """Tells tokenizers apart: the hash of the model file."""
+    token_bytes: np.ndarray
+    """uint16 [vocab_size]: bytes of text that each id stands for; 0 for BOS and EOS."""
+    is_byte_fallback: np.ndarray
+    """bool [vocab_size]: ids that spell a character byte by byte because no piece holds it."""
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """The ids [n] of a stretch of a document, without BOS or EOS."""
+        ...
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """The bytes of ids [n]. BOS and EOS are nothing."""
+        ...
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 where it holds every id and one number more (the store's mark for "nothing here"), else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 65_535 else np.uint32)
+
+
+@functools.cache  # worker processes ask for every task
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer "bytes", or the SentencePiece model in a file. Raises DataError when it is of no use."""
+    return ByteTokenizer() if name == "bytes" else SentencePieceTokenizer(Path(name))
+
+
+class ByteTokenizer:
+    """Ids 0-255 are bytes, 256 is BOS, 257 is EOS. Takes any bytes, text or not."""
+
+    kind: TokenizerKind = "bytes"
+    vocab_size = 258
+    bos_id = 256
+    eos_id = 257
+    sha256 = hashlib.sha256(b"bytes").hexdigest()
+    token_bytes = np.array([1] * 256 + [0, 0], np.uint16)
+    is_byte_fallback = np.zeros(vocab_size, bool)
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return np.frombuffer(data, np.uint8).astype(token_dtype(self.vocab_size))
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        return ids[ids < 256].astype(np.uint8).tobytes()
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, proven lossless on a probe when it is loaded.
+
+    Raises DataError when the file is missing, is no model, lacks BOS, EOS or byte pieces, or loses text.
+    """
+
+    kind: TokenizerKind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        model = _read_model(path)
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._processor = _parse_model(model, path)
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise DataError(f"tokenizer {path} has no BOS or no EOS token: train one with the tokenizer command")
+        self._pieces = [self._bytes_of(token) for token in range(self.vocab_size)]
+        self.token_bytes = np.array([len(piece) for piece in self._pieces], np.uint16)
+        self.is_byte_fallback = np.array([self._processor.is_byte(i) for i in range(self.vocab_size)])
+        if self.is_byte_fallback.sum() < 256 or self.decode(self.encode(_PROBE.encode())) != _PROBE.encode():
+            raise DataError(
+                f"tokenizer {path} does not keep text exactly (it normalises it, or lacks byte fallback): train one "
+                "with the tokenizer command"
+            )
+
+    def encode(self, data: bytes) -> np.ndarray:
+        dtype = token_dtype(self.vocab_size)
+        pieces = cut_pieces(data.decode())
+        tokens = np.concatenate([np.array(self._encode_piece(piece), dtype) for piece in pieces])
+        if self.token_bytes[tokens].sum(dtype=np.int64) != len(data):
+            raise DataError(f"tokenizer {self.path} loses text: train one with the tokenizer command")
+        return tokens
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        return b"".join(map(self._pieces.__getitem__, ids.tolist()))
+
+    def _encode_piece(self, piece: str) -> list[int]:
+        """SentencePiece reads U+2581 as a space, so that character goes around it, as its three bytes."""
+        first, *others = piece.split(_SPACE)
+        ids = self._processor.encode(first)
+        for part in others:
+            ids += self._space_ids
+            ids += self._processor.encode(part)
+        return ids
+
+    @functools.cached_property
+    def _space_ids(self) -> list[int]:
+        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+
+    def _bytes_of(self, token: int) -> bytes:
+        piece = self._processor.id_to_piece(token)
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return b""
+        if self._processor.is_byte(token):
+            return bytes([int(piece[3:-1], 16)])  # <0xE2>
+        return piece.replace(_SPACE, " ").encode()
+
+
+def cut_pieces(text: str) -> Iterator[str]:
+    """Cuts text into pieces of at most PIECE_CHARS characters, after newlines where there are any."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        newline = text.rfind("\n", start, start + PIECE_CHARS)
+        stop = newline + 1 if newline >= 0 else start + PIECE_CHARS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"cannot read tokenizer {path}: {error.strerror}. Expected a SentencePiece model (python -m "
+            'data_pipeline tokenizer makes one) or "bytes"'
+        ) from error
+
+
+def _parse_model(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        if not model:
+            raise ValueError("an empty file")  # which SentencePiece takes for a model of no pieces
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except Exception as error:  # SentencePiece raises whatever its parser met
+        raise DataError(f"{path} is not a SentencePiece model") from error
