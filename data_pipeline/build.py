@@ -36,7 +36,7 @@ from data_pipeline.parallel import Map, worker_map
 from data_pipeline.scratch import ScratchTokens, TokenizeTask, scratch_path, tokenize, write_index
 from data_pipeline.sources import BLOCK_BYTES, Document, find_documents, plan_tasks, scan_documents
 from data_pipeline.splits import assign_splits
-from data_pipeline.staging import LOCK_NAME, staged_directory
+from data_pipeline.staging import staged
 from data_pipeline.tokenizer import PIECE_CHARS, Tokenizer, load_tokenizer, token_dtype
 
 TASK_BYTES = 4 << 20
@@ -111,14 +111,14 @@ def build(settings: BuildSettings) -> BuildResult:
             existing = store.Store.open(settings.output)
             _check_same_input(existing, corpus)
             return BuildResult(existing, True, ())
-        with staged_directory(settings.output) as partial:
+        with staged(settings.output) as partial:
             manifest = _write_store(partial, corpus, decisive, settings.tokenizer, run)
     return BuildResult(store.Store(settings.output, manifest), False, tuple(notes))
 
 
 def _write_store(partial: Path, corpus: Corpus, settings: StoreSettings, tokenizer_name: str, run: Map) -> Manifest:
     scratch = partial / "scratch"
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     counts = tokenize_documents(corpus.documents, tokenizer_name, settings, scratch, run)
     plan = plan_rows(counts.tokens, corpus.splits, settings)
     store.create_tokens(partial, settings, plan.n_rows)
@@ -131,9 +131,7 @@ def _write_store(partial: Path, corpus: Corpus, settings: StoreSettings, tokeniz
     ]
     store.write_sidecars(partial, plan.segments, plan.n_rows, load_tokenizer(tokenizer_name), table)
     other_files = {
-        name: store.record_file(partial / name)
-        for name in store.list_files(partial)
-        if name not in shard_files and name != LOCK_NAME
+        name: store.record_file(partial / name) for name in store.list_files(partial) if name not in shard_files
     }
     manifest = Manifest(
         **settings.model_dump(),

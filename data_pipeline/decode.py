@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import DocumentRecord
-from data_pipeline.staging import staged_directory
+from data_pipeline.staging import staged
 from data_pipeline.store import Store
 
 
@@ -43,7 +43,8 @@ def decode_all(store: Store, output: Path) -> int:
         raise DataError(f"{output} is not an empty directory: choose another --output")
     for document in store.documents:
         check_name(document.name)
-    with staged_directory(output) as partial:
+    with staged(output) as partial:
+        partial.mkdir()
         for document in store.documents:
             (partial / document.name).parent.mkdir(parents=True, exist_ok=True)
             (partial / document.name).touch()

@@ -8,6 +8,7 @@ its bytes alone, which is what lets any number of processes tokenize it, each in
 import codecs
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -80,7 +81,7 @@ def find_documents(inputs: Iterable[Path], held_out_inputs: Iterable[Path] = ())
 
 def _files_of(source: Path) -> list[tuple[str, Path]]:
     """(name, path) of each document in a file, which counts whatever its suffix, or in a folder."""
-    if source.is_file():
+    if source.exists() and not source.is_dir():
         return [(source.name, source)]
     if not source.is_dir():
         raise DataError(f"input {source} does not exist: expected a text file or a folder of .txt files")
@@ -108,6 +109,8 @@ def _stat_document(name: str, path: Path, held_out: bool) -> Document:
         status = path.stat()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is not a regular file: leave it out of the corpus")
     return Document(name, path, status.st_size, status.st_mtime_ns, held_out)
 
 

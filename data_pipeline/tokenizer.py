@@ -102,17 +102,14 @@ class SentencePieceTokenizer:
         self.token_bytes = np.array([len(piece) for piece in self._pieces], np.uint16)
         self.is_byte_fallback = np.array([self._processor.is_byte(i) for i in range(self.vocab_size)])
         if self.is_byte_fallback.sum() < 256 or self.decode(self.encode(_PROBE.encode())) != _PROBE.encode():
-            raise DataError(
-                f"tokenizer {path} does not keep text exactly (it normalises it, or lacks byte fallback): train one "
-                "with the tokenizer command"
-            )
+            raise self._loses_text()
 
     def encode(self, data: bytes) -> np.ndarray:
         dtype = token_dtype(self.vocab_size)
         pieces = cut_pieces(data.decode())
         tokens = np.concatenate([np.array(self._encode_piece(piece), dtype) for piece in pieces])
         if self.token_bytes[tokens].sum(dtype=np.int64) != len(data):
-            raise DataError(f"tokenizer {self.path} loses text: train one with the tokenizer command")
+            raise self._loses_text()
         return tokens
 
     def decode(self, ids: np.ndarray) -> bytes:
@@ -126,6 +123,12 @@ class SentencePieceTokenizer:
             ids += self._space_ids
             ids += self._processor.encode(part)
         return ids
+
+    def _loses_text(self) -> DataError:
+        return DataError(
+            f"tokenizer {self.path} does not keep text exactly (it normalises it, or lacks byte fallback): train one "
+            "with the tokenizer command"
+        )
 
     @functools.cached_property
     def _space_ids(self) -> list[int]:

@@ -21,7 +21,7 @@ import sentencepiece
 from data_pipeline.errors import DataError
 from data_pipeline.parallel import worker_map
 from data_pipeline.sources import Document, find_documents, read_blocks, scan_documents
-from data_pipeline.staging import staged_file
+from data_pipeline.staging import staged
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class TrainingSettings:
     """Processes that check the input. The model does not depend on it."""
 
     def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise DataError(f"--vocab-size is {self.vocab_size}: expected thousands of pieces, such as 16000")
         if self.max_bytes < 1:
             raise DataError(f"--max-bytes is {self.max_bytes}: expected at least 1")
         if self.workers < 1:
@@ -73,10 +75,10 @@ def train_tokenizer(settings: TrainingSettings) -> bool:
         _check_same(settings.output, record)
         return False
     sentences = sample_sentences(documents, settings.max_bytes, settings.seed)
-    with staged_file(settings.output) as partial:
+    with staged(settings.output) as partial:
         with partial.open("wb") as model:
             _train(sentences, model, settings.vocab_size, settings.model_type)
-        with staged_file(record_path(settings.output)) as partial_record:
+        with staged(record_path(settings.output)) as partial_record:
             partial_record.write_text(json.dumps(record, indent=2) + "\n")
     return True
 
@@ -116,6 +118,8 @@ def _train(sentences: Iterator[str], model: object, vocab_size: int, model_type:
             user_defined_symbols=["\n", "\r\n"],
             # Runs of spaces as pieces: indented code takes 3.8 bytes per token instead of 2.2, novels stay the same.
             allow_whitespace_only_pieces=True,
+            # The space, in SentencePiece's spelling: a sample without one would lose that of other texts.
+            required_chars="\u2581",
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -123,7 +127,7 @@ def _train(sentences: Iterator[str], model: object, vocab_size: int, model_type:
             num_threads=THREADS,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+    except RuntimeError as error:
         raise DataError(
             f"SentencePiece cannot train {vocab_size} pieces on this sample: {_reason(error)}. Change --vocab-size, or "
             "give more text"
@@ -131,8 +135,9 @@ def _train(sentences: Iterator[str], model: object, vocab_size: int, model_type:
 
 
 def _reason(error: Exception) -> str:
-    """SentencePiece's own words, without its source lines: `INTERNAL: src/x.cc(12) [condition] Words. `"""
-    return str(error).rpartition("] ")[2].strip().rstrip(".") or str(error)
+    """SentencePiece's own words, without source lines and options of its own: `INTERNAL: x.cc(1) [condition] Words.`"""
+    words = str(error).rpartition("] ")[2].partition(" Increase vocab_size")[0]
+    return words.strip().rstrip(".") or str(error)
 
 
 def _record(settings: TrainingSettings, documents: Sequence[Document], digests: Sequence[str]) -> dict[str, object]:

@@ -66,6 +66,8 @@ def check_layout(store: Store) -> list[str]:
 def check_segments(store: Store) -> list[str]:
     """Segments tile the valid part of each row, and cover each document exactly once."""
     segments, documents = store.segments, store.documents
+    if not np.isin(segments.document, [document.id for document in documents]).all():
+        raise DataError(f"{store.path} has segments of documents that are not in its table")
     ends = np.zeros(store.n_rows, np.int64)
     problems = []
     for row, end in zip(*_tile(segments.row, segments.start, segments.length), strict=True):
@@ -80,8 +82,7 @@ def check_segments(store: Store) -> list[str]:
     covered = np.zeros(len(documents), np.int64)
     tiles = _tile(by_document.document, by_document.document_start, by_document.length)
     for number, end in zip(*tiles, strict=True):
-        if number < len(documents):
-            covered[number] = end
+        covered[number] = end
     return problems + [
         f"document {document.name!r} is not covered exactly once"
         for document, tokens in zip(documents, covered, strict=True)

@@ -1,0 +1,71 @@
+"""A small corpus with everything that text files hold in practice, a tokenizer for it, and a way to build stores."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.build import build
+from data_pipeline.config import BuildSettings
+from data_pipeline.store import Store
+from data_pipeline.training import TrainingSettings, train_tokenizer
+
+PROSE = "The quick brown fox jumps over the lazy dog, and then, being a fox, it does so again. "
+ODD_DOCUMENTS = {
+    "plain.txt": (PROSE * 40 + "\n") * 5,
+    "crlf.txt": "one\r\ntwo\r\n\r\nthree\r four\n",
+    "bom.txt": "\ufeffA byte order mark at the start.\n",
+    "nul.txt": "zero\0bytes\0\0inside",
+    "tabs.txt": "def f(x):\n\tif x:\n\t\treturn 1\n        return    2   \n\n\n",
+    "meta_symbol.txt": "\u2581a\u2581\u2581b \u2581 c\u2581",
+    "emoji.txt": "\U0001f642\U0001f469\u200d\U0001f4bb e\u0301 \ufb01 \u00a0 \u3000 \u2028\u2029\u0085",
+    "korean.txt": "태초에 하나님이 천지를 창조하시니라\n" * 20,
+    "chinese.txt": "道可道,非常道。名可名,非常名。" * 30,
+    "controls.txt": "".join(map(chr, range(256))) + "<s></s><unk><0x41>",
+    "no_newline.txt": "no newline at the end",
+    "empty.txt": "",
+    "newlines.txt": "\n\n\n",
+    "one_line.txt": PROSE * 400,
+    "deep/er/nested.txt": PROSE + "\n",
+}
+
+
+@pytest.fixture(scope="session")
+def odd_documents() -> dict[str, bytes]:
+    return {name: text.encode() for name, text in ODD_DOCUMENTS.items()}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, odd_documents: dict[str, bytes]) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, content in odd_documents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / ".hidden.txt").write_text("not a document")
+    (folder / "readme.md").write_text("not a document either")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    output = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_tokenizer(TrainingSettings(inputs=(corpus,), output=output, vocab_size=540))
+    return output
+
+
+@pytest.fixture
+def make_store(tmp_path: Path, corpus: Path, tokenizer_file: Path) -> Callable[..., Store]:
+    """Builds the corpus at 256 tokens a row, or whatever else is asked for."""
+
+    def make(**changes: object) -> Store:
+        settings = {
+            "inputs": (corpus,),
+            "tokenizer": str(tokenizer_file),
+            "output": tmp_path / "store.zarr",
+            "seq_len": 256,
+            "rows_per_shard": 8,
+            "split": {"val": 0.2},
+        }
+        return build(BuildSettings(**{**settings, **changes})).store  # type: ignore[arg-type]
+
+    return make

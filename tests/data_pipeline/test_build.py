@@ -1,0 +1,227 @@
+"""A store is a pure function of its inputs and settings, and holds every byte of them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from data_pipeline import build as build_module
+from data_pipeline import sources
+from data_pipeline.decode import decode_all, decode_document, decode_row
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.store import Store, chunk_tokens, list_files
+from data_pipeline.verify import verify
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in list_files(folder)}
+
+
+@pytest.mark.parametrize("packing", ["bestfit", "stream"])
+def test_any_number_of_workers_gives_the_same_bytes(
+    make_store: Callable[..., Store], tmp_path: Path, packing: str
+) -> None:
+    stores = [
+        make_store(workers=n, output=tmp_path / f"{n}.zarr", packing=packing, rows_per_shard=3) for n in (1, 2, 3)
+    ]
+    first, *others = [content(store.path) for store in stores]
+    assert sum(name.startswith("tokens/c/") for name in first) > 10
+    for other in others:
+        assert other == first
+
+
+def test_huge_documents_are_cut_the_same_way(
+    make_store: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small blocks and tasks, so that the corpus is a corpus of huge documents."""
+    monkeypatch.setattr(build_module, "BLOCK_BYTES", 512)
+    one = make_store(output=tmp_path / "one.zarr")
+    monkeypatch.setattr(build_module, "TASK_BYTES", 1024)
+    other = make_store(output=tmp_path / "other.zarr")
+    assert content(one.path) == content(other.path)
+    assert one.manifest.block_bytes == 512
+    assert verify(one.path) == []
+
+
+def test_the_path_of_the_corpus_does_not_matter(make_store: Callable[..., Store], corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "elsewhere")
+    one = make_store(output=tmp_path / "one.zarr")
+    other = make_store(inputs=(tmp_path / "elsewhere",), output=tmp_path / "other.zarr")
+    assert content(one.path) == content(other.path)
+
+
+@pytest.mark.parametrize("packing", ["bestfit", "stream"])
+@pytest.mark.parametrize("tokenizer", ["small", "bytes"])
+def test_every_byte_comes_back(
+    make_store: Callable[..., Store],
+    odd_documents: dict[str, bytes],
+    tokenizer_file: Path,
+    tmp_path: Path,
+    packing: str,
+    tokenizer: str,
+) -> None:
+    store = make_store(packing=packing, tokenizer="bytes" if tokenizer == "bytes" else str(tokenizer_file))
+    assert verify(store.path) == []
+    assert decode_all(store, tmp_path / "decoded") == len(odd_documents)
+    assert content(tmp_path / "decoded") == odd_documents
+    for name, expected in odd_documents.items():
+        assert b"".join(decode_document(store, name)) == expected
+    rows = b"".join(decode_row(store, row) for row in range(store.n_rows))
+    assert sorted(rows) == sorted(b"".join(odd_documents.values()))
+
+
+def test_bytes_take_what_is_no_text(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).bytes(5000)
+    (tmp_path / "noise").write_bytes(noise)
+    store = make_store(inputs=(tmp_path / "noise",), tokenizer="bytes", split={})
+    assert (store.vocab_size, store.manifest.bos_id, store.manifest.eos_id) == (258, 256, 257)
+    assert b"".join(decode_document(store, "noise")) == noise
+
+
+def test_documents_begin_and_end(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    for document in store.documents:
+        mine = store.segments.document == document.id
+        row, start, length, _, _ = (column[mine] for column in store.segments)
+        assert store.read_row(int(row[0]))[start[0]] == store.manifest.bos_id
+        assert store.read_row(int(row[-1]))[start[-1] + length[-1] - 1] == store.manifest.eos_id
+        assert length.sum() == document.tokens
+
+
+def test_plain_zarr_reads_it(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    group = zarr.open(store.path, mode="r")
+    tokens = group["tokens"]
+    assert tokens.shape == (store.n_rows, 256)
+    assert tokens.dtype == np.uint16
+    assert tokens.shards == (8, 256)
+    assert tokens.chunks == (1, 256)
+    assert int(tokens.fill_value) == 65_535
+    assert np.array_equal(tokens[:], np.stack([store.read_row(row) for row in range(store.n_rows)]))
+    assert group["valid_tokens"][:].sum() == sum(document.tokens for document in store.documents)
+    assert group["token_bytes"].shape == (store.vocab_size,)
+
+
+def test_slices_of_a_row(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    assert np.array_equal(store.read_row(3, 10, 20), store.read_row(3)[10:20])
+    with pytest.raises(IndexError):
+        store.read_row(store.n_rows)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "expected"),
+    [(2, 2), (65_536, 65_536), (131_072, 65_536), (100_000, 50_000), (100_003, 100_003), (2**20, 65_536)],
+)
+def test_long_rows_are_cut_into_chunks(seq_len: int, expected: int) -> None:
+    assert chunk_tokens(seq_len) == expected
+
+
+def test_a_row_of_several_chunks(make_store: Callable[..., Store]) -> None:
+    store = make_store(seq_len=131_072)
+    assert zarr.open(store.path, mode="r")["tokens"].chunks == (1, 65_536)
+    assert verify(store.path) == []
+
+
+def test_splits_keep_apart(make_store: Callable[..., Store]) -> None:
+    store = make_store(split={"val": 0.2, "test": 0.2})
+    splits = store.manifest.splits
+    assert list(splits) == ["train", "test", "val"]
+    ranges = [store.split_rows(split) for split in splits]
+    assert [start for ((start, _),) in ranges] == [0, *(stop for ((_, stop),) in ranges[:-1])]
+    split_of = {document.id: document.split for document in store.documents}
+    for split, ((start, stop),) in zip(splits, ranges, strict=True):
+        inside = (store.segments.row >= start) & (store.segments.row < stop)
+        assert {split_of[number] for number in store.segments.document[inside].tolist()} == {split}
+    assert sum(split.documents for split in splits.values()) == len(store.documents)
+
+
+def test_val_input_is_the_val_split(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    (held_out / "val.txt").write_text("held out\n" * 10)
+    store = make_store(split={}, val_inputs=(held_out,))
+    assert [document.name for document in store.documents if document.split == "val"] == ["val.txt"]
+    assert store.manifest.splits["val"].n_bytes == 90
+
+
+def test_the_manifest_tells_of_what_is_there(make_store: Callable[..., Store], corpus: Path) -> None:
+    store = make_store()
+    manifest = Manifest.read(store.path)
+    assert manifest == store.manifest
+    assert sorted([*manifest.files, "manifest.json"]) == list_files(store.path)
+    on_disk = json.loads((store.path / "manifest.json").read_bytes())
+    assert on_disk["seq_len"] == 256
+    train = manifest.splits["train"]
+    members = [document for document in store.documents if document.split == "train"]
+    assert train.tokens == sum(document.tokens for document in members)
+    assert train.n_bytes == sum((corpus / document.name).stat().st_size for document in members)
+    newer = manifest.model_copy(update={"library_versions": {"zarr": "99"}})
+    assert newer.fingerprint == manifest.fingerprint
+    assert manifest.model_copy(update={"seq_len": 512}).fingerprint != manifest.fingerprint
+
+
+def test_token_bytes_measure_the_text(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    n_bytes = sum(
+        int(store.token_bytes[store.read_row(row)[: store.valid_tokens[row]]].sum()) for row in range(store.n_rows)
+    )
+    assert n_bytes == sum(document.n_bytes for document in store.documents)
+
+
+def test_building_again_is_no_work(make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(make_store().path)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(build_module, "tokenize_documents", fail)
+    assert content(make_store(workers=2).path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 128}, "seq_len: 256 -> 128"),
+        ({"packing": "stream"}, "packing: bestfit -> stream"),
+        ({"rows_per_shard": 4}, "rows_per_shard: 8 -> 4"),
+        ({"split": {"val": 0.3}}, "split: val=0.2 -> val=0.3"),
+        ({"split": {}}, "split: val=0.2 -> none"),
+        ({"tokenizer": "bytes"}, "tokenizer_kind: sentencepiece -> bytes"),
+    ],
+)
+def test_other_settings_are_refused(make_store: Callable[..., Store], changes: dict, message: str) -> None:
+    before = content(make_store().path)
+    with pytest.raises(DataError, match=message) as error:
+        make_store(**changes)
+    assert "another --output, or delete this one" in str(error.value)
+    assert content(make_store().path) == before
+
+
+def test_other_inputs_are_refused(make_store: Callable[..., Store], corpus: Path, tmp_path: Path) -> None:
+    make_store()
+    other = shutil.copytree(corpus, tmp_path / "other")
+    (other / "plain.txt").write_bytes((other / "plain.txt").read_bytes() + b"!")
+    (other / "new.txt").write_text("new")
+    (other / "crlf.txt").unlink()
+    with pytest.raises(DataError) as error:
+        make_store(inputs=(other,))
+    for difference in ("1 documents added: new.txt", "removed: crlf.txt", "changed: plain.txt"):
+        assert difference in str(error.value)
+
+
+def test_a_failed_build_leaves_nothing(
+    make_store: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sources, "block_boundary", fail)
+    with pytest.raises(DataError, match="No space left"):
+        make_store()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,185 @@
+"""Tokenizers give every byte back, and cuts do not change ids."""
+
+import io
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline import tokenizer as tokenizer_module
+from data_pipeline.errors import DataError
+from data_pipeline.sources import find_documents, plan_tasks, read_blocks
+from data_pipeline.tokenizer import cut_pieces, load_tokenizer, token_dtype
+from data_pipeline.training import TrainingSettings, record_path, sample_sentences, train_tokenizer
+
+TEXT = st.text(max_size=60) | st.text(alphabet="\u2581 \t\r\n\0ab가\ufeff\u0301", max_size=60)
+
+
+@given(text=TEXT)
+def test_any_text_comes_back(text: str, tokenizer_file: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    ids = tokenizer.encode(text.encode())
+    assert tokenizer.decode(ids) == text.encode()
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+@given(data=st.binary(max_size=100))
+def test_any_bytes_come_back(data: bytes) -> None:
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode(data)
+    assert ids.tolist() == list(data)
+    assert tokenizer.decode(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id]))) == data
+
+
+def test_every_odd_document_comes_back(tokenizer_file: Path, odd_documents: dict[str, bytes]) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    for content in odd_documents.values():
+        assert tokenizer.decode(tokenizer.encode(content)) == content
+
+
+def test_every_code_point_comes_back(tokenizer_file: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    surrogates = range(0xD800, 0xE000)
+    text = "".join(chr(c) for c in range(0x20000) if c not in surrogates).encode()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_ids_are_nothing(tokenizer_file: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.token_bytes[[0, 1, 2]].tolist() == [0, 0, 0]
+    assert tokenizer.decode(np.array([1, 2])) == b""
+
+
+def test_line_ends_are_one_token(tokenizer_file: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    assert len(tokenizer.encode(b"\n")) == len(tokenizer.encode(b"\r\n")) == 1
+    assert len(tokenizer.encode(b"\n\r\n\n")) == 3
+
+
+def test_dtype_leaves_room_for_the_fill_value() -> None:
+    assert token_dtype(65_535) == np.uint16
+    assert token_dtype(65_536) == np.uint32
+
+
+def test_pieces_are_the_text_and_end_at_newlines() -> None:
+    limit = tokenizer_module.PIECE_CHARS
+    line = "x" * 999 + "\n"
+    text = line * 200 + "y" * 2 * limit + "\n" + line
+    pieces = list(cut_pieces(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= limit
+    assert pieces[0].endswith("\n")
+
+
+@pytest.mark.parametrize("content", ["word word\n" * 3000, "word " * 6000, "가나다 " * 3000])
+def test_ranges_give_the_ids_of_the_whole(content: str, tmp_path: Path, tokenizer_file: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    document = find_documents([tmp_path])[0]
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    block_bytes = 1000
+
+    def encode(start: int, stop: int) -> list[int]:
+        blocks = read_blocks(document, start, stop, block_bytes)
+        return np.concatenate([tokenizer.encode(block) for block in blocks]).tolist()
+
+    whole = encode(0, document.n_bytes)
+    assert tokenizer.decode(np.array(whole)) == content.encode()
+    for task_bytes in (1000, 3000, 7000):
+        tasks = plan_tasks([document.n_bytes], block_bytes, task_bytes)
+        parts = [encode(span.start, span.stop) for task in tasks for span in task]
+        assert list(chain.from_iterable(parts)) == whole
+
+
+def lossy_model(**changes: object) -> bytes:
+    model = io.BytesIO()
+    sentences = iter(["some words to train on, and more of them"] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=model, hard_vocab_limit=False, minloglevel=2, **changes
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 40}, "does not keep text exactly"),
+        ({"vocab_size": 300, "byte_fallback": True}, "does not keep text exactly"),
+        ({"vocab_size": 300, "byte_fallback": True, "bos_id": -1}, "has no BOS or no EOS"),
+    ],
+)
+def test_a_model_that_loses_text_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "lossy.model"
+    path.write_bytes(lossy_model(**changes))
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model\n" * 10])
+def test_a_file_that_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "some.model"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is not a SentencePiece model"):
+        load_tokenizer(str(path))
+
+
+def settings(corpus: Path, output: Path, **changes: object) -> TrainingSettings:
+    return TrainingSettings(**{"inputs": (corpus,), "output": output, "vocab_size": 530, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_training_is_reproducible(model_type: str, corpus: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.model", tmp_path / "two.model"
+    assert train_tokenizer(settings(corpus, one, model_type=model_type))
+    assert train_tokenizer(settings(corpus, two, model_type=model_type, workers=2))
+    assert one.read_bytes() == two.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "one.model",
+        "one.model.json",
+        "two.model",
+        "two.model.json",
+    ]
+
+
+def test_training_again_is_no_work_and_otherwise_is_refused(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.model"
+    train_tokenizer(settings(corpus, output))
+    before = output.stat().st_mtime_ns
+    assert not train_tokenizer(settings(corpus, output))
+    assert output.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"vocab_size 530 -> 540.*another --output, or delete it"):
+        train_tokenizer(settings(corpus, output, vocab_size=540))
+    record_path(output).unlink()
+    with pytest.raises(DataError, match="does not say how it was made"):
+        train_tokenizer(settings(corpus, output))
+
+
+def test_a_model_of_text_without_spaces_keeps_spaces(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("道可道非常道名可名" * 50)
+    train_tokenizer(settings(tmp_path, tmp_path / "a.model", vocab_size=268))
+    tokenizer = load_tokenizer(str(tmp_path / "a.model"))
+    assert len(tokenizer.encode(b" ")) == 1
+    assert tokenizer.decode(tokenizer.encode(b" a  b ")) == b" a  b "
+
+
+def test_the_sample_is_bounded_seeded_and_cut(tmp_path: Path) -> None:
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_bytes(f"{name} a line\n".encode() * 40_000)
+    (tmp_path / "long.txt").write_bytes("가".encode() * 50_000)
+    documents = find_documents([tmp_path])
+
+    def sample(max_bytes: int, seed: int = 0) -> list[str]:
+        return list(sample_sentences(documents, max_bytes, seed))
+
+    everything = sample(10**9)
+    assert sum(len(line.encode()) for line in everything) == 6 * 40_000 * 8 + 150_000
+    assert max(len(line.encode()) for line in everything) <= 4_192
+    some = sample(500_000)
+    assert 300_000 < sum(len(line.encode()) + 1 for line in some) < 600_000
+    assert len({line[:1] for line in some}) > 2
+    assert sample(500_000) == some
+    assert sample(500_000, seed=1) != some
