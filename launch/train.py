@@ -14,9 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-# The folder of a script comes first on sys.path, where a launch/evaluate.py would hide any package of that name.
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from trainer.check import StoreFacts, check

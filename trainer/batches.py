@@ -9,11 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipeline.dataset import Sample
-
-
-IGNORED = -100
-"""The label of a position with nothing to predict: what data_pipeline writes and reformer skips."""
+from data_pipeline.dataset import IGNORED_LABEL, Sample
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,7 @@ def evaluation_shares(n_rows: int, micro_batch_size: int, rank: int, world_size:
     each = micro_batch_size * world_size
     padded = -(-n_rows // each) * each
     return [
-        [row if row < n_rows else None for row in share]
-        for share in shares(padded, micro_batch_size, rank, world_size)
+        [row if row < n_rows else None for row in share] for share in shares(padded, micro_batch_size, rank, world_size)
     ]
 
 
@@ -62,7 +57,7 @@ def collate(
 ) -> Batch:
     """Stack samples into a micro-batch. `token_bytes` holds the number of bytes of each token id."""
     labels = torch.stack([sample.labels for sample in samples])
-    predicted = labels[labels != IGNORED]
+    predicted = labels[labels != IGNORED_LABEL]
     return Batch(
         tokens=torch.stack([sample.tokens for sample in samples]).to(device),
         labels=labels.to(device),
@@ -75,4 +70,4 @@ def collate(
 
 def blank(sample: Sample) -> Sample:
     """The same row with nothing to predict."""
-    return Sample(sample.tokens, torch.full_like(sample.labels, IGNORED), sample.segment_ids)
+    return Sample(sample.tokens, torch.full_like(sample.labels, IGNORED_LABEL), sample.segment_ids)

@@ -9,23 +9,40 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from data_pipeline.store import Store
-from reformer.config import ConfigError
+from reformer.config import ConfigError, explain
 from trainer.config import RunConfig
 
-ALLOWED = frozenset(
-    """train_batch_size train_micro_batch_size_per_gpu optimizer gradient_clipping bf16 zero_optimization data_types
-    communication_data_type prescale_gradients gradient_predivide_factor zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer aio comms_logger flops_profiler wall_clock_breakdown memory_breakdown
-    steps_per_print""".split()
-)
+ALLOWED = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "optimizer",
+    "gradient_clipping",
+    "bf16",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "aio",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "steps_per_print",
+}
 """Top-level keys of DeepSpeed's JSON that work here."""
+
+TABLES = {"optimizer", "bf16", "data_types", "zero_optimization", "aio"}
+"""Those of them that hold keys and values of their own."""
 
 REFUSED = {
     "gradient_accumulation_steps": "it follows from train_batch_size, train_micro_batch_size_per_gpu and the number "
@@ -38,6 +55,9 @@ REFUSED = {
     "tensorboard": "the trainer writes TensorBoard events to run.dir; leave it out",
 }
 """Keys of DeepSpeed's that contradict this trainer, with the way out."""
+
+SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
+"""Tables in which DeepSpeed refuses unknown keys, and what they are parsed by."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +83,11 @@ def check(config: RunConfig, deepspeed: Mapping[str, Any], store: StoreFacts, wo
         *_batch(deepspeed, world_size),
         *_precision(deepspeed),
         *_clipping(deepspeed.get("gradient_clipping", 0.0)),
-        *_optimizer(deepspeed.get("optimizer")),
+        *_optimizer(deepspeed),
         *_data(config, store),
     ]
-    # DeepSpeed's own opinion is asked last: it stops at its first problem, and would only repeat the ones above.
-    if problems := (problems or _deepspeed_objection(deepspeed)):
+    # DeepSpeed's own opinion is asked last: it would only repeat the ones above.
+    if problems := (problems or _deepspeed_objections(deepspeed)):
         raise ConfigError("\n".join(problems))
 
 
@@ -78,19 +98,18 @@ def _keys(deepspeed: Mapping[str, Any]) -> list[str]:
             problems.append(f"deepspeed.{key}: {REFUSED[key]}")
         elif key not in ALLOWED and key not in REFUSED:
             problems.append(f"deepspeed.{key}: {_nearest(key, ALLOWED)}")
+        elif key in TABLES and not isinstance(deepspeed[key], Mapping):
+            problems.append(f"deepspeed.{key}: this is a table of keys and values (got {deepspeed[key]!r})")
     return problems
 
 
 def _batch(deepspeed: Mapping[str, Any], world_size: int) -> list[str]:
-    sizes = {key: deepspeed.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu")}
-    problems = [
-        f"deepspeed.{key}: give a number of sequences, 1 or more (got {size!r})"
-        for key, size in sizes.items()
-        if type(size) is not int or size < 1
-    ]
-    if problems:
-        return problems
-    batch, micro = sizes.values()
+    batch, micro = (deepspeed.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
+    if not (_is_count(batch) and _is_count(micro)):
+        return [
+            "deepspeed: give train_batch_size and train_micro_batch_size_per_gpu as numbers of sequences "
+            f"(got {batch!r} and {micro!r})"
+        ]
     each = micro * world_size
     if batch % each == 0:
         return []
@@ -101,8 +120,12 @@ def _batch(deepspeed: Mapping[str, Any], world_size: int) -> list[str]:
     ]
 
 
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 1
+
+
 def _precision(deepspeed: Mapping[str, Any]) -> list[str]:
-    zero, bf16, types = (deepspeed.get(key) or {} for key in ("zero_optimization", "bf16", "data_types"))
+    zero, bf16, types = (_table(deepspeed, key) for key in ("zero_optimization", "bf16", "data_types"))
     accumulate = types.get("grad_accum_dtype")
     if zero.get("stage", 0) == 0 and bf16.get("enabled") and accumulate not in (None, "bf16"):
         return [
@@ -118,10 +141,11 @@ def _clipping(limit: Any) -> list[str]:
     return [f"deepspeed.gradient_clipping={limit!r}: give the largest gradient norm as a number, or 0 for any"]
 
 
-def _optimizer(optimizer: Any) -> list[str]:
-    if not isinstance(optimizer, Mapping) or str(optimizer.get("type")).lower() not in ("adam", "adamw"):
+def _optimizer(deepspeed: Mapping[str, Any]) -> list[str]:
+    optimizer = _table(deepspeed, "optimizer")
+    if str(optimizer.get("type")).lower() not in ("adam", "adamw"):
         return ['deepspeed.optimizer: give one of type "AdamW" or "Adam"']
-    params = optimizer.get("params") or {}
+    params = _table(optimizer, "params")
     known = {*inspect.signature(torch.optim.AdamW).parameters, "torch_adam", "adam_w_mode"} - {"params"}
     problems = [f"deepspeed.optimizer.params.{key}: {_nearest(key, known)}" for key in params if key not in known]
     if not isinstance(params.get("lr"), float | int):
@@ -152,20 +176,29 @@ def _data(config: RunConfig, store: StoreFacts) -> list[str]:
     return problems
 
 
-def _deepspeed_objection(deepspeed: Mapping[str, Any]) -> list[str]:
+def _deepspeed_objections(deepspeed: Mapping[str, Any]) -> list[str]:
     """What DeepSpeed itself would say to its configuration; without a process group it assumes one rank."""
+    problems = []
+    for key, section in SECTIONS.items():
+        try:
+            section(**deepspeed.get(key, {}))
+        except ValidationError as error:
+            problems += [f"deepspeed.{key}: {line}" for line in explain(error, section).splitlines()]
+    if problems:
+        return problems
     try:
         DeepSpeedConfig(dict(deepspeed))
-    except ValidationError as error:
-        return [
-            f"deepspeed: {'.'.join(map(str, problem['loc']))}: {problem['msg']} (in {error.title})"
-            for problem in error.errors()
-        ]
     except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
         return [f"deepspeed: {error}"]
     return []
 
 
-def _nearest(key: str, known: set[str] | frozenset[str]) -> str:
+def _table(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The table `key`; an empty one where there is none, or a value that _keys() complains of."""
+    table = parent.get(key)
+    return table if isinstance(table, Mapping) else {}
+
+
+def _nearest(key: str, known: set[str]) -> str:
     close = get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown key; did you mean '{close[0]}'?" if close else "not a key that this trainer passes to DeepSpeed"

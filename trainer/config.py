@@ -16,8 +16,6 @@ from pydantic import Field, model_validator
 
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 
-__all__ = ["ConfigError", "DataConfig", "RunConfig", "LoopConfig", "load"]
-
 
 class DataConfig(StrictConfig):
     """What to read."""

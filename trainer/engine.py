@@ -4,6 +4,7 @@ What is special: the loss is scaled so that every update is that of the mean ove
 any number of ranks, with any accumulation, under ZeRO 0 to 3, whichever rank got the rows with more to predict.
 """
 
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
@@ -22,11 +23,9 @@ from trainer.schedule import lr_factor
 
 def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deepspeed.DeepSpeedEngine:
     """The model under DeepSpeed, with its optimizer and learning rate schedule."""
-    if not torch.cuda.is_available():
-        # Here DeepSpeed would compile a C++ extension, for a minute, that only its inference makes use of.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Not under deepspeed.zero.Init, even for ZeRO-3: there parameters are cast and cut up while modules are being
-    # built, so that the same seed gives other initial weights than under the other stages.
+    _calm_deepspeed()
+    # Not under deepspeed.zero.Init, even for ZeRO-3: it takes the parameters of each submodule away before the module
+    # around it can initialise them, and the weights would not be those that the same seed gives under ZeRO 0 to 2.
     torch.manual_seed(config.run.seed)
     model = Reformer(config.model)
     engine, *_ = deepspeed.initialize(
@@ -35,7 +34,19 @@ def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deep
         lr_scheduler=partial(_scheduler, config.run),
         config=deepcopy(dict(deepspeed_config)),
     )
+    if engine.bfloat16_enabled() and not engine.zero_optimization():
+        # Here DeepSpeed has already taken a step, on gradients of zero: weights decayed, Adam counted one too many.
+        engine.basic_optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
     return engine
+
+
+def _calm_deepspeed() -> None:
+    """Keep it from compiling and from repeating what concerns its authors."""
+    if not torch.cuda.is_available():
+        # On a CPU it would compile a C++ extension, for a minute, that only its inference makes use of.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
 
 
 def _scheduler(run: LoopConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -61,9 +72,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def forward(engine: deepspeed.DeepSpeedEngine, batch: Batch, step: int) -> torch.Tensor:
     """The mean loss of a micro-batch in nats; `step` seeds its hash rotations and dropout."""
-    return engine(
-        batch.tokens, batch.labels, segment_ids=batch.segment_ids, step=step, sample_ids=batch.sample_ids
-    )
+    return engine(batch.tokens, batch.labels, segment_ids=batch.segment_ids, step=step, sample_ids=batch.sample_ids)
 
 
 def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, n_tokens: int, global_tokens: float) -> None:

@@ -47,7 +47,7 @@ def train(job: Job) -> None:
     """Run a job to its end."""
     if job.start and job.start.step >= job.config.run.steps:
         if job.launch.rank == 0:
-            print(f"{job.config.run.dir} is complete: {job.start.path} has {job.start.step} steps, run.steps asks for no more")
+            print(f"nothing to do: {job.start.path} is at step {job.start.step}, run.steps={job.config.run.steps}")
         return
     device = distributed.start(job.launch)
     # Without a handler for errors: a rank that fails must not wait for others, which may be waiting for it.
