@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,8 +15,10 @@ from data_pipeline.staging import partial_path, staged
 from data_pipeline.store import Store, list_files
 
 
-def big_corpus(folder: Path) -> Path:
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough for each half of a build to take a while."""
+    folder = tmp_path_factory.mktemp("large")
     for number in range(12):
         (folder / f"{number}.txt").write_text(f"{number} and some words of a line\n" * 40_000)
     return folder
@@ -28,37 +29,36 @@ def command(corpus: Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "data_pipeline", "build", "--input", str(corpus), "--output", str(output), *options]
 
 
-def test_sigkill_at_any_moment(tmp_path: Path) -> None:
-    corpus = big_corpus(tmp_path / "corpus")
-    reference, output = tmp_path / "reference.zarr", tmp_path / "output.zarr"
-    subprocess.run(command(corpus, reference), check=True, capture_output=True)
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "store.zarr"
+    subprocess.run(command(corpus, output), check=True, capture_output=True)
+    return output
 
-    moments: list[Callable[[], bool]] = [
-        lambda: partial_path(output).exists(),
-        lambda: any(partial_path(output).rglob("*.tokens")),
-        lambda: any(partial_path(output).rglob("tokens/c/*/0")),
-    ]
-    for moment in moments:
-        process = subprocess.Popen(command(corpus, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not moment() and process.poll() is None:
-            time.sleep(0.001)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not output.exists()
-        assert partial_path(output).exists()
-        with pytest.raises(DataError, match="does not exist"):
-            Store.open(output)
-        _, alive = psutil.wait_procs(workers, timeout=10)
-        assert not alive, "workers outlive their parent"
+
+@pytest.mark.parametrize("moment", ["content/scratch", "content/scratch/00000001.tokens", "content/tokens/c/9/0"])
+def test_sigkill_at_any_moment(moment: str, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "store.zarr"
+    partial = partial_path(output)
+    process = subprocess.Popen(command(corpus, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (partial / moment).exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    with pytest.raises(DataError, match="does not exist"):
+        Store.open(output)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive, "workers outlive their parent"
 
     result = subprocess.run(command(corpus, output), check=True, capture_output=True, text=True)
-    assert f"removing {partial_path(output)}, left by a run that was killed" in result.stderr
-    assert not partial_path(output).exists()
-    names = list_files(reference)
-    assert list_files(output) == names
-    for name in names:
-        assert (output / name).read_bytes() == (reference / name).read_bytes()
+    assert f"removing {partial}, left by a run that was killed" in result.stderr
+    assert not partial.exists()
+    assert list_files(output) == list_files(undisturbed)
+    for name in list_files(undisturbed):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_two_writers_of_one_output(tmp_path: Path) -> None:
