@@ -22,7 +22,8 @@ class Embedding(nn.Module):
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        # Large enough not to drown under the first layers' outputs: 0.02 learned 2-3 times slower (measured).
+        nn.init.normal_(self.tokens.weight, std=0.3)
         self.positions = AxialPositions(config)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:

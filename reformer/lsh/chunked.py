@@ -3,8 +3,8 @@
 The portable fast path of LSH attention and all of local attention (where the order is the identity and there is
 one round). What is special about it:
 
-- One autograd Function with a hand-written backward. Rounds are merged by a running logsumexp in the forward;
-  the backward recomputes probabilities as exp(score - lse_total), so that nothing of size R*T*D is ever kept.
+- One autograd Function with a hand-written backward. Rounds are merged by a running maximum and sum in the
+  forward; the backward recomputes probabilities from the totals, so that nothing of size R*T*D is ever kept.
 - Work goes by tiles of a few chunks, gathered from memory by the sort order and small enough to stay in cache.
 - Visibility is decided by ORIGINAL position, so that one comparison does causality, padding and self at once.
 
@@ -58,9 +58,18 @@ class Layout:
         return self.order_GRS.shape[1]
 
     @property
+    def n_places(self) -> int:
+        return self.order_GRS.shape[-1]
+
+    @property
     def n_chunks(self) -> int:
         """Chunks of one round."""
-        return self.order_GRS.shape[-1] // self.chunk_len
+        return self.n_places // self.chunk_len
+
+    @property
+    def n_halo(self) -> int:
+        """Places around a round that its ends see."""
+        return sum(self.reach) * self.chunk_len
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -86,58 +95,62 @@ def chunked_attention(q_GTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, layout: Layou
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        out, lse = _forward(q, k, v, layout)
-        ctx.save_for_backward(q, k, v, out, lse)
+        with torch.autocast(q.device.type, enabled=False):  # the dtypes below are chosen with care
+            out, top, norm = _forward(q, k, v, layout)
+        ctx.save_for_backward(q, k, v, out, top, norm)
         ctx.layout = layout
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        return *_backward(q, k, v, out, lse, d_out.contiguous(), ctx.layout), None
+        with torch.autocast(d_out.device.type, enabled=False):
+            q, k, v, out, top, norm = ctx.saved_tensors
+            dq, dk, dv = _backward(q, k, v, out, top, norm, d_out, ctx.layout)
+        return dq, dk, dv, None
 
 
-def _forward(q_GTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Output [G, T, D] and its total logsumexp [G, T]."""
+def _forward(q_GTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [G, T, D] and, over all rounds, the largest score and the sum of exp(score - largest) [G, T].
+
+    The two are kept apart: their logsumexp would lose the sum to rounding where the largest is the self penalty.
+    """
     dtype = torch.promote_types(q_GTD.dtype, torch.float32)
     out_GTD = torch.empty_like(v_GTD)
-    lse_GT = q_GTD.new_empty(q_GTD.shape[:2], dtype=dtype)
+    top_GT, norm_GT = (q_GTD.new_empty(q_GTD.shape[:2], dtype=dtype) for _ in range(2))
+    # One set of buffers for all rounds: fresh memory costs a page fault per 4 KiB, which was a fifth of the time.
+    buffers = [q_GTD.new_empty(layout.n_places, width, dtype=dtype) for width in (q_GTD.shape[-1], 1, 1)]
     for group in range(q_GTD.shape[0]):
-        for round_ in range(layout.n_rounds):
-            sorted_round = _Round(layout, group, round_)
-            out_SD, lse_S = _forward_round(sorted_round, q_GTD[group], k_GTD[group], v_GTD[group], dtype)
-            inverse = layout.inverse_GRT[group, round_]
-            out, lse = out_SD.index_select(0, inverse), lse_S.index_select(0, inverse)
-            if round_ == 0:
-                total_out, total_lse = out, lse
+        for r in range(layout.n_rounds):
+            _forward_round(_Round(layout, group, r), q_GTD[group], k_GTD[group], v_GTD[group], *buffers)
+            out, top, norm = (x.index_select(0, layout.inverse_GRT[group, r]) for x in buffers)
+            if r == 0:
+                total_out, total_top, total_norm = out, top, norm
             else:
-                merged = torch.logaddexp(total_lse, lse)
-                total_out.mul_((total_lse - merged).exp_()[:, None])
-                total_out.addcmul_(out, (lse - merged).exp_()[:, None])
-                total_lse = merged
-        out_GTD[group], lse_GT[group] = total_out, total_lse
-    return out_GTD, lse_GT
+                new_top = torch.maximum(total_top, top)
+                old, new = (total_top - new_top).exp_(), (top - new_top).exp_()
+                total_out.mul_(old).addcmul_(out, new)
+                total_norm.mul_(old).addcmul_(norm, new)
+                total_top = new_top
+        out_GTD[group] = total_out.div_(total_norm)
+        top_GT[group], norm_GT[group] = total_top[:, 0], total_norm[:, 0]
+    return out_GTD, top_GT, norm_GT
 
 
 def _forward_round(
-    round_: "_Round", q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    out_SD = q_TD.new_empty(round_.n_places, q_TD.shape[-1], dtype=dtype)
-    lse_S = out_SD.new_empty(round_.n_places)
+    round_: "_Round", q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, out_SD: Tensor, top_S1: Tensor, norm_S1: Tensor
+) -> None:
+    """Fills in, by sorted place, the largest score, and the sums of weights and of weighted values."""
+    dtype = out_SD.dtype
     for tile in round_.tiles():
-        q, k, v = (
-            round_.queries(q_TD, tile, dtype),
-            round_.keys(k_TD, tile, dtype),
-            round_.keys(v_TD, tile, dtype),
-        )
+        q = round_.queries(q_TD, tile, dtype)
+        k, v = round_.keys(k_TD, tile, dtype), round_.keys(v_TD, tile, dtype)
+        out, top, norm = (x[tile.places].view(*q.shape[:2], -1) for x in (out_SD, top_S1, norm_S1))
         scores = round_.masked_scores(q, k, tile)
-        top = scores.amax(dim=-1, keepdim=True)
+        torch.amax(scores, dim=-1, keepdim=True, out=top)
         weights = scores.sub_(top).exp_()
-        norm = weights.sum(dim=-1, keepdim=True)
-        torch.bmm(weights, v, out=out_SD[tile.places].view_as(q)).div_(norm)
-        lse_S[tile.places] = norm.log_().add_(top).flatten()
-    return out_SD, lse_S
+        torch.sum(weights, dim=-1, keepdim=True, out=norm)
+        torch.bmm(weights, v, out=out)
 
 
 def _backward(
@@ -145,23 +158,27 @@ def _backward(
     k_GTD: Tensor,
     v_GTD: Tensor,
     out_GTD: Tensor,
-    lse_GT: Tensor,
+    top_GT: Tensor,
+    norm_GT: Tensor,
     d_out_GTD: Tensor,
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = lse_GT.dtype
-    grads_GTD = tuple(torch.zeros_like(x, dtype=dtype) for x in (q_GTD, k_GTD, v_GTD))
+    dtype, width = top_GT.dtype, q_GTD.shape[-1]
+    dq_GTD, dk_GTD, dv_GTD = (torch.zeros_like(x, dtype=dtype) for x in (q_GTD, k_GTD, v_GTD))
+    dq_SD = top_GT.new_empty(layout.n_places, width)
+    dk_SD, dv_SD = (top_GT.new_empty(layout.n_places + layout.n_halo, width) for _ in range(2))
     for group in range(q_GTD.shape[0]):
-        delta_T = (d_out_GTD[group].to(dtype) * out_GTD[group]).sum(dim=-1)
-        inputs = q_GTD[group], k_GTD[group], v_GTD[group], d_out_GTD[group], lse_GT[group], delta_T
+        # Probabilities are exp(score - top) / norm: the division goes to where there are D numbers, not W.
+        d_out_TD = d_out_GTD[group].to(dtype) / norm_GT[group][:, None]
+        delta_T = (d_out_TD * out_GTD[group]).sum(dim=-1)
+        inputs = q_GTD[group], k_GTD[group], v_GTD[group], d_out_TD, top_GT[group], delta_T
         for r in range(layout.n_rounds):
             round_ = _Round(layout, group, r)
-            dq_SD, dk_SD, dv_SD = _backward_round(round_, *inputs)
-            grads_GTD[0][group] += dq_SD.index_select(0, layout.inverse_GRT[group, r])
-            round_.add_key_gradient(grads_GTD[1][group], dk_SD)
-            round_.add_key_gradient(grads_GTD[2][group], dv_SD)
-    dq, dk, dv = (grad.to(q_GTD.dtype) for grad in grads_GTD)
-    return dq, dk, dv
+            _backward_round(round_, *inputs, dq_SD, dk_SD.zero_(), dv_SD.zero_())
+            dq_GTD[group] += dq_SD.index_select(0, layout.inverse_GRT[group, r])
+            round_.add_key_gradient(dk_GTD[group], dk_SD)
+            round_.add_key_gradient(dv_GTD[group], dv_SD)
+    return dq_GTD.to(q_GTD.dtype), dk_GTD.to(k_GTD.dtype), dv_GTD.to(v_GTD.dtype)
 
 
 def _backward_round(
@@ -170,31 +187,27 @@ def _backward_round(
     k_TD: Tensor,
     v_TD: Tensor,
     d_out_TD: Tensor,
-    lse_T: Tensor,
+    top_T: Tensor,
     delta_T: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by sorted place: of the round's queries, and of its keys and values with their halo."""
-    dtype = lse_T.dtype
-    dq_SD = q_TD.new_empty(round_.n_places, q_TD.shape[-1], dtype=dtype)
-    dk_SD = q_TD.new_zeros(len(round_.key_rows), q_TD.shape[-1], dtype=dtype)
-    dv_SD = torch.zeros_like(dk_SD)
+    dq_SD: Tensor,
+    dk_SD: Tensor,
+    dv_SD: Tensor,
+) -> None:
+    """Fills in, by sorted place, the gradients of the round's queries, and adds those of its keys and values."""
+    dtype = top_T.dtype
     for tile in round_.tiles():
-        q, k, v = (
-            round_.queries(q_TD, tile, dtype),
-            round_.keys(k_TD, tile, dtype),
-            round_.keys(v_TD, tile, dtype),
-        )
-        d_out = round_.queries(d_out_TD, tile, dtype)
-        lse, delta = round_.queries(lse_T, tile, dtype), round_.queries(delta_T, tile, dtype)
-        weights = round_.masked_scores(q, k, tile).sub_(lse[..., None]).exp_()
-        weights.masked_fill_((round_.query_position[tile.places] >= len(q_TD)).view(*lse.shape, 1), 0)
+        q, d_out = round_.queries(q_TD, tile, dtype), round_.queries(d_out_TD, tile, dtype)
+        k, v = round_.keys(k_TD, tile, dtype), round_.keys(v_TD, tile, dtype)
+        top, delta = (round_.queries(x, tile, dtype)[..., None] for x in (top_T, delta_T))
+        weights = round_.masked_scores(q, k, tile).sub_(top).exp_()
+        if tile.places.stop > round_.layout.n_tokens:  # places of padding stand for no query
+            weights.masked_fill_((round_.query_position[tile.places] >= len(q_TD)).view(top.shape), 0)
         round_.add_windows(dv_SD, torch.bmm(weights.mT, d_out), tile)
-        d_scores = torch.bmm(d_out, v.mT).sub_(delta[..., None]).mul_(weights)
+        d_scores = torch.bmm(d_out, v.mT).sub_(delta).mul_(weights)
         if round_.layout.is_lsh:
             round_.own_diagonal(d_scores).zero_()  # the self score is a constant
         torch.bmm(d_scores, k, out=dq_SD[tile.places].view_as(q))
         round_.add_windows(dk_SD, torch.bmm(d_scores.mT, q), tile)
-    return dq_SD, dk_SD, dv_SD
 
 
 @dataclass(frozen=True)
@@ -217,12 +230,11 @@ class _Round:
         self.layout, self.group, self.round = layout, group, round_
         L = layout.chunk_len
         order_RS = layout.order_GRS[group]
-        self.n_places = order_RS.shape[-1]
         before, after = layout.reach
-        halo_before = order_RS[round_ - 1, self.n_places - before * L :]
+        halo_before = order_RS[round_ - 1, layout.n_places - before * L :]
         halo_after = order_RS[(round_ + 1) % layout.n_rounds, : after * L]
         self.n_before, self.window = before * L, (before + 1 + after) * L
-        self.own = slice(self.n_before, self.n_before + self.n_places)
+        self.own = slice(self.n_before, self.n_before + layout.n_places)
 
         self.query_position = order_RS[round_]
         key_position = torch.cat([halo_before, self.query_position, halo_after])

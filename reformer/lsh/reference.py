@@ -15,7 +15,7 @@ from torch import Tensor
 from reformer.lsh.hashing import sort_by_bucket
 
 SELF_PENALTY = -1e5
-"""What a token's score with itself is lowered by: finite, so that a token with no other target attends to itself."""
+"""A token's score with itself: finite, so that a token with no other target attends to itself."""
 
 
 def reach_counts(buckets_RT: Tensor, chunk_len: int, *, causal: bool, attend_across_buckets: bool) -> Tensor:
@@ -70,7 +70,7 @@ def lsh_attention_reference(
             allowed &= segment_ids_BT[b][:, None] == segment_ids_BT[b][None, :]
         allowed |= is_self
         for h in range(qk_BHTD.shape[1]):
-            scores = qk_BHTD[b, h] @ k_BHTD[b, h].T + SELF_PENALTY * is_self
+            scores = (qk_BHTD[b, h] @ k_BHTD[b, h].T).masked_fill(is_self, SELF_PENALTY)
             counts = reach_counts(
                 buckets_BHRT[b, h],
                 chunk_len,

@@ -1,0 +1,37 @@
+"""Every error of the configuration names the value and the way out."""
+
+import pytest
+
+from reformer import ConfigError, ReformerConfig
+
+
+def test_derived_fields_are_filled_in() -> None:
+    config = ReformerConfig(vocab_size=10, d_model=64, n_heads=4, max_seq_len=1000)
+    assert (config.d_head, config.d_ff, config.axial_shape, config.axial_dims) == (16, 256, (25, 40), (16, 48))
+    assert ReformerConfig(**config.model_dump()) == config
+
+
+def test_attention_pattern_repeats() -> None:
+    config = ReformerConfig(vocab_size=10, n_layers=5, attn_pattern=("local", "local", "lsh", "local"))
+    assert [config.attention_kind(i) for i in range(5)] == ["local", "local", "lsh", "local", "local"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_hash": 2}, "unknown key 'n_hash': did you mean 'n_hashes'"),
+        ({"zzzzzzzz": 2}, "the known keys are vocab_size"),
+        ({"d_model": "wide"}, "'d_model': input should be a valid integer.*got 'wide'"),
+        ({"d_model": 30}, "d_model=30 is not divisible by n_heads=4"),
+        ({"n_layers": 0}, "'n_layers'"),
+        ({"n_buckets": (4, 3)}, "must be even"),
+        ({"axial_shape": (3, 4)}, r"axial_shape=\(3, 4\) covers 12 positions, but max_seq_len=65536.*\(256, 256\)"),
+        ({"axial_dims": (3, 4)}, "must sum to d_model=256"),
+        ({"attn_pattern": ["global"]}, "'attn_pattern.0'"),
+        ({"dropout": 1.0}, "'dropout'"),
+        ({"vocab_size": None}, "'vocab_size'"),
+    ],
+)
+def test_errors(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ReformerConfig(**{"vocab_size": 10, **values})

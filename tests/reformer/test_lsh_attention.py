@@ -1,0 +1,171 @@
+"""The fast path against the oracle, in float64, outputs and gradients, at awkward sizes; and the oracle itself."""
+
+import math
+
+import pytest
+import torch
+from parity import assert_parity
+from torch import Tensor
+
+from reformer import lsh_attention
+from reformer.lsh.chunked import TILE_SCORES
+
+LENGTHS = [1, 5, 16, 17, 63, 100]
+
+
+def random_inputs(n_tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 2, n_tokens, 8)
+    qk, v = (torch.randn(shape, dtype=dtype, generator=generator).requires_grad_() for _ in range(2))
+    return qk, v
+
+
+def run(qk: Tensor, v: Tensor, buckets: Tensor | None, **options: object) -> tuple[dict[str, Tensor], Tensor]:
+    out, used = lsh_attention(qk, v, buckets, **options)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).bfloat16().half().to(out.dtype)
+    d_qk, d_v = torch.autograd.grad(out, (qk, v), d_out)
+    return {"out": out.detach(), "d_qk": d_qk, "d_v": d_v}, used
+
+
+def assert_equals_oracle(n_tokens: int, **options: object) -> None:
+    qk, v = random_inputs(n_tokens)
+    torch.manual_seed(1)
+    fast, buckets = run(qk, v, None, backend="chunked", **options)
+    exact, _ = run(qk, v, buckets, backend="reference", **options)
+    assert_parity(fast, exact, 1e-9)
+
+
+@pytest.mark.parametrize("n_tokens", LENGTHS)
+@pytest.mark.parametrize("n_hashes", [1, 2, 4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_equals_oracle(n_tokens: int, n_hashes: int, causal: bool) -> None:
+    assert_equals_oracle(n_tokens, n_hashes=n_hashes, chunk_len=16, causal=causal)
+
+
+@pytest.mark.parametrize("n_tokens", [5, 17, 63])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("attend_across_buckets", [True, False])
+@pytest.mark.parametrize("duplicate_correction", [True, False])
+@pytest.mark.parametrize("masked", ["", "padding", "segments", "padding and segments"])
+def test_every_mode_equals_oracle(
+    n_tokens: int, causal: bool, attend_across_buckets: bool, duplicate_correction: bool, masked: str
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    masks: dict[str, Tensor] = {}
+    if "padding" in masked:
+        masks["key_padding_mask"] = torch.rand(2, n_tokens, generator=generator) > 0.3
+        masks["key_padding_mask"][1] = False  # a row that is all padding
+    if "segments" in masked:
+        masks["segment_ids"] = torch.randint(0, 3, (2, n_tokens), generator=generator).sort().values
+    for n_hashes in (1, 3):
+        assert_equals_oracle(
+            n_tokens,
+            n_hashes=n_hashes,
+            chunk_len=8,
+            causal=causal,
+            attend_across_buckets=attend_across_buckets,
+            duplicate_correction=duplicate_correction,
+            **masks,
+        )
+
+
+def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    qk, v = random_inputs(300)
+    options = {"n_hashes": 2, "chunk_len": 8}
+    whole, buckets = run(qk, v, None, **options)
+    monkeypatch.setitem(TILE_SCORES, "cpu", 3 * 8 * 16)  # three chunks a tile
+    tiled, _ = run(qk, v, buckets, **options)
+    assert_parity(tiled, whole, 1e-13)
+
+
+def test_one_bucket_is_sliding_chunk_attention_over_positions() -> None:
+    """An oracle of the oracle: with one bucket the order is the identity and a mask can be written by hand."""
+    n_tokens, chunk_len = 24, 8
+    qk, v = random_inputs(n_tokens)
+    buckets = torch.zeros(2, 2, 1, n_tokens, dtype=torch.int64)
+    out, _ = lsh_attention(qk, v, buckets, n_hashes=1, chunk_len=chunk_len, backend="reference")
+    scores = qk @ (qk / qk.norm(dim=-1, keepdim=True)).mT
+    for i in range(n_tokens):
+        keys = [j for j in range(i) if i // chunk_len - j // chunk_len <= 1] or [i]
+        expected = torch.softmax(scores[:, :, i, keys], dim=-1)[..., None, :] @ v[:, :, keys]
+        assert torch.allclose(out[:, :, i], expected[:, :, 0], rtol=1e-12)
+
+
+def test_duplicate_correction_is_one_softmax_over_the_union() -> None:
+    n_tokens = 64
+    qk, v = random_inputs(n_tokens)
+    options = {"n_hashes": 4, "chunk_len": 8, "attend_across_buckets": False}
+    out, buckets = lsh_attention(qk, v, duplicate_correction=True, n_buckets=4, **options)
+    plain, _ = lsh_attention(qk, v, buckets, **options)
+    # Whether i reaches j is read off the output: the value of j alone, through one round without any other.
+    union = torch.zeros(2, 2, n_tokens, n_tokens, dtype=torch.bool)
+    for j in range(n_tokens):
+        one_hot = torch.zeros_like(v)
+        one_hot[:, :, j] = 1
+        union[..., j] = lsh_attention(qk, one_hot, buckets, **options)[0][..., 0] > 0
+    scores = qk @ (qk / qk.norm(dim=-1, keepdim=True)).mT
+    expected = scores.masked_fill(~union, -math.inf).softmax(dim=-1) @ v
+    assert torch.allclose(out, expected, rtol=1e-9)
+    assert not torch.allclose(plain, expected, rtol=1e-3)  # the correction does something
+
+
+def test_first_token_attends_to_itself() -> None:
+    qk, v = random_inputs(40)
+    out, _ = lsh_attention(qk, v, n_hashes=2, chunk_len=8)
+    assert torch.allclose(out[:, :, 0], v[:, :, 0], rtol=1e-15)
+
+
+def test_causal_output_does_not_depend_on_the_future() -> None:
+    qk, v = random_inputs(50)
+    buckets = torch.randint(0, 4, (2, 2, 2, 50))
+    options = {"n_hashes": 2, "chunk_len": 100}  # one chunk a round: buckets of the future move nothing else
+    before, _ = lsh_attention(qk, v, buckets, **options)
+    changed = torch.cat([qk[:, :, :30], torch.randn(2, 2, 20, 8, dtype=qk.dtype)], dim=2)
+    after, _ = lsh_attention(changed, v, buckets, **options)
+    assert torch.allclose(after[:, :, :30], before[:, :, :30], rtol=1e-12)
+    assert not torch.allclose(after[:, :, 30:], before[:, :, 30:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_is_finite_and_near(dtype: torch.dtype) -> None:
+    qk, v = random_inputs(200)
+    with torch.no_grad():
+        qk.mul_(4)  # scores far from zero
+    options = {"n_hashes": 2, "chunk_len": 16}
+    low_qk, low_v = (x.detach().to(dtype).requires_grad_() for x in (qk, v))
+    low, buckets = run(low_qk, low_v, None, **options)
+    exact, _ = run(
+        low_qk.detach().double().requires_grad_(),
+        low_v.detach().double().requires_grad_(),
+        buckets,
+        backend="reference",
+        **options,
+    )
+    assert low["out"].dtype == dtype and low["d_qk"].dtype == dtype
+    assert_parity({name: x.double() for name, x in low.items()}, exact, 16 * torch.finfo(dtype).eps)
+
+
+def test_given_buckets_are_used_and_returned() -> None:
+    qk, v = random_inputs(64)
+    buckets = torch.randint(0, 8, (2, 2, 2, 64))
+    _, used = lsh_attention(qk, v, buckets, n_hashes=2, chunk_len=8)
+    assert torch.equal(used, buckets)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"v": torch.zeros(1, 1, 4, 3)}, "qk and v"),
+        ({"buckets": torch.zeros(1, 1, 1, 4, dtype=torch.int64)}, "buckets must be integers"),
+        ({"buckets": torch.zeros(1, 1, 2, 4)}, "buckets must be integers"),
+        ({"n_buckets": 3}, "even"),
+        ({"chunk_len": 0}, "at least 1"),
+        ({"rotations": torch.zeros(1, 2, 2, 9)}, "rotations must be"),
+        ({"segment_ids": torch.zeros(1, 5)}, "segment_ids must be"),
+        ({"backend": "cuda"}, "choose 'auto'"),
+    ],
+)
+def test_bad_arguments_name_what_was_expected(arguments: dict[str, object], message: str) -> None:
+    valid: dict[str, object] = {"qk": torch.zeros(1, 1, 4, 2), "v": torch.zeros(1, 1, 4, 2), "n_hashes": 2}
+    with pytest.raises(ValueError, match=message):
+        lsh_attention(**{**valid, "chunk_len": 2, **arguments})

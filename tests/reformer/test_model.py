@@ -1,0 +1,131 @@
+"""Chunking that changes nothing, losses that ignore what they should, positions, any length, learning."""
+
+import pytest
+import torch
+from parity import assert_parity, gradients
+from torch.nn import functional as F
+
+from reformer import Reformer, ReformerConfig
+from reformer.positions import AxialPositions
+
+SMALL = {"vocab_size": 20, "max_seq_len": 64, "d_model": 16, "n_layers": 2, "n_heads": 2, "lsh_chunk_len": 8}
+
+
+def losses_and_gradients(**changes: object) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Reformer(ReformerConfig(**{**SMALL, **changes})).double()
+    tokens = torch.randint(0, 20, (2, 50))
+    labels = torch.where(torch.rand(2, 50) > 0.3, torch.randint(0, 20, (2, 50)), -100)
+    labels[1, 10:30] = -100
+    loss = model(tokens, labels)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10, 1000])
+def test_chunk_sizes_do_not_change_the_result(chunk: int) -> None:
+    whole = losses_and_gradients(ff_chunk_tokens=50, loss_chunk_tokens=100)
+    assert_parity(losses_and_gradients(ff_chunk_tokens=chunk, loss_chunk_tokens=chunk), whole, 1e-12)
+
+
+def test_loss_equals_cross_entropy_of_the_logits() -> None:
+    model = Reformer(ReformerConfig(**SMALL)).double()
+    tokens, labels = torch.randint(0, 20, (2, 2, 33))
+    labels[0, 5:] = -100
+    with torch.no_grad():
+        logits, loss = model(tokens), model(tokens, labels)
+    assert logits.shape == (2, 33, 20)
+    assert torch.allclose(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()), rtol=1e-12)
+
+
+def test_no_label_at_all_is_a_loss_of_zero_with_zero_gradients() -> None:
+    model = Reformer(ReformerConfig(**SMALL))
+    loss = model(torch.zeros(1, 20, dtype=torch.int64), torch.full((1, 20), -100))
+    loss.backward()
+    assert loss == 0 and all(gradient.abs().max() == 0 for gradient in gradients(model).values())
+
+
+def test_backward_twice_is_refused() -> None:
+    model = Reformer(ReformerConfig(**SMALL))
+    loss = model(torch.zeros(1, 20, dtype=torch.int64), torch.zeros(1, 20, dtype=torch.int64))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed over already"):
+        loss.backward()
+
+
+def test_axial_positions_concatenate_row_and_column() -> None:
+    config = ReformerConfig(vocab_size=2, d_model=6, n_heads=1, max_seq_len=12, axial_shape=(3, 4), axial_dims=(2, 4))
+    positions = AxialPositions(config)
+    table = positions(10)
+    assert table.shape == (10, 6)
+    for t in range(10):
+        assert torch.equal(table[t], torch.cat([positions.rows[t // 4], positions.columns[t % 4]]))
+    with pytest.raises(ValueError, match="13 tokens but the position table covers 3 x 4 = 12"):
+        positions(13)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 9, 63, 64])
+def test_any_length_works(n_tokens: int) -> None:
+    model = Reformer(ReformerConfig(**SMALL))
+    tokens = torch.randint(0, 20, (1, n_tokens))
+    model(tokens, tokens).backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def test_bfloat16_parameters_keep_streams_and_loss_in_fp32() -> None:
+    torch.manual_seed(0)
+    model = Reformer(ReformerConfig(**SMALL))
+    tokens = torch.randint(0, 20, (2, 64))
+    exact = model(tokens, tokens).detach()
+    model.bfloat16()
+    streams = []
+    model.head.register_forward_pre_hook(lambda _, inputs: streams.extend(inputs[:2]))
+    loss = model(tokens, tokens)
+    loss.backward()
+    assert [y.dtype for y in streams] == [torch.float32, torch.float32]
+    assert loss.dtype == torch.float32 and abs(loss.item() / exact.item() - 1) < 0.02
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def test_documents_in_one_row_do_not_see_each_other() -> None:
+    model = Reformer(ReformerConfig(**{**SMALL, "causal": False})).double()
+    tokens = torch.randint(0, 20, (1, 60))
+    segments = torch.tensor([[1] * 25 + [2] * 35])
+    other = tokens.clone()
+    other[:, 25:] = torch.randint(0, 20, (1, 35))
+    gradient_of = []
+    embedded = model.embedding(tokens).detach().requires_grad_()
+    model.embedding.register_forward_hook(lambda *_: embedded)
+    logits = model(tokens, segment_ids=segments)
+    (gradient_of,) = torch.autograd.grad(logits[:, :25].square().sum(), embedded)
+    assert gradient_of[:, :25].abs().max() > 0 and gradient_of[:, 25:].abs().max() == 0
+
+
+def test_lsh_attention_learns_to_recall_by_content() -> None:
+    """Keys with a bit each, then the keys again in another order: what was the bit? Chance is ln 2 = 0.693.
+
+    One LSH layer, so that the answer can only come from the earlier occurrence, up to eight chunks away.
+    """
+    torch.manual_seed(0)
+    n_keys, batch = 32, 4
+    model = Reformer(
+        ReformerConfig(
+            vocab_size=3 * n_keys, max_seq_len=2 * n_keys, d_model=64, d_ff=64, n_layers=1, n_heads=2,
+            attn_pattern=["lsh"], lsh_chunk_len=8, n_hashes=4,
+        )
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    losses = []
+    for step in range(220):
+        first, second = (torch.rand(batch, n_keys).argsort(dim=1) for _ in range(2))
+        bits = torch.randint(0, 2, (batch, n_keys))
+        tokens = torch.cat([2 * first + bits, 2 * n_keys + second], dim=1)
+        answers = bits.gather(1, first.argsort(dim=1).gather(1, second))
+        labels = torch.cat([torch.full_like(answers, -100), answers], dim=1)
+        loss = model(tokens, labels, step=step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    print(f"loss of the last 20 steps {sum(losses[-20:]) / 20:.3f}")
+    assert sum(losses[-20:]) / 20 < 0.4
