@@ -126,10 +126,13 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 def _precision(deepspeed: Mapping[str, Any]) -> list[str]:
     zero, bf16, types = (_table(deepspeed, key) for key in ("zero_optimization", "bf16", "data_types"))
-    accumulate = types.get("grad_accum_dtype")
-    if zero.get("stage", 0) == 0 and bf16.get("enabled") and accumulate not in (None, "bf16"):
+    weights = "bf16" if bf16.get("enabled") else "fp32"
+    accumulate = types.get("grad_accum_dtype", weights)
+    if accumulate not in ("fp32", "bf16"):
+        return [f"deepspeed.data_types.grad_accum_dtype={accumulate!r}: give 'fp32' or 'bf16'"]
+    if zero.get("stage", 0) == 0 and accumulate != weights:
         return [
-            f"deepspeed.data_types.grad_accum_dtype='{accumulate}' with bf16 needs ZeRO: "
+            f"deepspeed.data_types.grad_accum_dtype={accumulate!r} with weights in {weights} needs ZeRO: "
             "set deepspeed.zero_optimization.stage to 1, 2 or 3, or leave it out"
         ]
     return []
