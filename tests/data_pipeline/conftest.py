@@ -42,6 +42,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, odd_documents: dict[str, by
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / ".hidden.txt").write_text("not a document")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "hidden.txt").write_text("not a document")
     (folder / "readme.md").write_text("not a document either")
     return folder
 

@@ -161,6 +161,8 @@ def test_the_manifest_tells_of_what_is_there(make_store: Callable[..., Store], c
     members = [document for document in store.documents if document.split == "train"]
     assert train.tokens == sum(document.tokens for document in members)
     assert train.n_bytes == sum((corpus / document.name).stat().st_size for document in members)
+    spelled = np.array([store.tokenizer.is_byte_fallback[store.read_row(row)].sum() for row in range(store.n_rows)])
+    assert sum(split.byte_fallback_tokens for split in manifest.splits.values()) == spelled.sum() > 0
     newer = manifest.model_copy(update={"library_versions": {"zarr": "99"}})
     assert newer.fingerprint == manifest.fingerprint
     assert manifest.model_copy(update={"seq_len": 512}).fingerprint != manifest.fingerprint

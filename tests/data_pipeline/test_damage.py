@@ -115,6 +115,14 @@ def test_a_broken_manifest(store: Store, content: bytes) -> None:
         Store.open(store.path)
 
 
+def test_a_changed_manifest(store: Store) -> None:
+    """Still valid in form, but not what was written."""
+    path = store.path / MANIFEST_NAME
+    path.write_bytes(path.read_bytes().replace(b'"seq_len": 256', b'"seq_len": 257'))
+    with pytest.raises(DataError, match=r"manifest.json is damaged"):
+        Store.open(store.path)
+
+
 def test_a_manifest_of_another_version(store: Store) -> None:
     path = store.path / MANIFEST_NAME
     path.write_bytes(path.read_bytes().replace(b'"format_version": 1', b'"format_version": 9'))

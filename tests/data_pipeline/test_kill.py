@@ -19,20 +19,21 @@ from data_pipeline.store import Store, list_files
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough for each half of a build to take a while."""
     folder = tmp_path_factory.mktemp("large")
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(f"{number} and some words of a line\n" * 40_000)
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"{number} and some words of a line\n" * 25_000)
     return folder
 
 
-def command(corpus: Path, output: Path) -> list[str]:
-    options = ["--tokenizer", "bytes", "--seq-len", "1024", "--rows-per-shard", "64", "--workers", "2"]
-    return [sys.executable, "-m", "data_pipeline", "build", "--input", str(corpus), "--output", str(output), *options]
+def command(corpus: Path, output: Path, workers: int) -> list[str]:
+    options = f"--tokenizer bytes --seq-len 1024 --rows-per-shard 64 --workers {workers}"
+    paths = ["--input", str(corpus), "--output", str(output)]
+    return [sys.executable, "-m", "data_pipeline", "build", *paths, *options.split()]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "store.zarr"
-    subprocess.run(command(corpus, output), check=True, capture_output=True)
+    subprocess.run(command(corpus, output, 1), check=True, capture_output=True)
     return output
 
 
@@ -40,7 +41,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sigkill_at_any_moment(moment: str, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "store.zarr"
     partial = partial_path(output)
-    process = subprocess.Popen(command(corpus, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(corpus, output, 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (partial / moment).exists():
         assert process.poll() is None
         time.sleep(0.001)
@@ -53,7 +54,7 @@ def test_sigkill_at_any_moment(moment: str, corpus: Path, undisturbed: Path, tmp
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive, "workers outlive their parent"
 
-    result = subprocess.run(command(corpus, output), check=True, capture_output=True, text=True)
+    result = subprocess.run(command(corpus, output, 1), check=True, capture_output=True, text=True)
     assert f"removing {partial}, left by a run that was killed" in result.stderr
     assert not partial.exists()
     assert list_files(output) == list_files(undisturbed)

@@ -61,6 +61,12 @@ def test_bestfit_by_hand() -> None:
     ]
 
 
+def test_equal_lengths_keep_their_order() -> None:
+    """A sort that is free to swap them would make stores depend on the machine."""
+    segments = pack(np.full(5000, 6), 10, "bestfit")
+    assert segments.document.tolist() == list(range(5000))
+
+
 def test_bestfit_wastes_little_on_novels() -> None:
     lengths = np.random.default_rng(0).integers(50_000, 500_000, 95)
     assert padding(pack(lengths, 65_536, "bestfit"), 65_536) < 0.02
