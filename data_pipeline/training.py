@@ -74,6 +74,8 @@ def train_tokenizer(settings: TrainingSettings) -> bool:
     if settings.output.exists():
         _check_same(settings.output, record)
         return False
+    sample_bytes = min(settings.max_bytes, sum(document.n_bytes for document in documents))
+    logger.info("training on %s bytes of %s documents", f"{sample_bytes:,}", f"{len(documents):,}")
     sentences = sample_sentences(documents, settings.max_bytes, settings.seed)
     with staged(settings.output) as partial:
         with partial.open("wb") as model:
