@@ -6,15 +6,21 @@ torchrun's, srun) is tested without starting one. A single process joins itself 
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from data_pipeline.errors import DataError
 from trainer.config import ConfigError
+
+T = TypeVar("T")
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others to appear; a missing one should be told soon."""
@@ -165,6 +171,25 @@ def all_sum(values: Iterable[float | torch.Tensor], device: torch.device) -> lis
 def all_max(value: float, device: torch.device) -> float:
     """The largest of a number over all processes."""
     return _all_reduce([value], device, dist.ReduceOp.MAX)[0]
+
+
+def together(action: Callable[[], T], launch: Launch, device: torch.device) -> T:
+    """The result of `action`, which may raise a DataError on some ranks only.
+
+    Then one of these raises it and the others end quietly, instead of waiting for it in the next collective.
+    """
+    error = None
+    try:
+        result = action()
+    except DataError as caught:
+        error = caught
+    speaker = -all_max(-launch.rank if error else -launch.world_size, device)
+    if error and speaker == launch.rank:
+        raise error
+    if speaker < launch.world_size:
+        time.sleep(5)  # once the speaker has ended, its launcher ends us
+        sys.exit(2)
+    return result
 
 
 def _all_reduce(

@@ -6,13 +6,14 @@ all must take part in every forward pass. The result does not depend on the numb
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import deepspeed
 import torch
 
 from data_pipeline.dataset import RowDataset
-from trainer.batches import blank, collate, evaluation_shares
-from trainer.distributed import Launch, all_sum
+from trainer.batches import Batch, blank, collate, evaluation_shares
+from trainer.distributed import Launch, all_sum, together
 from trainer.engine import forward
 
 
@@ -51,10 +52,14 @@ def evaluate(
     n_tokens = n_bytes = 0
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
     for share in evaluation_shares(n_rows, micro_batch_size, launch.rank, launch.world_size):
-        samples = [blank(rows[0]) if row is None else rows[row] for row in share]
-        batch = collate(samples, range(len(share)), token_bytes, device)
+        batch = together(partial(_read, rows, share, token_bytes, device), launch, device)
         nll += forward(engine, batch, step=0).double() * batch.n_tokens
         n_tokens += batch.n_tokens
         n_bytes += batch.n_bytes
     engine.train()
     return Score(*all_sum([nll, n_tokens, n_bytes], device))
+
+
+def _read(rows: RowDataset, share: list[int | None], token_bytes: torch.Tensor, device: torch.device) -> Batch:
+    samples = [blank(rows[0]) if row is None else rows[row] for row in share]
+    return collate(samples, range(len(share)), token_bytes, device)

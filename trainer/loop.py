@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -17,11 +18,11 @@ import torch
 from data_pipeline.dataset import RowDataset
 from data_pipeline.store import Store
 from trainer import checkpoint, distributed
-from trainer.batches import collate, shares
+from trainer.batches import Batch, collate, shares
 from trainer.check import StoreFacts
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
-from trainer.distributed import Launch, all_max, all_sum
+from trainer.distributed import Launch, all_max, all_sum, together
 from trainer.engine import backward, build_engine, forward, optimizer_step
 from trainer.evaluate import Score, evaluate
 from trainer.metrics import Metrics, environment, eval_line, peak_gib, train_line
@@ -108,11 +109,7 @@ class Trainer:
 
     def step(self, step: int) -> tuple[Score, float]:
         """One update of the weights; the score of its batch before it, and the gradient's norm."""
-        batch_size, micro = self.engine.train_batch_size(), self.engine.train_micro_batch_size_per_gpu()
-        batches = [
-            collate([self.train_rows.at(step * batch_size + i) for i in ids], ids, self.token_bytes, self.device)
-            for ids in shares(batch_size, micro, self.launch.rank, self.launch.world_size)
-        ]
+        batches = together(partial(self.read, step), self.launch, self.device)
         # The mean is over the tokens of all ranks, so these are counted before the first backward pass.
         counts = [sum(batch.n_tokens for batch in batches), sum(batch.n_bytes for batch in batches)]
         n_tokens, n_bytes = all_sum(counts, self.device)
@@ -125,6 +122,14 @@ class Trainer:
             norm = optimizer_step(self.engine)
         assert norm is not None, "DeepSpeed and shares() disagree on the number of micro-batches"
         return Score(all_sum([nll], self.device)[0], n_tokens, n_bytes), norm
+
+    def read(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        batch_size, micro = self.engine.train_batch_size(), self.engine.train_micro_batch_size_per_gpu()
+        return [
+            collate([self.train_rows.at(step * batch_size + i) for i in ids], ids, self.token_bytes, self.device)
+            for ids in shares(batch_size, micro, self.launch.rank, self.launch.world_size)
+        ]
 
     def log(self, done: int, score: Score, lr: float, norm: float, spent: "Spent") -> None:
         """Report a step."""

@@ -1,0 +1,126 @@
+"""A tiny store whose rows differ in what there is to predict, and the real launchers to train on it."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.cli import main as data_pipeline
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+
+TOML = """
+[model]
+vocab_size = 258
+max_seq_len = 256
+d_model = 32
+n_layers = 2
+n_heads = 2
+n_hashes = 2
+lsh_chunk_len = 32
+local_chunk_len = 32
+
+[data]
+store = "{store}"
+
+[run]
+dir = "runs/test"
+deepspeed_config = "deepspeed.json"
+steps = 4
+warmup_steps = 2
+eval_every = 4
+eval_rows = 5
+save_every = 2
+"""
+DEEPSPEED = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_clipping": 0.5,
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.01, "torch_adam": True, "fused": True}},
+}
+
+
+def build_store(folder: Path, seed: int) -> Path:
+    """One document a row, 130 to 250 bytes long: 14 rows to train on, 7 held out."""
+    rng = random.Random(seed)
+    for split, n_documents in (("train", 14), ("val", 7)):
+        (folder / split).mkdir()
+        for i in range(n_documents):
+            words = ("".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(60))
+            (folder / split / f"{split}_{i:02d}.txt").write_text(" ".join(words)[: rng.randint(130, 250)])
+    path = folder / "store"
+    inputs = ["--input", str(folder / "train"), "--val-input", str(folder / "val")]
+    settings = ["--tokenizer", "bytes", "--seq-len", "256", "--workers", "1"]
+    assert data_pipeline(["build", *inputs, *settings, "--output", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_store(tmp_path_factory.mktemp("data"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same shape, with other text."""
+    return build_store(tmp_path_factory.mktemp("data"), seed=1)
+
+
+@dataclass
+class Run:
+    """What a finished launch left behind."""
+
+    dir: Path
+    code: int
+    output: str
+    errors: str
+    seconds: float
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
+
+    def column(self, tag: str) -> list[float]:
+        return [line[tag] for line in self.metrics if tag in line]
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def train(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """train(ranks, *arguments): `python launch/train.py`, or `deepspeed` with that many ranks."""
+    folder = tmp_path_factory.mktemp("train")
+    config = folder / "test.toml"
+    config.write_text(TOML.format(store=store))
+    (folder / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
+    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+
+    def launch(ranks: int, run_dir: Path, *arguments: str) -> Run:
+        start = [sys.executable]
+        if ranks > 1:
+            deepspeed = Path(sys.executable).parent / "deepspeed"
+            start = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        command = [*start, "launch/train.py", "--config", str(config), f"run.dir={run_dir}", *arguments]
+        begun = time.perf_counter()
+        result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240)
+        return Run(run_dir, result.returncode, result.stdout, result.stderr, time.perf_counter() - begun)
+
+    return launch
+
+
+def free_port() -> int:
+    """A port that nothing listens on; DeepSpeed's launcher wants to be told one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,58 @@
+"""Through the launcher with two ranks, a mistake ends both at once with one message and a non-zero exit code."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("run.stesp=3", "error: [run] unknown key 'stesp': did you mean 'steps'?"),
+        (
+            "deepspeed.train_batch_size=3",
+            "error: deepspeed.train_batch_size=3 is not divisible by train_micro_batch_size_per_gpu=1 times 2 ranks: "
+            "2 or 4 would do",
+        ),
+    ],
+)
+def test_a_wrong_configuration(train, tmp_path: Path, change: str, message: str):
+    run = train(2, tmp_path / "run", change)
+    assert run.code != 0
+    assert run.errors.count("error:") == 1
+    assert message in run.errors
+    assert "Traceback" not in run.errors
+    assert run.seconds < 60
+    assert not run.dir.exists()
+
+
+def test_a_missing_shard(train, store: Path, tmp_path: Path):
+    damaged = tmp_path / "store"
+    shutil.copytree(store, damaged)
+    shard = next((damaged / "tokens" / "c").rglob("0"))
+    while shard.is_dir():
+        shard = next(shard.iterdir())
+    shard.unlink()
+    run = train(2, tmp_path / "run", f"data.store={damaged}")
+    assert run.code != 0
+    assert run.errors.count("error:") == 1
+    assert str(shard) in run.errors
+    assert not run.dir.exists()
+
+
+def test_a_damaged_shard_found_while_training(train, store: Path, tmp_path: Path):
+    """Its size is right, so only its checksum tells, in the step that reads it; nothing may hang then either."""
+    damaged = tmp_path / "store"
+    shutil.copytree(store, damaged)
+    shard = next(path for path in (damaged / "tokens" / "c").rglob("*") if path.is_file())
+    content = bytearray(shard.read_bytes())
+    content[20] ^= 1
+    shard.write_bytes(content)
+    run = train(2, tmp_path / "run", f"data.store={damaged}", "run.save_every=0")
+    assert run.code != 0
+    assert sum(line.startswith("error: ") for line in run.errors.splitlines()) == 1
+    assert "is damaged" in run.errors
+    assert "Traceback" not in run.errors
+    assert run.seconds < 60
+    assert not any((run.dir / "checkpoints").glob("step_*"))

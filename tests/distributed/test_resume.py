@@ -1,0 +1,80 @@
+"""A run that stopped and continued equals one that did not, bit for bit; what cannot continue is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+TIMELESS = ("train/loss", "train/bits_per_byte", "train/lr", "train/grad_norm", "eval/loss", "eval/bits_per_byte")
+TAGS = {*TIMELESS, "speed/tokens_per_s", "speed/step_s", "memory/peak_gib"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, ("model.dropout=0.1", "deepspeed.zero_optimization.stage=2")),
+        (1, ("deepspeed.zero_optimization.stage=0",)),
+        (2, ("model.dropout=0.1", "deepspeed.zero_optimization.stage=2")),
+        (2, ("deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=true")),
+    ],
+)
+def test_resumed_equals_uninterrupted(train, tmp_path: Path, ranks: int, changes: tuple[str, ...]):
+    run = train(ranks, tmp_path / "run", *changes)
+    assert run.code == 0, run.errors
+    whole = [{tag: line.get(tag) for tag in ("step", *TIMELESS)} for line in run.metrics]
+    checkpoints = run.dir / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000004"]
+
+    # As if it had died while saving step 4, after reporting it.
+    (checkpoints / "step_00000004").rename(checkpoints / ".partial-step_00000004")
+    again = train(ranks, run.dir, "--resume", *changes)
+    assert again.code == 0, again.errors
+    assert f"continuing from {checkpoints / 'step_00000002'}, after step 2" in again.output
+    assert [{tag: line.get(tag) for tag in ("step", *TIMELESS)} for line in again.metrics] == whole
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000004"]
+    assert json.loads((run.dir / "run.json").read_text())["resumed_from_step"] == 2
+
+    events = EventAccumulator(str(run.dir / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == TAGS
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 4]
+
+
+@pytest.fixture(scope="module")
+def finished(train, tmp_path_factory):
+    run = train(1, tmp_path_factory.mktemp("finished") / "run", "run.steps=2", "--resume")
+    assert run.code == 0, run.errors
+    return run
+
+
+def test_resuming_nothing_starts_anew_and_says_so(finished):
+    assert f"no checkpoint to continue from: starting anew in {finished.dir}" in finished.output
+
+
+def test_a_finished_run_has_nothing_to_do(train, finished):
+    run = train(1, finished.dir, "run.steps=2", "--resume")
+    assert run.code == 0
+    assert "nothing to do" in run.output
+
+
+def test_without_resume_a_run_is_not_written_over(train, finished):
+    run = train(1, finished.dir)
+    assert run.code == 2
+    assert "already holds a run up to step 2: continue it with --resume" in run.errors
+
+
+def test_what_does_not_belong_to_the_run_is_refused(train, finished, other_store: Path):
+    run = train(1, finished.dir, "--resume", f"data.store={other_store}", "model.n_hashes=4", "run.seed=1")
+    assert run.code == 2
+    assert f"cannot continue from {finished.dir / 'checkpoints' / 'step_00000002'}" in run.errors
+    assert "model.n_hashes was 2 and is 4 now" in run.errors
+    assert "run.seed was 0 and is 1 now" in run.errors
+    assert "store_fingerprint was" in run.errors
+    assert len(run.errors.splitlines()) == 4
+
+
+def test_only_the_last_checkpoints_are_kept(train, tmp_path: Path):
+    run = train(1, tmp_path / "run", "run.steps=3", "run.save_every=1", "run.keep_last=2", "run.eval_every=0")
+    assert sorted(path.name for path in (run.dir / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+    assert not any("eval/loss" in line for line in run.metrics)

@@ -1,0 +1,44 @@
+"""Every sample of a step goes to exactly one rank, in plain integers."""
+
+import pytest
+import torch
+
+from data_pipeline.dataset import IGNORED_LABEL, Sample
+from trainer.batches import blank, collate, evaluation_shares, shares
+
+
+def test_shares_are_dealt_out_in_order() -> None:
+    assert [list(share) for share in shares(8, 2, rank=0, world_size=2)] == [[0, 1], [4, 5]]
+    assert [list(share) for share in shares(8, 2, rank=1, world_size=2)] == [[2, 3], [6, 7]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_shares_cover_the_batch_once(micro: int, world_size: int) -> None:
+    batch = 24
+    parts = [shares(batch, micro, rank, world_size) for rank in range(world_size)]
+    assert {len(part) for part in parts} == {batch // (micro * world_size)}
+    assert sorted(i for part in parts for share in part for i in share) == list(range(batch))
+
+
+@pytest.mark.parametrize("n_rows", [1, 4, 5, 7])
+@pytest.mark.parametrize(("micro", "world_size"), [(1, 1), (1, 2), (2, 2), (3, 4)])
+def test_evaluation_uses_every_row_once_and_all_ranks_equally(n_rows: int, micro: int, world_size: int) -> None:
+    parts = [evaluation_shares(n_rows, micro, rank, world_size) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1
+    assert {len(share) for part in parts for share in part} == {micro}
+    rows = [row for part in parts for share in part for row in share]
+    assert sorted(row for row in rows if row is not None) == list(range(n_rows))
+    assert len(rows) - n_rows < micro * world_size
+
+
+def test_collate_counts_what_is_to_be_predicted() -> None:
+    token_bytes = torch.tensor([0, 1, 3, 2])
+    sample = Sample(
+        torch.tensor([1, 2, 3, 0]), torch.tensor([2, 3, IGNORED_LABEL, IGNORED_LABEL]), torch.tensor([1, 1, 1, 0])
+    )
+    batch = collate([sample, blank(sample)], [4, 5], token_bytes, torch.device("cpu"))
+    assert (batch.n_tokens, batch.n_bytes) == (2, 5)
+    assert batch.tokens.shape == batch.labels.shape == batch.segment_ids.shape == (2, 4)
+    assert list(batch.sample_ids) == [4, 5]
+    assert (batch.labels[1] == IGNORED_LABEL).all()

@@ -1,0 +1,96 @@
+"""Every contradiction between the files, the data and the ranks is found, and all of them at once."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from trainer.check import StoreFacts, check
+from trainer.config import ConfigError, RunConfig
+
+STORE = StoreFacts(seq_len=256, vocab_size=258, rows={"train": 10, "val": 2, "empty": 0})
+DEEPSPEED: dict[str, Any] = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+}
+
+
+def make_config(**changes: Any) -> RunConfig:
+    tables: dict[str, dict[str, Any]] = {
+        "model": {"vocab_size": 258, "max_seq_len": 256},
+        "data": {"store": "data/store"},
+        "run": {"dir": "runs/x", "deepspeed_config": "x.json", "steps": 10},
+    }
+    for name, value in changes.items():
+        table, _, key = name.partition("_")
+        tables[table][key] = value
+    return RunConfig(**tables)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_a_good_configuration_passes_on_any_number_of_ranks(world_size: int) -> None:
+    check(make_config(), DEEPSPEED, STORE, world_size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_batch_size": 9}, "train_batch_size=9 is not divisible by .*=1 times 2 ranks: 8 or 10 would do"),
+        ({"train_batch_size": 1}, "2 or 4 would do|2 would do"),
+        ({"train_batch_size": None}, r"give train_batch_size .* \(got None and 1\)"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, "got 8 and 'auto'"),
+        ({"gradient_accumulation_steps": 4}, "it follows from train_batch_size"),
+        ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler: the learning rate's course belongs to"),
+        ({"fp16": {"enabled": True}}, "use bf16"),
+        ({"sequence_parallel_size": 2}, "deepspeed.sequence_parallel_size: not a key that this trainer passes"),
+        ({"zero_optimisation": {}}, "did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"stag": 2}}, "deepspeed.zero_optimization: unknown key 'stag': did you mean 'stage'"),
+        ({"zero_optimization": {"stage": 4}}, "deepspeed.zero_optimization: 'stage'.*got 4"),
+        ({"zero_optimization": 2}, "this is a table of keys and values"),
+        ({"bf16": {"enable": True}}, "deepspeed.bf16: unknown key 'enable': did you mean 'enabled'"),
+        ({"gradient_clipping": "none"}, "deepspeed.gradient_clipping='none'"),
+        ({"communication_data_type": "fp8"}, "Invalid communication_data_type"),
+        ({"optimizer": None}, "of type .AdamW. or .Adam."),
+        ({"optimizer": {"type": "SGD", "params": {"lr": 1.0}}}, "of type .AdamW. or .Adam."),
+        ({"optimizer": {"type": "AdamW", "params": {}}}, "give the peak learning rate"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1, "weigth_decay": 0}}}, "did you mean 'weight_decay'"),
+        (
+            {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            "with weights in bf16 needs ZeRO",
+        ),
+        ({"data_types": {"grad_accum_dtype": "fp8"}}, "give 'fp32' or 'bf16'"),
+    ],
+)
+def test_deepspeed_side(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(make_config(), {**deepcopy(DEEPSPEED), **changes}, STORE, world_size=2)
+
+
+def test_a_switched_off_fp16_is_no_contradiction() -> None:
+    check(make_config(), {**DEEPSPEED, "fp16": {"enabled": False}}, STORE, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_vocab_size": 300}, "model.vocab_size=300, but .* has 258 tokens: set model.vocab_size=258"),
+        ({"model_max_seq_len": 128}, "model.max_seq_len=128, but .* 256 tokens: set model.max_seq_len=256"),
+        ({"data_eval_split": "test"}, "data.eval_split='test' has no rows in .*: its splits are 'train', 'val'"),
+        ({"data_train_split": "empty"}, "data.train_split='empty' has no rows"),
+    ],
+)
+def test_data_side(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(make_config(**changes), DEEPSPEED, STORE, world_size=1)
+
+
+def test_without_evaluation_no_split_is_needed_for_it() -> None:
+    check(make_config(data_eval_split="test", run_eval_every=0), DEEPSPEED, STORE, world_size=1)
+
+
+def test_all_problems_come_at_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(make_config(model_vocab_size=300), {**DEEPSPEED, "train_batch_size": 9, "amp": {}}, STORE, world_size=2)
+    assert len(str(raised.value).splitlines()) == 3

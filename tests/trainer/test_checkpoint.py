@@ -1,0 +1,87 @@
+"""Which checkpoint is the newest, and what keeps a run from continuing; without DeepSpeed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.checkpoint import published, remove_leftovers, starting_point
+from trainer.config import ConfigError
+
+IDENTITY: dict[str, Any] = {
+    "store_fingerprint": "abc",
+    "world_size": 2,
+    "model": {"n_layers": 2, "axial_shape": [2, 4]},
+    "data": {"store": "a", "train_split": "train"},
+    "run": {"seed": 0, "steps": 10},
+    "deepspeed": {"train_batch_size": 4, "zero_optimization": {"stage": 2, "overlap_comm": False}},
+}
+
+
+def publish(run_dir: Path, step: int, identity: dict[str, Any] = IDENTITY) -> Path:
+    path = run_dir / "checkpoints" / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    (path / "state.json").write_text(json.dumps({"step": step, "run": identity}))
+    return path
+
+
+def test_the_newest_published_one_is_continued(tmp_path: Path) -> None:
+    assert starting_point(tmp_path, IDENTITY, resume=True) is None
+    publish(tmp_path, 50)
+    newest = publish(tmp_path, 100)
+    (tmp_path / "checkpoints" / ".partial-step_00000150").mkdir()
+    (tmp_path / "checkpoints" / "step_notes").mkdir()
+    assert [found.step for found in published(tmp_path)] == [50, 100]
+    start = starting_point(tmp_path, IDENTITY, resume=True)
+    assert start is not None
+    assert (start.path, start.step) == (newest, 100)
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step_00000050", "step_00000100", "step_notes"]
+
+
+def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
+    publish(tmp_path, 50)
+    with pytest.raises(ConfigError, match="already holds a run up to step 50: continue it with --resume"):
+        starting_point(tmp_path, IDENTITY, resume=False)
+
+
+def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
+    publish(tmp_path, 50)
+    changed = {
+        **IDENTITY,
+        "model": {"axial_shape": (2, 4), "n_layers": 2},
+        "data": {"store": "b", "train_split": "train"},
+        "run": {"seed": 0, "steps": 20},
+        "deepspeed": {"train_batch_size": 4, "zero_optimization": {"stage": 2, "overlap_comm": True}},
+    }
+    assert starting_point(tmp_path, changed, resume=True) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"store_fingerprint": "xyz"}, "store_fingerprint was 'abc' and is 'xyz' now"),
+        ({"world_size": 1}, "world_size was 2 and is 1 now"),
+        ({"model": {"n_layers": 3, "axial_shape": [2, 4]}}, "model.n_layers was 2 and is 3 now"),
+        ({"run": {"seed": 1}}, "run.seed was 0 and is 1 now"),
+        (
+            {"deepspeed": {"train_batch_size": 4, "zero_optimization": {"stage": 3}}},
+            "deepspeed.zero_optimization.stage was 2 and is 3 now",
+        ),
+        (
+            {"deepspeed": {**IDENTITY["deepspeed"], "bf16": {"enabled": True}}},
+            "deepspeed.bf16.enabled was None and is True now",
+        ),
+    ],
+)
+def test_what_decides_them_may_not(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    publish(tmp_path, 50)
+    with pytest.raises(ConfigError, match=message):
+        starting_point(tmp_path, {**IDENTITY, **changes}, resume=True)
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    (publish(tmp_path, 50) / "state.json").write_text('{"step": 5')
+    with pytest.raises(ConfigError, match=r"step_00000050 is damaged: state.json"):
+        starting_point(tmp_path, IDENTITY, resume=True)

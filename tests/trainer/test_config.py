@@ -1,0 +1,102 @@
+"""Where a value comes from, and what is said of one that cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.config import ConfigError, flatten, load, parse_override
+
+TOML = """
+[model]
+vocab_size = 258
+[data]
+store = "data/store"
+[run]
+dir = "runs/x"
+deepspeed_config = "sub/ds.json"
+steps = 100
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    (tmp_path / "run.toml").write_text(TOML)
+    return tmp_path / "run.toml"
+
+
+def test_defaults_then_file_then_command_line(config: Path) -> None:
+    plain, _ = load(config)
+    assert (plain.run.warmup_steps, plain.run.steps, plain.model.d_model) == (0, 100, 256)
+    changed, _ = load(config, ["run.steps=7", "run.warmup_steps=3", "model.d_model=64"])
+    assert (changed.run.warmup_steps, changed.run.steps, changed.model.d_model) == (3, 7, 64)
+
+
+def test_deepspeed_is_read_beside_the_toml_file_and_can_be_replaced_and_changed(config: Path, tmp_path: Path) -> None:
+    assert load(config)[1] == {"zero_optimization": {"stage": 2}}
+    other = tmp_path / "other.json"
+    other.write_text('{"gradient_clipping": 1.0}')
+    changes = ["deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=true"]
+    expected = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    assert load(config, changes, other)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a.b=3", 3),
+        ("a.b=3e-4", 3e-4),
+        ("a.b=true", True),
+        ("a.b=[1, 2]", [1, 2]),
+        ('a.b="3"', "3"),
+        ("a.b=runs/x", "runs/x"),
+        ("a.b=", ""),
+        ("a.b=x=y", "x=y"),
+    ],
+)
+def test_override_values(text: str, value: object) -> None:
+    assert parse_override(text) == (["a", "b"], value)
+
+
+@pytest.mark.parametrize("text", ["steps=3", "run.steps", "run..steps=3", "=3", "run.=3"])
+def test_what_is_no_override(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"an override looks like run.steps=100"):
+        parse_override(text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["run.stesp=3"], r"\[run\] unknown key 'stesp': did you mean 'steps'"),
+        (["modell.d_model=3"], "unknown key 'modell': did you mean 'model'"),
+        (["model.n_hash=3"], r"\[model\] unknown key 'n_hash': did you mean 'n_hashes'"),
+        (["run.steps=many"], r"\[run\] 'steps': input should be a valid integer.*got 'many'"),
+        (["run.decay=cosinus"], r"\[run\] 'decay'.*got 'cosinus'"),
+        (["run.warmup_steps=101"], "warmup_steps=101 is more than steps=100"),
+        (["run.steps.x=1"], "cannot set run.steps.x: 'steps' is a value, not a table"),
+        (["model.d_model=30"], r"\[model\] d_model=30 is not divisible by n_heads=4"),
+    ],
+)
+def test_errors_name_the_value_and_the_way_out(config: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(config, overrides)
+
+
+def test_unreadable_files_are_named(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.toml: No such file"):
+        load(tmp_path / "nowhere.toml")
+    (tmp_path / "broken.toml").write_text("[model\n")
+    with pytest.raises(ConfigError, match=r"broken.toml: .*line 1"):
+        load(tmp_path / "broken.toml")
+    (tmp_path / "sub" / "ds.json").write_text("{,}")
+    with pytest.raises(ConfigError, match=r"ds.json: .*line 1"):
+        load(config)
+    (tmp_path / "sub" / "ds.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"ds.json must hold one object"):
+        load(config)
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": 3}) == {"a.b": 1, "a.c.d": [2], "e": 3}
