@@ -15,8 +15,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
+from data_pipeline.config import available_cpus
 from data_pipeline.errors import DataError
 from trainer.config import ConfigError
 
@@ -130,14 +132,14 @@ def start(launch: Launch) -> torch.device:
 
 
 def _claim_device(launch: Launch) -> torch.device:
-    """A GPU of our own, or a fair share of the cores."""
-    if torch.cuda.is_available():
+    """A GPU of our own, or a fair share of the cores, as DeepSpeed has decided."""
+    if get_accelerator().device_name() == "cuda":
         # SLURM may show each task only its own GPU, as number 0.
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
+        torch.set_num_threads(max(1, available_cpus() // launch.local_world_size))
     return torch.device("cpu")
 
 

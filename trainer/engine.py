@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -43,7 +44,7 @@ def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deep
 
 def _calm_deepspeed() -> None:
     """Keep it from compiling and from repeating what concerns its authors."""
-    if not torch.cuda.is_available():
+    if get_accelerator().device_name() == "cpu":
         # On a CPU it would compile a C++ extension, for a minute, that only its inference makes use of.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)

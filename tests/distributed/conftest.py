@@ -98,29 +98,71 @@ Train = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")
-def train(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """train(ranks, *arguments): `python launch/train.py`, or `deepspeed` with that many ranks."""
-    folder = tmp_path_factory.mktemp("train")
-    config = folder / "test.toml"
-    config.write_text(TOML.format(store=store))
+def config(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "test.toml").write_text(TOML.format(store=store))
     (folder / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
-    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return folder / "test.toml"
+
+
+@pytest.fixture(scope="session")
+def train(config: Path) -> Train:
+    """train(ranks, run_dir, *arguments): `python launch/train.py`, or `deepspeed` with that many ranks."""
 
     def launch(ranks: int, run_dir: Path, *arguments: str) -> Run:
-        start = [sys.executable]
-        if ranks > 1:
-            deepspeed = Path(sys.executable).parent / "deepspeed"
-            start = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-        command = [*start, "launch/train.py", "--config", str(config), f"run.dir={run_dir}", *arguments]
-        begun = time.perf_counter()
-        result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240)
-        return Run(run_dir, result.returncode, result.stdout, result.stderr, time.perf_counter() - begun)
+        python = [sys.executable]
+        deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
+        start = python if ranks == 1 else [*deepspeed, "--master_port", str(free_port())]
+        return run([[*start, *script(config, run_dir), *arguments]], run_dir, [{}])
 
     return launch
 
 
-def free_port() -> int:
-    """A port that nothing listens on; DeepSpeed's launcher wants to be told one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="session")
+def train_by_srun(config: Path) -> Train:
+    """train_by_srun(tasks, run_dir, *arguments): as many processes, with the variables that srun sets."""
+
+    def launch(tasks: int, run_dir: Path, *arguments: str) -> Run:
+        job = {"SLURM_JOB_ID": str(free_port(20_000, 30_000)), "SLURM_JOB_NODELIST": "localhost"}
+        job |= {"SLURM_NTASKS": str(tasks), "SLURM_TASKS_PER_NODE": str(tasks), "SLURM_NODEID": "0"}
+        ranks = [job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(tasks)]
+        command = [sys.executable, *script(config, run_dir), *arguments]
+        return run([command] * tasks, run_dir, ranks)
+
+    return launch
+
+
+def script(config: Path, run_dir: Path) -> list[str]:
+    return ["launch/train.py", "--config", str(config), f"run.dir={run_dir}"]
+
+
+def run(commands: list[list[str]], run_dir: Path, variables: list[dict[str, str]]) -> Run:
+    """Run commands side by side, each with its variables, until all have ended."""
+    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, where waiting for each other's threads costs the most
+    begun = time.perf_counter()
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for command, own in zip(commands, variables, strict=True)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    output, errors = ("".join(texts) for texts in zip(*outputs, strict=True))
+    code = max(process.returncode for process in processes)
+    return Run(run_dir, code, output, errors, time.perf_counter() - begun)
+
+
+def free_port(low: int = 0, high: int = 65_536) -> int:
+    """A port that nothing listens on; DeepSpeed's launcher wants to be told one, SLURM's job id decides one."""
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", random.randrange(low, high) if low else 0))
+            except OSError:
+                continue
+            return probe.getsockname()[1]

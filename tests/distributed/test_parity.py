@@ -95,3 +95,11 @@ def test_evaluation_is_exact(reference, store: Path):
     assert first["step"] == 0
     assert first["eval/loss"] == pytest.approx(nll / n_tokens, rel=1e-6)
     assert first["eval/bits_per_byte"] == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_srun_gives_the_same_run(train_by_srun, reference, tmp_path: Path):
+    """Two processes that find each other through SLURM's variables alone, as srun would start them."""
+    run = train_by_srun(2, tmp_path / "run")
+    assert run.code == 0, run.errors
+    assert run.output.startswith("SLURM job ")
+    assert max(largest_difference(run, reference, tag) for tag in CURVES) < TOLERANCE
