@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch.distributed as dist
+
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from trainer.check import StoreFacts, check
@@ -21,6 +23,9 @@ from trainer.checkpoint import identity, starting_point
 from trainer.config import ConfigError, load
 from trainer.distributed import detect
 from trainer.loop import Job, train
+
+PATIENCE_S = 10
+"""How long another rank than 0 keeps an error to itself before the processes have joined each other."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,8 +49,9 @@ def main() -> int:
         start = starting_point(config.run.dir, own, arguments.resume)
         train(Job(config, deepspeed, store, launch, own, arguments.resume, start))
     except (ConfigError, DataError) as error:
-        if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0":
-            time.sleep(2)  # rank 0 has most likely said the same, and its launcher is about to end us
+        if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0" and not dist.is_initialized():
+            # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.
+            time.sleep(PATIENCE_S)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

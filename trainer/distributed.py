@@ -189,7 +189,7 @@ def together(action: Callable[[], T], launch: Launch, device: torch.device) -> T
     if error and speaker == launch.rank:
         raise error
     if speaker < launch.world_size:
-        time.sleep(5)  # once the speaker has ended, its launcher ends us
+        time.sleep(10)  # the speaker ends at once, and its launcher ends us
         sys.exit(2)
     return result
 

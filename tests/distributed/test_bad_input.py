@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 
+def messages(run) -> int:
+    return sum(line.startswith("error: ") for line in run.errors.splitlines())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -20,7 +24,7 @@ import pytest
 def test_a_wrong_configuration(train, tmp_path: Path, change: str, message: str):
     run = train(2, tmp_path / "run", change)
     assert run.code != 0
-    assert run.errors.count("error:") == 1
+    assert messages(run) == 1
     assert message in run.errors
     assert "Traceback" not in run.errors
     assert run.seconds < 60
@@ -36,7 +40,7 @@ def test_a_missing_shard(train, store: Path, tmp_path: Path):
     shard.unlink()
     run = train(2, tmp_path / "run", f"data.store={damaged}")
     assert run.code != 0
-    assert run.errors.count("error:") == 1
+    assert messages(run) == 1
     assert str(shard) in run.errors
     assert not run.dir.exists()
 
@@ -51,8 +55,16 @@ def test_a_damaged_shard_found_while_training(train, store: Path, tmp_path: Path
     shard.write_bytes(content)
     run = train(2, tmp_path / "run", f"data.store={damaged}", "run.save_every=0")
     assert run.code != 0
-    assert sum(line.startswith("error: ") for line in run.errors.splitlines()) == 1
+    assert messages(run) == 1
     assert "is damaged" in run.errors
     assert "Traceback" not in run.errors
     assert run.seconds < 60
     assert not any((run.dir / "checkpoints").glob("step_*"))
+
+
+def test_an_error_that_only_one_rank_has_is_not_lost(train_by_srun, tmp_path: Path):
+    """Started by hand without a launcher that would end the others, every rank speaks for itself."""
+    run = train_by_srun(2, tmp_path / "run", "run.stesp=3")
+    assert run.code == 2
+    assert messages(run) == 2
+    assert run.seconds < 60
