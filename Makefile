@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/python launch/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -7,7 +7,8 @@ Below it stands its slow, obvious twin.
 import torch
 from torch import Tensor
 
-from reformer.lsh.chunked import Layout, by_head, chunked_attention
+from reformer.lsh.chunked import by_head, chunked_attention
+from reformer.lsh.rounds import Layout
 
 
 def local_attention(
@@ -22,8 +23,8 @@ def local_attention(
 ) -> Tensor:
     """Sliding-chunk attention [B, H, T, D] with scores q.k / sqrt(D); any T >= 1 (padded inside).
 
-    key_padding_mask [B, T] is True at tokens that may be seen; a token always sees itself. segment_ids [B, T]:
-    tokens of different segments do not see each other. Statistics are fp32 for half-precision inputs.
+    key_padding_mask [B, T] is True at tokens that may be seen; a token that sees nothing gets its own value.
+    segment_ids [B, T]: tokens of different segments do not see each other. Statistics are fp32 or better.
     """
     batch, n_heads, n_tokens, d_head = q.shape
     groups = batch * n_heads
@@ -63,6 +64,7 @@ def local_attention_reference(
         allowed = allowed & key_padding_mask.bool()[:, None, None, :]
     if segment_ids is not None:
         allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    allowed = allowed | (position[:, None] == position[None, :])
+    alone = ~allowed.any(dim=-1, keepdim=True)
+    allowed = allowed | (alone & (position[:, None] == position[None, :]))
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
     return scores.softmax(dim=-1) @ v

@@ -5,11 +5,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from reformer.lsh.chunked import Layout, by_head, chunked_attention
+from reformer.lsh.chunked import by_head, chunked_attention
 from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket
 from reformer.lsh.reference import lsh_attention_reference
+from reformer.lsh.rounds import Layout
 
 Backend = Literal["auto", "chunked", "reference"]
 
@@ -98,8 +98,7 @@ def lsh_attention(
         buckets_GRT=None if attend_across_buckets else buckets_GRT,
         duplicate_correction=duplicate_correction,
     )
-    k = F.normalize(qk.to(torch.promote_types(qk.dtype, torch.float32)), dim=-1)
-    out = chunked_attention(qk.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout)
+    out = chunked_attention(qk.flatten(0, 1), None, v.flatten(0, 1), layout)
     return out.view_as(v), buckets
 
 

@@ -79,11 +79,14 @@ def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int,
     bucket_dtype = torch.int16 if math.prod(factors) <= 2**15 else torch.int32
     rounds = []
     for round_ in range(rotations.shape[2]):
-        rotated_BHTF = torch.matmul(x_BHTD, rotations[:, :, round_])
         bucket_BHT = torch.zeros(x_BHTD.shape[:-1], dtype=torch.int64, device=x_BHTD.device)
         stride = 1
-        for factor, part in zip(factors, rotated_BHTF.split([f // 2 for f in factors], dim=-1), strict=True):
-            bucket_BHT += stride * torch.cat([part, -part], dim=-1).argmax(dim=-1)
+        for factor, part_HDF in zip(
+            factors, rotations[:, :, round_].split([f // 2 for f in factors], dim=-1), strict=True
+        ):
+            # x[R, -R] is [xR, -xR] to the bit, and cheaper than negating and joining what is T times as large.
+            both = torch.cat([part_HDF, -part_HDF], dim=-1)
+            bucket_BHT += stride * torch.matmul(x_BHTD, both).argmax(dim=-1)
             stride *= factor
         rounds.append(bucket_BHT.to(bucket_dtype))
     return torch.stack(rounds, dim=2)

@@ -1,0 +1,77 @@
+"""What the README says can be typed, exists, and is where it says."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.cli import make_parser
+from trainer.config import load
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line
+    for language, block in BLOCKS
+    if not language
+    for line in block.splitlines()
+    if re.match(r"(make|python|deepspeed|sbatch|tensorboard) ", line)
+]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 10
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m data_pipeline ")])
+def test_pipeline_commands_parse(command: str) -> None:
+    make_parser().parse_args(shlex.split(command)[3:])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "launch/" in c])
+def test_files_of_commands_exist_and_their_overrides_are_known(command: str) -> None:
+    words = shlex.split(command)
+    for word in words:
+        if word.startswith(("launch/", "ds_config")):
+            assert (ROOT / word).is_file()
+    configs = [word for word in words if word.endswith(".toml")]
+    for config in configs:
+        load(ROOT / config, [word for word in words if re.match(r"\w+\.\w+.*=", word)])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_targets_exist(command: str) -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert command.split()[1] in targets
+
+
+def test_every_file_of_the_tree_exists_and_none_is_left_out() -> None:
+    tree = next(block for language, block in BLOCKS if not language and block.startswith("launch/"))
+    folder, described = Path(), set()
+    for line in tree.splitlines():
+        names = re.match(r" *((?:[\w./]+ ?)+)(?:  |$)", line)
+        assert names, line
+        for name in names[1].split():
+            if not line.startswith(" "):
+                folder = Path(name) if name.endswith("/") else Path()
+            path = Path(name) if not line.startswith(" ") else folder / name
+            assert (ROOT / path).exists(), path
+            described.add(path.as_posix())
+    for package in ("reformer", "data_pipeline", "trainer", "launch"):
+        for file in (ROOT / package).rglob("*.py"):
+            if not file.name.startswith("__"):
+                assert file.relative_to(ROOT).as_posix() in described, f"{file} is missing from the README's tree"
+
+
+def test_the_library_example_runs() -> None:
+    example = next(block for language, block in BLOCKS if language == "python")
+    subprocess.run([sys.executable, "-c", example], check=True, cwd=ROOT)
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
