@@ -7,6 +7,7 @@ Run again, it continues where it stopped, or says what is already there.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
@@ -61,10 +62,10 @@ def write_standard_library(folder: Path) -> None:
 
 
 def run(*command: str | Path) -> None:
-    """Show a command and run it; the demo ends where one fails."""
+    """Show a command and run it on the CPU; the demo ends where one fails."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
-    code = subprocess.run(words, cwd=ROOT).returncode
+    code = subprocess.run(words, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}).returncode
     if code:
         sys.exit(f"the demo stopped: that command ended with exit code {code}")
 
@@ -85,7 +86,7 @@ def main() -> None:
     run(*pipeline, "verify", store)
     run(*pipeline, "inspect", store)
     run(
-        *(Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "launch/train.py"),
+        *(Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2", "launch/train.py"),
         *("--config", "launch/configs/demo_cpu.toml", "--resume"),
         *(f"data.store={store}", f"run.dir={run_dir}"),
     )

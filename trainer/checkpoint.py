@@ -68,6 +68,10 @@ def published(run_dir: Path) -> list[Checkpoint]:
 
 def starting_point(run_dir: Path, current: Mapping[str, Any], resume: bool) -> Checkpoint | None:
     """Where to start from: a checkpoint or, as None, the beginning. A ConfigError if that is not possible."""
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
     found = published(run_dir)
     if not found:
         return None

@@ -10,9 +10,9 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 
@@ -38,7 +38,7 @@ class LoopConfig(StrictConfig):
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises linearly to the optimizer's `lr`."""
+    """Steps over which the learning rate rises linearly to the optimizer's `lr`; a shorter run stops on the way."""
     decay: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
@@ -55,15 +55,6 @@ class LoopConfig(StrictConfig):
     """Steps from one checkpoint to the next, besides the one at the end; 0: only that one."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones are removed."""
-
-    @model_validator(mode="after")
-    def _check_relations(self) -> Self:
-        if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} is more than steps={self.steps}: the learning rate would "
-                "never reach its peak; lower one or raise the other"
-            )
-        return self
 
 
 class RunConfig(StrictConfig):

@@ -85,3 +85,9 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     (publish(tmp_path, 50) / "state.json").write_text('{"step": 5')
     with pytest.raises(ConfigError, match=r"step_00000050 is damaged: state.json"):
         starting_point(tmp_path, IDENTITY, resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write to run.dir=.*file/run: Not a directory: choose another"):
+        starting_point(tmp_path / "file" / "run", IDENTITY, resume=False)
