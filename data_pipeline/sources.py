@@ -88,6 +88,11 @@ def _files_of(source: Path) -> list[tuple[str, Path]]:
     found = []
     for folder, subfolders, names in os.walk(source, onerror=_raise_unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        if links := [name for name in subfolders if Path(folder, name).is_symlink()]:
+            raise DataError(
+                f"{Path(folder, links[0])} is a link to a folder: name that folder as an input of its own, or remove "
+                "the link"
+            )
         paths = [Path(folder, name) for name in names if name.endswith(".txt") and not name.startswith(".")]
         found += [(path.relative_to(source).as_posix(), path) for path in paths]
     if not found:

@@ -217,7 +217,7 @@ def create_tokens(path: Path, settings: StoreSettings, n_rows: int) -> None:
         "tokens",
         shape=(n_rows, settings.seq_len),
         chunks=(1, chunk_tokens(settings.seq_len)),
-        shards=(settings.rows_per_shard, settings.seq_len),
+        shards=(min(settings.rows_per_shard, n_rows), settings.seq_len),
         dtype=dtype,
         compressors=_codec(),
         fill_value=int(np.iinfo(dtype).max),

@@ -74,6 +74,7 @@ def train_tokenizer(settings: TrainingSettings) -> bool:
     if settings.output.exists():
         _check_same(settings.output, record)
         return False
+    record_path(settings.output).unlink(missing_ok=True)  # of a model that is gone, or never came
     sample_bytes = min(settings.max_bytes, sum(document.n_bytes for document in documents))
     logger.info("training on %s bytes of %s documents", f"{sample_bytes:,}", f"{len(documents):,}")
     sentences = sample_sentences(documents, settings.max_bytes, settings.seed)
@@ -152,8 +153,8 @@ def _record(settings: TrainingSettings, documents: Sequence[Document], digests: 
 def _check_same(output: Path, record: dict[str, object]) -> None:
     way_out = "write to another --output, or delete it"
     try:
-        old = json.loads(record_path(output).read_bytes())
-    except (OSError, ValueError) as error:
+        old = dict(json.loads(record_path(output).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{output} exists, and {record_path(output)} does not say how it was made: {way_out}"
         ) from error

@@ -53,7 +53,7 @@ def check_layout(store: Store) -> list[str]:
         "shape": (tokens.shape, (manifest.n_rows, manifest.seq_len)),
         "dtype": (tokens.dtype, dtype),
         "chunks": (tokens.chunks, (1, chunk_tokens(manifest.seq_len))),
-        "shards": (tokens.shards, (manifest.rows_per_shard, manifest.seq_len)),
+        "shards": (tokens.shards, (min(manifest.rows_per_shard, manifest.n_rows), manifest.seq_len)),
         "fill value": (int(tokens.fill_value), int(np.iinfo(dtype).max)),
     }
     return [

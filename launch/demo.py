@@ -72,7 +72,7 @@ def run(*command: str | Path) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    name = f"demo-{arguments.corpus.stem}" if arguments.corpus else "demo"
+    name = f"demo-{arguments.corpus.name}" if arguments.corpus else "demo"
     output = (arguments.output or ROOT / "runs" / name).absolute()
     output.mkdir(parents=True, exist_ok=True)
     corpus = arguments.corpus.absolute() if arguments.corpus else output / "corpus"

@@ -28,13 +28,15 @@ def read_run(path: Path) -> tuple[RunConfig, list[dict[str, float]]]:
     try:
         record = json.loads((path / "run.json").read_text(encoding="utf-8"))
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return RunConfig(**record["config"]), [json.loads(line) for line in lines]
     except OSError as error:
         raise ConfigError(f"{path} is not the folder of a run: cannot read {error.filename}") from None
-    return RunConfig(**record["config"]), [json.loads(line) for line in lines]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: run.json or metrics.jsonl cannot be read: {error!r}") from None
 
 
 def column(metrics: list[dict[str, float]], tag: str) -> list[float]:
-    return [values[tag] for values in metrics if tag in values]
+    return [values[tag] for values in metrics if values.get(tag) is not None]
 
 
 def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> str:
@@ -69,7 +71,7 @@ def plot(metrics: list[dict[str, float]], file: Path) -> None:
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for tag, style, label in (("train", "-", "training batches"), ("eval", "o--", "held-out documents")):
-        steps = [values["step"] for values in metrics if f"{tag}/bits_per_byte" in values]
+        steps = [values["step"] for values in metrics if values.get(f"{tag}/bits_per_byte") is not None]
         axes.plot(steps, column(metrics, f"{tag}/bits_per_byte"), style, label=label)
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
@@ -86,7 +88,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.plot:
-        plot(metrics, arguments.plot)
+        try:
+            plot(metrics, arguments.plot)
+        except (OSError, ValueError) as error:  # no such folder, or a format that matplotlib does not write
+            print(f"error: cannot draw {arguments.plot}: {error}", file=sys.stderr)
+            return 2
         print(f"drew {arguments.plot}")
     return 0
 

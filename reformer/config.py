@@ -65,7 +65,7 @@ class ReformerConfig(StrictConfig):
     """Width of each of the two residual streams."""
     n_layers: int = Field(default=6, ge=1)
     """Number of reversible blocks, each one attention and one feed-forward layer."""
-    attn_pattern: tuple[Literal["local", "lsh"], ...] = Field(default=("local", "lsh"), min_length=1)
+    attn_pattern: tuple[Literal["local", "lsh"], ...] = ("local", "lsh")
     """Kinds of attention, repeated over the layers from the first on."""
     n_heads: int = Field(default=4, ge=1)
     """Attention heads per layer."""
@@ -141,8 +141,10 @@ class ReformerConfig(StrictConfig):
                 f"axial_dims={self.axial_dims} must sum to d_model={self.d_model}: "
                 f"give ({self.d_model // 4}, {self.d_model - self.d_model // 4}), or leave axial_dims out"
             )
+        if not self.attn_pattern:
+            raise ValueError("attn_pattern is empty: give the kinds of attention, such as ('local', 'lsh')")
         factors = self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets or 2,)
-        if any(factor < 2 or factor % 2 for factor in factors):
+        if not factors or any(factor < 2 or factor % 2 for factor in factors):
             raise ValueError(
                 f"n_buckets={self.n_buckets}: each factor must be even and at least 2, "
                 "since a hash is the largest of [xR; -xR]"

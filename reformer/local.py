@@ -7,8 +7,8 @@ Below it stands its slow, obvious twin.
 import torch
 from torch import Tensor
 
-from reformer.lsh.chunked import by_head, chunked_attention
-from reformer.lsh.rounds import Layout
+from reformer.lsh.chunked import chunked_attention
+from reformer.lsh.rounds import Layout, by_head, renumbered
 
 
 def local_attention(
@@ -35,8 +35,8 @@ def local_attention(
         chunk_len=chunk_len,
         causal=causal,
         is_lsh=False,
-        key_mask_GT=by_head(key_padding_mask, n_heads, torch.bool),
-        segment_ids_GT=by_head(segment_ids, n_heads),
+        key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
+        segment_ids_GT=None if segment_ids is None else by_head(renumbered(segment_ids), n_heads),
     )
     scaled_q = q * d_head**-0.5
     return chunked_attention(scaled_q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout).view_as(v)

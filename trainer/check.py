@@ -6,6 +6,7 @@ listed here, and those that would change what the training loop relies on are re
 """
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,9 +22,10 @@ from data_pipeline.store import Store
 from reformer.config import ConfigError, explain
 from trainer.config import RunConfig
 
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
 ALLOWED = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
+    *BATCH_KEYS,
     "optimizer",
     "gradient_clipping",
     "bf16",
@@ -45,8 +47,6 @@ TABLES = {"optimizer", "bf16", "data_types", "zero_optimization", "aio"}
 """Those of them that hold keys and values of their own."""
 
 REFUSED = {
-    "gradient_accumulation_steps": "it follows from train_batch_size, train_micro_batch_size_per_gpu and the number "
-    "of ranks, so that the same file gives the same global batch on any of them; leave it out",
     "scheduler": "the learning rate's course belongs to [run]: run.warmup_steps, run.decay, run.final_lr_ratio",
     "fp16": "the trainer runs in fp32 or bf16; use bf16",
     "gradient_allreduce_op": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
@@ -104,20 +104,24 @@ def _keys(deepspeed: Mapping[str, Any]) -> list[str]:
 
 
 def _batch(deepspeed: Mapping[str, Any], world_size: int) -> list[str]:
-    batch, micro = (deepspeed.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
-    if not (_is_count(batch) and _is_count(micro)):
-        return [
-            "deepspeed: give train_batch_size and train_micro_batch_size_per_gpu as numbers of sequences "
-            f"(got {batch!r} and {micro!r})"
-        ]
-    each = micro * world_size
-    if batch % each == 0:
+    """The global batch must be micro-batch * accumulation * ranks; DeepSpeed works out what is left out."""
+    given = {name: deepspeed[name] for name in BATCH_KEYS if name in deepspeed}
+    if wrong := [
+        f"deepspeed.{name}={value!r}: give a number >= 1" for name, value in given.items() if not _is_count(value)
+    ]:
+        return wrong
+    total, micro, _ = BATCH_KEYS
+    batch = given.pop(total, None)
+    if batch is None:
+        return [] if micro in given else [f"deepspeed: give {total} (sequences per step) or {micro}"]
+    each = math.prod(given.values()) * world_size
+    if batch == each or (batch % each == 0 and len(given) < 2):
         return []
+    parts = " times ".join([*(f"{name}={value}" for name, value in given.items()), f"{world_size} ranks"])
+    if len(given) == 2:
+        return [f"deepspeed.train_batch_size={batch} is not {parts}: {each} would be, or leave one of them out"]
     near = sorted({max(each, batch // each * each), (batch // each + 1) * each})
-    return [
-        f"deepspeed.train_batch_size={batch} is not divisible by train_micro_batch_size_per_gpu={micro} times "
-        f"{world_size} ranks: {' or '.join(map(str, near))} would do"
-    ]
+    return [f"deepspeed.train_batch_size={batch} is not divisible by {parts}: {' or '.join(map(str, near))} would do"]
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
@@ -153,7 +157,25 @@ def _optimizer(deepspeed: Mapping[str, Any]) -> list[str]:
     problems = [f"deepspeed.optimizer.params.{key}: {_nearest(key, known)}" for key in params if key not in known]
     if not isinstance(params.get("lr"), float | int):
         problems.append("deepspeed.optimizer.params.lr: give the peak learning rate as a number")
-    return problems
+    return problems or _optimizer_values(params)
+
+
+def _optimizer_values(params: Mapping[str, Any]) -> list[str]:
+    """What the optimizer itself says to its settings, and numbers that it would take but that train nothing."""
+    flat = [
+        (key, number) for key, value in params.items() for number in (value if isinstance(value, list) else [value])
+    ]
+    for key, number in flat:
+        if isinstance(number, float) and not math.isfinite(number):
+            return [f"deepspeed.optimizer.params.{key}={number}: give a finite number"]
+    if isinstance(params["lr"], bool):
+        return [f"deepspeed.optimizer.params.lr={params['lr']}: give the peak learning rate as a number"]
+    own = {key: value for key, value in params.items() if key not in ("torch_adam", "adam_w_mode")}
+    try:
+        torch.optim.AdamW([torch.zeros(1)], **own)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        return [f"deepspeed.optimizer.params: {error}"]
+    return []
 
 
 def _data(config: RunConfig, store: StoreFacts) -> list[str]:
@@ -190,7 +212,8 @@ def _deepspeed_objections(deepspeed: Mapping[str, Any]) -> list[str]:
     if problems:
         return problems
     try:
-        DeepSpeedConfig(dict(deepspeed))
+        # Batch sizes have been checked, for the real number of ranks.
+        DeepSpeedConfig({k: v for k, v in deepspeed.items() if k not in BATCH_KEYS} | {"train_batch_size": 1})
     except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
         return [f"deepspeed: {error}"]
     return []

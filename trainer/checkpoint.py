@@ -81,17 +81,32 @@ def starting_point(run_dir: Path, current: Mapping[str, Any], resume: bool) -> C
             f"{run_dir} already holds a run up to step {newest.step}: "
             "continue it with --resume, or choose another folder with run.dir=…"
         )
-    if differences := _differences(_read_state(newest)["run"], current):
+    if differences := _differences(_read_state(newest), current):
         raise ConfigError("\n".join([f"cannot continue from {newest.path}:", *differences]))
     return newest
 
 
 def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.path / "state.json"
+    """What a checkpoint says about its run. A ConfigError if it, or the size of one of its files, is not as written."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the checkpoint {checkpoint.path} is damaged: {path.name}: {error}") from None
+        state = json.loads((checkpoint.path / "state.json").read_text(encoding="utf-8"))
+        run, sizes = dict(state["run"]), dict(state["n_bytes"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(checkpoint, f"state.json: {error!r}") from None
+    for name, n_bytes in sizes.items():
+        path = checkpoint.path / TAG / name
+        if not path.is_file():
+            raise _damaged(checkpoint, f"{TAG}/{name} is missing")
+        if path.stat().st_size != n_bytes:
+            raise _damaged(checkpoint, f"{TAG}/{name} has {path.stat().st_size} bytes instead of {n_bytes}")
+    return run
+
+
+def _damaged(checkpoint: Checkpoint, problem: str) -> ConfigError:
+    return ConfigError(
+        f"the checkpoint {checkpoint.path} is damaged: {problem}. Remove that folder, and --resume continues from the "
+        "one before it"
+    )
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -108,7 +123,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     """Bring weights, optimizer and schedule to where they were."""
     loaded, _ = engine.load_checkpoint(str(checkpoint.path), tag=TAG)
     if loaded is None:
-        raise ConfigError(f"the checkpoint {checkpoint.path} is damaged: DeepSpeed finds no state in it")
+        raise _damaged(checkpoint, "DeepSpeed finds no state in it")
 
 
 def save(
@@ -127,7 +142,9 @@ def save(
     # Rank 0 may publish only what every rank has finished, and none may go on before it is published.
     barrier(device)
     if launch.rank == 0:
-        (partial / "state.json").write_text(json.dumps({"step": step, "run": run}, indent=1), encoding="utf-8")
+        sizes = {path.name: path.stat().st_size for path in sorted((partial / TAG).iterdir())}
+        state = {"step": step, "run": run, "n_bytes": sizes}
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         partial.rename(final)
         for old in published(run_dir)[:-keep_last]:
             _remove(old)

@@ -92,9 +92,12 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or len(keys) < 2 or not all(keys):
         raise ConfigError(f"cannot read '{text}': an override looks like run.steps=100")
     try:
-        return keys, tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         return keys, value
+    if len(parsed) > 1:
+        raise ConfigError(f"cannot read {text!r}: an override is one key and one value")
+    return keys, parsed["value"]
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:

@@ -176,14 +176,14 @@ def all_max(value: float, device: torch.device) -> float:
 
 
 def together(action: Callable[[], T], launch: Launch, device: torch.device) -> T:
-    """The result of `action`, which may raise a DataError on some ranks only.
+    """The result of `action`, which may raise a DataError or a ConfigError on some ranks only.
 
     Then one of these raises it and the others end quietly, instead of waiting for it in the next collective.
     """
-    error = None
+    error: Exception | None = None
     try:
         result = action()
-    except DataError as caught:
+    except (DataError, ConfigError) as caught:
         error = caught
     speaker = -all_max(-launch.rank if error else -launch.world_size, device)
     if error and speaker == launch.rank:

@@ -5,6 +5,7 @@ learning rate follow from its number, so a run that stopped and continued equals
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from trainer import checkpoint, distributed
 from trainer.batches import Batch, collate, shares
 from trainer.check import StoreFacts
 from trainer.checkpoint import Checkpoint
-from trainer.config import RunConfig
+from trainer.config import ConfigError, RunConfig
 from trainer.distributed import Launch, all_max, all_sum, together
 from trainer.engine import backward, build_engine, forward, optimizer_step
 from trainer.evaluate import Score, evaluate
@@ -96,6 +97,7 @@ class Trainer:
             lr = self.engine.get_lr()[0]
             score, norm = self.step(step)
             spent.add(score.n_tokens, time.perf_counter() - begun)
+            together(partial(self.refuse_divergence, step + 1, score, norm), self.launch, self.device)
             done = step + 1
             if due(plan.log_every, done, plan.steps):
                 self.log(done, score, lr, norm, spent)
@@ -130,6 +132,17 @@ class Trainer:
             collate([self.train_rows.at(step * batch_size + i) for i in ids], ids, self.token_bytes, self.device)
             for ids in shares(batch_size, micro, self.launch.rank, self.launch.world_size)
         ]
+
+    def refuse_divergence(self, done: int, score: Score, norm: float) -> None:
+        """Stop before weights that are no numbers take the place of good checkpoints."""
+        if math.isfinite(score.nll) and math.isfinite(norm):
+            return
+        saved = checkpoint.published(self.plan.dir)
+        raise ConfigError(
+            f"step {done} has a loss of {score.loss} and a gradient norm of {norm}: training diverged. Lower "
+            "deepspeed.optimizer.params.lr, warm up for longer (run.warmup_steps) or clip the gradient "
+            f"(deepspeed.gradient_clipping). The newest checkpoint: {saved[-1].path if saved else 'none yet'}"
+        )
 
     def log(self, done: int, score: Score, lr: float, norm: float, spent: "Spent") -> None:
         """Report a step."""

@@ -3,7 +3,7 @@
 What is special: after a resume, what was reported beyond the checkpoint is taken back, so every curve is continuous.
 
 RUN/metrics.jsonl: one JSON object a line. `step` is the number of optimizer steps done; the other keys are the tags
-of TensorBoard, floats in full precision:
+of TensorBoard, floats in full precision, null for what is no finite number:
 
     train/loss, train/bits_per_byte     of that step's global batch: nats per token, bits per byte of its text
     train/lr, train/grad_norm           of that step; the norm is that before clipping
@@ -22,6 +22,7 @@ RUN/run.json: one object, written before the first step.
 """
 
 import json
+import math
 import platform
 import re
 import resource
@@ -53,24 +54,30 @@ class Metrics:
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()
         with self._path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, **values}) + "\n")
+            numbers = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+            lines.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def close(self) -> None:
         self._writer.close()
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`; a last line that a crash cut short goes with them."""
+    """Drop the lines after `step`; a line that a crash cut short goes with them."""
     if not path.exists():
         return
-    kept = [
-        line
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.endswith("\n") and json.loads(line)["step"] <= step
-    ]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if (step_of := _step_of(line)) is not None and step_of <= step]
     shorter = path.with_suffix(".partial")
     shorter.write_text("".join(kept), encoding="utf-8")
     shorter.replace(path)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of metrics.jsonl; None if it is not whole."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def peak_gib(device: torch.device) -> float:

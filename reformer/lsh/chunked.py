@@ -25,13 +25,6 @@ SAFE_BOUND = {torch.float32: 40.0, torch.float64: 340.0}
 """exp(-2 * bound) is still a normal number."""
 
 
-def by_head(x_BT: Tensor | None, n_heads: int, dtype: torch.dtype | None = None) -> Tensor | None:
-    """[B, T] -> [B*H, T]."""
-    if x_BT is None:
-        return None
-    return x_BT.to(dtype or x_BT.dtype)[:, None].expand(-1, n_heads, -1).flatten(0, 1)
-
-
 def chunked_attention(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout) -> Tensor:
     """Attention output [G, T, D] under `layout`; scores are q.k, or q.q/|q| where no keys are given.
 

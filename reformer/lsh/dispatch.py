@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reformer.lsh.chunked import by_head, chunked_attention
+from reformer.lsh.chunked import chunked_attention
 from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket
 from reformer.lsh.reference import lsh_attention_reference
-from reformer.lsh.rounds import Layout
+from reformer.lsh.rounds import Layout, by_head, renumbered
 
 Backend = Literal["auto", "chunked", "reference"]
 
@@ -93,9 +93,9 @@ def lsh_attention(
         chunk_len,
         causal,
         is_lsh=True,
-        key_mask_GT=by_head(key_padding_mask, n_heads, torch.bool),
-        segment_ids_GT=by_head(segment_ids, n_heads),
-        buckets_GRT=None if attend_across_buckets else buckets_GRT,
+        key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
+        segment_ids_GT=None if segment_ids is None else by_head(renumbered(segment_ids), n_heads),
+        buckets_GRT=None if attend_across_buckets else renumbered(buckets_GRT),
         duplicate_correction=duplicate_correction,
     )
     out = chunked_attention(qk.flatten(0, 1), None, v.flatten(0, 1), layout)
@@ -120,7 +120,7 @@ def _check_arguments(
     batch, n_heads, n_tokens, _ = qk.shape
     if buckets is not None:
         shape = [batch, n_heads, n_hashes, n_tokens]
-        if list(buckets.shape) != shape or buckets.is_floating_point():
+        if list(buckets.shape) != shape or buckets.is_floating_point() or buckets.dtype == torch.bool:
             raise ValueError(
                 f"buckets must be integers {shape} = [B, H, R, T], got {buckets.dtype} {list(buckets.shape)}"
             )

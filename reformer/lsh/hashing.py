@@ -35,8 +35,8 @@ def bucket_factors(n_buckets: int | Sequence[int] | None, n_tokens: int, chunk_l
     """The even factors of the number of buckets. Raises ValueError for an odd or non-positive factor."""
     if n_buckets is None:
         return default_buckets(n_tokens, chunk_len)
-    factors = (n_buckets,) if isinstance(n_buckets, int) else tuple(n_buckets)
-    if not factors or any(factor < 2 or factor % 2 for factor in factors):
+    factors = tuple(n_buckets) if isinstance(n_buckets, Sequence) else (n_buckets,)
+    if not factors or any(not isinstance(factor, int) or factor < 2 or factor % 2 for factor in factors):
         raise ValueError(f"n_buckets={n_buckets}: each factor must be even and at least 2")
     return factors
 

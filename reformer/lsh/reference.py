@@ -56,7 +56,7 @@ def lsh_attention_reference(
 ) -> Tensor:
     """Output [B, H, T, D] of multi-round LSH attention with the given buckets; see `reformer.lsh_attention`."""
     n_tokens = qk_BHTD.shape[2]
-    k_BHTD = qk_BHTD / qk_BHTD.norm(dim=-1, keepdim=True)
+    k_BHTD = qk_BHTD / qk_BHTD.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(qk_BHTD.dtype).tiny)
     position = torch.arange(n_tokens, device=qk_BHTD.device)
     is_self = position[:, None] == position[None, :]
     outputs = []

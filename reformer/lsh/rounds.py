@@ -23,6 +23,16 @@ MAX_EXACT_FLOAT32 = 2**24
 """Positions up to here are exact in fp32."""
 
 
+def by_head(x_BT: Tensor, n_heads: int) -> Tensor:
+    """[B, T] -> [B*H, T]."""
+    return x_BT[:, None].expand(-1, n_heads, -1).flatten(0, 1)
+
+
+def renumbered(labels: Tensor) -> Tensor:
+    """The same labels as 0, 1, 2, …: whatever integers they were, they are exact as floating-point numbers now."""
+    return torch.unique(labels, return_inverse=True)[1]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where every token stands and what it may see. `order` and `inverse` are those of `sort_by_bucket`."""
@@ -39,9 +49,9 @@ class Layout:
     key_mask_GT: Tensor | None = None
     """bool [G, T], True at tokens that may be seen."""
     segment_ids_GT: Tensor | None = None
-    """integer [G, T]: tokens of different segments do not see each other."""
+    """`renumbered` [G, T]: tokens of different segments do not see each other."""
     buckets_GRT: Tensor | None = None
-    """Given when a token sees only its own bucket."""
+    """`renumbered` [G, R, T], given when a token sees only its own bucket."""
     duplicate_correction: bool = False
     """Whether each of N_ij occurrences of a key counts as 1 / N_ij (eq. 16 of the paper)."""
 

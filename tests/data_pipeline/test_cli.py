@@ -191,6 +191,13 @@ def test_an_empty_folder_may_become_a_store(run: Run, corpus: Path, tmp_path: Pa
     assert run("build", "--input", corpus, "--tokenizer", "bytes", "--output", tmp_path / "out").code == 0
 
 
+def test_a_shard_is_no_larger_than_the_store(run: Run, corpus: Path, tmp_path: Path) -> None:
+    options = ["--seq-len", 1000, "--tokenizer", "bytes", "--rows-per-shard", 10**12, "--output", tmp_path / "s"]
+    assert run("build", "--input", corpus, *options).code == 0
+    assert run("verify", tmp_path / "s").out.endswith("sound\n")
+    assert len(list((tmp_path / "s" / "tokens" / "c").iterdir())) == 1
+
+
 def test_other_settings_are_refused_by_name(run: Run, make_store: Callable[..., Store], corpus: Path) -> None:
     store = make_store()
     result = run("build", "--input", corpus, "--tokenizer", "bytes", "--output", store.path)

@@ -29,6 +29,14 @@ def test_a_file_counts_whatever_its_suffix(tmp_path: Path) -> None:
     assert [document.name for document in find_documents([path])] == ["enwik8"]
 
 
+def test_a_link_to_a_folder_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    write(tmp_path, "corpus/a.txt", b"a")
+    write(tmp_path, "elsewhere/b.txt", b"b")
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="corpus/link is a link to a folder: name that folder as an input of its own"):
+        find_documents([tmp_path / "corpus"])
+
+
 def test_twice_the_same_name_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, "one/a.txt", b"a")
     write(tmp_path, "two/a.txt", b"b")

@@ -153,6 +153,11 @@ def test_training_again_is_no_work_and_otherwise_is_refused(corpus: Path, tmp_pa
     assert output.stat().st_mtime_ns == before
     with pytest.raises(DataError, match=r"vocab_size 530 -> 540.*another --output, or delete it"):
         train_tokenizer(settings(corpus, output, vocab_size=540))
+    output.unlink()  # the way out; the record that it leaves behind is no obstacle
+    assert train_tokenizer(settings(corpus, output, vocab_size=540))
+    record_path(output).write_text("[]")
+    with pytest.raises(DataError, match=r"vocab_size None -> 530"):
+        train_tokenizer(settings(corpus, output))
     record_path(output).unlink()
     with pytest.raises(DataError, match="does not say how it was made"):
         train_tokenizer(settings(corpus, output))

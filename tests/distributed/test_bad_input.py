@@ -68,3 +68,13 @@ def test_an_error_that_only_one_rank_has_is_not_lost(train_by_srun, tmp_path: Pa
     assert run.code == 2
     assert messages(run) == 2
     assert run.seconds < 60
+
+
+def test_a_run_that_diverges_stops_before_it_saves(train, tmp_path: Path):
+    changes = ["deepspeed.optimizer.params.lr=1e30", "run.warmup_steps=0", "deepspeed.gradient_clipping=0"]
+    run = train(2, tmp_path / "run", *changes, "run.save_every=100", "run.eval_every=0")
+    assert run.code != 0
+    assert messages(run) == 1
+    assert "training diverged. Lower deepspeed.optimizer.params.lr" in run.errors
+    assert "Traceback" not in run.errors
+    assert not list((run.dir / "checkpoints").iterdir())

@@ -23,6 +23,10 @@ COMMANDS = [
 ]
 
 
+def test_nothing_was_left_to_be_filled_in() -> None:
+    assert "@@" not in README
+
+
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 10
 

@@ -25,6 +25,8 @@ def test_attention_pattern_repeats() -> None:
         ({"d_model": 30}, "d_model=30 is not divisible by n_heads=4"),
         ({"n_layers": 0}, "'n_layers'"),
         ({"n_buckets": (4, 3)}, "must be even"),
+        ({"n_buckets": ()}, "must be even"),
+        ({"attn_pattern": ()}, "attn_pattern is empty"),
         ({"axial_shape": (3, 4)}, r"axial_shape=\(3, 4\) covers 12 positions, but max_seq_len=65536.*\(256, 256\)"),
         ({"axial_dims": (3, 4)}, "must sum to d_model=256"),
         ({"attn_pattern": ["global"]}, "'attn_pattern.0'"),

@@ -160,6 +160,30 @@ def test_lower_precision_is_finite_and_near(dtype: torch.dtype) -> None:
     assert_parity({name: x.double() for name, x in low.items()}, exact, 16 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_are_any_integers(dtype: torch.dtype) -> None:
+    """Segment ids and buckets beyond what a float holds exactly, and negative ones, are told apart."""
+    qk, v = random_inputs(64, dtype)
+    segments = torch.where(torch.arange(64) < 30, 2**24, 2**24 + 1).expand(2, 64)
+    buckets = torch.where(torch.rand(2, 2, 2, 64) < 0.5, -1, 2**40) + torch.randint(0, 2, (2, 2, 2, 64))
+    options = {"n_hashes": 2, "chunk_len": 8, "attend_across_buckets": False, "segment_ids": segments}
+    fast, _ = run(qk, v, buckets, **options)
+    double_qk, double_v = (x.detach().double().requires_grad_() for x in (qk, v))
+    exact, _ = run(double_qk, double_v, buckets, backend="reference", **options)
+    assert_parity({name: x.double() for name, x in fast.items()}, exact, 1e-9 if dtype is torch.float64 else 1e-4)
+
+
+def test_positions_beyond_what_fp32_holds_are_compared_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    original = torch.lt
+    monkeypatch.setattr(torch, "lt", lambda key, own, out: compared.append(key.dtype) or original(key, own, out=out))
+    monkeypatch.setattr("reformer.lsh.rounds.MAX_EXACT_FLOAT32", 64)
+    for n_tokens, expected in ((63, torch.float32), (64, torch.float64)):
+        compared.clear()
+        lsh_attention(*random_inputs(n_tokens, torch.float32), n_hashes=1, chunk_len=64)
+        assert set(compared) == {expected}
+
+
 def test_given_buckets_are_used_and_returned() -> None:
     qk, v = random_inputs(64)
     buckets = torch.randint(0, 8, (2, 2, 2, 64))
@@ -174,6 +198,7 @@ def test_given_buckets_are_used_and_returned() -> None:
         ({"buckets": torch.zeros(1, 1, 1, 4, dtype=torch.int64)}, "buckets must be integers"),
         ({"buckets": torch.zeros(1, 1, 2, 4)}, "buckets must be integers"),
         ({"n_buckets": 3}, "even"),
+        ({"n_buckets": 4.0}, "even"),
         ({"chunk_len": 0}, "at least 1"),
         ({"rotations": torch.zeros(1, 2, 2, 9)}, "rotations must be"),
         ({"segment_ids": torch.zeros(1, 5)}, "segment_ids must be"),

@@ -8,7 +8,7 @@ from parity import assert_parity, gradients
 from torch import Tensor
 from torch.nn import functional as F
 
-from reformer import Reformer, ReformerConfig
+from reformer import Reformer, ReformerConfig, lsh_attention
 from reformer.call import Call
 from reformer.reversible import reversible_stack
 
@@ -105,6 +105,25 @@ def test_a_layer_saves_its_buckets_and_nothing_else() -> None:
     assert saved_bytes(6, ("local",)) == saved_bytes(2, ("local",))
     bucket_bytes = 2 * 2 * 2 * 101 * 2  # B * H * R * T * int16
     assert saved_bytes(6, ("lsh",)) - saved_bytes(2, ("lsh",)) == 4 * bucket_bytes
+
+
+def test_the_backward_uses_the_buckets_of_the_forward() -> None:
+    """Reconstructed inputs differ by rounding; hashed again, tokens would change buckets."""
+    model = make_model(n_layers=3, attn_pattern=["lsh"])
+    calls: list[tuple[bool, Tensor]] = []
+
+    def recording(qk: Tensor, v: Tensor, buckets: Tensor | None, **options: object) -> tuple[Tensor, Tensor]:
+        out, used = lsh_attention(qk, v, buckets, **options)
+        calls.append((buckets is not None, used))
+        return out, used
+
+    for block in model.blocks:
+        block.attention.inner = recording
+    tokens, labels, _ = make_batch()
+    model(tokens, labels).backward()
+    assert [given for given, _ in calls] == [False] * 3 + [True] * 3
+    for (_, forward), (_, backward) in zip(calls[:3], reversed(calls[3:]), strict=True):
+        assert torch.equal(forward, backward)
 
 
 def test_two_forwards_before_one_backward_and_evaluation_between() -> None:

@@ -29,6 +29,10 @@ def make_config(**changes: Any) -> RunConfig:
     return RunConfig(**tables)
 
 
+def adamw(**params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": "AdamW", "params": params}}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_a_good_configuration_passes_on_any_number_of_ranks(world_size: int) -> None:
     check(make_config(), DEEPSPEED, STORE, world_size)
@@ -39,9 +43,9 @@ def test_a_good_configuration_passes_on_any_number_of_ranks(world_size: int) -> 
     [
         ({"train_batch_size": 9}, "train_batch_size=9 is not divisible by .*=1 times 2 ranks: 8 or 10 would do"),
         ({"train_batch_size": 1}, "2 or 4 would do|2 would do"),
-        ({"train_batch_size": None}, r"give train_batch_size .* \(got None and 1\)"),
-        ({"train_micro_batch_size_per_gpu": "auto"}, "got 8 and 'auto'"),
-        ({"gradient_accumulation_steps": 4}, "it follows from train_batch_size"),
+        ({"train_batch_size": None}, "deepspeed.train_batch_size=None: give a number >= 1"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu='auto': give a number >= 1"),
+        ({"gradient_accumulation_steps": 3}, "train_batch_size=8 is not .*=1 times .*=3 times 2 ranks: 6 would be"),
         ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler: the learning rate's course belongs to"),
         ({"fp16": {"enabled": True}}, "use bf16"),
         ({"sequence_parallel_size": 2}, "deepspeed.sequence_parallel_size: not a key that this trainer passes"),
@@ -61,11 +65,33 @@ def test_a_good_configuration_passes_on_any_number_of_ranks(world_size: int) -> 
             "with weights in bf16 needs ZeRO",
         ),
         ({"data_types": {"grad_accum_dtype": "fp8"}}, "give 'fp32' or 'bf16'"),
+        (adamw(lr=float("nan")), "deepspeed.optimizer.params.lr=nan: give a finite number"),
+        (adamw(lr=-1.0), "deepspeed.optimizer.params: Invalid learning rate: -1.0"),
+        (adamw(lr=True), "deepspeed.optimizer.params.lr=True: give the peak learning rate as a number"),
+        (adamw(lr=1e-3, betas=[0.9, float("inf")]), "deepspeed.optimizer.params.betas=inf"),
+        (adamw(lr=1e-3, betas=[0.9]), "deepspeed.optimizer.params: "),
+        (adamw(lr=1e-3, eps="x"), "deepspeed.optimizer.params: "),
+        (adamw(lr=1e-3, weight_decay=-1), "deepspeed.optimizer.params: Invalid weight_decay"),
     ],
 )
 def test_deepspeed_side(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(make_config(), {**deepcopy(DEEPSPEED), **changes}, STORE, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size"),
+    [
+        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 5),
+        ({"train_micro_batch_size_per_gpu": 2}, 5),
+        ({"train_batch_size": 6}, 3),
+        ({"train_batch_size": 12, "gradient_accumulation_steps": 2}, 3),
+        ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}, 3),
+    ],
+)
+def test_deepspeed_works_out_what_is_left_out_of_the_batch(batch: dict[str, Any], world_size: int) -> None:
+    rest = {key: value for key, value in DEEPSPEED.items() if not key.startswith("train_")}
+    check(make_config(), {**rest, **batch}, STORE, world_size)
 
 
 def test_a_switched_off_fp16_is_no_contradiction() -> None:

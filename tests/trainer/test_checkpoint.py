@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint import published, remove_leftovers, starting_point
+from trainer.checkpoint import TAG, published, remove_leftovers, starting_point
 from trainer.config import ConfigError
 
 IDENTITY: dict[str, Any] = {
@@ -21,8 +21,10 @@ IDENTITY: dict[str, Any] = {
 
 def publish(run_dir: Path, step: int, identity: dict[str, Any] = IDENTITY) -> Path:
     path = run_dir / "checkpoints" / f"step_{step:08d}"
-    path.mkdir(parents=True)
-    (path / "state.json").write_text(json.dumps({"step": step, "run": identity}))
+    (path / TAG).mkdir(parents=True)
+    (path / TAG / "weights").write_bytes(b"1234")
+    state = {"step": step, "run": identity, "n_bytes": {"weights": 4}}
+    (path / "state.json").write_text(json.dumps(state))
     return path
 
 
@@ -81,9 +83,20 @@ def test_what_decides_them_may_not(tmp_path: Path, changes: dict[str, Any], mess
         starting_point(tmp_path, {**IDENTITY, **changes}, resume=True)
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    (publish(tmp_path, 50) / "state.json").write_text('{"step": 5')
-    with pytest.raises(ConfigError, match=r"step_00000050 is damaged: state.json"):
+@pytest.mark.parametrize("text", ['{"step": 5', "{}", '{"step": 4, "run": []}', '{"run": {}, "n_bytes": 3}', "[]"])
+def test_a_damaged_state_is_named(tmp_path: Path, text: str) -> None:
+    (publish(tmp_path, 50) / "state.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"step_00000050 is damaged: state.json.*Remove that folder"):
+        starting_point(tmp_path, IDENTITY, resume=True)
+
+
+def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
+    weights = publish(tmp_path, 50) / TAG / "weights"
+    weights.write_bytes(b"123")
+    with pytest.raises(ConfigError, match="is damaged: deepspeed/weights has 3 bytes instead of 4"):
+        starting_point(tmp_path, IDENTITY, resume=True)
+    weights.unlink()
+    with pytest.raises(ConfigError, match="is damaged: deepspeed/weights is missing"):
         starting_point(tmp_path, IDENTITY, resume=True)
 
 

@@ -1,0 +1,91 @@
+"""The report of a run, the unigram model that it is measured by, and the demo's corpus."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.cli import main as data_pipeline
+from data_pipeline.store import Store
+from trainer.baseline import unigram_score
+from trainer.config import DataConfig
+
+ROOT = Path(__file__).parents[2]
+TRAIN, HELD_OUT = b"abracadabra" * 7, b"cabbage"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    for name, text in (("train", TRAIN), ("val", HELD_OUT)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_bytes(text)
+    path = tmp_path / "store"
+    inputs = ["--input", str(tmp_path / "train"), "--val-input", str(tmp_path / "val")]
+    settings = ["--tokenizer", "bytes", "--seq-len", "100", "--workers", "1"]
+    assert data_pipeline(["build", *inputs, *settings, "--output", str(path)]) == 0
+    return path
+
+
+def test_unigram_score_by_hand(store: Path) -> None:
+    eos, vocab_size = 257, 258
+    counts = Counter([*TRAIN, eos])  # what a model predicts in a row that starts with BOS
+    total = sum(counts.values()) + vocab_size
+    nats = [-math.log((counts[token] + 1) / total) for token in [*HELD_OUT, eos]]
+    score = unigram_score(Store.open(store), DataConfig(store=store), n_rows=5)
+    assert score.nll == pytest.approx(sum(nats), rel=1e-12)
+    assert (score.n_tokens, score.n_bytes) == (len(HELD_OUT) + 1, len(HELD_OUT))
+    assert score.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / len(HELD_OUT), rel=1e-12)
+
+
+def make_run(folder: Path, store: Path) -> None:
+    folder.mkdir()
+    config = {
+        "model": {"vocab_size": 258, "max_seq_len": 100},
+        "data": {"store": str(store)},
+        "run": {"dir": str(folder), "deepspeed_config": "x.json", "steps": 2},
+    }
+    (folder / "run.json").write_text(json.dumps({"config": config}))
+    speed = {"speed/tokens_per_s": 100.0, "memory/peak_gib": 1.25}
+    lines = [
+        {"step": 0, "eval/loss": 5.5, "eval/bits_per_byte": 8.125},
+        {"step": 1, "train/loss": 5.25, "train/bits_per_byte": 8.25, **speed},
+        {"step": 2, "train/loss": 2.5, "train/bits_per_byte": 3.75, **speed},
+        {"step": 2, "eval/loss": 2.75, "eval/bits_per_byte": 4.0625},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/report.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
+    make_run(tmp_path / "run", store)
+    done = report(tmp_path / "run", "--plot", tmp_path / "curve.png")
+    assert done.returncode == 0, done.stderr
+    for figure in ("5.2500      2.5000", "8.2500      3.7500", "8.1250      4.0625", "1.25", "100", "--logdir"):
+        assert figure in done.stdout
+    unigram = unigram_score(Store.open(store), DataConfig(store=store), n_rows=64).bits_per_byte
+    assert f"{unigram:.4f} bits per byte" in done.stdout
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("damage", ["missing", "run.json", "metrics.jsonl", "no step", "plot"])
+def test_report_of_what_is_no_run_is_one_line(tmp_path: Path, store: Path, damage: str) -> None:
+    run, options = tmp_path / "run", []
+    if damage != "missing":
+        make_run(run, store)
+    if damage in ("run.json", "metrics.jsonl"):
+        (run / damage).write_text("{")
+    if damage == "no step":
+        (run / "metrics.jsonl").write_text("")
+    if damage == "plot":
+        options = ["--plot", tmp_path / "nowhere" / "curve.png"]
+    done = report(run, *options)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
