@@ -65,7 +65,7 @@ def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> st
 
 def plot(metrics: list[dict[str, float]], file: Path) -> None:
     """Bits per byte of training batches and of the held-out rows, by step."""
-    from matplotlib.figure import Figure  # of the extra `bench`: only a drawing needs it
+    from matplotlib.figure import Figure  # of the extras `bench` and `dev`: only a drawing needs it
 
     axes: Any
     figure = Figure(figsize=(7, 3.5), layout="constrained")
