@@ -9,7 +9,9 @@ import hashlib
 import json
 import logging
 import random
+import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -29,6 +31,10 @@ SAMPLE_BLOCK_BYTES = 1 << 16
 """The sample is drawn in blocks of this size: small enough for all parts of a corpus to be in it."""
 SENTENCE_CHARS = 1024
 """Lines are cut here: SentencePiece silently skips those over 4,192 bytes, and a character has up to 4."""
+N_BYTES, N_SPECIAL = 256, 6
+"""Pieces that every model has: bytes; unknown, BOS, EOS, two ways to end a line, the space."""
+COVERAGE = 0.9995
+"""SentencePiece's own default."""
 THREADS = 8
 """Fixed, not the machine's: SentencePiece writes it into the model, and sums in an order that depends on it."""
 
@@ -77,7 +83,11 @@ def train_tokenizer(settings: TrainingSettings) -> bool:
     record_path(settings.output).unlink(missing_ok=True)  # of a model that is gone, or never came
     sample_bytes = min(settings.max_bytes, sum(document.n_bytes for document in documents))
     logger.info("training on %s bytes of %s documents", f"{sample_bytes:,}", f"{len(documents):,}")
-    sentences = sample_sentences(documents, settings.max_bytes, settings.seed)
+    characters: Counter[str] = Counter()
+    for sentence in sample_sentences(documents, settings.max_bytes, settings.seed):
+        characters.update(sentence)
+    rare = rare_characters(characters, settings.vocab_size)
+    sentences = without(rare, sample_sentences(documents, settings.max_bytes, settings.seed))
     with staged(settings.output) as partial:
         with partial.open("wb") as model:
             _train(sentences, model, settings.vocab_size, settings.model_type)
@@ -98,6 +108,29 @@ def sample_sentences(documents: Sequence[Document], max_bytes: int, seed: int) -
         for data in read_blocks(document, start, stop, SAMPLE_BLOCK_BYTES):
             for line in data.decode().split("\n"):
                 yield from (line[i : i + SENTENCE_CHARS] for i in range(0, len(line), SENTENCE_CHARS))
+
+
+def rare_characters(characters: Counter[str], vocab_size: int) -> str:
+    """The characters that must be no pieces of their own, since the vocabulary cannot hold all that are frequent.
+
+    None where those that SentencePiece requires, 99.95% of the text, fit beside the bytes and special pieces.
+    Otherwise (thousands of Chinese characters, a small vocabulary) all but what takes half of that room.
+    """
+    room = max(2, vocab_size - N_BYTES - N_SPECIAL)
+    ranked = characters.most_common()
+    covered = sum(count for _, count in ranked[:room])
+    kept = len(ranked) if covered >= COVERAGE * characters.total() else room // 2
+    return "".join(character for character, _ in ranked[kept:])
+
+
+def without(rare: str, sentences: Iterator[str]) -> Iterator[str]:
+    """Sentences cut at rare characters, which a tokenizer then spells in bytes."""
+    if not rare:
+        yield from sentences
+        return
+    cut = re.compile(f"[{re.escape(rare)}]+")
+    for sentence in sentences:
+        yield from filter(None, cut.split(sentence))
 
 
 def record_path(model: Path) -> Path:

@@ -1,6 +1,8 @@
 """Tokenizers give every byte back, and cuts do not change ids."""
 
 import io
+import random
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from data_pipeline import tokenizer as tokenizer_module
 from data_pipeline.errors import DataError
 from data_pipeline.sources import find_documents, plan_tasks, read_blocks
 from data_pipeline.tokenizer import cut_pieces, load_tokenizer, token_dtype
-from data_pipeline.training import TrainingSettings, record_path, sample_sentences, train_tokenizer
+from data_pipeline.training import TrainingSettings, rare_characters, record_path, sample_sentences, train_tokenizer
 
 TEXT = st.text(max_size=60) | st.text(alphabet="\u2581 \t\r\n\0ab가\ufeff\u0301", max_size=60)
 
@@ -161,6 +163,22 @@ def test_training_again_is_no_work_and_otherwise_is_refused(corpus: Path, tmp_pa
     record_path(output).unlink()
     with pytest.raises(DataError, match="does not say how it was made"):
         train_tokenizer(settings(corpus, output))
+
+
+def test_more_characters_than_the_vocabulary_holds_are_spelled_in_bytes(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(400)]
+    text = "".join(f"{rng.choice(words)} {rng.choice(words)}{chr(0x4E00 + i % 3000)}" for i in range(9_000)) + "\n"
+    (tmp_path / "chinese.txt").write_text(text, encoding="utf-8")
+    train_tokenizer(settings(tmp_path / "chinese.txt", tmp_path / "a.model", vocab_size=600))
+    tokenizer = load_tokenizer(str(tmp_path / "a.model"))
+    assert tokenizer.vocab_size == 600
+    assert tokenizer.decode(tokenizer.encode(text.encode())) == text.encode()
+
+
+def test_no_character_is_rare_where_the_frequent_ones_fit() -> None:
+    assert rare_characters(Counter("abc" * 1000), 530) == ""
+    assert rare_characters(Counter({"a": 3, "]": 2, "c": 1, "-": 1}), 256 + 6 + 2) == "]c-"
 
 
 def test_a_model_of_text_without_spaces_keeps_spaces(tmp_path: Path) -> None:
