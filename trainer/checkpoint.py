@@ -29,7 +29,7 @@ FIXED = (
     "model",
     "data.train_split",
     "run.seed",
-    "deepspeed.train_batch_size",
+    "train_batch_size",
     "deepspeed.optimizer",
     "deepspeed.bf16",
     "deepspeed.data_types",
@@ -51,9 +51,13 @@ def identity(
     config: RunConfig, deepspeed_config: Mapping[str, Any], store_fingerprint: str, world_size: int
 ) -> dict[str, Any]:
     """What a checkpoint says about its run, as plain JSON values."""
+    micro, accumulation = (
+        deepspeed_config.get(key, 1) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    )
     return {
         "store_fingerprint": store_fingerprint,
         "world_size": world_size,
+        "train_batch_size": deepspeed_config.get("train_batch_size", micro * accumulation * world_size),
         **config.model_dump(mode="json"),
         "deepspeed": dict(deepspeed_config),
     }

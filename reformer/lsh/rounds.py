@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A tile's scores are N * L * W numbers. 1 MiB of fp32 stays in the second-level cache of current CPUs (half and
-# twice as much are within 10%, measured); a GPU wants few, large launches.
+# A tile's scores are N * L * W numbers. 1 MiB of fp32 stays in the second-level cache of current CPUs; a GPU wants
+# few, large launches.
 TILE_SCORES = {"cpu": 2**18, "cuda": 2**26}
 
 MAX_EXACT_FLOAT32 = 2**24

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint import TAG, published, remove_leftovers, starting_point
-from trainer.config import ConfigError
+from trainer.checkpoint import TAG, identity, published, remove_leftovers, starting_point
+from trainer.config import ConfigError, RunConfig
 
 IDENTITY: dict[str, Any] = {
     "store_fingerprint": "abc",
     "world_size": 2,
+    "train_batch_size": 4,
     "model": {"n_layers": 2, "axial_shape": [2, 4]},
     "data": {"store": "a", "train_split": "train"},
     "run": {"seed": 0, "steps": 10},
@@ -65,6 +66,7 @@ def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
     [
         ({"store_fingerprint": "xyz"}, "store_fingerprint was 'abc' and is 'xyz' now"),
         ({"world_size": 1}, "world_size was 2 and is 1 now"),
+        ({"train_batch_size": 8}, "train_batch_size was 4 and is 8 now"),
         ({"model": {"n_layers": 3, "axial_shape": [2, 4]}}, "model.n_layers was 2 and is 3 now"),
         ({"run": {"seed": 1}}, "run.seed was 0 and is 1 now"),
         (
@@ -104,3 +106,18 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write to run.dir=.*file/run: Not a directory: choose another"):
         starting_point(tmp_path / "file" / "run", IDENTITY, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "expected"),
+    [
+        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}, 8),
+        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 12),
+        ({"train_micro_batch_size_per_gpu": 2}, 4),
+    ],
+)
+def test_the_global_batch_is_fixed_however_it_is_given(deepspeed: dict[str, int], expected: int) -> None:
+    config = RunConfig(
+        model={"vocab_size": 9}, data={"store": "s"}, run={"dir": "r", "deepspeed_config": "x.json", "steps": 1}
+    )
+    assert identity(config, deepspeed, "abc", world_size=2)["train_batch_size"] == expected
