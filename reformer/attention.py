@@ -38,7 +38,7 @@ class _Attention(nn.Module):
 
     def project(self, x_BTM: Tensor) -> list[Tensor]:
         """The heads [B, H, T, D] of each projection of norm(x)."""
-        normed = layer_norm(x_BTM, self.norm_weight, self.norm_bias)
+        normed = layer_norm(x_BTM, self.norm_weight, self.norm_bias, self.config.norm_eps)
         heads = []
         for name in self.projections:
             projected = F.linear(normed, self.get_parameter(f"{name}_weight"))

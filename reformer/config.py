@@ -97,6 +97,8 @@ class ReformerConfig(StrictConfig):
     """Tokens that pass through a feed-forward layer at a time."""
     loss_chunk_tokens: int = Field(default=2048, ge=1)
     """Tokens whose logits exist at a time when the loss is computed."""
+    norm_eps: float = Field(default=1e-6, gt=0.0)
+    """Added to the variance in every layer normalisation; 1e-6 in the authors' code."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability of dropping an element of a sub-layer's output in training."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -11,12 +11,10 @@ from torch.nn import functional as F
 from reformer.config import ReformerConfig
 from reformer.gradients import GradientSum, with_gradients
 
-NORM_EPS = 1e-6
 
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer normalisation with statistics in x's dtype (fp32 streams) and the result in the weights' dtype."""
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), NORM_EPS).to(weight.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(weight.dtype)
 
 
 class FeedForward(nn.Module):
@@ -26,7 +24,7 @@ class FeedForward(nn.Module):
         super().__init__()
         d_model, d_ff = config.d_model, config.d_ff
         assert d_ff is not None  # filled in by the config
-        self.chunk_tokens = config.ff_chunk_tokens
+        self.chunk_tokens, self.norm_eps = config.ff_chunk_tokens, config.norm_eps
         self.activation = F.relu if config.activation == "relu" else F.gelu
         self.norm_weight = nn.Parameter(torch.ones(d_model))
         self.norm_bias = nn.Parameter(torch.zeros(d_model))
@@ -69,5 +67,5 @@ class FeedForward(nn.Module):
         out_weight: Tensor,
         out_bias: Tensor,
     ) -> Tensor:
-        inner = self.activation(F.linear(layer_norm(x, norm_weight, norm_bias), in_weight, in_bias))
+        inner = self.activation(F.linear(layer_norm(x, norm_weight, norm_bias, self.norm_eps), in_weight, in_bias))
         return F.linear(inner, out_weight, out_bias)

@@ -23,7 +23,7 @@ class OutputHead(nn.Module):
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
         width = 2 * config.d_model
-        self.chunk_tokens = config.loss_chunk_tokens
+        self.chunk_tokens, self.norm_eps = config.loss_chunk_tokens, config.norm_eps
         self.norm_weight = nn.Parameter(torch.ones(width))
         self.norm_bias = nn.Parameter(torch.zeros(width))
         self.weight = nn.Parameter(torch.randn(config.vocab_size, width) / math.sqrt(width))
@@ -36,20 +36,20 @@ class OutputHead(nn.Module):
         """
         parameters = list(self.parameters(recurse=False))
         if labels_BT is None:
-            return _logits(y1_BTM, y2_BTM, *parameters)
+            return _logits(y1_BTM, y2_BTM, *parameters, eps=self.norm_eps)
         y1, y2, labels = y1_BTM.flatten(0, 1), y2_BTM.flatten(0, 1), labels_BT.flatten()
         total = torch.zeros((), dtype=torch.promote_types(y1.dtype, torch.float32), device=y1.device)
         scale = 1 / (labels != IGNORED_LABEL).sum().clamp(min=1).to(total.dtype)
         if not torch.is_grad_enabled():
             for tokens in _slices(len(labels), self.chunk_tokens):
-                total += _nll_sum(y1[tokens], y2[tokens], labels[tokens], *parameters)
+                total += _nll_sum(y1[tokens], y2[tokens], labels[tokens], *parameters, eps=self.norm_eps)
             return total * scale
         d_y1, d_y2 = torch.empty_like(y1), torch.empty_like(y2)
         sums = GradientSum(parameters)
         for tokens in _slices(len(labels), self.chunk_tokens):
             with torch.enable_grad():
                 chunk = [y[tokens].detach().requires_grad_() for y in (y1, y2)]
-                loss = _nll_sum(*chunk, labels[tokens], *sums.aliases) * scale
+                loss = _nll_sum(*chunk, labels[tokens], *sums.aliases, eps=self.norm_eps) * scale
             d_y1[tokens], d_y2[tokens] = sums.add(loss, chunk)
             total += loss.detach()
         gradients = [d_y1.view_as(y1_BTM), d_y2.view_as(y2_BTM), *sums.totals()]
@@ -60,11 +60,13 @@ def _slices(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
-def _logits(y1: Tensor, y2: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(layer_norm(torch.cat([y1, y2], dim=-1), norm_weight, norm_bias), weight, bias)
+def _logits(
+    y1: Tensor, y2: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, eps: float
+) -> Tensor:
+    return F.linear(layer_norm(torch.cat([y1, y2], dim=-1), norm_weight, norm_bias, eps), weight, bias)
 
 
-def _nll_sum(y1: Tensor, y2: Tensor, labels: Tensor, *parameters: Tensor) -> Tensor:
-    logits = _logits(y1, y2, *parameters)
+def _nll_sum(y1: Tensor, y2: Tensor, labels: Tensor, *parameters: Tensor, eps: float) -> Tensor:
+    logits = _logits(y1, y2, *parameters, eps=eps)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
