@@ -15,9 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A tile's scores are N * L * W numbers. 1 MiB of fp32 stays in the second-level cache of current CPUs; a GPU wants
-# few, large launches.
-TILE_SCORES = {"cpu": 2**18, "cuda": 2**26}
+from reformer.lsh.dropout import keep_factor_of_words, key_words, query_words
+
+# A tile's scores are N * L * W numbers. On a CPU 512 KiB of fp32 for each thread stay in its second-level cache with
+# what else the tile needs (twice as many take 1.3 times as long, measured); a GPU wants few, large launches.
+TILE_SCORES_PER_THREAD = 2**17
+TILE_SCORES_GPU = 2**26
 
 MAX_EXACT_FLOAT32 = 2**24
 """Positions up to here are exact in fp32."""
@@ -54,6 +57,10 @@ class Layout:
     """`renumbered` [G, R, T], given when a token sees only its own bucket."""
     duplicate_correction: bool = False
     """Whether each of N_ij occurrences of a key counts as 1 / N_ij (eq. 16 of the paper)."""
+    dropout: float = 0.0
+    """Probability that a weight is dropped after the softmax of its round."""
+    dropout_keys_G: Tensor | None = None
+    """Integers in the range of int32, given with dropout: what is dropped is a function of them."""
 
     @property
     def n_tokens(self) -> int:
@@ -90,6 +97,11 @@ class Layout:
         """Tokens visible from one chunk."""
         return self.n_halo + self.chunk_len
 
+    def chunks_per_tile(self, device: torch.device) -> int:
+        """As many chunks as a tile's memory allows."""
+        scores = TILE_SCORES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else TILE_SCORES_GPU
+        return min(self.n_chunks, max(1, scores // (self.chunk_len * self.window)))
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -108,6 +120,12 @@ class Tile:
     def key_places(self) -> slice:
         """The same in a sequence that has the halo around it."""
         return slice(self.places.start, self.places.stop + self.window - self.chunk_len)
+
+    @property
+    def new_key_places(self) -> slice:
+        """Those of `key_places` that no earlier tile of the round has."""
+        halo = self.window - self.chunk_len
+        return slice(self.key_places.start + (halo if self.first else 0), self.key_places.stop)
 
     def queries(self, x_S: Tensor) -> Tensor:
         """[N*L, …] by place -> a view [N, L, …]."""
@@ -152,6 +170,10 @@ class Round:
         self.key_position = key_token.masked_fill(hidden, layout.n_tokens).to(position_dtype)
         self.key_seen = None if layout.causal else (~hidden).to(dtype)
         self.labels = self._labels(position_dtype)
+        if layout.dropout:
+            assert layout.dropout_keys_G is not None
+            key = layout.dropout_keys_G[group]
+            self.query_word, self.key_word = query_words(key, round_, query_token), key_words(key, round_, key_token)
 
     def _hidden(self, key_token: Tensor) -> Tensor:
         """True at key places that no one sees: padding, masked tokens, and what stands around a local sequence."""
@@ -175,25 +197,26 @@ class Round:
         return labels
 
     def tiles(self) -> Iterator[Tile]:
-        """The round's chunks in runs of as many as TILE_SCORES allows."""
-        L, W, n_chunks = self.layout.chunk_len, self.layout.window, self.layout.n_chunks
-        count = max(1, TILE_SCORES.get(self.key_rows.device.type, TILE_SCORES["cuda"]) // (L * W))
+        """The round's chunks in runs of as many as fit a tile."""
+        n_chunks, count = self.layout.n_chunks, self.layout.chunks_per_tile(self.key_rows.device)
         for first in range(0, n_chunks, count):
-            yield Tile(first, min(count, n_chunks - first), L, W)
+            yield Tile(first, min(count, n_chunks - first), self.layout.chunk_len, self.layout.window)
 
-    def queries(self, x_T: Tensor, tile: Tile) -> Tensor:
-        """Rows of x [T, …] at the tile's places, [N, L, …]."""
-        return tile.queries(x_T.index_select(0, self.query_rows[tile.places]))
+    def queries(self, x_T: Tensor, tile: Tile, out: Tensor | None = None) -> Tensor:
+        """Rows of x [T, …] at the tile's places, [N, L, …]; `out` is memory for them, by place."""
+        return tile.queries(_rows(x_T, self.query_rows[tile.places], out))
 
-    def keys(self, x_T: Tensor, tile: Tile) -> Tensor:
+    def keys(self, x_T: Tensor, tile: Tile, out: Tensor | None = None) -> Tensor:
         """Rows of x [T, …] in the windows of the tile's chunks: overlapping views [N, W, …] of one gather."""
-        return tile.windows(x_T.index_select(0, self.key_rows[tile.key_places]))
+        return tile.windows(_rows(x_T, self.key_rows[tile.key_places], out))
 
-    def visibility(self, tile: Tile) -> Tensor:
-        """How much each key counts for each query [N, L, W]: 0 where it is not visible, 1 (or 1 / N_ij) elsewhere."""
+    def visibility(self, tile: Tile, factor: Tensor, scratch: Tensor) -> Tensor:
+        """How much each key counts for each query: 0 where it is not visible, 1 (or 1 / N_ij) elsewhere.
+
+        Both [N, L, W]; `factor` is filled in and returned, `scratch` is written to.
+        """
         own = tile.queries(self.query_position[tile.places])[..., None]
         key = tile.windows(self.key_position[tile.key_places])[:, None, :]
-        factor = own.new_empty(tile.count, tile.chunk_len, tile.window, dtype=self.dtype)
         if self.layout.causal:
             torch.lt(key, own, out=factor) if self.layout.is_lsh else torch.le(key, own, out=factor)
         else:
@@ -203,10 +226,16 @@ class Round:
         for label in self.labels:
             query_label = tile.queries(label[self.own][tile.places])[..., None]
             key_label = tile.windows(label[tile.key_places])[:, None, :]
-            factor.mul_(torch.eq(key_label, query_label, out=torch.empty_like(factor)))
+            factor.mul_(torch.eq(key_label, query_label, out=scratch))
         if self.layout.duplicate_correction:
             factor.div_(self._multiplicity(tile))
         return factor
+
+    def keep(self, tile: Tile) -> Tensor:
+        """Factors of dropout [N, L, W] for the weights of a tile."""
+        key_word = tile.windows(self.key_word[tile.key_places])[:, None, :]
+        query_word = tile.queries(self.query_word[tile.places])[..., None]
+        return keep_factor_of_words(query_word, key_word, self.layout.dropout, self.dtype)
 
     def _multiplicity(self, tile: Tile) -> Tensor:
         """N_ij [N, L, W]: how often, over all rounds, the tile's queries find their keys in their windows."""
@@ -232,9 +261,13 @@ class Round:
         n_total = self.layout.n_rounds * self.layout.n_chunks
         return (query_chunk - key_chunk + after) % n_total <= before + after
 
-    def add_by_token(self, total_TD: Tensor, x_SD: Tensor) -> None:
+    def add_by_token(self, total_TE: Tensor, x_SE: Tensor, scratch_TE: Tensor) -> None:
         """Add values by key place to values by token: the round's own by a gather, then the halo's few rows."""
-        total_TD += x_SD[self.own].index_select(0, self.inverse)
+        total_TE += torch.index_select(x_SE[self.own], 0, self.inverse, out=scratch_TE)
         if self.layout.is_lsh:
             for halo in (slice(0, self.own.start), slice(self.own.stop, None)):
-                total_TD.index_add_(0, self.key_rows[halo], x_SD[halo])
+                total_TE.index_add_(0, self.key_rows[halo], x_SE[halo])
+
+
+def _rows(x_T: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
+    return x_T.index_select(0, rows) if out is None else torch.index_select(x_T, 0, rows, out=out[: len(rows)])

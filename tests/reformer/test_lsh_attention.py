@@ -8,7 +8,7 @@ from parity import assert_parity
 from torch import Tensor
 
 from reformer import lsh_attention
-from reformer.lsh.rounds import TILE_SCORES
+from reformer.lsh import rounds
 
 LENGTHS = [1, 5, 16, 17, 63, 100]
 
@@ -88,7 +88,7 @@ def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None
     qk, v = random_inputs(300)
     options = {"n_hashes": 2, "chunk_len": 8}
     whole, buckets = run(qk, v, None, **options)
-    monkeypatch.setitem(TILE_SCORES, "cpu", 3 * 8 * 16)  # three chunks a tile
+    monkeypatch.setattr(rounds, "TILE_SCORES_PER_THREAD", 3 * 8 * 16)  # three chunks a tile
     tiled, _ = run(qk, v, buckets, **options)
     assert_parity(tiled, whole, 1e-13)
 
