@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reformer.lsh.chunked import chunked_attention
+from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import Layout, by_head, renumbered
 
 
@@ -20,13 +21,20 @@ def local_attention(
     causal: bool = True,
     key_padding_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_keys: Tensor | None = None,
 ) -> Tensor:
     """Sliding-chunk attention [B, H, T, D] with scores q.k / sqrt(D); any T >= 1 (padded inside).
 
     key_padding_mask [B, T] is True at tokens that may be seen; a token that sees nothing gets its own value.
     segment_ids [B, T]: tokens of different segments do not see each other. Statistics are fp32 or better.
+    dropout: probability of dropping a probability after the softmax (the others are scaled by 1 / (1 - dropout)), that
+    of the token itself too; dropout_keys: integers [B, H] in the range of int32 that decide which (dropout.py).
+
+    Raises ValueError for dropout outside [0, 1), or without keys.
     """
     batch, n_heads, n_tokens, d_head = q.shape
+    check_dropout(dropout, dropout_keys, q.shape[:2])
     groups = batch * n_heads
     places = torch.arange(n_tokens + -n_tokens % chunk_len, dtype=torch.int32, device=q.device)
     layout = Layout(
@@ -37,6 +45,8 @@ def local_attention(
         is_lsh=False,
         key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
         segment_ids_GT=None if segment_ids is None else by_head(renumbered(segment_ids), n_heads),
+        dropout=dropout,
+        dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten(),
     )
     scaled_q = q * d_head**-0.5
     return chunked_attention(scaled_q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout).view_as(v)
@@ -51,8 +61,11 @@ def local_attention_reference(
     causal: bool = True,
     key_padding_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_keys: Tensor | None = None,
 ) -> Tensor:
     """The same as one dense softmax under a [B, 1, T, T] mask: O(T^2), plain autograd."""
+    check_dropout(dropout, dropout_keys, q.shape[:2])
     position = torch.arange(q.shape[2], device=q.device)
     chunk = position // chunk_len
     distance = chunk[:, None] - chunk[None, :]
@@ -67,4 +80,9 @@ def local_attention_reference(
     alone = ~allowed.any(dim=-1, keepdim=True)
     allowed = allowed | (alone & (position[:, None] == position[None, :]))
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
-    return scores.softmax(dim=-1) @ v
+    probabilities = scores.softmax(dim=-1)
+    if dropout_keys is not None:
+        key = dropout_keys[..., None, None]
+        kept = keep_factor(key, 0, position[:, None], position, dropout, q.dtype)
+        probabilities = probabilities * kept.masked_fill(alone, 1)
+    return probabilities @ v

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from reformer.lsh.chunked import chunked_attention
+from reformer.lsh.dropout import check_dropout
 from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket
 from reformer.lsh.reference import lsh_attention_reference
 from reformer.lsh.rounds import Layout, by_head, renumbered
@@ -27,6 +28,8 @@ def lsh_attention(
     segment_ids: Tensor | None = None,
     attend_across_buckets: bool = True,
     duplicate_correction: bool = False,
+    dropout: float = 0.0,
+    dropout_keys: Tensor | None = None,
     rotations: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -49,6 +52,10 @@ def lsh_attention(
         attend_across_buckets: see all of the visible chunks, or the own bucket of the round only (eq. 4).
         duplicate_correction: subtract log N_ij, N_ij the number of times that the rounds find key j (eq. 16), so
             that the rounds together are one softmax over the union of what they reach.
+        dropout: probability of dropping a weight. Each round's probabilities are dropped after its softmax, the rest
+            scaled by 1 / (1 - dropout); the own value of a token that sees nothing but itself is never dropped.
+        dropout_keys: integers [B, H] in the range of int32, needed with dropout: what is dropped is a function of
+            them, the round and the two positions (dropout.py).
         rotations: N(0, 1) [H, D, n_hashes, sum(factors) / 2]; None draws from torch's global generator.
         backend: "chunked" (any device), "reference" (O(T^2), the oracle), or "auto".
 
@@ -60,6 +67,7 @@ def lsh_attention(
         ValueError: a shape, dtype or option that does not fit, with what was expected.
     """
     _check_arguments(qk, v, buckets, n_hashes, chunk_len, key_padding_mask, segment_ids)
+    check_dropout(dropout, dropout_keys, qk.shape[:2])
     if backend not in ("auto", "chunked", "reference"):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'chunked' or 'reference'")
     n_heads, n_tokens, d_head = qk.shape[1:]
@@ -83,6 +91,8 @@ def lsh_attention(
             segment_ids_BT=segment_ids,
             attend_across_buckets=attend_across_buckets,
             duplicate_correction=duplicate_correction,
+            dropout=dropout,
+            dropout_keys=dropout_keys,
         )
         return out, buckets
     buckets_GRT = buckets.flatten(0, 1)
@@ -97,6 +107,8 @@ def lsh_attention(
         segment_ids_GT=None if segment_ids is None else by_head(renumbered(segment_ids), n_heads),
         buckets_GRT=None if attend_across_buckets else renumbered(buckets_GRT),
         duplicate_correction=duplicate_correction,
+        dropout=dropout,
+        dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten(),
     )
     out = chunked_attention(qk.flatten(0, 1), None, v.flatten(0, 1), layout)
     return out.view_as(v), buckets

@@ -6,12 +6,17 @@ running maxima or saved statistics; use float64. `count_RTT` says how often quer
     chunk g of the R*C chunks (rounds one behind the other) sees itself and chunk g-1, and g+1 when bidirectional,
     cyclically, so that the first chunk of a round sees the last chunk of the round before it.
 
+Dropout acts on the probabilities of each round, after its softmax, as in the authors' and Hugging Face's code:
+out_r,i = sum_j P_r,ij m_r,ij v_j with m = `keep_factor`. Two occurrences of a key in a round are dropped together. The
+weight of a token with itself, which matters only where it is the only one in every round, is never dropped.
+
 Axes: B batch, H heads, T tokens, D head dim, R hash rounds, C chunks, L chunk length.
 """
 
 import torch
 from torch import Tensor
 
+from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.hashing import sort_by_bucket
 
 SELF_PENALTY = -1e5
@@ -53,9 +58,12 @@ def lsh_attention_reference(
     segment_ids_BT: Tensor | None = None,
     attend_across_buckets: bool = True,
     duplicate_correction: bool = False,
+    dropout: float = 0.0,
+    dropout_keys: Tensor | None = None,
 ) -> Tensor:
     """Output [B, H, T, D] of multi-round LSH attention with the given buckets; see `reformer.lsh_attention`."""
     n_tokens = qk_BHTD.shape[2]
+    check_dropout(dropout, dropout_keys, qk_BHTD.shape[:2])
     k_BHTD = qk_BHTD / qk_BHTD.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(qk_BHTD.dtype).tiny)
     position = torch.arange(n_tokens, device=qk_BHTD.device)
     is_self = position[:, None] == position[None, :]
@@ -77,15 +85,26 @@ def lsh_attention_reference(
                 causal=causal,
                 attend_across_buckets=attend_across_buckets,
             )
-            outputs.append(_combine_rounds(scores, counts * allowed, v_BHTD[b, h], duplicate_correction))
+            kept = None if dropout_keys is None else _keep_factors(dropout_keys[b, h], dropout, counts, scores.dtype)
+            outputs.append(_combine_rounds(scores, counts * allowed, v_BHTD[b, h], duplicate_correction, kept))
     return torch.stack(outputs).view_as(v_BHTD)
 
 
-def _combine_rounds(scores: Tensor, counts_RTT: Tensor, v_TD: Tensor, duplicate_correction: bool) -> Tensor:
+def _keep_factors(key: Tensor, dropout: float, like_RTT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Factors [R, T, T] of one head's probabilities; 1 on the diagonal."""
+    position = torch.arange(like_RTT.shape[-1], device=like_RTT.device)
+    rounds = [keep_factor(key, r, position[:, None], position, dropout, dtype) for r in range(len(like_RTT))]
+    return torch.stack(rounds).masked_fill(position[:, None] == position, 1)
+
+
+def _combine_rounds(
+    scores: Tensor, counts_RTT: Tensor, v_TD: Tensor, duplicate_correction: bool, kept_RTT: Tensor | None
+) -> Tensor:
     """One softmax per round over the keys that it reaches, rounds weighted by exp(lse_round - lse_total)."""
     if duplicate_correction:
         scores = scores - counts_RTT.sum(dim=0).clamp(min=1).to(scores.dtype).log()
     weighted = scores + counts_RTT.to(scores.dtype).log()  # -inf where a key is not reached
     lse_RT = weighted.logsumexp(dim=-1)
-    out_RTD = weighted.softmax(dim=-1) @ v_TD
+    probabilities = weighted.softmax(dim=-1)
+    out_RTD = (probabilities if kept_RTT is None else probabilities * kept_RTT) @ v_TD
     return ((lse_RT - lse_RT.logsumexp(dim=0)).exp()[..., None] * out_RTD).sum(dim=0)
