@@ -1,0 +1,214 @@
+"""How well LSH attention works in a model: are its buckets even, how much of dense attention do they recover, and
+how exactly does the reversible stack give its inputs back.
+
+What is special: nothing is kept on the model, and there is no extra forward pass. `observed` puts a wrapper around
+the inner attention of each LSH layer, the seam that oracles and kernels use too, for as long as a `with` statement
+lasts, so that what is reported is what really ran. Dense attention is computed for a sample of queries only:
+O(samples * T * D) a head instead of O(T^2 * D).
+
+Axes: B batch, H heads, R hash rounds, T tokens, D head dim, S sampled queries, L chunk length, C chunks of one round,
+M model.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from reformer.attention import LSHSelfAttention
+from reformer.call import Call
+from reformer.lsh.hashing import derive_seed, sort_by_bucket
+from reformer.model import Reformer
+from reformer.reversible import ReversibleBlock
+
+SAMPLED_QUERIES = 64
+"""Per head: 4 heads give the mean of a layer to about 0.02 where queries differ by 0.3."""
+
+BLOCK_SCORES = 2**22
+"""Scores of sampled queries that exist at a time."""
+
+
+@contextmanager
+def observed(model: Reformer, n_tokens: int | None = None) -> Iterator[dict[str, float]]:
+    """A dictionary that the next forward pass fills in, with numbers on the first sample of the batch.
+
+    For each LSH layer, counted from 0:
+
+        lsh/layer01/largest_bucket_over_mean   of all heads and rounds; 1 is even, the number of buckets the worst
+        lsh/layer01/empty_buckets              their share
+        lsh/layer01/recovered_mass             see `recovered_mass`; the mean over the sampled queries of all heads
+
+    Queries are drawn from the first `n_tokens` places (all, if not given; padding has nothing to tell), the same
+    ones at every call. Later passes within the statement change nothing.
+    """
+    found: dict[str, float] = {}
+    layers = [block.attention for block in model.blocks if isinstance(block.attention, LSHSelfAttention)]
+    inner = [layer.inner for layer in layers]
+    for layer in layers:
+        layer.inner = _reporting(layer, n_tokens, found)
+    try:
+        yield found
+    finally:
+        for layer, own in zip(layers, inner, strict=True):
+            layer.inner = own
+
+
+def _reporting(
+    layer: LSHSelfAttention, n_tokens: int | None, found: dict[str, float]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The layer's inner attention, which also reports on its first call."""
+    inner, prefix = layer.inner, f"lsh/layer{layer.layer:02d}"
+
+    @torch.no_grad()
+    def report(qk_BHTD: Tensor, buckets_BHRT: Tensor, options: dict[str, Any]) -> None:
+        largest, empty = bucket_occupancy(buckets_BHRT[:1], math.prod(options["n_buckets"]))
+        queries = sample_queries(qk_BHTD.shape[1], n_tokens or qk_BHTD.shape[2], seed=layer.layer)
+        segment_ids = options["segment_ids"]
+        mass_HS = recovered_mass(
+            qk_BHTD[0],
+            buckets_BHRT[0],
+            queries.to(qk_BHTD.device),
+            chunk_len=options["chunk_len"],
+            causal=options["causal"],
+            segment_ids_T=None if segment_ids is None else segment_ids[0],
+            attend_across_buckets=options["attend_across_buckets"],
+        )
+        found[f"{prefix}/largest_bucket_over_mean"] = largest
+        found[f"{prefix}/empty_buckets"] = empty
+        found[f"{prefix}/recovered_mass"] = mass_HS.mean().item()
+
+    def attention(qk: Tensor, v: Tensor, buckets: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        out, used = inner(qk, v, buckets, **options)
+        if f"{prefix}/recovered_mass" not in found:
+            report(qk, used, options)
+        return out, used
+
+    return attention
+
+
+def bucket_occupancy(buckets_BHRT: Tensor, n_buckets: int) -> tuple[float, float]:
+    """The largest bucket of any round over the mean, T / n_buckets, and the share of buckets that are empty.
+
+    Buckets are integers in [0, n_buckets); every sample, head and round has its own n_buckets of them.
+    """
+    rounds_GT = buckets_BHRT.flatten(0, 2).long()
+    n_rounds, n_tokens = rounds_GT.shape
+    own = torch.arange(n_rounds, device=rounds_GT.device)[:, None] * n_buckets
+    sizes = torch.bincount((rounds_GT + own).flatten(), minlength=n_rounds * n_buckets)
+    return sizes.max().item() * n_buckets / n_tokens, (sizes == 0).double().mean().item()
+
+
+def sample_queries(n_heads: int, n_tokens: int, seed: int) -> Tensor:
+    """Positions int64 [H, S] on the CPU, uniform in [0, n_tokens), a function of the arguments alone."""
+    generator = torch.Generator().manual_seed(derive_seed(seed))
+    return torch.randint(n_tokens, (n_heads, SAMPLED_QUERIES), generator=generator)
+
+
+def recovered_mass(
+    qk_HTD: Tensor,
+    buckets_HRT: Tensor,
+    queries_HS: Tensor,
+    *,
+    chunk_len: int,
+    causal: bool = True,
+    segment_ids_T: Tensor | None = None,
+    attend_across_buckets: bool = True,
+) -> Tensor:
+    """Share [H, S] of each query's dense attention that goes to keys which some round lets it reach.
+
+    Dense attention is what LSH attention stands for: the softmax of q.k, k = qk / ||qk||, over all other tokens that
+    are visible (before it when causal, of its segment). A query with no visible token but itself has lost nothing: 1.
+    Computed in fp32, or in float64 for such inputs.
+    """
+    n_tokens = qk_HTD.shape[1]
+    order_HRS, inverse_HRT = sort_by_bucket(buckets_HRT, chunk_len)
+    masses = []
+    for head, qk in enumerate(qk_HTD.to(torch.promote_types(qk_HTD.dtype, torch.float32))):
+        k_TD = qk / qk.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(qk.dtype).tiny)
+        for query_S in queries_HS[head].split(max(1, BLOCK_SCORES // n_tokens)):
+            visible_ST = _visible(query_S, n_tokens, causal, segment_ids_T)
+            reached_ST = reached_keys(
+                order_HRS[head],
+                inverse_HRT[head],
+                query_S,
+                chunk_len,
+                causal=causal,
+                buckets_RT=None if attend_across_buckets else buckets_HRT[head],
+            )
+            weights_ST = (qk[query_S] @ k_TD.T).masked_fill_(~visible_ST, -torch.inf).softmax(dim=-1)
+            share_S = weights_ST.mul_(reached_ST).sum(dim=-1)
+            masses.append(share_S.masked_fill(~visible_ST.any(dim=-1), 1.0))
+    return torch.cat(masses).view(queries_HS.shape)
+
+
+def _visible(query_S: Tensor, n_tokens: int, causal: bool, segment_ids_T: Tensor | None) -> Tensor:
+    """The keys [S, T] that dense attention gives each query; a token sees itself only when it sees nothing else."""
+    position_T = torch.arange(n_tokens, device=query_S.device)
+    visible = position_T < query_S[:, None] if causal else position_T != query_S[:, None]
+    if segment_ids_T is not None:
+        visible &= segment_ids_T == segment_ids_T[query_S][:, None]
+    return visible
+
+
+def reached_keys(
+    order_RS: Tensor,
+    inverse_RT: Tensor,
+    query_S: Tensor,
+    chunk_len: int,
+    *,
+    causal: bool,
+    buckets_RT: Tensor | None = None,
+) -> Tensor:
+    """Whether query s finds key j in the chunks that it sees in any round, bool [S, T], before any mask.
+
+    The same as `reach_counts(...).sum(0) > 0` in reference.py at the rows of the queries, without anything of size
+    T x T: each query's windows are read off the sorted order of one head. Given buckets, only keys of the same round
+    and bucket count.
+    """
+    n_rounds, n_tokens = inverse_RT.shape
+    order_CL = order_RS.reshape(-1, chunk_len)  # the chunks of all rounds, one round behind the other
+    chunks_per_round = len(order_CL) // n_rounds
+    round_R1 = torch.arange(n_rounds, device=order_RS.device)[:, None]
+    chunk_RS = round_R1 * chunks_per_round + inverse_RT[:, query_S] // chunk_len
+    offsets = torch.tensor([-1, 0] if causal else [-1, 0, 1], device=order_RS.device)
+    window_RSO = (chunk_RS[..., None] + offsets) % len(order_CL)
+    key_RSOL = order_CL[window_RSO].long().clamp(max=n_tokens)  # padding gathers in a column of its own
+    if buckets_RT is not None:
+        bucket_RT = torch.nn.functional.pad(buckets_RT, (0, 1))
+        key_bucket = bucket_RT[round_R1[..., None, None], key_RSOL]
+        same = key_bucket == buckets_RT[:, query_S][..., None, None]
+        same &= (window_RSO // chunks_per_round == round_R1[..., None])[..., None]
+        key_RSOL = key_RSOL.masked_fill(~same, n_tokens)
+    reached = torch.zeros(len(query_S), n_tokens + 1, dtype=torch.bool, device=order_RS.device)
+    return reached.scatter_(1, key_RSOL.transpose(0, 1).flatten(1), True)[:, :n_tokens]
+
+
+@torch.no_grad()
+def reconstruction_error(model: Reformer, tokens: Tensor, *, segment_ids: Tensor | None = None, step: int = 0) -> float:
+    """max |x - x'| / rms(x): how far the inputs x of the reversible stack are from those that its inverse gives.
+
+    Tokens are integer [B, T]. This is what the backward pass works with, so it bounds the error that reversibility
+    puts into gradients. Costs two passes through the stack.
+    """
+    sample_ids = tuple(range(len(tokens)))
+    call = Call(model.config.seed, step, sample_ids, segment_ids_BT=segment_ids)
+    x = model.embedding(tokens)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    y1, y2, buckets = x, x, []
+    blocks = cast("list[ReversibleBlock]", list(model.blocks))
+    for block in blocks:
+        y1, y2, used = block(y1, y2, call)
+        buckets.append(used)
+    for block, used in zip(reversed(blocks), reversed(buckets), strict=True):
+        y1, y2 = invert(block, y1, y2, call, used)
+    largest = torch.maximum((y1 - x).abs().max(), (y2 - x).abs().max())
+    return (largest / x.square().mean().sqrt()).item()
+
+
+def invert(block: ReversibleBlock, y1: Tensor, y2: Tensor, call: Call, buckets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The inputs [B, T, M] of a block without dropout from its outputs, as its backward reconstructs them."""
+    x2 = y2 - block.feed_forward(y1)[0]
+    return y1 - block.attention(x2, call, buckets)[0], x2
