@@ -28,6 +28,10 @@ class Call:
     """0 in evaluation."""
     segment_ids_BT: Tensor | None = None
     """Documents packed in one row; they do not see each other."""
+    attn_dropout: float = 0.0
+    """Of attention weights; 0 in evaluation."""
+    n_hashes: int | None = None
+    """Rounds of LSH attention in place of the configuration's; round r is the same whatever their number."""
 
     def dropout_scale(self, like_BTM: Tensor, layer: int, half: Literal["attention", "feed_forward"]) -> Tensor | None:
         """Factors [B, T, M]: 0 where an element is dropped, 1 / (1 - p) elsewhere; None without dropout."""
@@ -39,3 +43,13 @@ class Call:
             generator = torch.Generator(like_BTM.device).manual_seed(seed)
             masks.append(torch.rand(like_BTM.shape[1:], generator=generator, device=like_BTM.device) >= self.dropout)
         return torch.stack(masks).to(like_BTM.dtype) / (1 - self.dropout)
+
+    def attn_dropout_keys(self, layer: int, n_heads: int, device: torch.device) -> Tensor | None:
+        """int32 [B, H], what decides which attention weights are dropped; None without attention dropout."""
+        if not self.attn_dropout:
+            return None
+        keys = [
+            [derive_seed(self.seed, self.step, layer, 2, sample_id, head) % 2**32 - 2**31 for head in range(n_heads)]
+            for sample_id in self.sample_ids
+        ]
+        return torch.tensor(keys, dtype=torch.int32, device=device)

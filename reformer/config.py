@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+AttentionKind = Literal["local", "lsh", "dense"]
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the value and the way out."""
@@ -65,8 +67,8 @@ class ReformerConfig(StrictConfig):
     """Width of each of the two residual streams."""
     n_layers: int = Field(default=6, ge=1)
     """Number of reversible blocks, each one attention and one feed-forward layer."""
-    attn_pattern: tuple[Literal["local", "lsh"], ...] = ("local", "lsh")
-    """Kinds of attention, repeated over the layers from the first on."""
+    attn_pattern: tuple[AttentionKind, ...] = ("local", "lsh")
+    """Kinds of attention, repeated over the layers from the first on; "dense" takes the weights of "lsh"."""
     n_heads: int = Field(default=4, ge=1)
     """Attention heads per layer."""
     d_head: int | None = Field(default=None, ge=1)
@@ -101,6 +103,8 @@ class ReformerConfig(StrictConfig):
     """Added to the variance in every layer normalisation; 1e-6 in the authors' code."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability of dropping an element of a sub-layer's output in training."""
+    attn_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability of dropping an attention weight, after the softmax of its round, in training."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the hash rotations and of dropout."""
 
@@ -153,7 +157,7 @@ class ReformerConfig(StrictConfig):
             )
         return self
 
-    def attention_kind(self, layer: int) -> Literal["local", "lsh"]:
+    def attention_kind(self, layer: int) -> AttentionKind:
         """The kind of attention of layer `layer`, counted from 0."""
         return self.attn_pattern[layer % len(self.attn_pattern)]
 

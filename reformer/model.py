@@ -48,6 +48,7 @@ class Reformer(nn.Module):
         segment_ids: Tensor | None = None,
         step: int = 0,
         sample_ids: Sequence[int] | Tensor | None = None,
+        n_hashes: int | None = None,
     ) -> Tensor:
         """Logits [B, T, V]; or, given labels, the mean loss in nats over labels != -100, an fp32 scalar.
 
@@ -57,7 +58,16 @@ class Reformer(nn.Module):
             segment_ids: integer [B, T]; tokens of different segments (documents) do not see each other.
             step: with the model's seed, fixes the hash rotations and dropout masks of this pass.
             sample_ids: index of each sample in the global batch, which keys its dropout; 0, 1, … if not given.
+            n_hashes: rounds of LSH attention, more or fewer than the model was trained with; None: as configured.
+
+        Raises:
+            ValueError: n_hashes below 1, or in a model without LSH attention.
         """
+        if n_hashes is not None and (n_hashes < 1 or "lsh" not in self.config.attn_pattern):
+            raise ValueError(
+                f"n_hashes={n_hashes} must be at least 1, and some layer must use LSH attention "
+                f"(attn_pattern is {self.config.attn_pattern}); leave it out to keep the model's {self.config.n_hashes}"
+            )
         ids = range(len(tokens)) if sample_ids is None else sample_ids
         call = Call(
             seed=self.config.seed,
@@ -65,6 +75,8 @@ class Reformer(nn.Module):
             sample_ids=tuple(int(sample_id) for sample_id in ids),
             dropout=self.config.dropout if self.training else 0.0,
             segment_ids_BT=segment_ids,
+            attn_dropout=self.config.attn_dropout if self.training else 0.0,
+            n_hashes=n_hashes,
         )
         x = self.embedding(tokens)
         x = x.to(torch.promote_types(x.dtype, torch.float32))

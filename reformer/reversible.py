@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reformer.attention import LocalSelfAttention, LSHSelfAttention
+from reformer.attention import DenseSelfAttention, LocalSelfAttention, LSHSelfAttention
 from reformer.call import Call
 from reformer.config import ReformerConfig
 from reformer.feed_forward import FeedForward
@@ -24,7 +24,8 @@ class ReversibleBlock(nn.Module):
 
     def __init__(self, config: ReformerConfig, layer: int) -> None:
         super().__init__()
-        kind = {"local": LocalSelfAttention, "lsh": LSHSelfAttention}[config.attention_kind(layer)]
+        kinds = {"local": LocalSelfAttention, "lsh": LSHSelfAttention, "dense": DenseSelfAttention}
+        kind = kinds[config.attention_kind(layer)]
         self.layer = layer
         self.attention = kind(config, layer)
         self.feed_forward = FeedForward(config)
