@@ -1,0 +1,377 @@
+"""Weights and configuration of Hugging Face's Reformer: a folder with `config.json` and `model.safetensors`.
+
+What is special: nothing is guessed. Every tensor and every setting that decides what the model computes has its
+counterpart here, and what has none is refused by name. transformers itself is not needed, and nothing is unpickled.
+
+`ReformerModelWithLMHead` (causal) and `ReformerForMaskedLM` (bidirectional, LSH layers only: without a causal mask,
+Hugging Face's local attention sees from one end of the sequence to the other) compute what ours computes, given the
+same buckets, except that
+
+- transformers 5 does not add `lm_head.bias`, transformers 4 and the authors' code do: see `load_hf`, `save_hf`;
+- their LSH keys are x / sqrt(mean(x^2) + 1e-6) where ours are exactly x / sqrt(mean(x^2)), a relative difference of
+  5e-7 at elements of size 1;
+- their rotations come from torch's global generator, and num_buckets=null means a power of two there, written into
+  the configuration at the first sequence; ours follow from `seed` and `n_buckets=None` from each sequence's length;
+- a length that is no multiple of both kinds' chunk lengths is padded further there, which moves the places at which
+  hash rounds meet;
+- their dropout also drops embeddings, positions, inner feed-forward activations and the head's input;
+- their causal loss shifts the labels itself.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reformer.config import ConfigError, ReformerConfig
+from reformer.model import Reformer
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "d_head": "attention_head_size",
+    "d_ff": "feed_forward_size",
+    "activation": "hidden_act",
+    "causal": "is_decoder",
+    "n_hashes": "num_hashes",
+    "n_buckets": "num_buckets",
+    "lsh_chunk_len": "lsh_attn_chunk_length",
+    "local_chunk_len": "local_attn_chunk_length",
+    "axial_shape": "axial_pos_shape",
+    "axial_dims": "axial_pos_embds_dim",
+    "norm_eps": "layer_norm_eps",
+    "dropout": "hidden_dropout_prob",
+}
+"""Fields of ReformerConfig and their names in config.json; attn_pattern and n_layers are `attn_layers` there."""
+
+CARRIED = ("ff_chunk_tokens", "loss_chunk_tokens", "seed")
+"""Fields that Hugging Face has no use for. They travel under the key "longhand", which transformers keeps."""
+
+DEFAULTS: dict[str, Any] = {
+    "attention_head_size": 64,
+    "attn_layers": ["local", "lsh", "local", "lsh", "local", "lsh"],
+    "axial_pos_embds": True,
+    "axial_pos_embds_dim": [64, 192],
+    "axial_pos_shape": [64, 64],
+    "feed_forward_size": 512,
+    "hash_seed": None,
+    "hidden_act": "relu",
+    "hidden_dropout_prob": 0.05,
+    "hidden_size": 256,
+    "is_decoder": False,
+    "layer_norm_eps": 1e-12,
+    "local_attention_probs_dropout_prob": 0.05,
+    "local_attn_chunk_length": 64,
+    "local_num_chunks_after": 0,
+    "local_num_chunks_before": 1,
+    "longhand": {},
+    "lsh_attention_probs_dropout_prob": 0.0,
+    "lsh_attn_chunk_length": 64,
+    "lsh_num_chunks_after": 0,
+    "lsh_num_chunks_before": 1,
+    "max_position_embeddings": 4096,
+    "model_type": "reformer",
+    "num_attention_heads": 12,
+    "num_buckets": None,
+    "num_hashes": 1,
+    "tie_word_embeddings": False,
+    "vocab_size": 320,
+}
+"""What transformers takes for a key that config.json leaves out, for every key that is read here."""
+
+TENSORS = {
+    "embedding.tokens.weight": "reformer.embeddings.word_embeddings.weight",
+    "embedding.positions.rows": "reformer.embeddings.position_embeddings.weights.0",
+    "embedding.positions.columns": "reformer.embeddings.position_embeddings.weights.1",
+    "head.norm_weight": "reformer.encoder.layer_norm.weight",
+    "head.norm_bias": "reformer.encoder.layer_norm.bias",
+    "head.weight": "lm_head.decoder.weight",
+    "head.bias": "lm_head.bias",
+}
+BLOCK_TENSORS = {
+    "attention.norm_weight": "attention.layer_norm.weight",
+    "attention.norm_bias": "attention.layer_norm.bias",
+    "attention.value_weight": "attention.self_attention.value.weight",
+    "attention.out_weight": "attention.output.dense.weight",
+    "feed_forward.norm_weight": "feed_forward.layer_norm.weight",
+    "feed_forward.norm_bias": "feed_forward.layer_norm.bias",
+    "feed_forward.in_weight": "feed_forward.dense.dense.weight",
+    "feed_forward.in_bias": "feed_forward.dense.dense.bias",
+    "feed_forward.out_weight": "feed_forward.output.dense.weight",
+    "feed_forward.out_bias": "feed_forward.output.dense.bias",
+}
+KIND_TENSORS = {
+    "local": {
+        "attention.query_weight": "attention.self_attention.query.weight",
+        "attention.key_weight": "attention.self_attention.key.weight",
+    },
+    "lsh": {"attention.qk_weight": "attention.self_attention.query_key.weight"},
+}
+
+
+def load_hf(folder: str | Path) -> Reformer:
+    """The model in a folder that Hugging Face's `save_pretrained` or our `save_hf` wrote, in the file's dtypes.
+
+    A `lm_head.bias` that is not zero is taken over and warned of: the authors' code and transformers 4 add it to the
+    logits, transformers 5 leaves it out.
+
+    Raises:
+        ConfigError: a file is missing or damaged, a setting or tensor has no counterpart, is missing or misshapen.
+    """
+    folder = Path(folder)
+    config = config_from_hf(_read_config(folder / CONFIG_FILE))
+    tensors = _read_weights(folder / WEIGHTS_FILE)
+    model = _skeleton(config)
+    _check_tensors(tensors, state_to_hf(model.state_dict(), config), str(folder / WEIGHTS_FILE))
+    state = state_from_hf(tensors, config)
+    if state["head.bias"].any():
+        warnings.warn(
+            f"{folder}: lm_head.bias is not zero. It is added to the logits, as by transformers 4; "
+            "transformers 5 leaves it out, so that its logits differ by just this bias",
+            stacklevel=2,
+        )
+    # Copies: what is read is a view of the file, which someone may overwrite.
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return model
+
+
+def save_hf(model: Reformer, folder: str | Path) -> None:
+    """Write a folder that transformers' `from_pretrained` and our `load_hf` read. It appears when it is complete.
+
+    Since transformers 5 ignores the bias of the head, one that is not zero is written as an equal change of the
+    head's norm and weight (`fold_head_bias`). All other tensors are written as they are.
+
+    Raises:
+        ConfigError: the configuration has no counterpart, or a parameter is not whole (partitioned by ZeRO-3).
+        FileExistsError: there is something in the folder already.
+    """
+    folder = Path(folder)
+    config = config_to_hf(model.config)
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    expected = _skeleton(model.config).state_dict()
+    _check_tensors(state, expected, "the model to be saved")
+    tensors = state_to_hf(fold_head_bias(state), model.config)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: remove it, or give another name")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+    partial.rename(folder)
+
+
+def config_from_hf(values: Mapping[str, Any]) -> ReformerConfig:
+    """Our configuration from the contents of config.json; keys that do not shape the model are ignored.
+
+    Raises ConfigError for what our model cannot express, with the key, its value and a way out.
+    """
+    hf = {**DEFAULTS, **values}
+    _check_expressible(hf)
+    layers = tuple(hf["attn_layers"])
+    fields = {
+        **{ours: hf[theirs] for ours, theirs in FIELDS.items()},
+        **hf["longhand"],
+        "attn_pattern": _shortest_period(layers),
+        "n_layers": len(layers),
+    }
+    try:
+        return ReformerConfig(**fields)
+    except ConfigError as error:
+        names = [f"{ours} is {theirs}" for ours, theirs in FIELDS.items() if ours in str(error)]
+        raise ConfigError(f"{error}\nIn config.json, {', '.join(names) or 'see longhand'}") from None
+
+
+def config_to_hf(config: ReformerConfig) -> dict[str, Any]:
+    """The contents of config.json for our configuration. Raises ConfigError for what transformers cannot express."""
+    translated = {*FIELDS, *CARRIED, "attn_pattern", "n_layers"}
+    for name, field in ReformerConfig.model_fields.items():
+        if name not in translated and getattr(config, name) != field.default:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} has no counterpart in Hugging Face's Reformer, which computes with "
+                f"{field.default!r}: such a model cannot be exported; train one with {name}={field.default!r}"
+            )
+    layers = [config.attention_kind(layer) for layer in range(config.n_layers)]
+    if not config.causal and "local" in layers:
+        raise ConfigError(f"causal=False with attn_pattern={config.attn_pattern}: {_WRAPS}, so it cannot be exported")
+    plain = config.model_dump(mode="json")
+    return {
+        **{theirs: plain[ours] for ours, theirs in FIELDS.items()},
+        "architectures": ["ReformerModelWithLMHead" if config.causal else "ReformerForMaskedLM"],
+        "model_type": "reformer",
+        "attn_layers": layers,
+        "axial_pos_embds": True,
+        "hash_seed": None,
+        "tie_word_embeddings": False,
+        **{f"{kind}_num_chunks_before": 1 for kind in KIND_TENSORS},
+        **{f"{kind}_num_chunks_after": 0 if config.causal else 1 for kind in KIND_TENSORS},
+        **{f"{kind}_attention_probs_dropout_prob": 0.0 for kind in KIND_TENSORS},
+        # Its cached decoding hashes each token with new rotations and looks it up among buckets of the old ones.
+        "use_cache": False,
+        # Its default would be an ordinary token of our vocabulary.
+        "eos_token_id": None,
+        "longhand": {name: plain[name] for name in CARRIED},
+    }
+
+
+def state_to_hf(state: Mapping[str, Tensor], config: ReformerConfig) -> dict[str, Tensor]:
+    """The tensors of our state_dict under Hugging Face's names; axial tables [rows, D] become [rows, 1, D]."""
+    tensors = {theirs: state[ours] for ours, theirs in tensor_names(config).items()}
+    rows, columns = TENSORS["embedding.positions.rows"], TENSORS["embedding.positions.columns"]
+    return {**tensors, rows: tensors[rows].unsqueeze(1), columns: tensors[columns].unsqueeze(0)}
+
+
+def state_from_hf(tensors: Mapping[str, Tensor], config: ReformerConfig) -> dict[str, Tensor]:
+    """The inverse of `state_to_hf`."""
+    state = {ours: tensors[theirs] for ours, theirs in tensor_names(config).items()}
+    rows, columns = "embedding.positions.rows", "embedding.positions.columns"
+    return {**state, rows: state[rows].squeeze(1), columns: state[columns].squeeze(0)}
+
+
+def tensor_names(config: ReformerConfig) -> dict[str, str]:
+    """For every tensor of our state_dict its name in model.safetensors."""
+    names = dict(TENSORS)
+    for layer in range(config.n_layers):
+        in_block = {**BLOCK_TENSORS, **KIND_TENSORS[config.attention_kind(layer)]}
+        names.update(
+            {f"blocks.{layer}.{ours}": f"reformer.encoder.layers.{layer}.{theirs}" for ours, theirs in in_block.items()}
+        )
+    return names
+
+
+def fold_head_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same function with a head bias of zero: the bias b moves into the head's norm (g, s) and weight W.
+
+    The head computes W (g z + s) + b with z normalised, so that sum(z) = 0. Then W' = W + u (1/g)^T changes nothing
+    but the constant, by u sum(s/g); s' = s + c g turns it into W s + c W g + u (sum(s/g) + c n) for n elements of z,
+    which is W s + b for u = (b - c W g) / (sum(s/g) + c n). c = ±1 keeps the divisor away from zero.
+
+    Raises ConfigError where an element of g is (nearly) zero, since 1/g would not leave W its precision.
+    """
+    weight, bias, gain, shift = (
+        state[f"head.{name}"].double() for name in ("weight", "bias", "norm_weight", "norm_bias")
+    )
+    if not bias.any():
+        return dict(state)
+    if gain.abs().min() < 1e-3 * gain.abs().max():
+        raise ConfigError(
+            f"head.norm_weight has elements from {gain.abs().min():.1e} to {gain.abs().max():.1e}, so that head.bias, "
+            "which transformers 5 ignores, cannot move there: set head.bias to zero (the logits change)"
+        )
+    total = (shift / gain).sum()
+    c = 1.0 if total >= 0 else -1.0
+    u = (bias - c * weight @ gain) / (total + c * len(gain))
+    folded = {
+        "head.weight": weight + torch.outer(u, 1 / gain),
+        "head.norm_bias": shift + c * gain,
+        "head.bias": torch.zeros_like(bias),
+    }
+    return {**state, **{name: tensor.to(state[name].dtype) for name, tensor in folded.items()}}
+
+
+_WRAPS = (
+    "without a causal mask, Hugging Face's local attention sees from one end of the sequence to the other, ours not"
+)
+_TRAINED_WITH = "the weights were trained with another attention; change the value in config.json to use ours with them"
+
+
+def _check_expressible(hf: Mapping[str, Any]) -> None:
+    layers, shape, causal = hf["attn_layers"], hf["axial_pos_shape"], hf["is_decoder"]
+    if not isinstance(layers, list | tuple) or not layers or not set(layers) <= set(KIND_TENSORS):
+        raise ConfigError(f"attn_layers={layers!r}: expected a list of 'local' and 'lsh', one for each layer")
+    if not causal and "local" in layers:
+        raise ConfigError(
+            f"is_decoder={causal!r} with local layers: {_WRAPS}; import a causal model, or lsh layers only"
+        )
+    needed: dict[str, tuple[Any, str]] = {
+        "model_type": ("reformer", "give the folder of a Reformer"),
+        "axial_pos_embds": (True, "ours has axial position embeddings only; import a model that has them"),
+        "tie_word_embeddings": (
+            False,
+            "the head is twice as wide as the embedding; set it to false and give it weights",
+        ),
+        "hash_seed": (None, "our rotations follow from ReformerConfig's seed; set it to null in config.json"),
+    }
+    for kind in sorted(set(layers)):
+        needed[f"{kind}_num_chunks_before"] = (1, _TRAINED_WITH)
+        needed[f"{kind}_num_chunks_after"] = (0 if causal else 1, _TRAINED_WITH)
+        needed[f"{kind}_attention_probs_dropout_prob"] = (0.0, "set it to 0.0, which changes nothing but training")
+    for key, (value, way_out) in needed.items():
+        if hf[key] != value:
+            raise ConfigError(f"{key}={hf[key]!r} in config.json, where ours computes with {value!r}: {way_out}")
+    two_axes = isinstance(shape, list | tuple) and [type(axis) for axis in shape] == [int, int]
+    if not two_axes or math.prod(shape) != hf["max_position_embeddings"]:
+        raise ConfigError(
+            f"axial_pos_shape={shape!r} and max_position_embeddings={hf['max_position_embeddings']!r}: ours has two "
+            "axes and exactly as many positions as they span; set max_position_embeddings to their product"
+        )
+    unknown = sorted(set(hf["longhand"]) - set(CARRIED))
+    if unknown:
+        raise ConfigError(
+            f"longhand has the unknown keys {unknown}: it carries {', '.join(CARRIED)}; remove the others"
+        )
+
+
+def _check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """ConfigError for each tensor that is missing, unexpected, of another shape or no floating-point number."""
+    problems = [f"{name} is missing" for name in expected if name not in actual]
+    problems += [f"{name} is not part of such a model" for name in actual if name not in expected]
+    for name in actual.keys() & expected.keys():
+        if actual[name].shape != expected[name].shape:
+            problems.append(f"{name} is {list(actual[name].shape)}, expected {list(expected[name].shape)}")
+        elif not actual[name].is_floating_point():
+            problems.append(f"{name} is {actual[name].dtype}, expected floating-point numbers")
+    if problems:
+        raise ConfigError(
+            f"{where} does not fit its configuration:\n  " + "\n  ".join(sorted(problems)) + "\n"
+            "Give a ReformerModelWithLMHead or ReformerForMaskedLM, saved whole, with its own config.json"
+        )
+
+
+def _skeleton(config: ReformerConfig) -> Reformer:
+    """A model of this configuration without memory or random numbers behind it."""
+    with torch.device("meta"):
+        return Reformer(config)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: give a folder that save_pretrained or save_hf wrote") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}): copy the folder again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold an object with the model's settings, got {type(values).__name__}")
+    return values
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} is missing: only one file of safetensors is read, no pickle and no shards; load the folder with "
+            "transformers and save it again by save_pretrained(folder, max_shard_size='1TB')"
+        ) from None
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
+
+
+def _shortest_period(layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest pattern that gives these layers when it is repeated."""
+    lengths = range(1, len(layers) + 1)
+    return next(layers[:n] for n in lengths if all(kind == layers[i % n] for i, kind in enumerate(layers)))
