@@ -12,8 +12,7 @@ one round). The derivation is in README.md beside this file. What is special:
 - Work goes by tiles of a few chunks, gathered by the sort order into one set of buffers that stays in cache: fresh
   memory costs a page fault per 4 KiB, and tripled the time of a tile (measured).
 
-Axes: as in rounds.py, and E = 2D for keys (or their gradients) and values side by side. "By place" means in sorted
-order, "by token" in the original one.
+Axes: as in rounds.py. "By place" means in sorted order, "by token" in the original one.
 """
 
 import math
@@ -29,6 +28,9 @@ LOG2_E = math.log2(math.e)
 
 SAFE_BOUND = {torch.float32: 60.0, torch.float64: 500.0}
 """2 ** (-2 * bound) is still a normal number."""
+
+FINISH_TOKENS = 4096
+"""Tokens whose gradients are put together at a time, so that what is between stays in cache."""
 
 
 def chunked_attention(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout) -> Tensor:
@@ -58,20 +60,18 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 class _Head:
-    """One head's queries [T, D], and its keys (times log2 e) and values side by side [T, E]: one gather for both."""
+    """One head's tensors by token, and what turns keys into those that scores are made with: times log2(e) / |q|."""
 
     def __init__(self, q_TD: Tensor, k_TD: Tensor | None, v_TD: Tensor, dtype: torch.dtype) -> None:
-        self.q = q_TD.to(dtype)
-        self.q_norm = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
-        self.kv = self.q.new_empty(len(q_TD), 2 * q_TD.shape[-1])
-        self.k, v = self.kv.chunk(2, dim=-1)
-        if k_TD is None:
-            torch.div(self.q, self.q_norm / LOG2_E, out=self.k)
-            self.bound = self.q_norm * LOG2_E
+        self.q, self.v = q_TD.to(dtype), v_TD.to(dtype)
+        self.k = self.q if k_TD is None else k_TD.to(dtype)
+        norm_T1 = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
+        self.is_shared = k_TD is None
+        if self.is_shared:
+            self.key_scale, self.bound = LOG2_E / norm_T1, LOG2_E * norm_T1
         else:
-            torch.mul(k_TD.to(dtype), LOG2_E, out=self.k)
-            self.bound = self.q_norm * torch.linalg.vector_norm(self.k, dim=-1).max()
-        v.copy_(v_TD)
+            self.key_scale = norm_T1.new_full((), LOG2_E).expand_as(norm_T1)
+            self.bound = LOG2_E * norm_T1 * torch.linalg.vector_norm(self.k, dim=-1).max()
         self.is_bounded = bool(self.bound.max() <= SAFE_BOUND[dtype])
 
 
@@ -81,20 +81,27 @@ class _Buffers:
     def __init__(self, layout: Layout, like: Tensor) -> None:
         L, W, D, count = layout.chunk_len, layout.window, like.shape[-1], layout.chunks_per_tile(like.device)
         dtype = torch.promote_types(like.dtype, torch.float32)
+        places, key_places = count * L, count * L + layout.n_halo
 
         def empty(*shape: int) -> Tensor:
             return like.new_empty(shape, dtype=dtype)
 
-        self.q, self.d_out = empty(count * L, D), empty(count * L, D)
-        self.top, self.delta = empty(count * L, 1), empty(count * L, 1)
-        self.kv = empty(count * L + layout.n_halo, 2 * D)
+        self.q, self.d_out = empty(places, D), empty(places, D)
+        self.shared, self.k, self.v = (empty(key_places, D) for _ in range(3))
+        self.key_scale = empty(key_places, 1)
+        self.top, self.delta = empty(places, 1), empty(places, 1)
         self.weights, self.d_scores, self.visibility, self.scratch = (empty(count, L, W) for _ in range(4))
         self.d_window = empty(count, W, D)
 
     def gather(self, head: _Head, round_: Round, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, L, D], keys and values [N, W, D] of a tile."""
-        k, v = round_.keys(head.kv, tile, self.kv).chunk(2, dim=-1)
-        return round_.queries(head.q, tile, self.q), k, v
+        """Queries [N, L, D], scaled keys and values [N, W, D] of a tile."""
+        unscaled = round_.keys(head.k, tile, self.shared)
+        n_places = tile.key_places.stop - tile.key_places.start
+        round_.keys(head.key_scale, tile, self.key_scale)
+        torch.mul(self.shared[:n_places], self.key_scale[:n_places], out=self.k[:n_places])
+        # Shared queries are a part of the keys before scaling: one gather less.
+        q = unscaled[:, round_.own_window] if head.is_shared else round_.queries(head.q, tile, self.q)
+        return q, tile.windows(self.k[:n_places]), round_.keys(head.v, tile, self.v)
 
     def score(self, q: Tensor, k: Tensor, round_: Round, tile: Tile) -> tuple[Tensor, Tensor]:
         """Scores in base 2 and how much each key counts, [N, L, W]."""
@@ -134,7 +141,7 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
             if r:
                 _add_round(total, by_token, head.is_bounded)
         alone = norm_GT1[group] == 0
-        out_GTD[group] = total_TD.div_(norm_GT1[group].masked_fill(alone, 1))
+        torch.div(total_TD, norm_GT1[group].masked_fill(alone, 1), out=out_GTD[group])
         rows = alone.squeeze(-1).nonzero().squeeze(-1)
         out_GTD[group, rows] = v_GTD[group, rows]
     return out_GTD, top_GT1, norm_GT1
@@ -186,32 +193,30 @@ def _backward(
     dq_GTD, dv_GTD = torch.empty_like(q_GTD), torch.empty_like(v_GTD)
     dk_GTD = None if k_GTD is None else torch.empty_like(k_GTD)
     buffers = _Buffers(layout, q_GTD)
-    dq_SD, dkv_SE = (
-        top_GT1.new_empty(layout.n_places, width),
-        top_GT1.new_empty(layout.n_places + layout.n_halo, 2 * width),
-    )
-    d_out_TD, dq_TD, dkv_TE, scratch_TE = (top_GT1.new_empty(n_tokens, n) for n in (width, width, 2 * width, 2 * width))
+    key_places = layout.n_places + layout.n_halo
+    by_place = [top_GT1.new_empty(n, width) for n in (layout.n_places, key_places, key_places)]
+    d_out_TD, dq_TD, dk_TD, dv_TD, scratch_TD = (top_GT1.new_empty(n_tokens, width) for _ in range(5))
     for group in range(n_groups):
         head = _Head(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
         alone_T1 = norm_GT1[group] == 0
         # Probabilities are weight / sum: the division goes to where there are D numbers, not W.
-        torch.div(d_out_GTD[group].to(dtype), norm_GT1[group].masked_fill(alone_T1, 1), out=d_out_TD)
+        torch.div(d_out_GTD[group], norm_GT1[group].masked_fill(alone_T1, 1), out=d_out_TD)
         delta_T1 = torch.mul(d_out_TD, out_GTD[group], out=dq_TD).sum(dim=-1, keepdim=True)
-        dq_TD.zero_()
-        dkv_TE.zero_()
         for r in range(layout.n_rounds):
             round_ = Round(layout, group, r, dtype)
-            _backward_round(round_, head, buffers, d_out_TD, top_GT1[group], delta_T1, dq_SD, dkv_SE)
-            dq_TD += torch.index_select(dq_SD, 0, round_.inverse, out=scratch_TE.view(-1, width)[:n_tokens])
-            round_.add_by_token(dkv_TE, dkv_SE, scratch_TE)
-        dk_TD, dv_TD = dkv_TE.chunk(2, dim=-1)
-        dq_TD.mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
-        if dk_GTD is None:
-            _add_key_gradient_to_query(dq_TD, dk_TD, head)
-        else:
+            _backward_round(round_, head, buffers, d_out_TD, top_GT1[group], delta_T1, *by_place)
+            round_.add_queries_by_token(dq_TD, by_place[0], scratch_TD)
+            round_.add_keys_by_token(dk_TD, by_place[1], scratch_TD)
+            round_.add_keys_by_token(dv_TD, by_place[2], scratch_TD)
+        for start in range(0, n_tokens, FINISH_TOKENS):
+            t = slice(start, start + FINISH_TOKENS)
+            dq = dq_TD[t].mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
+            if dk_GTD is None:
+                dq.add_(_key_gradient_of_query(head.q[t], dk_TD[t], head.key_scale[t]))
+            dq_GTD[group, t] = dq
+            torch.addcmul(dv_TD[t], alone_T1[t].to(dtype), d_out_TD[t], out=dv_GTD[group, t])
+        if dk_GTD is not None:
             dk_GTD[group] = dk_TD
-        dq_GTD[group] = dq_TD
-        dv_GTD[group] = torch.addcmul(dv_TD, alone_T1.to(dtype), d_out_TD)
     return dq_GTD, dk_GTD, dv_GTD
 
 
@@ -223,11 +228,11 @@ def _backward_round(
     top_T1: Tensor,
     delta_T1: Tensor,
     dq_SD: Tensor,
-    dkv_SE: Tensor,
+    dk_SD: Tensor,
+    dv_SD: Tensor,
 ) -> None:
     """Fills in the gradients of the queries by place, and of keys and values by key place."""
     n_tokens = len(d_out_TD)
-    dk_SD, dv_SD = dkv_SE.chunk(2, dim=-1)
     for tile in round_.tiles():
         q, k, v = buffers.gather(head, round_, tile)
         d_out = round_.queries(d_out_TD, tile, buffers.d_out)
@@ -243,14 +248,15 @@ def _backward_round(
             d_scores.mul_(keep)
             dropped = torch.mul(weights, keep, out=buffers.scratch[: tile.count])
         d_scores.sub_(delta).mul_(weights)
-        dkv_SE[tile.new_key_places].zero_()
+        dk_SD[tile.new_key_places].zero_(), dv_SD[tile.new_key_places].zero_()
         d_window = buffers.d_window[: tile.count]
         tile.add_windows(dv_SD, torch.bmm(dropped.mT, d_out, out=d_window))
         tile.add_windows(dk_SD, torch.bmm(d_scores.mT, q, out=d_window))
         torch.bmm(d_scores, k, out=tile.queries(dq_SD[tile.places]))
 
 
-def _add_key_gradient_to_query(dq_TD: Tensor, dk_TD: Tensor, head: _Head) -> None:
-    """k = q / |q|, so dq += (dk - k (k.dk)) / |q|."""
-    along = (head.k * dk_TD).sum(dim=-1, keepdim=True) / LOG2_E**2
-    dq_TD.add_((dk_TD - head.k * along) / head.q_norm)
+def _key_gradient_of_query(q: Tensor, dk: Tensor, key_scale: Tensor) -> Tensor:
+    """What reaches q by way of k = q / |q|: (dk - k (k.dk)) / |q|."""
+    inverse_norm = key_scale / LOG2_E
+    k = q * inverse_norm
+    return dk.sub(k.mul_((k * dk).sum(dim=-1, keepdim=True))).mul_(inverse_norm)

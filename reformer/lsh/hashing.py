@@ -18,6 +18,9 @@ from torch import Tensor
 # buckets it would be quadratic, so the default number is split into two factors.
 MAX_UNFACTORISED = 128
 
+HASH_TOKENS = 4096
+"""Tokens that are hashed at a time, so that their projections stay in cache."""
+
 
 def default_buckets(n_tokens: int, chunk_len: int) -> tuple[int, ...]:
     """Factors of the default number of buckets, 2 * T / chunk_len (the paper's chunk length m = 2 T / n_buckets).
@@ -74,22 +77,37 @@ def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int,
     argmax([xR; -xR]), and bucket = b1 + f1 * (b2 + f2 * …). Half precision inputs are hashed in fp32.
     """
     dtype = torch.promote_types(qk_BHTD.dtype, torch.float32)
-    rotations = rotations_HDRF.to(device=qk_BHTD.device, dtype=dtype)
-    x_BHTD = qk_BHTD.detach().to(dtype)
+    batch, n_heads, n_tokens = qk_BHTD.shape[:3]
+    n_hashes = rotations_HDRF.shape[2]
+    halves = [factor // 2 for factor in factors]
+    # All rounds in one product, the columns of a factor side by side: [H, D, R*f1/2 + R*f2/2 + …].
+    parts = rotations_HDRF.to(device=qk_BHTD.device, dtype=dtype).split(halves, dim=-1)
+    columns_HDC = torch.cat([part.flatten(2) for part in parts], dim=-1)
     bucket_dtype = torch.int16 if math.prod(factors) <= 2**15 else torch.int32
-    rounds = []
-    for round_ in range(rotations.shape[2]):
-        bucket_BHT = torch.zeros(x_BHTD.shape[:-1], dtype=torch.int64, device=x_BHTD.device)
-        stride = 1
-        for factor, part_HDF in zip(
-            factors, rotations[:, :, round_].split([f // 2 for f in factors], dim=-1), strict=True
-        ):
-            # x[R, -R] is [xR, -xR] to the bit, and cheaper than negating and joining what is T times as large.
-            both = torch.cat([part_HDF, -part_HDF], dim=-1)
-            bucket_BHT += stride * torch.matmul(x_BHTD, both).argmax(dim=-1)
-            stride *= factor
-        rounds.append(bucket_BHT.to(bucket_dtype))
-    return torch.stack(rounds, dim=2)
+    buckets = torch.empty(batch, n_heads, n_hashes, n_tokens, dtype=bucket_dtype, device=qk_BHTD.device)
+    for start in range(0, n_tokens, HASH_TOKENS):
+        x_BHtD = qk_BHTD[:, :, start : start + HASH_TOKENS].detach().to(dtype)
+        projected = torch.matmul(x_BHtD, columns_HDC).split([n_hashes * half for half in halves], dim=-1)
+        bucket_BHtR, stride = torch.zeros((), dtype=dtype, device=qk_BHTD.device), 1
+        for part, half in zip(projected, halves, strict=True):
+            bucket_BHtR = bucket_BHtR + stride * _argmax_of_both_signs(part.unflatten(-1, (n_hashes, half)))
+            stride *= 2 * half
+        buckets[..., start : start + HASH_TOKENS] = bucket_BHtR.transpose(2, 3)
+    return buckets
+
+
+def _argmax_of_both_signs(x: Tensor) -> Tensor:
+    """argmax([x; -x]) over the last dimension, the first of equals, as floating-point numbers.
+
+    By vectorised maxima: torch's argmax takes ten times as long on a CPU (measured).
+    """
+    n = x.shape[-1]
+    highest, lowest = x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True)
+    is_negative = -lowest > highest
+    is_extreme = torch.eq(x, torch.where(is_negative, lowest, highest), out=torch.empty_like(x))
+    countdown = torch.arange(n, 0, -1, dtype=x.dtype, device=x.device)
+    first = n - is_extreme.mul_(countdown).amax(dim=-1).clamp_(min=1)  # NaN equals nothing
+    return first.add_(is_negative.squeeze(-1), alpha=n)
 
 
 def sort_by_bucket(buckets_GRT: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]:
@@ -100,10 +118,19 @@ def sort_by_bucket(buckets_GRT: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]
     """
     n_tokens = buckets_GRT.shape[-1]
     padding = -n_tokens % chunk_len
-    order = torch.sort(buckets_GRT, dim=-1, stable=True).indices.to(torch.int32)
+    order = _stable_order(buckets_GRT).to(torch.int32)
     places = torch.arange(n_tokens, dtype=torch.int32, device=order.device).expand_as(order)
     inverse = torch.empty_like(order).scatter_(-1, order.long(), places)
     if padding:
         tail = torch.arange(n_tokens, n_tokens + padding, dtype=torch.int32, device=order.device)
         order = torch.cat([order, tail.expand(*order.shape[:-1], padding)], dim=-1)
     return order, inverse
+
+
+def _stable_order(buckets_GRT: Tensor) -> Tensor:
+    """Indices that sort the last dimension, equal buckets by position."""
+    if buckets_GRT.device.type != "cpu":
+        return torch.sort(buckets_GRT, dim=-1, stable=True).indices
+    # Row by row torch takes its radix sort, eight times as fast as its sort along a dimension (measured).
+    rows = [torch.sort(row, stable=True).indices for row in buckets_GRT.reshape(-1, buckets_GRT.shape[-1])]
+    return torch.stack(rows).view(buckets_GRT.shape)

@@ -153,6 +153,9 @@ class Round:
         last = layout.n_tokens - 1
         before, after = (chunks * layout.chunk_len for chunks in layout.reach)
         self.own = slice(before, before + layout.n_places)
+        """Where the round itself stands among its key places."""
+        self.own_window = slice(before, before + layout.chunk_len)
+        """Where a chunk itself stands in its window."""
         query_token = order_RS[round_]
         key_token = torch.cat(
             [
@@ -261,12 +264,19 @@ class Round:
         n_total = self.layout.n_rounds * self.layout.n_chunks
         return (query_chunk - key_chunk + after) % n_total <= before + after
 
-    def add_by_token(self, total_TE: Tensor, x_SE: Tensor, scratch_TE: Tensor) -> None:
-        """Add values by key place to values by token: the round's own by a gather, then the halo's few rows."""
-        total_TE += torch.index_select(x_SE[self.own], 0, self.inverse, out=scratch_TE)
+    def add_queries_by_token(self, total_TD: Tensor, x_SD: Tensor, scratch_TD: Tensor) -> None:
+        """Add values by place to the sum over rounds by token; the first round starts the sum."""
+        if self.round == 0:
+            torch.index_select(x_SD, 0, self.inverse, out=total_TD)
+        else:
+            total_TD += torch.index_select(x_SD, 0, self.inverse, out=scratch_TD)
+
+    def add_keys_by_token(self, total_TD: Tensor, x_SD: Tensor, scratch_TD: Tensor) -> None:
+        """The same by key place: the round's own by a gather, then the halo's few rows."""
+        self.add_queries_by_token(total_TD, x_SD[self.own], scratch_TD)
         if self.layout.is_lsh:
             for halo in (slice(0, self.own.start), slice(self.own.stop, None)):
-                total_TE.index_add_(0, self.key_rows[halo], x_SE[halo])
+                total_TD.index_add_(0, self.key_rows[halo], x_SD[halo])
 
 
 def _rows(x_T: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
