@@ -1,7 +1,18 @@
-"""What `launch/benchmark.py` times: our model and those that a user would pick instead, at the same sizes.
+"""What `launch/benchmark.py` times: ours, and what a user would pick instead, made to do equal work.
 
-Every function here builds one model and returns a function that runs one training step (forward and backward) on a
-batch of tokens [1, T]. Each runs in a process of its own, so that its peak memory is its own.
+Every function here builds one peer and returns a function that takes one training step: forward and backward, fp32,
+no dropout, a batch of one sequence. Each runs in a process of its own, so that its peak memory is its own. Equal are:
+
+model      Width, layers, heads, vocabulary, a feed-forward layer four times as wide that takes 4096 tokens at a
+           time, axial positions. Nobody keeps more than a layer's activations: Reformers are reversible, the dense
+           model is checkpointed.
+attention  What stands between the projections of one layer: from qk and v [1, T, M] as a projection leaves them to
+           the merged heads [1, T, M], and back to the gradients of qk and v. Hugging Face's layer projects inside:
+           there, its two projections are replaced by the given tensors.
+LSH        Rounds, and chunks that see themselves and the one before. 2 * T / chunk_len buckets in ours and in Hugging
+           Face's, which both factorise them when they are many; reformer-pytorch has T / bucket_size, never factorised,
+           and its bucket_size is the length of a chunk. Its option attn_chunks would save memory, but it keeps one
+           chunk's buckets for the backward of all of them, so that its gradients are those of another function.
 """
 
 import math
@@ -15,8 +26,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reformer import Reformer, ReformerConfig, lsh_attention
+from reformer.model import Embedding
 
-Step = Callable[[Tensor], None]
+CHUNK_TOKENS = 4096
+"""Tokens that pass through a feed-forward layer, or a head that can be chunked, at a time."""
+
+Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -31,59 +46,85 @@ class Sizes:
     chunk_len: int = 64
     vocab_size: int = 256
 
-    @property
-    def axial_shape(self) -> tuple[int, int]:
-        rows = 2 ** (round(math.log2(self.seq_len)) // 2)
-        return rows, self.seq_len // rows
 
-    @property
-    def axial_dims(self) -> tuple[int, int]:
-        return self.d_model // 4, self.d_model - self.d_model // 4
+@dataclass(frozen=True)
+class Peer:
+    """One of those that are compared."""
+
+    build: Callable[[Sizes], Step]
+    module: str | None = None
+    """What it imports besides torch and ours (torch.utils.checkpoint imports torch._dynamo when it is used)."""
+    package: str | None = None
+    """What has to be installed for that, besides this project's own requirements."""
+
+
+def config_of(sizes: Sizes) -> ReformerConfig:
+    """Our configuration, which the dense model takes its embedding from too."""
+    return ReformerConfig(
+        vocab_size=sizes.vocab_size,
+        max_seq_len=sizes.seq_len,
+        d_model=sizes.d_model,
+        n_layers=sizes.n_layers,
+        n_heads=sizes.n_heads,
+        n_hashes=sizes.n_hashes,
+        lsh_chunk_len=sizes.chunk_len,
+        ff_chunk_tokens=CHUNK_TOKENS,
+        attn_pattern=("lsh",),
+    )
+
+
+def model_step(model: nn.Module, loss_of: Callable[[Tensor], Tensor], sizes: Sizes) -> Step:
+    """A step of a whole model: the loss of random tokens [1, T], and the gradients of all parameters."""
+    model.train()
+    tokens_BT = torch.randint(0, sizes.vocab_size, (1, sizes.seq_len))
+
+    def step() -> None:
+        model.zero_grad()
+        loss_of(tokens_BT).backward()
+
+    return step
 
 
 def ours(sizes: Sizes) -> Step:
     """Longhand's Reformer."""
-    model = Reformer(
-        ReformerConfig(
-            vocab_size=sizes.vocab_size,
-            max_seq_len=sizes.seq_len,
-            d_model=sizes.d_model,
-            n_layers=sizes.n_layers,
-            n_heads=sizes.n_heads,
-            n_hashes=sizes.n_hashes,
-            lsh_chunk_len=sizes.chunk_len,
-            attn_pattern=("lsh",),
-        )
-    )
-    return lambda tokens: model(tokens, tokens).backward()
+    model = Reformer(config_of(sizes))
+    return model_step(model, lambda tokens: model(tokens, tokens), sizes)
 
 
-def huggingface(sizes: Sizes) -> Step:
-    """transformers' ReformerModelWithLMHead."""
+def huggingface_config(sizes: Sizes) -> Any:
+    """transformers' ReformerConfig; num_buckets=None lets it choose them by the length, as it recommends."""
     from transformers import ReformerConfig as HFConfig
-    from transformers import ReformerModelWithLMHead
 
-    config = HFConfig(
+    ours = config_of(sizes)
+    return HFConfig(
         attn_layers=["lsh"] * sizes.n_layers,
         vocab_size=sizes.vocab_size,
         max_position_embeddings=sizes.seq_len,
         hidden_size=sizes.d_model,
-        feed_forward_size=4 * sizes.d_model,
+        feed_forward_size=ours.d_ff,
         num_attention_heads=sizes.n_heads,
-        attention_head_size=sizes.d_model // sizes.n_heads,
+        attention_head_size=ours.d_head,
         num_hashes=sizes.n_hashes,
         num_buckets=None,
         lsh_attn_chunk_length=sizes.chunk_len,
-        axial_pos_shape=sizes.axial_shape,
-        axial_pos_embds_dim=sizes.axial_dims,
+        lsh_num_chunks_before=1,
+        lsh_num_chunks_after=0,
+        axial_pos_shape=ours.axial_shape,
+        axial_pos_embds_dim=ours.axial_dims,
         is_decoder=True,
         use_cache=False,
         hidden_dropout_prob=0.0,
         lsh_attention_probs_dropout_prob=0.0,
-        chunk_size_feed_forward=min(4096, sizes.seq_len),
+        chunk_size_feed_forward=min(CHUNK_TOKENS, sizes.seq_len),
     )
-    model = ReformerModelWithLMHead(config).train()
-    return lambda tokens: model(tokens, labels=tokens).loss.backward()
+
+
+def huggingface(sizes: Sizes) -> Step:
+    """transformers' ReformerModelWithLMHead."""
+    from transformers import ReformerModelWithLMHead
+
+    model = ReformerModelWithLMHead(huggingface_config(sizes))
+    return model_step(model, lambda tokens: model(tokens, labels=tokens).loss, sizes)
 
 
 def lucidrains(sizes: Sizes) -> Step:
@@ -100,76 +141,159 @@ def lucidrains(sizes: Sizes) -> Step:
         bucket_size=sizes.chunk_len,
         n_hashes=sizes.n_hashes,
         causal=True,
-        ff_chunks=max(1, sizes.seq_len // 4096),
+        ff_chunks=math.ceil(sizes.seq_len / CHUNK_TOKENS),
         axial_position_emb=True,
-        axial_position_shape=sizes.axial_shape,
-    ).train()
-    return lambda tokens: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        axial_position_shape=config_of(sizes).axial_shape,
+    )
+    return model_step(model, lambda tokens: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()), sizes)
 
 
-class _DenseBlock(nn.Module):
-    """A pre-norm Transformer block on PyTorch's own fused attention."""
+class _DenseAttention(nn.Module):
+    """Norm, projections and PyTorch's own fused causal attention."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.n_heads = sizes.n_heads
-        self.norms = nn.ModuleList([nn.LayerNorm(sizes.d_model) for _ in range(2)])
+        self.norm = nn.LayerNorm(sizes.d_model)
         self.qkv = nn.Linear(sizes.d_model, 3 * sizes.d_model, bias=False)
         self.out = nn.Linear(sizes.d_model, sizes.d_model, bias=False)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(sizes.d_model, 4 * sizes.d_model), nn.ReLU(), nn.Linear(4 * sizes.d_model, sizes.d_model)
-        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        chunks = [self.feed_forward(self.norms[1](chunk)) for chunk in x.split(4096, dim=1)]
-        return x + torch.cat(chunks, dim=1)
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x_BTM)).chunk(3, dim=-1)
+        return self.out(attend_densely(q, k, v, self.n_heads))
+
+
+class _DenseModel(nn.Module):
+    """A pre-norm Transformer that checkpoints each half of a block, the second by chunks; gives the loss."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        d_model, d_ff = sizes.d_model, 4 * sizes.d_model
+        self.embedding = Embedding(config_of(sizes))
+        self.attentions = nn.ModuleList([_DenseAttention(sizes) for _ in range(sizes.n_layers)])
+        self.feed_forwards = nn.ModuleList(
+            [
+                nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
+                for _ in range(sizes.n_layers)
+            ]
+        )
+        self.head = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, sizes.vocab_size))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x = self.embedding(tokens_BT)
+        for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
+            x = x + _recomputed(attention, x)
+            x = torch.cat([part + _recomputed(feed_forward, part) for part in x.split(CHUNK_TOKENS, dim=1)], dim=1)
+        parts = zip(x.split(CHUNK_TOKENS, dim=1), tokens_BT.split(CHUNK_TOKENS, dim=1), strict=True)
+        losses = [_recomputed(self._summed_loss, part, labels) for part, labels in parts]
+        return torch.stack(losses).sum() / tokens_BT.numel()
+
+    def _summed_loss(self, x_BTM: Tensor, labels_BT: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(x_BTM).flatten(0, 1), labels_BT.flatten(), reduction="sum")
+
+
+def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The function's value, of which only the inputs are kept for the backward."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def dense(sizes: Sizes) -> Step:
-    """A Transformer with dense attention (scaled_dot_product_attention), every block checkpointed."""
-    embedding = nn.Embedding(sizes.vocab_size, sizes.d_model)
-    positions = nn.Parameter(torch.randn(sizes.seq_len, sizes.d_model) * 0.02)
-    blocks = nn.ModuleList([_DenseBlock(sizes) for _ in range(sizes.n_layers)])
-    head = nn.Linear(sizes.d_model, sizes.vocab_size)
+    """A Transformer with dense attention (scaled_dot_product_attention), checkpointed."""
+    model = _DenseModel(sizes)
+    return model_step(model, model, sizes)
 
-    def step(tokens: Tensor) -> None:
-        x = embedding(tokens) + positions
-        for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        losses = [
-            checkpoint(_summed_loss, head, part, labels, use_reentrant=False)
-            for part, labels in zip(x.split(4096, dim=1), tokens.split(4096, dim=1), strict=True)
-        ]
-        (torch.stack(losses).sum() / tokens.numel()).backward()
+
+def attention_step(attend: Callable[..., Tensor], n_inputs: int, sizes: Sizes) -> Step:
+    """A step of attention alone: from n_inputs tensors [1, T, M] to one, and back to the gradients of the inputs."""
+    shape = (1, sizes.seq_len, sizes.d_model)
+    inputs_BTM = [torch.randn(shape, requires_grad=True) for _ in range(n_inputs)]
+    gradient_BTM = torch.randn(shape)
+
+    def step() -> None:
+        torch.autograd.grad(attend(*inputs_BTM), inputs_BTM, gradient_BTM)
 
     return step
 
 
-def _summed_loss(head: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(x).flatten(0, 1), labels.flatten(), reduction="sum")
+def heads_of(x_BTM: Tensor, n_heads: int) -> Tensor:
+    """[B, T, M] -> [B, H, T, D]."""
+    return x_BTM.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+
+def merged(x_BHTD: Tensor) -> Tensor:
+    """[B, H, T, D] -> [B, T, M]."""
+    return x_BHTD.transpose(1, 2).flatten(2)
+
+
+def attend_densely(q_BTM: Tensor, k_BTM: Tensor, v_BTM: Tensor, n_heads: int) -> Tensor:
+    q, k, v = (heads_of(x, n_heads) for x in (q_BTM, k_BTM, v_BTM))
+    return merged(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 def ours_attention(sizes: Sizes) -> Step:
-    """One layer of lsh_attention, without a model around it."""
-    qk, v = _heads(sizes, 2)
-    return lambda _: lsh_attention(qk, v, n_hashes=sizes.n_hashes, chunk_len=sizes.chunk_len)[0].sum().backward()
+    """Longhand's lsh_attention."""
+
+    def attend(qk_BTM: Tensor, v_BTM: Tensor) -> Tensor:
+        qk, v = heads_of(qk_BTM, sizes.n_heads), heads_of(v_BTM, sizes.n_heads)
+        return merged(lsh_attention(qk, v, n_hashes=sizes.n_hashes, chunk_len=sizes.chunk_len)[0])
+
+    return attention_step(attend, 2, sizes)
+
+
+class _Given(nn.Module):
+    """Stands where a projection stood, and gives what it is given for it."""
+
+    x: Tensor
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.x
+
+
+def huggingface_attention(sizes: Sizes) -> Step:
+    """transformers' LSHSelfAttention, without its projections."""
+    from transformers.models.reformer.modeling_reformer import LSHSelfAttention
+
+    layer = LSHSelfAttention(huggingface_config(sizes)).train()
+    layer.query_key, layer.value = _Given(), _Given()
+
+    def attend(qk_BTM: Tensor, v_BTM: Tensor) -> Tensor:
+        layer.query_key.x, layer.value.x = qk_BTM, v_BTM
+        return layer(qk_BTM).hidden_states
+
+    return attention_step(attend, 2, sizes)
+
+
+def lucidrains_attention(sizes: Sizes) -> Step:
+    """reformer-pytorch's LSHAttention."""
+    from reformer_pytorch import LSHAttention
+
+    layer = LSHAttention(bucket_size=sizes.chunk_len, n_hashes=sizes.n_hashes, causal=True).train()
+
+    def attend(qk_BTM: Tensor, v_BTM: Tensor) -> Tensor:
+        qk, v = (heads_of(x, sizes.n_heads).flatten(0, 1) for x in (qk_BTM, v_BTM))
+        return merged(layer(qk, v)[0].unflatten(0, (1, sizes.n_heads)))
+
+    return attention_step(attend, 2, sizes)
 
 
 def dense_attention(sizes: Sizes) -> Step:
-    """One layer of scaled_dot_product_attention."""
-    q, k, v = _heads(sizes, 3)
-    return lambda _: F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+    """scaled_dot_product_attention, with queries of their own."""
+    return attention_step(lambda q, k, v: attend_densely(q, k, v, sizes.n_heads), 3, sizes)
 
 
-def _heads(sizes: Sizes, n: int) -> list[Tensor]:
-    shape = (1, sizes.n_heads, sizes.seq_len, sizes.d_model // sizes.n_heads)
-    return [torch.randn(shape, requires_grad=True) for _ in range(n)]
-
-
-PEERS: dict[str, dict[str, Callable[[Sizes], Any]]] = {
-    "model": {"ours": ours, "huggingface": huggingface, "lucidrains": lucidrains, "dense": dense},
-    "attention": {"ours": ours_attention, "dense": dense_attention},
+HUGGINGFACE = ("transformers.models.reformer.modeling_reformer", "transformers")
+LUCIDRAINS = ("reformer_pytorch", "reformer-pytorch")
+PEERS: dict[str, dict[str, Peer]] = {
+    "model": {
+        "ours": Peer(ours),
+        "huggingface": Peer(huggingface, *HUGGINGFACE),
+        "lucidrains": Peer(lucidrains, *LUCIDRAINS),
+        "dense": Peer(dense, "torch._dynamo"),
+    },
+    "attention": {
+        "ours": Peer(ours_attention),
+        "huggingface": Peer(huggingface_attention, *HUGGINGFACE),
+        "lucidrains": Peer(lucidrains_attention, *LUCIDRAINS),
+        "dense": Peer(dense_attention),
+    },
 }
