@@ -51,6 +51,8 @@ class LoopConfig(StrictConfig):
     """Steps from one evaluation to the next, besides the first and the last one; 0: no evaluation at all."""
     eval_rows: int = Field(default=64, ge=1)
     """Rows of the evaluation split to use, at most."""
+    diagnostics: bool = True
+    """Whether an evaluation also looks at one row's buckets, recovered attention and reconstruction."""
     save_every: int = Field(default=100, ge=0)
     """Steps from one checkpoint to the next, besides the one at the end; 0: only that one."""
     keep_last: int = Field(default=2, ge=1)

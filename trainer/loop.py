@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +24,7 @@ from trainer.batches import Batch, collate, shares
 from trainer.check import StoreFacts
 from trainer.checkpoint import Checkpoint
 from trainer.config import ConfigError, RunConfig
+from trainer.diagnostics import diagnosed
 from trainer.distributed import Launch, all_max, all_sum, together
 from trainer.engine import backward, build_engine, forward, optimizer_step
 from trainer.evaluate import Score, evaluate
@@ -164,8 +166,12 @@ class Trainer:
         if self.eval_rows is None:
             return
         n_rows = min(self.plan.eval_rows, len(self.eval_rows))
-        score = evaluate(self.engine, self.eval_rows, n_rows, self.token_bytes, self.launch, self.device)
-        values = {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte}
+        watch: AbstractContextManager[dict[str, float]] = nullcontext({})
+        if self.plan.diagnostics:
+            watch = diagnosed(self.engine, self.eval_rows, self.launch, self.device)
+        with watch as diagnostics:
+            score = evaluate(self.engine, self.eval_rows, n_rows, self.token_bytes, self.launch, self.device)
+        values = {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte, **diagnostics}
         if self.leads:
             self.metrics.write(done, values)
         self.say(eval_line(done, self.plan.steps, values, n_rows))

@@ -10,6 +10,11 @@ of TensorBoard, floats in full precision, null for what is no finite number:
     speed/tokens_per_s, speed/step_s    since the line before, without evaluation and checkpoints; tokens to predict
     memory/peak_gib                     the largest of all ranks so far: device memory on GPUs, resident on CPUs
     eval/loss, eval/bits_per_byte       on a line of their own, from step 0 on
+    lsh/layer01/…                       on the same line, of the first held-out row, each LSH layer; from layer 0 on
+      largest_bucket_over_mean          tokens in the largest bucket of any round and head; 1 where all are even
+      empty_buckets                     share of the buckets that are empty
+      recovered_mass                    share of dense attention that LSH attention reaches, mean of sampled queries
+    reversible/reconstruction_error     how far the backward's inputs of the stack are from the forward's: max / rms
 
 RUN/run.json: one object, written before the first step.
 

@@ -13,7 +13,11 @@ from reformer import Reformer, ReformerConfig
 TOLERANCE = 1e-5
 """Relative; the differences seen are below 5e-7."""
 BF16 = ("deepspeed.bf16.enabled=true", "deepspeed.data_types.grad_accum_dtype=fp32")
-CURVES = ("train/loss", "train/grad_norm", "train/bits_per_byte", "eval/loss", "eval/bits_per_byte")
+DIAGNOSTICS = ("largest_bucket_over_mean", "empty_buckets", "recovered_mass")
+CURVES = (
+    *("train/loss", "train/grad_norm", "train/bits_per_byte", "eval/loss", "eval/bits_per_byte"),
+    *(f"lsh/layer01/{name}" for name in DIAGNOSTICS),
+)
 
 
 def largest_difference(a, b, tag: str) -> float:
@@ -39,6 +43,17 @@ def test_every_stage_and_number_of_ranks_gives_the_same_run(train, reference, tm
     print(f"\nZeRO {stage}, {ranks} ranks:", {tag: f"{value:.1e}" for tag, value in differences.items()})
     assert max(differences.values()) < TOLERANCE
     assert min(reference.column("train/grad_norm")) > 0.5, "clipping is not active"
+    errors = run.column("reversible/reconstruction_error")
+    assert len(errors) == 2 and min(errors) > 0 and max(errors) < 1e-4
+
+
+def test_zero_3_without_parameters_that_stay_gives_the_same_run(train, reference, tmp_path: Path):
+    """By default ZeRO-3 keeps parameters as small as these on every rank; here all are gathered for each use."""
+    threshold = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+    run = train(2, tmp_path / "run", "deepspeed.zero_optimization.stage=3", threshold)
+    assert run.code == 0, run.errors
+    assert max(largest_difference(run, reference, tag) for tag in CURVES) < TOLERANCE
+    assert max(run.column("reversible/reconstruction_error")) < 1e-4
 
 
 @pytest.mark.parametrize("changes", [("deepspeed.train_micro_batch_size_per_gpu=2",), ("model.dropout=0.1",)])

@@ -7,7 +7,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TIMELESS = ("train/loss", "train/bits_per_byte", "train/lr", "train/grad_norm", "eval/loss", "eval/bits_per_byte")
-TAGS = {*TIMELESS, "speed/tokens_per_s", "speed/step_s", "memory/peak_gib"}
+DIAGNOSTICS = (
+    "lsh/layer01/largest_bucket_over_mean",
+    "lsh/layer01/empty_buckets",
+    "lsh/layer01/recovered_mass",
+    "reversible/reconstruction_error",
+)
+TAGS = {*TIMELESS, *DIAGNOSTICS, "speed/tokens_per_s", "speed/step_s", "memory/peak_gib"}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,8 @@ def test_resumed_equals_uninterrupted(train, tmp_path: Path, ranks: int, changes
     events = EventAccumulator(str(run.dir / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == TAGS
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert [event.step for event in events.Scalars("eval/loss")] == [0, 4]
+    for tag in ("eval/loss", *DIAGNOSTICS):
+        assert [event.step for event in events.Scalars(tag)] == [0, 4]
 
 
 @pytest.fixture(scope="module")
