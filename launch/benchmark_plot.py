@@ -1,0 +1,229 @@
+"""Draw what `launch/benchmark.py --json` measured: time and memory against the length, both axes logarithmic.
+
+    python launch/benchmark_plot.py benchmarks/model-cpu.json --output docs/model-cpu.png
+
+Several files are drawn as one: measurements of the same sizes on the same machine, such as lengths that were measured
+on another day. A line ends in a dotted stretch where the next length was left out because of what it was predicted to
+take. Memory is the peak of the process, with what its libraries take.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Names and colours of the peers; the colours are Okabe and Ito's, which remain distinct to the colour-blind.
+PEERS = {
+    "ours": ("Longhand", "#0072B2"),
+    "huggingface": ("Hugging Face", "#D55E00"),
+    "lucidrains": ("reformer-pytorch", "#CC79A7"),
+    "dense": ("dense attention", "#009E73"),
+}
+SECONDS = [
+    (0.001, "1 ms"),
+    (0.01, "10 ms"),
+    (0.1, "0.1 s"),
+    (1, "1 s"),
+    (10, "10 s"),
+    (60, "1 min"),
+    (600, "10 min"),
+    (3600, "1 h"),
+]
+SECONDS += [(36_000, "10 h")]
+GIB = [(2.0**power, f"{2.0**power:g} GiB") for power in range(-3, 11)]
+LABEL_GAP = 0.055
+"""Smallest distance of two labels, as a share of the height of a panel."""
+
+Record = dict[str, Any]
+
+
+class PlotError(Exception):
+    """What was given cannot be drawn; the message says why, and the way out."""
+
+
+@dataclass
+class Line:
+    """One peer's values by length, and what was predicted for the first length that was left out."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    predicted: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def end(self) -> tuple[int, float]:
+        return list({**self.values, **self.predicted}.items())[-1]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="written by launch/benchmark.py --json")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".png, .svg or .pdf")
+    return parser.parse_args()
+
+
+def read(files: Sequence[Path]) -> Record:
+    """The records of the files as one. Raises PlotError for files that are no records, or do not belong together."""
+    records = []
+    for file in files:
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            records.append({key: record[key] for key in ("what", "sizes", "cpu", "cores", "results")})
+        except OSError as error:
+            raise PlotError(f"cannot read {file}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlotError(f"{file} was not written by launch/benchmark.py --json: {error!r}") from None
+    first = records[0]
+    for file, record in zip(files, records, strict=True):
+        for key in ("what", "sizes", "cpu", "cores"):
+            if record[key] != first[key]:
+                raise PlotError(
+                    f"{files[0]} and {file} do not belong in one picture: "
+                    f"their {key} are {first[key]} and {record[key]}. Draw them one by one"
+                )
+    return {**first, "results": [result for record in records for result in record["results"]]}
+
+
+def lines(results: Sequence[Record], key: str, predicted_key: str) -> dict[str, Line]:
+    """By peer, the medians of a key by length, from short to long."""
+    found: dict[str, Line] = {}
+    for result in sorted(results, key=lambda result: result["seq_len"]):
+        line, length = found.setdefault(result["peer"], Line()), result["seq_len"]
+        if key in result:
+            same = [one[key] for one in results if (one["peer"], one["seq_len"]) == (result["peer"], length)]
+            line.values[length] = statistics.median(same)
+        elif predicted_key in result and line.values and not line.predicted:
+            line.predicted[length] = result[predicted_key]
+    return {peer: line for peer, line in found.items() if line.values}
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """The places, each moved as little as makes neighbours at least a gap apart, in the same order.
+
+    Neighbours that are too close become a group, spread evenly around the mean of where its members wanted to be.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(places)), key=lambda index: places[index]):
+        groups.append([index])
+        while len(groups) > 1 and _first(groups[-1], places, gap) - _last(groups[-2], places, gap) < gap:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = list(places)
+    for group in groups:
+        for rank, index in enumerate(group):
+            moved[index] = _first(group, places, gap) + rank * gap
+    return moved
+
+
+def _first(group: Sequence[int], places: Sequence[float], gap: float) -> float:
+    return statistics.mean(places[index] for index in group) - gap * (len(group) - 1) / 2
+
+
+def _last(group: Sequence[int], places: Sequence[float], gap: float) -> float:
+    return _first(group, places, gap) + gap * (len(group) - 1)
+
+
+def title(record: Record) -> str:
+    """What was measured on what, in one line."""
+    sizes = record["sizes"]
+    what = f"a model of {sizes['n_layers']} layers" if record["what"] == "model" else "one layer of attention"
+    return (
+        f"One training step of {what}: d_model {sizes['d_model']}, {sizes['n_heads']} heads, "
+        f"{sizes['n_hashes']} rounds, chunks of {sizes['chunk_len']}, fp32\n"
+        f"forward and backward on {record['cores']} cores of {record['cpu']}"
+    )
+
+
+def tokens(length: int) -> str:
+    """1,024 as 1K, 1,048,576 as 1M."""
+    for size, unit in ((2**20, "M"), (2**10, "K")):
+        if length % size == 0:
+            return f"{length // size}{unit}"
+    return f"{length:,}"
+
+
+def draw_panel(axes: Any, by_peer: dict[str, Line], heading: str, ticks: Sequence[tuple[float, str]]) -> None:
+    """One panel: a line for each peer with its name at the end."""
+    lengths = sorted({length for line in by_peer.values() for length in line.values})
+    axes.set(xscale="log", yscale="log")
+    for peer, line in by_peer.items():
+        _, colour = PEERS.get(peer, (peer, "#555555"))
+        ours = peer == "ours"
+        style = {"color": colour, "linewidth": 2.6 if ours else 1.6, "zorder": 3 if ours else 2}
+        axes.plot(line.values.keys(), line.values.values(), marker="o", markersize=5 if ours else 4, **style)
+        if line.predicted:
+            last = list(line.values.items())[-1]
+            onward = [last, line.end]
+            axes.plot(*zip(*onward, strict=True), ls=":", **{**style, "linewidth": 1.2})
+            axes.plot(*line.end, marker="o", markersize=4, markerfacecolor="white", **style)
+    axes.set_xticks(lengths, [tokens(length) for length in lengths])
+    values = [value for line in by_peer.values() for value in (*line.values.values(), *line.predicted.values())]
+    bottom = max((value for value, _ in ticks if value <= min(values)), default=min(values))
+    top = min((value for value, _ in ticks if value >= max(values)), default=max(values))
+    axes.set_yticks([value for value, _ in ticks], [name for _, name in ticks])
+    axes.set_ylim(bottom / 1.05, top * 1.05)
+    axes.minorticks_off()
+    axes.tick_params(length=0, labelsize=9)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.spines[:].set_visible(False)
+    axes.set_title(heading, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("tokens in the sequence", fontsize=9)
+    label_ends(axes, by_peer)
+
+
+def label_ends(axes: Any, by_peer: dict[str, Line]) -> None:
+    """The name of each peer to the right of where its line ends, without overlap."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [to_axes.transform(line.end) for line in by_peer.values()]
+    heights = apart([y for _, y in ends], LABEL_GAP)
+    for (peer, line), (x, _), height in zip(by_peer.items(), ends, heights, strict=True):
+        name, colour = PEERS.get(peer, (peer, "#555555"))
+        axes.annotate(
+            f"{name}, predicted" if line.predicted else name,
+            (x, height),
+            xycoords="axes fraction",
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=colour,
+            fontweight="bold" if peer == "ours" else "normal",
+        )
+
+
+def draw(record: Record, output: Path) -> None:
+    """Two panels, time and memory."""
+    from matplotlib.figure import Figure  # of the extras `bench` and `dev`: only a drawing needs it
+
+    seconds = lines(record["results"], "seconds", "predicted_s")
+    gib = lines(record["results"], "peak_gib", "predicted_gib")
+    if not seconds:
+        raise PlotError("there is no measurement in these files: run launch/benchmark.py again")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels: Any = figure.subplots(1, 2)
+    figure.suptitle(title(record), x=0.01, ha="left", fontsize=9, color="#555555")
+    draw_panel(panels[0], seconds, "Time of a step", SECONDS)
+    draw_panel(panels[1], gib, "Peak memory", GIB)
+    figure.savefig(output, dpi=150, facecolor="white")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        draw(read(arguments.files), arguments.output)
+    except PlotError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ImportError:
+        print("error: matplotlib is not installed: pip install -e '.[bench]'", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:  # no such folder, or a format that matplotlib does not write
+        print(f"error: cannot draw {arguments.output}: {error}", file=sys.stderr)
+        return 2
+    print(f"drew {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
