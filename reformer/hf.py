@@ -56,6 +56,9 @@ FIELDS = {
 }
 """Fields of ReformerConfig and their names in config.json; attn_pattern and n_layers are `attn_layers` there."""
 
+ATTN_DROPOUT = {kind: f"{kind}_attention_probs_dropout_prob" for kind in ("local", "lsh")}
+"""What attn_dropout is called there, for each kind of attention."""
+
 CARRIED = ("ff_chunk_tokens", "loss_chunk_tokens", "seed")
 """Fields that Hugging Face has no use for. They travel under the key "longhand", which transformers keeps."""
 
@@ -157,7 +160,7 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
         ConfigError: the configuration has no counterpart, or a parameter is not whole (partitioned by ZeRO-3).
         FileExistsError: there is something in the folder already.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     config = config_to_hf(model.config)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     expected = _skeleton(model.config).state_dict()
@@ -185,19 +188,21 @@ def config_from_hf(values: Mapping[str, Any]) -> ReformerConfig:
     fields = {
         **{ours: hf[theirs] for ours, theirs in FIELDS.items()},
         **hf["longhand"],
+        "attn_dropout": hf[ATTN_DROPOUT[layers[0]]],
         "attn_pattern": _shortest_period(layers),
         "n_layers": len(layers),
     }
     try:
         return ReformerConfig(**fields)
     except ConfigError as error:
-        names = [f"{ours} is {theirs}" for ours, theirs in FIELDS.items() if ours in str(error)]
+        known = {**FIELDS, "attn_dropout": ATTN_DROPOUT[layers[0]]}
+        names = [f"{ours} is {theirs}" for ours, theirs in known.items() if ours in str(error)]
         raise ConfigError(f"{error}\nIn config.json, {', '.join(names) or 'see longhand'}") from None
 
 
 def config_to_hf(config: ReformerConfig) -> dict[str, Any]:
     """The contents of config.json for our configuration. Raises ConfigError for what transformers cannot express."""
-    translated = {*FIELDS, *CARRIED, "attn_pattern", "n_layers"}
+    translated = {*FIELDS, *CARRIED, "attn_dropout", "attn_pattern", "n_layers"}
     for name, field in ReformerConfig.model_fields.items():
         if name not in translated and getattr(config, name) != field.default:
             raise ConfigError(
@@ -205,6 +210,11 @@ def config_to_hf(config: ReformerConfig) -> dict[str, Any]:
                 f"{field.default!r}: such a model cannot be exported; train one with {name}={field.default!r}"
             )
     layers = [config.attention_kind(layer) for layer in range(config.n_layers)]
+    if "dense" in layers:
+        raise ConfigError(
+            f"attn_pattern={config.attn_pattern}: Hugging Face's Reformer has no dense attention; load the weights "
+            "into a model with 'lsh' in its place, which has the same parameters, and export that"
+        )
     if not config.causal and "local" in layers:
         raise ConfigError(f"causal=False with attn_pattern={config.attn_pattern}: {_WRAPS}, so it cannot be exported")
     plain = config.model_dump(mode="json")
@@ -218,7 +228,7 @@ def config_to_hf(config: ReformerConfig) -> dict[str, Any]:
         "tie_word_embeddings": False,
         **{f"{kind}_num_chunks_before": 1 for kind in KIND_TENSORS},
         **{f"{kind}_num_chunks_after": 0 if config.causal else 1 for kind in KIND_TENSORS},
-        **{f"{kind}_attention_probs_dropout_prob": 0.0 for kind in KIND_TENSORS},
+        **dict.fromkeys(ATTN_DROPOUT.values(), config.attn_dropout),
         # Its cached decoding hashes each token with new rotations and looks it up among buckets of the old ones.
         "use_cache": False,
         # Its default would be an ordinary token of our vocabulary.
@@ -308,7 +318,10 @@ def _check_expressible(hf: Mapping[str, Any]) -> None:
     for kind in sorted(set(layers)):
         needed[f"{kind}_num_chunks_before"] = (1, _TRAINED_WITH)
         needed[f"{kind}_num_chunks_after"] = (0 if causal else 1, _TRAINED_WITH)
-        needed[f"{kind}_attention_probs_dropout_prob"] = (0.0, "set it to 0.0, which changes nothing but training")
+        needed[ATTN_DROPOUT[kind]] = (
+            hf[ATTN_DROPOUT[layers[0]]],
+            "local and lsh layers share one attn_dropout; give both the same value, which changes nothing but training",
+        )
     for key, (value, way_out) in needed.items():
         if hf[key] != value:
             raise ConfigError(f"{key}={hf[key]!r} in config.json, where ours computes with {value!r}: {way_out}")
@@ -318,11 +331,9 @@ def _check_expressible(hf: Mapping[str, Any]) -> None:
             f"axial_pos_shape={shape!r} and max_position_embeddings={hf['max_position_embeddings']!r}: ours has two "
             "axes and exactly as many positions as they span; set max_position_embeddings to their product"
         )
-    unknown = sorted(set(hf["longhand"]) - set(CARRIED))
-    if unknown:
-        raise ConfigError(
-            f"longhand has the unknown keys {unknown}: it carries {', '.join(CARRIED)}; remove the others"
-        )
+    longhand = hf["longhand"]
+    if not isinstance(longhand, Mapping) or not set(longhand) <= set(CARRIED):
+        raise ConfigError(f"longhand={longhand!r}: expected an object of nothing but {CARRIED}; remove what is else")
 
 
 def _check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
