@@ -137,7 +137,9 @@ def load_hf(folder: str | Path) -> Reformer:
     config = config_from_hf(_read_config(folder / CONFIG_FILE))
     tensors = _read_weights(folder / WEIGHTS_FILE)
     model = _skeleton(config)
-    _check_tensors(tensors, state_to_hf(model.state_dict(), config), str(folder / WEIGHTS_FILE))
+    expected = state_to_hf(model.state_dict(), config)
+    way_out = "give a ReformerModelWithLMHead or ReformerForMaskedLM, saved whole, with its own config.json"
+    _check_tensors(tensors, expected, f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}", way_out)
     state = state_from_hf(tensors, config)
     if state["head.bias"].any():
         warnings.warn(
@@ -164,7 +166,8 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
     config = config_to_hf(model.config)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     expected = _skeleton(model.config).state_dict()
-    _check_tensors(state, expected, "the model to be saved")
+    way_out = "give the Reformer itself, not a wrapper, with its parameters gathered from all ranks"
+    _check_tensors(state, expected, "the model does not fit its configuration", way_out)
     tensors = state_to_hf(fold_head_bias(state), model.config)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: remove it, or give another name")
@@ -336,7 +339,7 @@ def _check_expressible(hf: Mapping[str, Any]) -> None:
         raise ConfigError(f"longhand={longhand!r}: expected an object of nothing but {CARRIED}; remove what is else")
 
 
-def _check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+def _check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str, way_out: str) -> None:
     """ConfigError for each tensor that is missing, unexpected, of another shape or no floating-point number."""
     problems = [f"{name} is missing" for name in expected if name not in actual]
     problems += [f"{name} is not part of such a model" for name in actual if name not in expected]
@@ -346,10 +349,7 @@ def _check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         elif not actual[name].is_floating_point():
             problems.append(f"{name} is {actual[name].dtype}, expected floating-point numbers")
     if problems:
-        raise ConfigError(
-            f"{where} does not fit its configuration:\n  " + "\n  ".join(sorted(problems)) + "\n"
-            "Give a ReformerModelWithLMHead or ReformerForMaskedLM, saved whole, with its own config.json"
-        )
+        raise ConfigError(f"{complaint}: {way_out}\n  " + "\n  ".join(sorted(problems)))
 
 
 def _skeleton(config: ReformerConfig) -> Reformer:
