@@ -7,7 +7,7 @@ Below it stands its slow, obvious twin.
 import torch
 from torch import Tensor
 
-from reformer.lsh.chunked import chunked_attention
+from reformer.lsh.dispatch import Backend, attention_in_chunks
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import Layout, by_head, renumbered
 
@@ -23,6 +23,7 @@ def local_attention(
     segment_ids: Tensor | None = None,
     dropout: float = 0.0,
     dropout_keys: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Sliding-chunk attention [B, H, T, D] with scores q.k / sqrt(D); any T >= 1 (padded inside).
 
@@ -31,8 +32,12 @@ def local_attention(
     dropout: probability of dropping a probability after the softmax (the others are scaled by 1 / (1 - dropout)), that
     of the token itself too; dropout_keys: integers [B, H] in the range of int32 that decide which (dropout.py).
 
-    Raises ValueError for dropout outside [0, 1), or without keys.
+    backend: "triton" (fused kernels, on GPUs), "chunked" (any device), or "auto" as in `lsh_attention`.
+
+    Raises ValueError for dropout outside [0, 1), or without keys; for another backend, or one that cannot run.
     """
+    if backend not in ("auto", "triton", "chunked"):
+        raise ValueError(f"backend={backend!r}: choose 'auto', 'triton' or 'chunked'")
     batch, n_heads, n_tokens, d_head = q.shape
     check_dropout(dropout, dropout_keys, q.shape[:2])
     groups = batch * n_heads
@@ -49,7 +54,7 @@ def local_attention(
         dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten(),
     )
     scaled_q = q * d_head**-0.5
-    return chunked_attention(scaled_q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout).view_as(v)
+    return attention_in_chunks(scaled_q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, backend).view_as(v)
 
 
 def local_attention_reference(

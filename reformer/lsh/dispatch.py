@@ -1,5 +1,11 @@
-"""The one door to LSH attention: checks what it is given, hashes where no buckets are given, picks the path."""
+"""The one door to LSH attention: checks what it is given, hashes where no buckets are given, picks the path.
 
+Local attention picks its path here too (`attention_in_chunks`). Which path runs, and why, is logged once per process
+for every distinct reason (logger "reformer.lsh", level INFO).
+"""
+
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,8 +17,11 @@ from reformer.lsh.dropout import check_dropout
 from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket
 from reformer.lsh.reference import lsh_attention_reference
 from reformer.lsh.rounds import Layout, by_head, renumbered
+from reformer.lsh.triton_attention import triton_attention, why_not
 
-Backend = Literal["auto", "chunked", "reference"]
+Backend = Literal["auto", "triton", "chunked", "reference"]
+
+log = logging.getLogger("reformer.lsh")
 
 
 def lsh_attention(
@@ -57,19 +66,20 @@ def lsh_attention(
         dropout_keys: integers [B, H] in the range of int32, needed with dropout: what is dropped is a function of
             them, the round and the two positions (dropout.py).
         rotations: N(0, 1) [H, D, n_hashes, sum(factors) / 2]; None draws from torch's global generator.
-        backend: "chunked" (any device), "reference" (O(T^2), the oracle), or "auto".
+        backend: "triton" (fused kernels, on GPUs), "chunked" (any device), "reference" (O(T^2), the oracle), or
+            "auto": triton on a GPU where it can run, else chunked.
 
     Returns:
         The output [B, H, T, D] in v's dtype and the buckets [B, H, n_hashes, T] that were used. Buckets carry no
         gradient. Statistics are fp32 for half-precision inputs.
 
     Raises:
-        ValueError: a shape, dtype or option that does not fit, with what was expected.
+        ValueError: a shape, dtype or option that does not fit, with what was expected; a path that cannot run.
     """
     _check_arguments(qk, v, buckets, n_hashes, chunk_len, key_padding_mask, segment_ids)
     check_dropout(dropout, dropout_keys, qk.shape[:2])
-    if backend not in ("auto", "chunked", "reference"):
-        raise ValueError(f"backend={backend!r}: choose 'auto', 'chunked' or 'reference'")
+    if backend not in ("auto", "triton", "chunked", "reference"):
+        raise ValueError(f"backend={backend!r}: choose 'auto', 'triton', 'chunked' or 'reference'")
     n_heads, n_tokens, d_head = qk.shape[1:]
     if buckets is None:
         factors = bucket_factors(n_buckets, n_tokens, chunk_len)
@@ -81,6 +91,7 @@ def lsh_attention(
         with torch.no_grad():
             buckets = hash_to_buckets(qk, rotations, factors)
     if backend == "reference":
+        _announce("LSH", backend, "it was asked for")
         out = lsh_attention_reference(
             qk,
             v,
@@ -110,8 +121,37 @@ def lsh_attention(
         dropout=dropout,
         dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten(),
     )
-    out = chunked_attention(qk.flatten(0, 1), None, v.flatten(0, 1), layout)
+    out = attention_in_chunks(qk.flatten(0, 1), None, v.flatten(0, 1), layout, backend)
     return out.view_as(v), buckets
+
+
+def attention_in_chunks(
+    q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout, backend: Backend = "auto"
+) -> Tensor:
+    """The output [G, T, D] under `layout`, by the path that was asked for or, "auto", the fused one if it can run.
+
+    Raises ValueError for backend="triton" where it cannot run, with the reason.
+    """
+    kind = "LSH" if layout.is_lsh else "local"
+    if backend == "chunked":
+        _announce(kind, backend, "it was asked for")
+        return chunked_attention(q_GTD, k_GTD, v_GTD, layout)
+    if backend == "auto" and q_GTD.device.type != "cuda":  # not even where Triton's interpreter could
+        reason: str | None = f"the tensors are on the {q_GTD.device.type.upper()}"
+    else:
+        reason = why_not(q_GTD, k_GTD, layout)
+    if reason and backend == "triton":
+        raise ValueError(f"backend='triton' cannot run: {reason}; choose 'auto' or 'chunked'")
+    if reason:
+        _announce(kind, "chunked", reason)
+        return chunked_attention(q_GTD, k_GTD, v_GTD, layout)
+    _announce(kind, "triton", f"the tensors are on the {q_GTD.device.type.upper()}")
+    return triton_attention(q_GTD, k_GTD, v_GTD, layout)
+
+
+@functools.cache
+def _announce(kind: str, path: str, reason: str) -> None:
+    log.info("%s attention runs as '%s': %s", kind, path, reason)
 
 
 def _check_arguments(
