@@ -1,39 +1,269 @@
-"""The benchmark measures what it says, and names what it cannot."""
+"""The benchmark measures what it says, leaves out what would take too much, and names what it cannot measure."""
 
+import argparse
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--seq-len", "256", "--d-model", "32", "--n-heads", "2", "--n-layers", "1", "--rounds", "2"]
+sys.path.insert(0, str(ROOT / "launch"))  # where Python itself looks when it is given launch/benchmark.py
+import benchmark  # noqa: E402
+import benchmark_peers  # noqa: E402
+import benchmark_plot  # noqa: E402
+
+sys.path.pop(0)
+
+TINY = benchmark.Sizes(seq_len=256, d_model=32, n_layers=1, n_heads=2, n_hashes=2, chunk_len=16)
+TINY_OPTIONS = "--d-model 32 --n-layers 1 --n-heads 2 --n-hashes 2 --chunk-len 16 --threads 1"
 
 
-def benchmark(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/benchmark.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def arguments_of(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["launch/benchmark.py", *map(str, words)])
+    return benchmark.parse_arguments()
 
 
-def test_peers_are_measured_in_turn_and_compared(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    done = benchmark("model", *TINY, "--peers", "ours", "dense", "--json", file)
+def result(seq_len: int, peer: str = "ours", **values: Any) -> dict[str, Any]:
+    measured = {"seconds": 1.0, "peak_gib": 1.0, "imports_gib": 0.25}
+    return {"seq_len": seq_len, "peer": peer, **(values if {"error", "left_out"} & set(values) else measured | values)}
+
+
+@pytest.mark.parametrize("what", ["model", "attention"])
+def test_a_run_from_the_command_line_to_the_picture(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, picture = tmp_path / "result.json", tmp_path / "result.png"
+    options = ["--seq-len", "256", "--peers", "ours", "dense", "--rounds", "1", *TINY_OPTIONS.split()]
+    command = [sys.executable, "launch/benchmark.py", what, *options, "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads(file.read_text())
-    assert [result["peer"] for result in record["results"]] == ["ours", "dense", "ours", "dense"]
-    assert all(result["seconds"] > 0 and result["peak_gib"] > 0.05 for result in record["results"])
-    assert record["cores"] >= 1 and record["command"][:2] == ["python", "launch/benchmark.py"]
-    ours, dense = done.stdout.splitlines()
-    assert "ours" in ours and "1.00 x time" in ours and "dense" in dense
+    assert [one["peer"] for one in record["results"]] == ["ours", "dense"]
+    for one in record["results"]:
+        first, *counted = one["step_s"]
+        assert len(counted) == benchmark.REPEAT_STEPS and min(first, *counted) > 0
+        assert min(counted) <= one["seconds"] <= max(counted) and one["wall_s"] > sum(counted)
+        assert one["peak_gib"] >= one["imports_gib"] > 0.05 and one["threads"] == 1
+    assert record["command"].startswith(f"python launch/benchmark.py {what} --seq-len 256 --peers ours dense")
+    assert record["what"] == what and record["sizes"]["d_model"] == 32
+    assert record["cores"] >= 1 and record["ram_gib"] > 0.5 and record["cpu"]
+    assert {"date", "git_commit"} <= set(record) and {"torch", "python"} <= set(record["versions"])
+    header, ours, dense = done.stdout.splitlines()
+    assert header == benchmark.HEADER and ours.split()[:2] == ["256", "ours"] and dense.split()[:2] == ["256", "dense"]
+    assert ours.split()[-3:] == ["1.00", "1.00", "-"]
+    monkeypatch.setattr(sys, "argv", ["launch/benchmark_plot.py", str(file), "--output", str(picture)])
+    assert benchmark_plot.main() == 0 and picture.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_what_fails_is_a_result_and_not_asked_again() -> None:
-    done = benchmark("model", *TINY, "--peers", "ours", "--n-heads", "3")
-    assert done.returncode == 0
-    assert "d_model=32 is not divisible by n_heads=3" in done.stdout
-    assert len(done.stderr.splitlines()) == 1
+def test_what_fails_and_what_takes_too_long_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = arguments_of(monkeypatch, "model", *TINY_OPTIONS.split())
+    failed = benchmark.measure(arguments, "ours", replace(TINY, n_heads=3))
+    assert "d_model=32 is not divisible by n_heads=3" in failed["error"] and "final" not in failed
+    arguments.budget_s = 1  # and a step of 65,536 tokens takes longer
+    stopped = benchmark.measure(arguments, "ours", benchmark.Sizes())
+    assert stopped == {"error": "stopped after 1 s, the budget", "final": True}
 
 
-def test_unknown_peers_are_named() -> None:
-    done = benchmark("attention", "--peers", "flash")
-    assert done.returncode == 1
-    assert done.stderr == "error: no peer flash: choose from ours, dense\n"
+def test_a_process_that_the_system_ends_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = arguments_of(monkeypatch, "model")
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: argparse.Namespace(returncode=-9))
+    ended = benchmark.measure(arguments, "ours", TINY)
+    assert ended == {"error": "ended by SIGKILL, out of memory?", "final": True}
+
+
+def test_steps_are_repeated_and_long_ones_are_not() -> None:
+    assert not benchmark.enough([], budget_s=600)
+    assert not benchmark.enough([5.0], budget_s=600)  # the first does not count
+    assert not benchmark.enough([5.0, 2.0], budget_s=600)
+    assert benchmark.enough([5.0, 2.0, 2.0], budget_s=600)
+    assert benchmark.enough([1e-3] * 11, budget_s=600) and not benchmark.enough([1e-3] * 10, budget_s=600)
+    assert benchmark.enough([21.0], budget_s=600)
+    assert benchmark.enough([5.0], budget_s=10)  # two more would not fit
+
+
+def test_predictions_grow_by_4_to_16_for_four_times_the_length() -> None:
+    assert benchmark.predict([(1024, 2.0)], 4096) == pytest.approx(8.0)
+    assert benchmark.predict([(1024, 2.0), (4096, 2.5)], 16_384) == pytest.approx(10.0)  # held at linear
+    assert benchmark.predict([(1024, 2.0), (4096, 16.0)], 16_384) == pytest.approx(128.0)  # as measured
+    assert benchmark.predict([(1024, 2.0), (4096, 99.0)], 16_384) == pytest.approx(99.0 * 16)  # held at quadratic
+    assert benchmark.predict([(256, 9.0), (1024, 2.0), (4096, 8.0)], 65_536) == pytest.approx(128.0)  # the last two
+    assert benchmark.predict([(3000, 3.0)], 1000) == pytest.approx(1.0)
+
+
+def test_what_would_take_too_much_is_left_out_and_says_so() -> None:
+    dense = [result(16_384, seconds=10.0), result(65_536, seconds=143.0), result(65_536, seconds=145.0)]
+    assert benchmark.left_out(dense, 262_144, budget_s=2400, machine_gib=24) is None
+    out = benchmark.left_out(dense, 262_144, budget_s=600, machine_gib=24)
+    assert out is not None and out["left_out"] == "predicted 2,074 s: over the budget of 600 s"
+    assert out["predicted_s"] == pytest.approx(144.0 * 14.4)
+    assert out["predicted_gib"] == pytest.approx(0.25 + 4 * 0.75)  # imports do not grow
+    large = [result(16_384, peak_gib=2.25), result(65_536, peak_gib=8.25)]
+    assert benchmark.left_out(large, 131_072, budget_s=600, machine_gib=24) is None  # 16.25 of 20.4
+    out = benchmark.left_out(large, 262_144, budget_s=600, machine_gib=24)
+    assert out is not None and out["left_out"] == "predicted 32.2 GiB: over 85% of the machine's 24.0 GiB"
+
+
+def test_what_is_known_before_decides_only_where_it_must() -> None:
+    assert benchmark.left_out([], 4096, budget_s=1, machine_gib=1) is None
+    assert benchmark.left_out([result(1000, error="not a multiple of 64")], 1024, budget_s=1, machine_gib=1) is None
+    stopped = [result(1024), result(4096, error="stopped after 600 s, the budget", final=True)]
+    out = benchmark.left_out(stopped, 16_384, budget_s=600, machine_gib=24)
+    assert out == {"left_out": "stopped after 600 s, the budget at 4,096 tokens"}
+
+
+def test_peers_take_turns_within_the_budget_and_failures_are_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], []
+    takes = {"ours": 10.0, "dense": 50.0, "lucidrains": 1.0}
+
+    def measure(_: argparse.Namespace, name: str, sizes: benchmark.Sizes) -> dict[str, Any]:
+        asked.append(name)
+        now[0] += takes[name]
+        return {"error": "no"} if name == "lucidrains" else {"seconds": takes[name], "peak_gib": 1, "imports_gib": 0}
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "missing", lambda peer: None)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    arguments = arguments_of(monkeypatch, "model", "--budget-s", "100", "--rounds", "3")
+    results = benchmark.measure_length(arguments, ["ours", "lucidrains", "dense"], 1024, [], machine_gib=24)
+    assert asked == ["ours", "lucidrains", "dense", "ours", "dense", "ours"]  # three times 50 s would be beyond 100 s
+    assert [one["peer"] for one in results] == asked and results[2]["wall_s"] == 50.0
+
+
+def test_peers_that_are_not_installed_are_named_and_the_others_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = replace(benchmark.PEERS["model"]["huggingface"], module="no_such_package.module")
+    monkeypatch.setitem(benchmark.PEERS["model"], "huggingface", absent)
+    monkeypatch.setattr(benchmark, "measure", lambda *_: result(1024))
+    file = tmp_path / "result.json"
+    benchmark.run(arguments_of(monkeypatch, "model", "--seq-len", "1024", "--peers", "huggingface", "ours"))
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[1] == "    1,024  huggingface     transformers is not installed: pip install -e '.[bench]'"
+    assert rows[2].split()[:3] == ["1,024", "ours", "1.00"]
+    assert not file.exists()
+
+
+def test_the_file_is_written_after_every_length(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measure(_: argparse.Namespace, name: str, sizes: benchmark.Sizes) -> dict[str, Any]:
+        if sizes.seq_len == 4096:
+            raise KeyboardInterrupt
+        return result(sizes.seq_len)
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    file = tmp_path / "result.json"
+    options = ["--seq-len", "4096", "1024", "256", "--peers", "ours", "--rounds", "1", "--json", file]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.run(arguments_of(monkeypatch, "model", *options))
+    assert [one["seq_len"] for one in json.loads(file.read_text())["results"]] == [256, 1024]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_the_table_compares_with_ours_and_shows_the_growth() -> None:
+    results = [
+        result(1024, seconds=1.0),
+        result(1024, "dense", seconds=3.0),
+        *(result(4096, seconds=seconds, peak_gib=1.5) for seconds in (4.0, 4.5, 9.0)),
+        result(4096, "dense", seconds=45.0, peak_gib=3.0),
+        result(4096, "lucidrains", left_out="predicted 2,300 s: over the budget of 600 s"),
+        result(4096, "huggingface", error="a bug"),
+    ]
+    ours, dense, lucidrains, huggingface = benchmark.table(results, 4096).splitlines()
+    assert ours.split() == ["4,096", "ours", "4.50", "(4.00..9.00)", "1.50", "(0.25)", "1.00", "1.00", "4.50"]
+    assert dense.split()[2:] == ["45.00", "(45.00..45.00)", "3.00", "(0.25)", "10.00", "2.00", "15.00"]
+    assert lucidrains.endswith("lucidrains      predicted 2,300 s: over the budget of 600 s")
+    assert huggingface.endswith("huggingface     error: a bug")
+    alone = benchmark.table([one for one in results if one["peer"] == "dense"], 1024)
+    assert alone.split()[-3:] == ["-", "-", "-"]
+    assert benchmark.growth((1000, 1.0), (2000, 2.0)) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--peers", "flash"], "error: no peer flash: choose from ours, huggingface, lucidrains, dense, or all"),
+        (["--json", "no/such/folder/x.json"], "error: cannot write no/such/folder/x.json: "),
+        (["--rounds", "0"], "argument --rounds: 0 is not a whole number of at least 1"),
+        (["--seq-len", "64K"], "argument --seq-len: 64K is not a whole number of at least 1"),
+    ],
+)
+def test_bad_options_are_named(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        benchmark.run(arguments_of(monkeypatch, "attention", *words))
+    assert message in f"{stop.value.code}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("what", ["model", "attention"])
+@pytest.mark.parametrize("name", ["huggingface", "lucidrains"])
+def test_installed_peers_take_a_step(what: str, name: str) -> None:
+    peer = benchmark.PEERS[what][name]
+    pytest.importorskip(peer.module)
+    peer.build(TINY)()
+
+
+def test_the_dense_model_learns_from_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[nn.Module] = []
+    build = benchmark_peers._DenseModel
+    monkeypatch.setattr(benchmark_peers, "_DenseModel", lambda sizes: models.append(build(sizes)) or models[-1])
+    monkeypatch.setattr(benchmark_peers, "CHUNK_TOKENS", 100)
+    benchmark_peers.dense(TINY)()
+    missing = [name for name, p in models[0].named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert missing == []
+
+
+def record(tmp_path: Path, name: str, **changes: Any) -> Path:
+    results = [result(1024), result(1024, seconds=3.0), result(4096), result(1024, "dense")]
+    results += [result(4096, "dense", left_out="no", predicted_s=70.0, predicted_gib=2.0)]
+    results += [result(16_384, "dense", left_out="no", predicted_s=999.0, predicted_gib=9.0)]
+    sizes = {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_hashes": 2, "chunk_len": 16, "vocab_size": 256}
+    whole = {"what": "model", "sizes": sizes, "cpu": "a CPU", "cores": 2, "results": results} | changes
+    (tmp_path / name).write_text(json.dumps(whole))
+    return tmp_path / name
+
+
+def test_lines_have_medians_and_end_in_the_first_prediction(tmp_path: Path) -> None:
+    both = benchmark_plot.read([record(tmp_path, "a"), record(tmp_path, "b", results=[result(65_536, seconds=9.0)])])
+    lines = benchmark_plot.lines(both["results"], "seconds", "predicted_s")
+    assert lines["ours"].values == {1024: 2.0, 4096: 1.0, 65_536: 9.0} and lines["ours"].end == (65_536, 9.0)
+    assert lines["dense"].values == {1024: 1.0} and lines["dense"].end == (4096, 70.0)
+    benchmark_plot.draw(both, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_labels_keep_their_order_and_their_distance() -> None:
+    assert benchmark_plot.apart([0.5, 0.1], 0.05) == [0.5, 0.1]
+    assert benchmark_plot.apart([0.5, 0.48, 0.1], 0.06) == pytest.approx([0.52, 0.46, 0.1])
+    crowded = benchmark_plot.apart([0.5, 0.5, 0.5, 0.57], 0.1)
+    assert sorted(crowded) == crowded
+    assert [b - a for a, b in itertools.pairwise(crowded)] == pytest.approx([0.1] * 3)
+
+
+def test_what_cannot_be_drawn_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fine = record(tmp_path, "a")
+    for files, output, message in [
+        ([tmp_path / "none"], "x.png", "cannot read"),
+        ([ROOT / "ds_config.json"], "x.png", "was not written by launch/benchmark.py --json: KeyError('what')"),
+        ([fine, record(tmp_path, "b", cores=64)], "x.png", "their cores are 2 and 64"),
+        ([record(tmp_path, "c", results=[])], "x.png", "no measurement"),
+        ([fine], "x.mp3", "cannot draw"),
+        ([fine], "none/x.png", "cannot draw"),
+    ]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["plot", *map(str, files), "--output", str(tmp_path / output)])
+            assert benchmark_plot.main() == 2
+        assert message in capsys.readouterr().err
+
+
+def test_matplotlib_missing_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = record(tmp_path, "a")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(sys, "argv", ["plot", str(file), "--output", "x.png"])
+    assert benchmark_plot.main() == 2
+    assert capsys.readouterr().err == "error: matplotlib is not installed: pip install -e '.[bench]'\n"
