@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORPUS ?=
 
-.PHONY: install demo test lint clean
+.PHONY: install demo bench test lint clean
 
 install: .venv/installed
 
@@ -15,6 +15,13 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/python launch/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
+
+# The table of the README, in about half an hour on two cores: a training step of ours and of its peers by length.
+bench: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python launch/benchmark.py model --seq-len 1024 4096 16384 65536 262144 1048576 --budget-s 300 \
+		--json benchmarks/model-cpu.json
+	$(BIN)/python launch/benchmark_plot.py benchmarks/model-cpu.json --output docs/model-cpu.png
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

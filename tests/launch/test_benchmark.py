@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,12 +34,13 @@ def result(seq_len: int, peer: str = "ours", **values: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("what", ["model", "attention"])
-def test_a_run_from_the_command_line_to_the_picture(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_from_the_command_line_to_the_picture(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, picture = tmp_path / "result.json", tmp_path / "result.png"
     options = ["--seq-len", "256", "--peers", "ours", "dense", "--rounds", "1", *TINY_OPTIONS.split()]
-    command = [sys.executable, "launch/benchmark.py", what, *options, "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["launch/benchmark.py", what, *options, "--json", str(file)])
+    benchmark.main()  # which starts a process for each measurement
     record = json.loads(file.read_text())
     assert [one["peer"] for one in record["results"]] == ["ours", "dense"]
     for one in record["results"]:
@@ -52,7 +52,7 @@ def test_a_run_from_the_command_line_to_the_picture(what: str, tmp_path: Path, m
     assert record["what"] == what and record["sizes"]["d_model"] == 32
     assert record["cores"] >= 1 and record["ram_gib"] > 0.5 and record["cpu"]
     assert {"date", "git_commit"} <= set(record) and {"torch", "python"} <= set(record["versions"])
-    header, ours, dense = done.stdout.splitlines()
+    header, ours, dense = capsys.readouterr().out.splitlines()
     assert header == benchmark.HEADER and ours.split()[:2] == ["256", "ours"] and dense.split()[:2] == ["256", "dense"]
     assert ours.split()[-3:] == ["1.00", "1.00", "-"]
     monkeypatch.setattr(sys, "argv", ["launch/benchmark_plot.py", str(file), "--output", str(picture)])
