@@ -1,0 +1,61 @@
+"""Compile the kernels for an H100, on a machine that needs no GPU: prints each one's name and shared memory in bytes.
+
+Triton's own front end runs as it would on the GPU, with a driver that only says what the GPU is; nothing is launched.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from reformer.lsh import triton_attention, triton_kernels
+from reformer.lsh.hashing import sort_by_bucket
+from reformer.lsh.rounds import Layout
+
+
+class AbsentGpu:
+    """What Triton asks of a driver until it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class CompileOnly:
+    """Stands for a kernel: kernel[grid](…) compiles for these arguments."""
+
+    def __init__(self, kernel: Any, name: str) -> None:
+        self.kernel, self.name = kernel, name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.compile(*arguments, grid=grid, **options)
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        print(self.name, self.kernel.warmup(*arguments, **options).metadata.shared)
+
+
+def compile_for(dtype: torch.dtype, d_head: int, *, n_hashes: int, is_lsh: bool, **options: Any) -> None:
+    n_groups, n_tokens, chunk_len = 2, 200, 64
+    buckets = torch.zeros(n_groups, n_hashes, n_tokens, dtype=torch.int64)
+    layout = Layout(*sort_by_bucket(buckets, chunk_len), chunk_len, is_lsh=is_lsh, **options)
+    x = torch.zeros(n_groups, n_tokens, d_head, dtype=dtype)
+    k = None if is_lsh else x
+    out, *statistics = triton_attention._forward(x, k, x, layout)
+    triton_attention._backward((x, k, x, out, *statistics), x, layout)
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(AbsentGpu())
+    for name in ("forward_kernel", "prepare_kernel", "backward_kernel"):
+        setattr(triton_kernels, name, CompileOnly(getattr(triton_kernels, name), name))
+    labels = torch.zeros(2, 200, dtype=torch.int64)
+    compile_for(torch.bfloat16, 128, n_hashes=2, is_lsh=True, causal=True)
+    everything = {"segment_ids_GT": labels, "key_mask_GT": labels == 0, "dropout": 0.1}
+    keys = torch.zeros(2, dtype=torch.int64)
+    compile_for(torch.bfloat16, 24, n_hashes=1, is_lsh=False, causal=False, dropout_keys_G=keys, **everything)
