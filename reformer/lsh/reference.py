@@ -39,7 +39,7 @@ def reach_counts(buckets_RT: Tensor, chunk_len: int, *, causal: bool, attend_acr
     for query_round in range(n_hashes):
         for key_round in range(n_hashes):
             offset = (chunk_RT[key_round][None, :] - chunk_RT[query_round][:, None]) % n_chunks
-            seen = torch.isin(offset, torch.tensor(sorted(visible), device=offset.device))
+            seen = torch.stack([offset == reach for reach in visible]).any(dim=0)
             if not attend_across_buckets:
                 same = buckets_RT[query_round][:, None] == buckets_RT[key_round][None, :]
                 seen &= same & (query_round == key_round)
@@ -64,7 +64,9 @@ def lsh_attention_reference(
     """Output [B, H, T, D] of multi-round LSH attention with the given buckets; see `reformer.lsh_attention`."""
     n_tokens = qk_BHTD.shape[2]
     check_dropout(dropout, dropout_keys, qk_BHTD.shape[:2])
-    k_BHTD = qk_BHTD / qk_BHTD.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(qk_BHTD.dtype).tiny)
+    norm_BHT1 = qk_BHTD.norm(dim=-1, keepdim=True)
+    # The key of a zero vector is zero, without gradient; divided by a tiny number its gradient would be a huge one.
+    k_BHTD = qk_BHTD / norm_BHT1.masked_fill(norm_BHT1 == 0, torch.inf)
     position = torch.arange(n_tokens, device=qk_BHTD.device)
     is_self = position[:, None] == position[None, :]
     outputs = []
