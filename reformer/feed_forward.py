@@ -35,37 +35,42 @@ class FeedForward(nn.Module):
         nn.init.xavier_uniform_(self.in_weight)
         nn.init.xavier_uniform_(self.out_weight)
 
-    def forward(self, x_BTM: Tensor, d_out_BTM: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BTM: Tensor, d_out_BTM: Tensor | None = None, needs_output: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The output, and None. Given the gradient of the output, the output without a graph, and a scalar.
 
-        The scalar is <output, d_out>: its backward gives x and the parameters their gradients, each once.
+        The scalar is <output, d_out>: its backward gives x and the parameters their gradients, each once. The
+        output itself costs one product more, and is None unless it is needed.
         """
-        parameters = list(self.parameters(recurse=False))
         if d_out_BTM is None:
-            chunks = x_BTM.split(self.chunk_tokens, dim=1)
-            return torch.cat([self._chunk(chunk, *parameters) for chunk in chunks], dim=1), None
-        out = torch.empty_like(d_out_BTM)
-        d_x = torch.empty_like(x_BTM)
-        sums = GradientSum(parameters)
+            chunks = [
+                F.linear(self._inner(x, *self._inner_parameters), self.out_weight, self.out_bias)
+                for x in x_BTM.split(self.chunk_tokens, dim=1)
+            ]
+            return torch.cat(chunks, dim=1), None
+        out, d_x = torch.empty_like(d_out_BTM) if needs_output else None, torch.empty_like(x_BTM)
+        inner_sums = GradientSum(self._inner_parameters)
+        out_sums = GradientSum([self.out_weight, self.out_bias])
         for start in range(0, x_BTM.shape[1], self.chunk_tokens):
             tokens = slice(start, start + self.chunk_tokens)
             with torch.enable_grad():
-                x_chunk = x_BTM[:, tokens].detach().requires_grad_()
-                out_chunk = self._chunk(x_chunk, *sums.aliases)
-            (d_x[:, tokens],) = sums.add(out_chunk, [x_chunk], d_out_BTM[:, tokens].to(out_chunk.dtype))
-            out[:, tokens] = out_chunk.detach()
+                x = x_BTM[:, tokens].detach().requires_grad_()
+                inner = self._inner(x, *inner_sums.aliases)
+            activations, d_out = inner.detach().flatten(0, 1), d_out_BTM[:, tokens].flatten(0, 1).to(inner.dtype)
+            if out is not None:
+                out[:, tokens] = F.linear(inner.detach(), self.out_weight, self.out_bias)
+            out_sums.add_known([d_out.T @ activations, d_out.sum(dim=0)])
+            d_inner = (d_out @ self.out_weight).view_as(inner)
+            (d_x[:, tokens],) = inner_sums.add(inner, [x], d_inner.to(inner.dtype))
         inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
-        return out, with_gradients(inner_product, [x_BTM, *parameters], [d_x, *sums.totals()])
+        parameters = [*self._inner_parameters, self.out_weight, self.out_bias]
+        gradients = [d_x, *inner_sums.totals(), *out_sums.totals()]
+        return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
 
-    def _chunk(
-        self,
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        in_weight: Tensor,
-        in_bias: Tensor,
-        out_weight: Tensor,
-        out_bias: Tensor,
-    ) -> Tensor:
-        inner = self.activation(F.linear(layer_norm(x, norm_weight, norm_bias, self.norm_eps), in_weight, in_bias))
-        return F.linear(inner, out_weight, out_bias)
+    @property
+    def _inner_parameters(self) -> list[Tensor]:
+        return [self.norm_weight, self.norm_bias, self.in_weight, self.in_bias]
+
+    def _inner(self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, in_weight: Tensor, in_bias: Tensor) -> Tensor:
+        return self.activation(F.linear(layer_norm(x, norm_weight, norm_bias, self.norm_eps), in_weight, in_bias))

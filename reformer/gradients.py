@@ -46,9 +46,13 @@ class GradientSum:
     def add(self, output: Tensor, chunk_inputs: Sequence[Tensor], d_output: Tensor | None = None) -> list[Tensor]:
         """Differentiate a chunk's output: add to the parameters' sums, return the gradients of the inputs."""
         gradients = torch.autograd.grad(output, [*chunk_inputs, *self.aliases], d_output)
-        for total, gradient in zip(self.sums, gradients[len(chunk_inputs) :], strict=True):
-            total += gradient
+        self.add_known(gradients[len(chunk_inputs) :])
         return list(gradients[: len(chunk_inputs)])
+
+    def add_known(self, gradients: Sequence[Tensor]) -> None:
+        """Add a chunk's gradients of the parameters."""
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            total += gradient
 
     def totals(self) -> list[Tensor]:
         return [total.to(p.dtype) for total, p in zip(self.sums, self.parameters, strict=True)]

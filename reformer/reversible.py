@@ -2,12 +2,15 @@
 
     y1 = x1 + attention(x2);  y2 = x2 + feed_forward(y1)
 
-One autograd Function spans the stack. Its forward keeps the last (y1, y2) and, per layer, the hash buckets; its
-backward walks the blocks in reverse, reconstructs each one's inputs from its outputs and differentiates the two
-halves on the way. Buckets are kept because the reconstructed inputs differ from the originals by rounding: hashed
-again, some tokens would change buckets, and the gradient would be that of another function.
+One autograd Function spans the stack. Its backward walks the blocks in reverse, reconstructs each one's inputs from
+its outputs and differentiates the two halves on the way. Per layer the forward keeps the hash buckets, since the
+reconstructed inputs differ from the originals by rounding: hashed again, some tokens would change buckets, and the
+gradient would be that of another function. Of the last block, whose backward comes first, it keeps what that needs
+(the graph of its attention), so that nothing of it is computed twice; that is one block's, whatever the depth.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,34 +33,53 @@ class ReversibleBlock(nn.Module):
         self.attention = kind(config, layer)
         self.feed_forward = FeedForward(config)
 
+    def attend(self, x2: Tensor, call: Call, buckets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The attention half's output [B, T, M] after dropout, and the buckets."""
+        attended, buckets = self.attention(x2, call, buckets)
+        return _scaled(attended, call.dropout_scale(attended, self.layer, "attention")), buckets
+
+    def feed(self, y1: Tensor, call: Call) -> Tensor:
+        """The feed-forward half's output [B, T, M] after dropout."""
+        fed, _ = self.feed_forward(y1)
+        return _scaled(fed, call.dropout_scale(fed, self.layer, "feed_forward"))
+
     def forward(
         self, x1: Tensor, x2: Tensor, call: Call, buckets: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Streams [B, T, M] in, streams and buckets out: the definition, differentiable by plain autograd."""
-        attended, buckets = self.attention(x2, call, buckets)
-        y1 = x1 + _scaled(attended, call.dropout_scale(attended, self.layer, "attention"))
-        fed, _ = self.feed_forward(y1)
-        y2 = x2 + _scaled(fed, call.dropout_scale(fed, self.layer, "feed_forward"))
-        return y1, y2, buckets
+        attended, buckets = self.attend(x2, call, buckets)
+        y1 = x1 + attended
+        return y1, x2 + self.feed(y1, call), buckets
 
     def backward(
         self, y1: Tensor, y2: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, buckets: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """From outputs and their gradients to inputs and theirs; parameters receive their gradients on the way."""
+        fed, d_y1 = self.feed_backward(y1, d_y1, d_y2, call)
+        assert fed is not None
+        x2 = y2 - fed
+        del y2, fed
+        with torch.enable_grad():
+            attended, _ = self.attend(x2.requires_grad_(), call, buckets)
+        return self.attend_backward(y1, x2, attended, d_y1, d_y2)
+
+    def feed_backward(
+        self, y1: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, needs_output: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
+        """The feed-forward half's output after dropout (None if not needed) and the gradient of y1 by both ways."""
+        scale = call.dropout_scale(y1, self.layer, "feed_forward")
         with torch.enable_grad():
             y1 = y1.detach().requires_grad_()
-            scale = call.dropout_scale(y1, self.layer, "feed_forward")
-            fed, inner_product = self.feed_forward(y1, _scaled(d_y2, scale))
+            fed, inner_product = self.feed_forward(y1, _scaled(d_y2, scale), needs_output)
         inner_product.backward()
-        x2 = y2 - _scaled(fed, scale)
-        d_y1 = d_y1 + _gradient(y1)
-        with torch.enable_grad():
-            x2 = x2.detach().requires_grad_()
-            attended, _ = self.attention(x2, call, buckets)
-            attended = _scaled(attended, call.dropout_scale(attended, self.layer, "attention"))
+        return None if fed is None else _scaled(fed, scale), _gradient(y1).add_(d_y1)
+
+    def attend_backward(
+        self, y1: Tensor, x2: Tensor, attended: Tensor, d_y1: Tensor, d_y2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """From the graph of `attended` over the leaf x2 to the block's inputs and their gradients."""
         attended.backward(d_y1.to(attended.dtype))
-        x1 = y1.detach() - attended.detach()
-        return x1, x2.detach(), d_y1, d_y2 + _gradient(x2)
+        return y1 - attended.detach(), x2.detach(), d_y1, _gradient(x2).add_(d_y2)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -70,33 +92,63 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def reversible_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward."""
-    if torch.is_grad_enabled() and not (x1.requires_grad or x2.requires_grad):
+    """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward, once."""
+    if not torch.is_grad_enabled():
+        for block in blocks:
+            x1, x2, _ = block(x1, x2, call)
+        return x1, x2
+    if not (x1.requires_grad or x2.requires_grad):
         x1 = x1.detach().requires_grad_()  # a frozen embedding must not freeze the stack
-    return _ReversibleStack.apply(x1, x2, blocks, call)
+    return _ReversibleStack.apply(x1, x2, tuple(blocks), call)
+
+
+@dataclass
+class _Kept:
+    """What lives from the forward to the backward, which takes it apart as it goes."""
+
+    buckets: list[Tensor | None]
+    """Of all blocks but the last."""
+    y1: Tensor
+    """The first stream at the end, without its graph."""
+    x2: Tensor
+    """The leaf of the last block's attention."""
+    attended: Tensor
+    """Its output, with its graph."""
 
 
 class _ReversibleStack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x1: Tensor, x2: Tensor, blocks: nn.ModuleList, call: Call) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call
+    ) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.call, ctx.autocast = blocks, call, _autocast_state(x1.device.type)
         buckets = []
-        for block in blocks:
+        *others, last = blocks
+        for block in others:
             x1, x2, used = block(x1, x2, call)
             buckets.append(used)
-        ctx.has_buckets = [used is not None for used in buckets]
-        ctx.save_for_backward(x1, x2, *(used for used in buckets if used is not None))
-        return x1, x2
+        with torch.enable_grad():
+            x2 = x2.detach().requires_grad_()
+            attended, _ = last.attend(x2, call)
+        y1 = x1 + attended.detach()
+        ctx.kept = _Kept(buckets, y1.detach(), x2, attended)  # outputs themselves would make a circle of references
+        return y1, x2.detach() + last.feed(y1, call)
 
     @staticmethod
     def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("second derivatives (create_graph=True) are not available through a reversible stack")
-        y1, y2, *saved = ctx.saved_tensors
+        if ctx.kept is None:
+            raise RuntimeError("this stack was differentiated already: run the forward again")
+        kept, ctx.kept = ctx.kept, None
+        *others, last = ctx.blocks
         with torch.autocast(**ctx.autocast):
-            for block, has_buckets in zip(reversed(ctx.blocks), reversed(ctx.has_buckets), strict=True):
-                buckets = saved.pop() if has_buckets else None
-                y1, y2, d_y1, d_y2 = block.backward(y1, y2, d_y1, d_y2, ctx.call, buckets)
+            _, d_y1 = last.feed_backward(kept.y1, d_y1, d_y2, ctx.call, needs_output=False)
+            y1, y2, d_y1, d_y2 = last.attend_backward(kept.y1, kept.x2, kept.attended, d_y1, d_y2)
+            buckets = kept.buckets
+            del kept
+            for block in reversed(others):
+                y1, y2, d_y1, d_y2 = block.backward(y1, y2, d_y1, d_y2, ctx.call, buckets.pop())
         return d_y1, d_y2, None, None
 
 

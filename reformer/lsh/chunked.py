@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer.lsh.rounds import Layout, Round, Tile
+from reformer.lsh.rounds import Layout, Round, Tile, by_chunk, by_window
 
 LOG2_E = math.log2(math.e)
 
@@ -60,60 +60,77 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 class _Head:
-    """One head's tensors by token, and what turns keys into those that scores are made with: times log2(e) / |q|."""
+    """One head's tensors by token, and what turns keys into those that scores are made with: times log2(e) / |k|."""
 
     def __init__(self, q_TD: Tensor, k_TD: Tensor | None, v_TD: Tensor, dtype: torch.dtype) -> None:
         self.q, self.v = q_TD.to(dtype), v_TD.to(dtype)
-        self.k = self.q if k_TD is None else k_TD.to(dtype)
         norm_T1 = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
         self.is_shared = k_TD is None
-        if self.is_shared:
-            self.key_scale, self.bound = LOG2_E / norm_T1, LOG2_E * norm_T1
+        if k_TD is None:
+            self.k, self.key_scale, self.bound = self.q, LOG2_E / norm_T1, LOG2_E * norm_T1
         else:
-            self.key_scale = norm_T1.new_full((), LOG2_E).expand_as(norm_T1)
+            self.k, self.key_scale = k_TD.to(dtype), torch.full_like(norm_T1, LOG2_E)
             self.bound = LOG2_E * norm_T1 * torch.linalg.vector_norm(self.k, dim=-1).max()
         self.is_bounded = bool(self.bound.max() <= SAFE_BOUND[dtype])
 
 
-class _Buffers:
-    """What a tile is computed in. Memory that is never written costs nothing, so all is there for both passes."""
+class _TileMemory:
+    """What a tile of N chunks is computed in. Memory that is never written costs nothing: all is there for both passes.
 
-    def __init__(self, layout: Layout, like: Tensor) -> None:
-        L, W, D, count = layout.chunk_len, layout.window, like.shape[-1], layout.chunks_per_tile(like.device)
+    Rows are what is gathered, [N*L (+ halo), …]; the names without it are views of them, [N, L or W, …].
+    """
+
+    def __init__(self, layout: Layout, n_chunks: int, like: Tensor, is_shared: bool) -> None:
+        L, W, D = layout.chunk_len, layout.window, like.shape[-1]
+        n_places, n_key_places = n_chunks * L, n_chunks * L + layout.n_halo
         dtype = torch.promote_types(like.dtype, torch.float32)
-        places, key_places = count * L, count * L + layout.n_halo
 
-        def empty(*shape: int) -> Tensor:
-            return like.new_empty(shape, dtype=dtype)
+        def rows(n: int, width: int) -> Tensor:
+            return like.new_empty(n, width, dtype=dtype)
 
-        self.q, self.d_out = empty(places, D), empty(places, D)
-        self.shared, self.k, self.v = (empty(key_places, D) for _ in range(3))
-        self.key_scale = empty(key_places, 1)
-        self.top, self.delta = empty(places, 1), empty(places, 1)
-        self.weights, self.d_scores, self.visibility, self.scratch = (empty(count, L, W) for _ in range(4))
-        self.d_window = empty(count, W, D)
-
-    def gather(self, head: _Head, round_: Round, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, L, D], scaled keys and values [N, W, D] of a tile."""
-        unscaled = round_.keys(head.k, tile, self.shared)
-        n_places = tile.key_places.stop - tile.key_places.start
-        round_.keys(head.key_scale, tile, self.key_scale)
-        torch.mul(self.shared[:n_places], self.key_scale[:n_places], out=self.k[:n_places])
+        self.unscaled_rows, self.k_rows, self.v_rows = (rows(n_key_places, D) for _ in range(3))
+        self.key_scale_rows = rows(n_key_places, 1)
+        self.q_rows, self.d_out_rows = rows(n_places, D), rows(n_places, D)
+        self.top_rows, self.delta_rows = rows(n_places, 1), rows(n_places, 1)
+        self.k, self.v = (by_window(x, L, W) for x in (self.k_rows, self.v_rows))
+        self.d_out, self.top, self.delta = (by_chunk(x, L) for x in (self.d_out_rows, self.top_rows, self.delta_rows))
+        own = layout.reach[0] * L
         # Shared queries are a part of the keys before scaling: one gather less.
-        q = unscaled[:, round_.own_window] if head.is_shared else round_.queries(head.q, tile, self.q)
-        return q, tile.windows(self.k[:n_places]), round_.keys(head.v, tile, self.v)
+        self.q = by_chunk(self.unscaled_rows[own : own + n_places] if is_shared else self.q_rows, L)
+        self.weights, self.d_scores, self.visibility, self.scratch = (
+            rows(n_places, W).view(-1, L, W) for _ in range(4)
+        )
+        self.d_window = rows(n_chunks * W, D).view(-1, W, D)
 
-    def score(self, q: Tensor, k: Tensor, round_: Round, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Scores in base 2 and how much each key counts, [N, L, W]."""
-        visibility = round_.visibility(tile, self.visibility[: tile.count], self.scratch[: tile.count])
-        return torch.bmm(q, k.mT, out=self.weights[: tile.count]), visibility
+    def gather(self, head: _Head, round_: Round, tile: Tile) -> None:
+        """Fill in queries, keys and values."""
+        key_rows = round_.key_rows[tile.key_places]
+        torch.index_select(head.k, 0, key_rows, out=self.unscaled_rows)
+        torch.index_select(head.key_scale, 0, key_rows, out=self.key_scale_rows)
+        torch.mul(self.unscaled_rows, self.key_scale_rows, out=self.k_rows)
+        torch.index_select(head.v, 0, key_rows, out=self.v_rows)
+        if not head.is_shared:
+            torch.index_select(head.q, 0, round_.query_rows[tile.places], out=self.q_rows)
+
+    def score(self, round_: Round, tile: Tile) -> None:
+        """Fill in scores, in the place of the weights, and how much each key counts."""
+        torch.bmm(self.q, self.k.mT, out=self.weights)
+        round_.visibility(tile, self.visibility, self.scratch)
+
+    def weigh(self, is_bounded: bool) -> None:
+        """Scores to weights: 2 ** (score - top) times how much the key counts."""
+        if not is_bounded:
+            torch.minimum(self.weights, self.top, out=self.weights)  # what is not visible may be larger: no overflow
+        self.weights.sub_(self.top).exp2_().mul_(self.visibility)
 
 
-def _weigh(scores: Tensor, visibility: Tensor, top: Tensor, head: _Head) -> Tensor:
-    """Scores to weights, in place: 2 ** (score - top) times how much the key counts."""
-    if not head.is_bounded:
-        torch.minimum(scores, top, out=scores)  # what is not visible may be larger, and must not overflow
-    return scores.sub_(top).exp2_().mul_(visibility)
+def _tiles(layout: Layout, like: Tensor, is_shared: bool) -> list[tuple[Tile, _TileMemory]]:
+    """The tiles of a round, and the memory that those of one size share."""
+    memory: dict[int, _TileMemory] = {}
+    tiles = layout.tiles()
+    for tile in tiles:
+        memory.setdefault(tile.count, _TileMemory(layout, tile.count, like, is_shared))
+    return [(tile, memory[tile.count]) for tile in tiles]
 
 
 def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,21 +142,20 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
     n_groups, n_tokens, width = q_GTD.shape
     out_GTD = torch.empty_like(v_GTD)
     top_GT1, norm_GT1 = (q_GTD.new_empty(n_groups, n_tokens, 1, dtype=dtype) for _ in range(2))
-    buffers = _Buffers(layout, q_GTD)
+    tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
     by_place = [q_GTD.new_empty(layout.n_places, columns, dtype=dtype) for columns in (width, 1, 1)]
-    by_token = [q_GTD.new_empty(n_tokens, columns, dtype=dtype) for columns in (width, 1, 1)]
-    total_TD = q_GTD.new_empty(n_tokens, width, dtype=dtype)
+    total_TD, *scratch = (q_GTD.new_empty(n_tokens, columns, dtype=dtype) for columns in (width, width, 1, 1))
     for group in range(n_groups):
         head = _Head(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
-        total = [total_TD, norm_GT1[group], top_GT1[group]]
+        total = [total_TD, norm_GT1[group], top_GT1[group].copy_(head.bound)]
         for r in range(layout.n_rounds):
             round_ = Round(layout, group, r, dtype)
-            _forward_round(round_, head, buffers, *by_place)
-            into = by_token if r else total
-            for place_values, token_values in zip(by_place, into, strict=True):
-                torch.index_select(place_values, 0, round_.inverse, out=token_values)
-            if r:
-                _add_round(total, by_token, head.is_bounded)
+            _forward_round(round_, head, tiles, *by_place)
+            if head.is_bounded:
+                for sum_, values, one in zip(total[:2], by_place, scratch, strict=False):
+                    round_.add_by_token(sum_, values, one)
+            else:
+                _add_unbounded(total, by_place, scratch, round_)
         alone = norm_GT1[group] == 0
         torch.div(total_TD, norm_GT1[group].masked_fill(alone, 1), out=out_GTD[group])
         rows = alone.squeeze(-1).nonzero().squeeze(-1)
@@ -148,35 +164,45 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
 
 
 def _forward_round(
-    round_: Round, head: _Head, buffers: _Buffers, out_SD: Tensor, norm_S1: Tensor, top_S1: Tensor
+    round_: Round,
+    head: _Head,
+    tiles: list[tuple[Tile, _TileMemory]],
+    out_SD: Tensor,
+    norm_S1: Tensor,
+    top_S1: Tensor,
 ) -> None:
-    """Fills in, by place, the sums of weighted values and of weights, and what the weights are relative to."""
-    for tile in round_.tiles():
-        q, k, v = buffers.gather(head, round_, tile)
-        out, norm, top = (tile.queries(x[tile.places]) for x in (out_SD, norm_S1, top_S1))
-        scores, visibility = buffers.score(q, k, round_, tile)
+    """Fills in, by place, the sums of weighted values and of weights and, if not bounded, what they are relative to."""
+    out_CLD, norm_CL1, top_CL1 = (by_chunk(x, round_.layout.chunk_len) for x in (out_SD, norm_S1, top_S1))
+    for tile, memory in tiles:
+        memory.gather(head, round_, tile)
+        memory.score(round_, tile)
         if head.is_bounded:
-            round_.queries(head.bound, tile, top_S1[tile.places])
+            torch.index_select(head.bound, 0, round_.query_rows[tile.places], out=memory.top_rows)
         else:
-            visible = scores.masked_fill(visibility == 0, -torch.inf)
-            top.copy_(visible.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min))
-        weights = _weigh(scores, visibility, top, head)
-        torch.sum(weights, dim=-1, keepdim=True, out=norm)
+            visible = memory.weights.masked_fill(memory.visibility == 0, -torch.inf)
+            torch.amax(visible, dim=-1, keepdim=True, out=memory.top)
+            memory.top.clamp_(min=torch.finfo(visible.dtype).min)
+            top_CL1[tile.chunks] = memory.top
+        memory.weigh(head.is_bounded)
+        torch.sum(memory.weights, dim=-1, keepdim=True, out=norm_CL1[tile.chunks])
         if round_.layout.dropout:
-            weights.mul_(round_.keep(tile))
-        torch.bmm(weights, v, out=out)
+            memory.weights.mul_(round_.keep(tile))
+        torch.bmm(memory.weights, memory.v, out=out_CLD[tile.chunks])
 
 
-def _add_round(total: list[Tensor], round_: list[Tensor], is_bounded: bool) -> None:
-    """Add a round's (output, norm, top) by token to the sums over the rounds before it, in place."""
-    (total_out, total_norm, total_top), (out, norm, top) = total, round_
-    if not is_bounded:
-        new_top = torch.maximum(total_top, top)
-        for x, x_top in ((total_out, total_top), (total_norm, total_top), (out, top), (norm, top)):
-            x.mul_((x_top - new_top).exp2_())
-        total_top.copy_(new_top)
-    total_out.add_(out)
-    total_norm.add_(norm)
+def _add_unbounded(total: list[Tensor], by_place: list[Tensor], scratch: list[Tensor], round_: Round) -> None:
+    """Add a round's (output, norm, top) to the sums over the rounds before it, where each has its own top."""
+    if round_.round == 0:
+        for sum_, values, one in zip(total, by_place, scratch, strict=True):
+            round_.add_by_token(sum_, values, one)
+        return
+    out, norm, top = (x.index_select(0, round_.inverse) for x in by_place)
+    total_out, total_norm, total_top = total
+    new_top = torch.maximum(total_top, top)
+    old_weight, new_weight = (total_top - new_top).exp2_(), (top - new_top).exp2_()
+    total_out.mul_(old_weight).addcmul_(out, new_weight)
+    total_norm.mul_(old_weight).addcmul_(norm, new_weight)
+    total_top.copy_(new_top)
 
 
 def _backward(
@@ -192,9 +218,9 @@ def _backward(
     dtype, (n_groups, n_tokens, width) = top_GT1.dtype, q_GTD.shape
     dq_GTD, dv_GTD = torch.empty_like(q_GTD), torch.empty_like(v_GTD)
     dk_GTD = None if k_GTD is None else torch.empty_like(k_GTD)
-    buffers = _Buffers(layout, q_GTD)
+    tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
     key_places = layout.n_places + layout.n_halo
-    by_place = [top_GT1.new_empty(n, width) for n in (layout.n_places, key_places, key_places)]
+    dq_SD, dk_SD, dv_SD = (top_GT1.new_empty(n, width) for n in (layout.n_places, key_places, key_places))
     d_out_TD, dq_TD, dk_TD, dv_TD, scratch_TD = (top_GT1.new_empty(n_tokens, width) for _ in range(5))
     for group in range(n_groups):
         head = _Head(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
@@ -204,10 +230,10 @@ def _backward(
         delta_T1 = torch.mul(d_out_TD, out_GTD[group], out=dq_TD).sum(dim=-1, keepdim=True)
         for r in range(layout.n_rounds):
             round_ = Round(layout, group, r, dtype)
-            _backward_round(round_, head, buffers, d_out_TD, top_GT1[group], delta_T1, *by_place)
-            round_.add_queries_by_token(dq_TD, by_place[0], scratch_TD)
-            round_.add_keys_by_token(dk_TD, by_place[1], scratch_TD)
-            round_.add_keys_by_token(dv_TD, by_place[2], scratch_TD)
+            _backward_round(round_, head, tiles, (d_out_TD, top_GT1[group], delta_T1), dq_SD, dk_SD, dv_SD)
+            round_.add_by_token(dq_TD, dq_SD, scratch_TD)
+            round_.add_keys_by_token(dk_TD, dk_SD, scratch_TD)
+            round_.add_keys_by_token(dv_TD, dv_SD, scratch_TD)
         for start in range(0, n_tokens, FINISH_TOKENS):
             t = slice(start, start + FINISH_TOKENS)
             dq = dq_TD[t].mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
@@ -223,36 +249,37 @@ def _backward(
 def _backward_round(
     round_: Round,
     head: _Head,
-    buffers: _Buffers,
-    d_out_TD: Tensor,
-    top_T1: Tensor,
-    delta_T1: Tensor,
+    tiles: list[tuple[Tile, _TileMemory]],
+    by_token: tuple[Tensor, Tensor, Tensor],
     dq_SD: Tensor,
     dk_SD: Tensor,
     dv_SD: Tensor,
 ) -> None:
-    """Fills in the gradients of the queries by place, and of keys and values by key place."""
-    n_tokens = len(d_out_TD)
-    for tile in round_.tiles():
-        q, k, v = buffers.gather(head, round_, tile)
-        d_out = round_.queries(d_out_TD, tile, buffers.d_out)
-        top, delta = round_.queries(top_T1, tile, buffers.top), round_.queries(delta_T1, tile, buffers.delta)
-        if tile.places.stop > n_tokens:  # the places of padding stand for no query
-            padding = tile.queries(round_.query_position[tile.places] >= n_tokens)[..., None]
-            d_out.masked_fill_(padding, 0), delta.masked_fill_(padding, 0)
-        weights = _weigh(*buffers.score(q, k, round_, tile), top, head)
-        d_scores = torch.bmm(d_out, v.mT, out=buffers.d_scores[: tile.count])
-        dropped = weights
+    """Fills in the gradients of the queries by place, and of keys and values by key place.
+
+    `by_token`: the gradient of the output divided by the sum of weights, top, delta = <output, that gradient>.
+    """
+    dq_CLD = by_chunk(dq_SD, round_.layout.chunk_len)
+    for tile, memory in tiles:
+        memory.gather(head, round_, tile)
+        for values, rows in zip(by_token, (memory.d_out_rows, memory.top_rows, memory.delta_rows), strict=True):
+            torch.index_select(values, 0, round_.query_rows[tile.places], out=rows)
+        if tile.places.stop > round_.layout.n_tokens:  # the places of padding stand for no query
+            padding = round_.is_padding_CL1[tile.chunks]
+            memory.d_out.masked_fill_(padding, 0), memory.delta.masked_fill_(padding, 0)
+        memory.score(round_, tile)
+        memory.weigh(head.is_bounded)
+        torch.bmm(memory.d_out, memory.v.mT, out=memory.d_scores)
+        dropped = memory.weights
         if round_.layout.dropout:
             keep = round_.keep(tile)
-            d_scores.mul_(keep)
-            dropped = torch.mul(weights, keep, out=buffers.scratch[: tile.count])
-        d_scores.sub_(delta).mul_(weights)
+            memory.d_scores.mul_(keep)
+            dropped = torch.mul(memory.weights, keep, out=memory.scratch)
+        memory.d_scores.sub_(memory.delta).mul_(memory.weights)
         dk_SD[tile.new_key_places].zero_(), dv_SD[tile.new_key_places].zero_()
-        d_window = buffers.d_window[: tile.count]
-        tile.add_windows(dv_SD, torch.bmm(dropped.mT, d_out, out=d_window))
-        tile.add_windows(dk_SD, torch.bmm(d_scores.mT, q, out=d_window))
-        torch.bmm(d_scores, k, out=tile.queries(dq_SD[tile.places]))
+        tile.add_windows(dv_SD, torch.bmm(dropped.mT, memory.d_out, out=memory.d_window))
+        tile.add_windows(dk_SD, torch.bmm(memory.d_scores.mT, memory.q, out=memory.d_window))
+        torch.bmm(memory.d_scores, memory.k, out=dq_CLD[tile.chunks])
 
 
 def _key_gradient_of_query(q: Tensor, dk: Tensor, key_scale: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 # buckets it would be quadratic, so the default number is split into two factors.
 MAX_UNFACTORISED = 128
 
-HASH_TOKENS = 4096
+HASH_TOKENS = 1024
 """Tokens that are hashed at a time, so that their projections stay in cache."""
 
 

@@ -9,8 +9,8 @@ Axes: G batch times heads, R hash rounds, T tokens, D head dim, C chunks of one 
 S = C*L places of one round, N chunks in a tile, W tokens visible from one chunk (its window).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +29,18 @@ MAX_EXACT_FLOAT32 = 2**24
 def by_head(x_BT: Tensor, n_heads: int) -> Tensor:
     """[B, T] -> [B*H, T]."""
     return x_BT[:, None].expand(-1, n_heads, -1).flatten(0, 1)
+
+
+def by_chunk(x_S: Tensor, chunk_len: int) -> Tensor:
+    """[C*L, …] by place -> a view [C, L, …]."""
+    return x_S.view(-1, chunk_len, *x_S.shape[1:])
+
+
+def by_window(x_S: Tensor, chunk_len: int, window: int) -> Tensor:
+    """[C*L + halo, …] by key place -> overlapping views [C, W, …] without a copy."""
+    n_chunks = (len(x_S) - window) // chunk_len + 1
+    strides = (chunk_len * x_S.stride(0), *x_S.stride())
+    return x_S.as_strided((n_chunks, window, *x_S.shape[1:]), strides, x_S.storage_offset())
 
 
 def renumbered(labels: Tensor) -> Tensor:
@@ -97,10 +109,15 @@ class Layout:
         """Tokens visible from one chunk."""
         return self.n_halo + self.chunk_len
 
-    def chunks_per_tile(self, device: torch.device) -> int:
-        """As many chunks as a tile's memory allows."""
-        scores = TILE_SCORES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else TILE_SCORES_GPU
-        return min(self.n_chunks, max(1, scores // (self.chunk_len * self.window)))
+    def tiles(self) -> "list[Tile]":
+        """The chunks of a round in runs of as many as fit a tile; only the last may be smaller."""
+        on_cpu = self.order_GRS.device.type == "cpu"
+        scores = TILE_SCORES_PER_THREAD * torch.get_num_threads() if on_cpu else TILE_SCORES_GPU
+        count = min(self.n_chunks, max(1, scores // (self.chunk_len * self.window)))
+        return [
+            Tile(first, min(count, self.n_chunks - first), self.chunk_len, self.window)
+            for first in range(0, self.n_chunks, count)
+        ]
 
 
 @dataclass(frozen=True)
@@ -112,36 +129,30 @@ class Tile:
     chunk_len: int
     window: int
 
-    @property
+    @cached_property
+    def chunks(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+    @cached_property
     def places(self) -> slice:
         return slice(self.first * self.chunk_len, (self.first + self.count) * self.chunk_len)
 
-    @property
+    @cached_property
     def key_places(self) -> slice:
         """The same in a sequence that has the halo around it."""
         return slice(self.places.start, self.places.stop + self.window - self.chunk_len)
 
-    @property
+    @cached_property
     def new_key_places(self) -> slice:
         """Those of `key_places` that no earlier tile of the round has."""
         halo = self.window - self.chunk_len
         return slice(self.key_places.start + (halo if self.first else 0), self.key_places.stop)
 
-    def queries(self, x_S: Tensor) -> Tensor:
-        """[N*L, …] by place -> a view [N, L, …]."""
-        return x_S.view(self.count, self.chunk_len, *x_S.shape[1:])
-
-    def windows(self, x_S: Tensor) -> Tensor:
-        """[N*L + halo, …] by key place -> overlapping views [N, W, …] without a copy."""
-        step = self.chunk_len * x_S.stride(0)
-        return x_S.as_strided((self.count, self.window, *x_S.shape[1:]), (step, *x_S.stride()), x_S.storage_offset())
-
     def add_windows(self, total_SD: Tensor, x_NWD: Tensor) -> None:
         """Add values by window to values by key place (of the whole round); windows overlap by whole chunks."""
-        for part in range(self.window // self.chunk_len):
-            offset = part * self.chunk_len
+        for offset in range(0, self.window, self.chunk_len):
             rows = slice(self.places.start + offset, self.places.stop + offset)
-            self.queries(total_SD[rows]).add_(x_NWD[:, offset : offset + self.chunk_len])
+            by_chunk(total_SD[rows], self.chunk_len).add_(x_NWD[:, offset : offset + self.chunk_len])
 
 
 class Round:
@@ -154,8 +165,6 @@ class Round:
         before, after = (chunks * layout.chunk_len for chunks in layout.reach)
         self.own = slice(before, before + layout.n_places)
         """Where the round itself stands among its key places."""
-        self.own_window = slice(before, before + layout.chunk_len)
-        """Where a chunk itself stands in its window."""
         query_token = order_RS[round_]
         key_token = torch.cat(
             [
@@ -169,14 +178,24 @@ class Round:
 
         position_dtype = dtype if layout.n_tokens < MAX_EXACT_FLOAT32 else torch.float64
         hidden = self._hidden(key_token)
-        self.query_position = query_token.to(position_dtype)
-        self.key_position = key_token.masked_fill(hidden, layout.n_tokens).to(position_dtype)
-        self.key_seen = None if layout.causal else (~hidden).to(dtype)
-        self.labels = self._labels(position_dtype)
+        self.is_padding_CL1 = self._of_queries(query_token > last)
+        self.position_CL1 = self._of_queries(query_token.to(position_dtype))
+        self.key_position_C1W = self._of_keys(key_token.masked_fill(hidden, layout.n_tokens).to(position_dtype))
+        self.key_seen_C1W = None if layout.causal else self._of_keys((~hidden).to(dtype))
+        self.labels = [(self._of_queries(x[self.own]), self._of_keys(x)) for x in self._labels(position_dtype)]
         if layout.dropout:
             assert layout.dropout_keys_G is not None
             key = layout.dropout_keys_G[group]
-            self.query_word, self.key_word = query_words(key, round_, query_token), key_words(key, round_, key_token)
+            self.query_word_CL1 = self._of_queries(query_words(key, round_, query_token))
+            self.key_word_C1W = self._of_keys(key_words(key, round_, key_token))
+
+    def _of_queries(self, x_S: Tensor) -> Tensor:
+        """[S] by place -> [C, L, 1]."""
+        return by_chunk(x_S, self.layout.chunk_len)[..., None]
+
+    def _of_keys(self, x_S: Tensor) -> Tensor:
+        """[S + halo] by key place -> [C, 1, W]."""
+        return by_window(x_S, self.layout.chunk_len, self.layout.window)[:, None, :]
 
     def _hidden(self, key_token: Tensor) -> Tensor:
         """True at key places that no one sees: padding, masked tokens, and what stands around a local sequence."""
@@ -199,72 +218,57 @@ class Round:
             labels.append(bucket)
         return labels
 
-    def tiles(self) -> Iterator[Tile]:
-        """The round's chunks in runs of as many as fit a tile."""
-        n_chunks, count = self.layout.n_chunks, self.layout.chunks_per_tile(self.key_rows.device)
-        for first in range(0, n_chunks, count):
-            yield Tile(first, min(count, n_chunks - first), self.layout.chunk_len, self.layout.window)
-
-    def queries(self, x_T: Tensor, tile: Tile, out: Tensor | None = None) -> Tensor:
-        """Rows of x [T, …] at the tile's places, [N, L, …]; `out` is memory for them, by place."""
-        return tile.queries(_rows(x_T, self.query_rows[tile.places], out))
-
-    def keys(self, x_T: Tensor, tile: Tile, out: Tensor | None = None) -> Tensor:
-        """Rows of x [T, …] in the windows of the tile's chunks: overlapping views [N, W, …] of one gather."""
-        return tile.windows(_rows(x_T, self.key_rows[tile.key_places], out))
-
     def visibility(self, tile: Tile, factor: Tensor, scratch: Tensor) -> Tensor:
         """How much each key counts for each query: 0 where it is not visible, 1 (or 1 / N_ij) elsewhere.
 
         Both [N, L, W]; `factor` is filled in and returned, `scratch` is written to.
         """
-        own = tile.queries(self.query_position[tile.places])[..., None]
-        key = tile.windows(self.key_position[tile.key_places])[:, None, :]
+        own, key = self.position_CL1[tile.chunks], self.key_position_C1W[tile.chunks]
         if self.layout.causal:
             torch.lt(key, own, out=factor) if self.layout.is_lsh else torch.le(key, own, out=factor)
         else:
             torch.ne(key, own, out=factor) if self.layout.is_lsh else factor.fill_(1)
-            assert self.key_seen is not None
-            factor.mul_(tile.windows(self.key_seen[tile.key_places])[:, None, :])
-        for label in self.labels:
-            query_label = tile.queries(label[self.own][tile.places])[..., None]
-            key_label = tile.windows(label[tile.key_places])[:, None, :]
-            factor.mul_(torch.eq(key_label, query_label, out=scratch))
+            assert self.key_seen_C1W is not None
+            factor.mul_(self.key_seen_C1W[tile.chunks])
+        for query_label, key_label in self.labels:
+            factor.mul_(torch.eq(key_label[tile.chunks], query_label[tile.chunks], out=scratch))
         if self.layout.duplicate_correction:
             factor.div_(self._multiplicity(tile))
         return factor
 
     def keep(self, tile: Tile) -> Tensor:
         """Factors of dropout [N, L, W] for the weights of a tile."""
-        key_word = tile.windows(self.key_word[tile.key_places])[:, None, :]
-        query_word = tile.queries(self.query_word[tile.places])[..., None]
-        return keep_factor_of_words(query_word, key_word, self.layout.dropout, self.dtype)
+        words = self.query_word_CL1[tile.chunks], self.key_word_C1W[tile.chunks]
+        return keep_factor_of_words(*words, self.layout.dropout, self.dtype)
 
     def _multiplicity(self, tile: Tile) -> Tensor:
         """N_ij [N, L, W]: how often, over all rounds, the tile's queries find their keys in their windows."""
         layout = self.layout
-        before, after = layout.reach
-        rounds = torch.arange(layout.n_rounds, device=self.key_rows.device)
+        query_rows, key_rows = self.query_rows[tile.places], self.key_rows[tile.key_places]
+
+        def of_pairs(x_T: Tensor) -> tuple[Tensor, Tensor]:
+            return self._of_queries(x_T[query_rows]), self._of_keys(x_T[key_rows])
+
+        rounds = torch.arange(layout.n_rounds, device=query_rows.device)
         chunk_RT = layout.inverse_GRT[self.group] // layout.chunk_len + layout.n_chunks * rounds[:, None]
-        query_chunk = [self.queries(chunk_T, tile)[..., None] for chunk_T in chunk_RT]
-        key_chunk = [self.keys(chunk_T, tile)[:, None, :] for chunk_T in chunk_RT]
-        count = torch.zeros((), dtype=self.dtype, device=self.key_rows.device)
-        for query_round in range(layout.n_rounds):
+        chunks = [of_pairs(chunk_T) for chunk_T in chunk_RT]
+        count = torch.zeros((), dtype=self.dtype, device=query_rows.device)
+        for r, (query_chunk, key_chunk) in enumerate(chunks):
             if layout.buckets_GRT is None:
-                for key_round in range(layout.n_rounds):
-                    count = count + self._in_reach(query_chunk[query_round], key_chunk[key_round], before, after)
+                for _, key_chunk_of_any_round in chunks:
+                    count = count + self._in_reach(query_chunk, key_chunk_of_any_round)
             else:
-                bucket_T = layout.buckets_GRT[self.group, query_round]
-                same = self.keys(bucket_T, tile)[:, None, :] == self.queries(bucket_T, tile)[..., None]
-                count = count + (same & self._in_reach(query_chunk[query_round], key_chunk[query_round], before, after))
+                query_bucket, key_bucket = of_pairs(layout.buckets_GRT[self.group, r])
+                count = count + ((query_bucket == key_bucket) & self._in_reach(query_chunk, key_chunk))
         return count.clamp_(min=1)
 
-    def _in_reach(self, query_chunk: Tensor, key_chunk: Tensor, before: int, after: int) -> Tensor:
+    def _in_reach(self, query_chunk: Tensor, key_chunk: Tensor) -> Tensor:
         """Whether a chunk sees another, chunks counted through all rounds and round the circle."""
         n_total = self.layout.n_rounds * self.layout.n_chunks
+        before, after = self.layout.reach
         return (query_chunk - key_chunk + after) % n_total <= before + after
 
-    def add_queries_by_token(self, total_TD: Tensor, x_SD: Tensor, scratch_TD: Tensor) -> None:
+    def add_by_token(self, total_TD: Tensor, x_SD: Tensor, scratch_TD: Tensor) -> None:
         """Add values by place to the sum over rounds by token; the first round starts the sum."""
         if self.round == 0:
             torch.index_select(x_SD, 0, self.inverse, out=total_TD)
@@ -273,11 +277,7 @@ class Round:
 
     def add_keys_by_token(self, total_TD: Tensor, x_SD: Tensor, scratch_TD: Tensor) -> None:
         """The same by key place: the round's own by a gather, then the halo's few rows."""
-        self.add_queries_by_token(total_TD, x_SD[self.own], scratch_TD)
+        self.add_by_token(total_TD, x_SD[self.own], scratch_TD)
         if self.layout.is_lsh:
             for halo in (slice(0, self.own.start), slice(self.own.stop, None)):
                 total_TD.index_add_(0, self.key_rows[halo], x_SD[halo])
-
-
-def _rows(x_T: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
-    return x_T.index_select(0, rows) if out is None else torch.index_select(x_T, 0, rows, out=out[: len(rows)])

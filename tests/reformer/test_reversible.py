@@ -121,8 +121,8 @@ def test_the_backward_uses_the_buckets_of_the_forward() -> None:
         block.attention.inner = recording
     tokens, labels, _ = make_batch()
     model(tokens, labels).backward()
-    assert [given for given, _ in calls] == [False] * 3 + [True] * 3
-    for (_, forward), (_, backward) in zip(calls[:3], reversed(calls[3:]), strict=True):
+    assert [given for given, _ in calls] == [False] * 3 + [True] * 2  # the last block keeps its attention's graph
+    for (_, forward), (_, backward) in zip(calls[:2], reversed(calls[3:]), strict=True):
         assert torch.equal(forward, backward)
 
 
@@ -160,6 +160,15 @@ def test_autocast_is_restored_in_the_backward() -> None:
         loss = model(tokens, labels)
     loss.backward()
     assert dtypes == [torch.bfloat16, torch.bfloat16]
+
+
+def test_a_second_backward_is_refused() -> None:
+    model = make_model()
+    embedded = torch.randn(2, 20, 16, dtype=torch.float64, requires_grad=True)
+    y1, _ = reversible_stack(model.blocks, embedded, embedded, Call(0, 0, (0, 1)))
+    y1.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        y1.sum().backward()
 
 
 def test_second_derivatives_are_refused() -> None:
