@@ -16,7 +16,7 @@ install: .venv/installed
 demo: install
 	$(BIN)/python launch/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
 
-# The table of the README, in about half an hour on two cores: a training step of ours and of its peers by length.
+# The README's comparison: a training step of ours and of its peers by length, 5 minutes for each at each at most.
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python launch/benchmark.py model --seq-len 1024 4096 16384 65536 262144 1048576 --budget-s 300 \

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reformer import Reformer, ReformerConfig, lsh_attention
+from reformer.dense import dense_attention
 from reformer.model import Embedding
 
 CHUNK_TOKENS = 4096
@@ -240,6 +241,15 @@ def ours_attention(sizes: Sizes) -> Step:
     return attention_step(attend, 2, sizes)
 
 
+def ours_densely(sizes: Sizes) -> Step:
+    """Longhand's dense attention with shared queries and keys: what LSH attention approximates."""
+
+    def attend(qk_BTM: Tensor, v_BTM: Tensor) -> Tensor:
+        return merged(dense_attention(heads_of(qk_BTM, sizes.n_heads), heads_of(v_BTM, sizes.n_heads)))
+
+    return attention_step(attend, 2, sizes)
+
+
 class _Given(nn.Module):
     """Stands where a projection stood, and gives what it is given for it."""
 
@@ -276,8 +286,8 @@ def lucidrains_attention(sizes: Sizes) -> Step:
     return attention_step(attend, 2, sizes)
 
 
-def dense_attention(sizes: Sizes) -> Step:
-    """scaled_dot_product_attention, with queries of their own."""
+def sdpa(sizes: Sizes) -> Step:
+    """scaled_dot_product_attention, with keys of their own."""
     return attention_step(lambda q, k, v: attend_densely(q, k, v, sizes.n_heads), 3, sizes)
 
 
@@ -292,8 +302,9 @@ PEERS: dict[str, dict[str, Peer]] = {
     },
     "attention": {
         "ours": Peer(ours_attention),
+        "ours-dense": Peer(ours_densely),
         "huggingface": Peer(huggingface_attention, *HUGGINGFACE),
         "lucidrains": Peer(lucidrains_attention, *LUCIDRAINS),
-        "dense": Peer(dense_attention),
+        "dense": Peer(sdpa),
     },
 }

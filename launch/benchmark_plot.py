@@ -19,6 +19,7 @@ from typing import Any
 # Names and colours of the peers; the colours are Okabe and Ito's, which remain distinct to the colour-blind.
 PEERS = {
     "ours": ("Longhand", "#0072B2"),
+    "ours-dense": ("Longhand, dense", "#56B4E9"),
     "huggingface": ("Hugging Face", "#D55E00"),
     "lucidrains": ("reformer-pytorch", "#CC79A7"),
     "dense": ("dense attention", "#009E73"),

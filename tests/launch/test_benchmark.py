@@ -184,7 +184,10 @@ def test_the_table_compares_with_ours_and_shows_the_growth() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--peers", "flash"], "error: no peer flash: choose from ours, huggingface, lucidrains, dense, or all"),
+        (
+            ["--peers", "flash"],
+            "error: no peer flash: choose from ours, ours-dense, huggingface, lucidrains, dense, or all",
+        ),
         (["--json", "no/such/folder/x.json"], "error: cannot write no/such/folder/x.json: "),
         (["--rounds", "0"], "argument --rounds: 0 is not a whole number of at least 1"),
         (["--seq-len", "64K"], "argument --seq-len: 64K is not a whole number of at least 1"),
@@ -204,6 +207,10 @@ def test_installed_peers_take_a_step(what: str, name: str) -> None:
     peer = benchmark.PEERS[what][name]
     pytest.importorskip(peer.module)
     peer.build(TINY)()
+
+
+def test_our_dense_attention_takes_a_step() -> None:
+    benchmark.PEERS["attention"]["ours-dense"].build(TINY)()
 
 
 def test_the_dense_model_learns_from_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
