@@ -10,9 +10,9 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 
@@ -51,6 +51,8 @@ class LoopConfig(StrictConfig):
     """Steps from one evaluation to the next, besides the first and the last one; 0: no evaluation at all."""
     eval_rows: int = Field(default=64, ge=1)
     """Rows of the evaluation split to use, at most."""
+    eval_n_hashes: int | None = Field(default=None, ge=1)
+    """Rounds of LSH attention in evaluations, more or fewer than in training; model.n_hashes when not given."""
     diagnostics: bool = True
     """Whether an evaluation also looks at one row's buckets, recovered attention and reconstruction."""
     save_every: int = Field(default=100, ge=0)
@@ -68,6 +70,15 @@ class RunConfig(StrictConfig):
     """The data to train it on."""
     run: LoopConfig
     """The course of the training."""
+
+    @model_validator(mode="after")
+    def _check_rounds(self) -> Self:
+        if self.run.eval_n_hashes is not None and "lsh" not in self.model.attn_pattern:
+            raise ValueError(
+                f"run.eval_n_hashes={self.run.eval_n_hashes} is the number of LSH rounds, but model.attn_pattern="
+                f"{self.model.attn_pattern} has none: leave it out, or add 'lsh' to the pattern"
+            )
+        return self
 
 
 def load(

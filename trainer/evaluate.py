@@ -45,15 +45,19 @@ def evaluate(
     token_bytes: torch.Tensor,
     launch: Launch,
     device: torch.device,
+    n_hashes: int | None = None,
 ) -> Score:
-    """Score the first `n_rows` rows. Hash rotations are always those of step 0, so results are comparable."""
+    """Score the first `n_rows` rows, with `n_hashes` rounds of LSH attention, or as many as the model is trained with.
+
+    Hash rotations are always those of step 0, so results are comparable.
+    """
     engine.eval()
     nll = torch.zeros((), dtype=torch.float64, device=device)
     n_tokens = n_bytes = 0
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
     for share in evaluation_shares(n_rows, micro_batch_size, launch.rank, launch.world_size):
         batch = together(partial(_read, rows, share, token_bytes, device), launch, device)
-        nll += forward(engine, batch, step=0).double() * batch.n_tokens
+        nll += forward(engine, batch, step=0, n_hashes=n_hashes).double() * batch.n_tokens
         n_tokens += batch.n_tokens
         n_bytes += batch.n_bytes
     engine.train()

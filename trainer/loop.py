@@ -170,7 +170,15 @@ class Trainer:
         if self.plan.diagnostics:
             watch = diagnosed(self.engine, self.eval_rows, self.launch, self.device)
         with watch as diagnostics:
-            score = evaluate(self.engine, self.eval_rows, n_rows, self.token_bytes, self.launch, self.device)
+            score = evaluate(
+                self.engine,
+                self.eval_rows,
+                n_rows,
+                self.token_bytes,
+                self.launch,
+                self.device,
+                self.plan.eval_n_hashes,
+            )
         values = {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte, **diagnostics}
         if self.leads:
             self.metrics.write(done, values)
