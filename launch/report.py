@@ -39,6 +39,16 @@ def column(metrics: list[dict[str, float]], tag: str) -> list[float]:
     return [values[tag] for values in metrics if values.get(tag) is not None]
 
 
+def recovered_mass(metrics: list[dict[str, float]]) -> list[float]:
+    """Of each evaluation the share of dense attention that LSH attention recovers, the mean of its layers."""
+    means = []
+    for values in metrics:
+        tags = [tag for tag in values if tag.startswith("lsh/") and tag.endswith("/recovered_mass")]
+        if shares := [values[tag] for tag in tags if values[tag] is not None]:
+            means.append(sum(shares) / len(shares))
+    return means
+
+
 def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> str:
     """The text of the report."""
     if not column(metrics, "train/loss"):
@@ -48,6 +58,8 @@ def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> st
         for tag, unit in ((f"{split}/loss", "nats per token"), (f"{split}/bits_per_byte", "bits per byte")):
             if values := column(metrics, tag):
                 rows.append((f"{name}, {unit}", f"{values[0]:.4f}", f"{values[-1]:.4f}"))
+    if recovered := recovered_mass(metrics):
+        rows.append(("dense attention recovered", f"{recovered[0]:.4f}", f"{recovered[-1]:.4f}"))
     lines = [f"{name:<32}{first:>12}{last:>12}" for name, first, last in rows]
     if column(metrics, "eval/loss"):
         unigram = unigram_score(Store.open(config.data.store), config.data, config.run.eval_rows)

@@ -41,6 +41,12 @@ def test_unigram_score_by_hand(store: Path) -> None:
     assert score.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / len(HELD_OUT), rel=1e-12)
 
 
+def lsh(*recovered: float) -> dict[str, float]:
+    """What an evaluation says of LSH layers 1, 3, …"""
+    masses = {f"lsh/layer{2 * i + 1:02d}/recovered_mass": mass for i, mass in enumerate(recovered)}
+    return {**masses, "lsh/layer01/empty_buckets": 0.0}
+
+
 def make_run(folder: Path, store: Path) -> None:
     folder.mkdir()
     config = {
@@ -51,10 +57,10 @@ def make_run(folder: Path, store: Path) -> None:
     (folder / "run.json").write_text(json.dumps({"config": config}))
     speed = {"speed/tokens_per_s": 100.0, "memory/peak_gib": 1.25}
     lines = [
-        {"step": 0, "eval/loss": 5.5, "eval/bits_per_byte": 8.125},
+        {"step": 0, "eval/loss": 5.5, "eval/bits_per_byte": 8.125, **lsh(0.25, 0.5)},
         {"step": 1, "train/loss": 5.25, "train/bits_per_byte": 8.25, **speed},
         {"step": 2, "train/loss": 2.5, "train/bits_per_byte": 3.75, **speed},
-        {"step": 2, "eval/loss": 2.75, "eval/bits_per_byte": 4.0625},
+        {"step": 2, "eval/loss": 2.75, "eval/bits_per_byte": 4.0625, **lsh(0.75, 0.875)},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -68,7 +74,15 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
     make_run(tmp_path / "run", store)
     done = report(tmp_path / "run", "--plot", tmp_path / "curve.png")
     assert done.returncode == 0, done.stderr
-    for figure in ("5.2500      2.5000", "8.2500      3.7500", "8.1250      4.0625", "1.25", "100", "--logdir"):
+    for figure in (
+        "5.2500      2.5000",
+        "8.2500      3.7500",
+        "8.1250      4.0625",
+        "0.3750      0.8125",
+        "1.25",
+        "100",
+        "--logdir",
+    ):
         assert figure in done.stdout
     unigram = unigram_score(Store.open(store), DataConfig(store=store), n_rows=64).bits_per_byte
     assert f"{unigram:.4f} bits per byte" in done.stdout
