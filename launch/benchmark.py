@@ -262,10 +262,11 @@ def table(results: Sequence[Result], seq_len: int) -> str:
     """The rows of one length; the growth needs the results of shorter ones too."""
     ours = summaries([result for result in results if result["peer"] == "ours"]).get(seq_len)
     rows = []
-    for peer in dict.fromkeys(result["peer"] for result in results if result["seq_len"] == seq_len):
+    for peer in dict.fromkeys(result["peer"] for result in results):
         mine = [result for result in results if result["peer"] == peer]
-        here = next(result for result in mine if result["seq_len"] == seq_len)
-        rows.append(f"{seq_len:>9,}  {peer:<12}" + (cells(summaries(mine), seq_len, ours) or f"    {reason(here)}"))
+        here = next((result for result in mine if result["seq_len"] == seq_len), None)
+        if here:
+            rows.append(f"{seq_len:>9,}  {peer:<12}" + (cells(summaries(mine), seq_len, ours) or f"    {reason(here)}"))
     return "\n".join(rows)
 
 
@@ -334,7 +335,8 @@ def run(arguments: argparse.Namespace) -> None:
     del sizes["seq_len"]
     command = shlex.join(["python", "launch/benchmark.py", *sys.argv[1:]])
     results: list[Result] = []
-    record = {"command": command, "what": arguments.what, "sizes": sizes, **machine(), "results": results}
+    asked = {"command": command, "what": arguments.what, "sizes": sizes, "threads": arguments.threads}
+    record = {**asked, **machine(), "results": results}
     print(HEADER, flush=True)
     for seq_len in sorted(set(arguments.seq_len)):
         if arguments.json:  # before the first length too: that it cannot be written should not be learnt in an hour

@@ -71,14 +71,14 @@ def read(files: Sequence[Path]) -> Record:
     for file in files:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            records.append({key: record[key] for key in ("what", "sizes", "cpu", "cores", "results")})
+            records.append({key: record[key] for key in ("what", "sizes", "cpu", "threads", "results")})
         except OSError as error:
             raise PlotError(f"cannot read {file}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise PlotError(f"{file} was not written by launch/benchmark.py --json: {error!r}") from None
     first = records[0]
     for file, record in zip(files, records, strict=True):
-        for key in ("what", "sizes", "cpu", "cores"):
+        for key in ("what", "sizes", "cpu", "threads"):
             if record[key] != first[key]:
                 raise PlotError(
                     f"{files[0]} and {file} do not belong in one picture: "
@@ -132,7 +132,7 @@ def title(record: Record) -> str:
     return (
         f"One training step of {what}: d_model {sizes['d_model']}, {sizes['n_heads']} heads, "
         f"{sizes['n_hashes']} rounds, chunks of {sizes['chunk_len']}, fp32\n"
-        f"forward and backward on {record['cores']} cores of {record['cpu']}"
+        f"forward and backward with {record['threads']} threads on {record['cpu']}"
     )
 
 

@@ -49,7 +49,7 @@ def test_a_run_from_the_command_line_to_the_picture(
         assert min(counted) <= one["seconds"] <= max(counted) and one["wall_s"] > sum(counted)
         assert one["peak_gib"] >= one["imports_gib"] > 0.05 and one["threads"] == 1
     assert record["command"].startswith(f"python launch/benchmark.py {what} --seq-len 256 --peers ours dense")
-    assert record["what"] == what and record["sizes"]["d_model"] == 32
+    assert record["what"] == what and record["sizes"]["d_model"] == 32 and record["threads"] == 1
     assert record["cores"] >= 1 and record["ram_gib"] > 0.5 and record["cpu"]
     assert {"date", "git_commit"} <= set(record) and {"torch", "python"} <= set(record["versions"])
     header, ours, dense = capsys.readouterr().out.splitlines()
@@ -228,7 +228,7 @@ def record(tmp_path: Path, name: str, **changes: Any) -> Path:
     results += [result(4096, "dense", left_out="no", predicted_s=70.0, predicted_gib=2.0)]
     results += [result(16_384, "dense", left_out="no", predicted_s=999.0, predicted_gib=9.0)]
     sizes = {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_hashes": 2, "chunk_len": 16, "vocab_size": 256}
-    whole = {"what": "model", "sizes": sizes, "cpu": "a CPU", "cores": 2, "results": results} | changes
+    whole = {"what": "model", "sizes": sizes, "cpu": "a CPU", "threads": 2, "results": results} | changes
     (tmp_path / name).write_text(json.dumps(whole))
     return tmp_path / name
 
@@ -255,7 +255,7 @@ def test_what_cannot_be_drawn_says_why(tmp_path: Path, capsys: pytest.CaptureFix
     for files, output, message in [
         ([tmp_path / "none"], "x.png", "cannot read"),
         ([ROOT / "ds_config.json"], "x.png", "was not written by launch/benchmark.py --json: KeyError('what')"),
-        ([fine, record(tmp_path, "b", cores=64)], "x.png", "their cores are 2 and 64"),
+        ([fine, record(tmp_path, "b", threads=64)], "x.png", "their threads are 2 and 64"),
         ([record(tmp_path, "c", results=[])], "x.png", "no measurement"),
         ([fine], "x.mp3", "cannot draw"),
         ([fine], "none/x.png", "cannot draw"),
