@@ -123,9 +123,10 @@ def _differentiated(
     buckets = buckets.to(q.device)
     if kind == "lsh":
         out, _ = lsh_attention(q, v, buckets, chunk_len=CHUNK, backend=backend, **options)
+    elif kind == "local" and backend == "reference":
+        out = local_attention_reference(q, leaves["k"], v, chunk_len=CHUNK, **options)
     elif kind == "local":
-        attention = local_attention_reference if backend == "reference" else local_attention
-        out = attention(q, leaves["k"], v, chunk_len=CHUNK, **options)
+        out = local_attention(q, leaves["k"], v, chunk_len=CHUNK, backend=backend, **options)
     elif backend == "reference":  # one round of one chunk
         out, _ = lsh_attention(q, v, buckets, n_hashes=1, chunk_len=TOKENS, backend=backend, **options)
     else:

@@ -67,7 +67,7 @@ def differentiated(out: Tensor, inputs: tuple[Tensor, ...], d_out: Tensor) -> di
 
 
 def assert_lsh_equals_oracle(n_tokens: int, d_head: int, **options: object) -> None:
-    qk, v, d_out = random_inputs(n_tokens, d_head)
+    qk, v, d_out = random_inputs(n_tokens, d_head, heads=1)
     torch.manual_seed(1)
     out, buckets = lsh_attention(qk, v, backend="chunked", **options)
     exact, _ = lsh_attention(qk, v, buckets, backend="reference", **options)
@@ -92,7 +92,7 @@ def test_lsh_of_every_size_equals_oracle(
         attend_across_buckets=across,
         duplicate_correction=corrected,
         dropout=(0.0, 0.3, 0.0)[turn % 3],
-        dropout_keys=torch.tensor([[1, -2], [3, 4]]),
+        dropout_keys=torch.tensor([[1], [-2]]),
         **make_masks(MASKS[turn % 4], n_tokens),
     )
 
@@ -102,7 +102,7 @@ def test_lsh_of_every_size_equals_oracle(
 def test_factorised_buckets_equal_oracle(n_buckets: tuple[int, ...], across: bool) -> None:
     assert_lsh_equals_oracle(
         150, 16, n_hashes=3, chunk_len=16, n_buckets=n_buckets, attend_across_buckets=across, dropout=0.1,
-        dropout_keys=torch.zeros(2, 2, dtype=torch.int32),
+        dropout_keys=torch.zeros(2, 1, dtype=torch.int32),
     )  # fmt: skip
 
 
@@ -191,8 +191,8 @@ def test_corrected_rounds_are_one_softmax_over_the_union(
 ) -> None:
     """The union of what the rounds reach, by `reach_counts`; neither rounds nor multiplicities are left in it."""
     n_tokens, chunk_len = 70, 16
-    qk, v, d_out = random_inputs(n_tokens)
-    buckets = torch.randint(0, 6, (2, 2, n_hashes, n_tokens), generator=torch.Generator().manual_seed(3))
+    qk, v, d_out = random_inputs(n_tokens, heads=1)
+    buckets = torch.randint(0, 6, (2, 1, n_hashes, n_tokens), generator=torch.Generator().manual_seed(3))
     given = make_masks(masks, n_tokens)
     out, _ = lsh_attention(
         qk, v, buckets, n_hashes=n_hashes, chunk_len=chunk_len, causal=causal, attend_across_buckets=across,
@@ -202,7 +202,7 @@ def test_corrected_rounds_are_one_softmax_over_the_union(
         reach_counts(buckets_RT, chunk_len, causal=causal, attend_across_buckets=across).sum(dim=0)
         for buckets_RT in buckets.flatten(0, 1)
     ]
-    reached = torch.stack(counts).view(2, 2, n_tokens, n_tokens) > 0
+    reached = torch.stack(counts).view(2, 1, n_tokens, n_tokens) > 0
     exact = softmax_by_hand(qk, reached & allowed_by_hand(n_tokens, causal, given)) @ v
     assert_parity(differentiated(out, (qk, v), d_out), differentiated(exact, (qk, v), d_out), 1e-9)
 
