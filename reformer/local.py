@@ -29,6 +29,7 @@ def local_attention(
 
     key_padding_mask [B, T] is True at tokens that may be seen; a token that sees nothing gets its own value.
     segment_ids [B, T]: tokens of different segments do not see each other. Statistics are fp32 or better.
+    In half precision q / sqrt(D) is rounded once more, unless sqrt(D) is a power of two.
     dropout: probability of dropping a probability after the softmax (the others are scaled by 1 / (1 - dropout)), that
     of the token itself too; dropout_keys: integers [B, H] in the range of int32 that decide which (dropout.py).
 
