@@ -209,7 +209,7 @@ def test_inverse_equals_what_the_backward_reconstructs() -> None:
         with torch.no_grad():
             y1, y2, buckets = block(x1, x2, call)
             inverse = invert(block, y1, y2, call, buckets)
-        backward = block.backward(y1, y2, torch.ones_like(y1), torch.ones_like(y2), call, buckets)
+            backward = block.backward(y1, y2, torch.ones_like(y1), torch.ones_like(y2), call, buckets)
         for own, theirs in zip(inverse, backward[:2], strict=True):
             assert torch.equal(own, theirs)
         assert isinstance(block.attention, LSHSelfAttention) == (buckets is not None)
