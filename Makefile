@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORPUS ?=
 
-.PHONY: install demo bench test lint clean
+.PHONY: install demo bench gpu-check test lint clean
 
 install: .venv/installed
 
@@ -22,6 +22,10 @@ bench: install
 	$(BIN)/python launch/benchmark.py model --seq-len 1024 4096 16384 65536 262144 1048576 --budget-s 300 \
 		--json benchmarks/model-cpu.json
 	$(BIN)/python launch/benchmark_plot.py benchmarks/model-cpu.json --output docs/model-cpu.png
+
+# On a machine with a GPU, with whatever Python has a CUDA build of torch there; nothing is installed.
+gpu-check:
+	PYTHONPATH=$(CURDIR) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) launch/gpu_check.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -1,0 +1,357 @@
+"""Check the fused kernels on a GPU, and time them and a whole model against what a user would pick instead.
+
+    python launch/gpu_check.py
+    python launch/gpu_check.py --seq-len 4096 65536 --skip-tests --json other.json
+    python launch/gpu_check.py --device cpu --seq-len 256 512 --n-layers 2 --d-model 64    (a dry run)
+
+First the kernels' tests run on the GPU; then one layer's attention and the training step (forward and backward) of a
+12-layer model are timed from short to long, bf16, each after a first call that does not count; then the longest
+sequence that the GPU trains is looked for. What is expected, from the shorter lengths, to take longer than its budget
+is left out, and the table says so. The share of the roofline is that of attention without hashing and sorting.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_peers import Sizes, Step
+from gpu_peers import ATTENTION, MODEL, attention_step, disagreement, model_training_step
+from roofline import backward_work, forward_work, peaks_of
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNEL_TESTS = "tests/reformer/test_triton.py"
+TEST_PROCESSES = 8
+"""Most of the tests' time is the compilation of kernels, one core each."""
+REPEAT_S, REPEATS, MOST_CALLS = 0.2, 3, 20
+"""The median of three runs of as many calls as fit into so many seconds."""
+LONGEST_SHARE = 0.15
+"""Of the whole budget, what is kept for the search for the longest sequence."""
+
+Result = dict[str, Any]
+
+
+@dataclass
+class Budget:
+    """Seconds for everything, and for one measurement."""
+
+    total_s: float
+    item_s: float
+    clock: Callable[[], float] = time.monotonic
+    begun: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begun = self.clock()
+
+    def left_s(self) -> float:
+        return self.total_s - (self.clock() - self.begun)
+
+    def objection(self, expected_s: float, reserve_s: float = 0.0) -> str | None:
+        """Why a measurement that takes about so long is left out, or None."""
+        if expected_s > self.item_s:
+            return f"left out: about {expected_s:.0f} s expected, more than {self.item_s:.0f} s"
+        return self.no_time(expected_s, reserve_s)
+
+    def no_time(self, expected_s: float, reserve_s: float = 0.0) -> str | None:
+        """The same for one that may take all the time that is left but for the reserve."""
+        left_s = max(0.0, self.left_s() - reserve_s)
+        return (
+            f"left out: about {expected_s:.0f} s expected, {left_s:.0f} s were left" if expected_s >= left_s else None
+        )
+
+
+def expected_call_s(earlier: Sequence[tuple[int, float]], seq_len: int) -> float:
+    """Seconds of a call at seq_len, from (length, seconds) of shorter ones: it grows on as it grew at the end.
+
+    At least in proportion and at most with the square; with the square where only one length is known.
+    """
+    if not earlier:
+        return 0.0
+    points = sorted(earlier)
+    (length, seconds), power = points[-1], 2.0
+    if len(points) > 1:
+        power = min(2.0, max(1.0, _log_ratio(seconds, points[-2][1]) / _log_ratio(length, points[-2][0])))
+    return seconds * (seq_len / length) ** power
+
+
+def _log_ratio(a: float, b: float) -> float:
+    return torch.tensor(a / b, dtype=torch.float64).log().item()
+
+
+def longest(trains: Callable[[int], bool], known: int, halvings: int = 2) -> int:
+    """The largest length found that trains, from one that does: doubled while it does, then bisected."""
+    good, bad = known, 2 * known
+    while trains(bad):
+        good, bad = bad, 2 * bad
+    for _ in range(halvings):
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if trains(middle) else (good, middle)
+    return good
+
+
+def measure(build: Callable[[], Step], device: torch.device, once: bool = False) -> Result:
+    """Seconds of a call (once: of the very first) and peak memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    step = build()
+    seconds = [_timed(step, 1, device)]  # compiles
+    if not once:
+        seconds = [_timed(step, 1, device)]
+    if not once and (calls := min(MOST_CALLS, int(REPEAT_S / seconds[0]))):
+        seconds = [_timed(step, calls, device) for _ in range(REPEATS)]
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_gib": peak}
+
+
+def attempt(function: Callable[[], Result]) -> Result:
+    """Its result; what goes wrong is a result too, whatever it is: the others are still to be measured."""
+    try:
+        return function()
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]}
+
+
+def _timed(step: Step, calls: int, device: torch.device) -> float:
+    _synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(calls):
+        step()
+    _synchronize(device)
+    return (time.perf_counter() - begun) / calls
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run_kernel_tests() -> Result:
+    """The kernels' tests in several processes, each with its share of them."""
+    if not find_spec("pytest"):
+        return {"error": "pytest is not installed"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    listed = _output([*command, "--collect-only", KERNEL_TESTS])
+    names = [line for line in listed.stdout.splitlines() if "::" in line]
+    if not names:
+        return {"error": "no test could be collected", "output": (listed.stdout + listed.stderr)[-2000:]}
+    shares = [names[first::TEST_PROCESSES] for first in range(min(TEST_PROCESSES, len(names)))]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        done = list(pool.map(lambda share: _output([*command, *share]), shares))
+    failed = [line for process in done for line in process.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    broken = any(process.returncode for process in done)
+    output = "".join(process.stdout[-1500:] for process in done if process.returncode)
+    return {"tests": len(names), "failed": failed, **({"error": "tests failed", "output": output} if broken else {})}
+
+
+def _output(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all measurements."""
+
+    device: torch.device
+    dtype: torch.dtype
+    budget: Budget
+    peaks: tuple[float, float] | None
+    peers: Sequence[str]
+
+
+def items(sizes: Sizes, setting: Setting) -> list[tuple[Result, Callable[[], Step]]]:
+    """What is measured at one length: its name, and what builds it."""
+    where = (sizes, setting.device, setting.dtype)
+    found: list[tuple[Result, Callable[[], Step]]] = []
+    for name in (*ATTENTION, "huggingface"):
+        for what, backward in (("attention forward", False), ("attention fwd+bwd", True)):
+            if (name == "huggingface" and not backward) or (name == "ours-hash-sort" and backward):
+                continue  # the one is built as a whole step, the other has no gradient
+            label = {"what": what, "peer": name, "seq_len": sizes.seq_len}
+            found.append((label, functools.partial(attention_step, name, *where, backward)))
+    for name in MODEL:
+        label = {"what": "model fwd+bwd", "peer": name, "seq_len": sizes.seq_len}
+        found.append((label, functools.partial(model_training_step, name, *where)))
+    return [(label, build) for label, build in found if label["peer"] in setting.peers]
+
+
+def run_items(sizes: Sizes, setting: Setting, earlier: Sequence[Result]) -> list[Result]:
+    """All measurements at one length, those left out included."""
+    results = []
+    budget = setting.budget
+    for label, build in items(sizes, setting):
+        same = [x for x in earlier if (x["what"], x["peer"]) == (label["what"], label["peer"])]
+        points = [(x["seq_len"], x["seconds"]) for x in same if "seconds" in x]
+        stopped = next((x for x in same if "error" in x), None)
+        if label["peer"] == "huggingface" and not find_spec("transformers"):
+            result: Result = {"error": "transformers is not installed"}
+        elif stopped:
+            result = {"error": stopped["error"]}
+        elif objection := budget.objection(2 * expected_call_s(points, sizes.seq_len), LONGEST_SHARE * budget.total_s):
+            result = {"left_out": objection}
+        else:
+            result = attempt(functools.partial(measure, build, setting.device))
+        if label["peer"] == "ours-attention" and "seconds" in result:
+            result |= achieved(
+                sizes, setting.dtype, label["what"] == "attention fwd+bwd", result["seconds"], setting.peaks
+            )
+        results.append({**label, **result})
+        print(row(results[-1]), flush=True)
+    return results
+
+
+def achieved(
+    sizes: Sizes, dtype: torch.dtype, backward: bool, seconds: float, peaks: tuple[float, float] | None
+) -> Result:
+    """Bandwidth, and the share of the roofline where the device's peaks are known."""
+    shape = (sizes.seq_len, sizes.n_heads, sizes.d_model // sizes.n_heads, sizes.n_hashes, sizes.chunk_len)
+    work = forward_work(*shape, dtype.itemsize)
+    if backward:
+        work += backward_work(*shape, dtype.itemsize)
+    share = {"roofline_share": work.roofline_s(peaks) / seconds} if peaks else {}
+    return {"gb_per_s": work.moved / seconds / 1e9, **share}
+
+
+def row(result: Result) -> str:
+    """One line of the table."""
+    start = f"{result['seq_len']:>9,}  {result['what']:<18}{result['peer']:<17}"
+    if "seconds" not in result:
+        return start + str(result.get("error") or result["left_out"])
+    line = f"{start}{1e3 * result['seconds']:>11.3f} ms"
+    line += f"{result['peak_gib']:>9.2f} GiB" if result.get("peak_gib") is not None else ""
+    line += f"{result['gb_per_s']:>9.0f} GB/s" if "gb_per_s" in result else ""
+    return line + (f"{result['roofline_share']:>7.0%} of the roofline" if "roofline_share" in result else "")
+
+
+def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Setting) -> Result:
+    """The longest sequence that our model trains on this device, and its tokens per second.
+
+    From the lengths and seconds that are known, upwards until memory or the time that is left forbids it.
+    """
+    if not known:
+        return {"error": "our model trained at no length"}
+    points, tried = list(known), []
+
+    def trains(seq_len: int) -> bool:
+        label = {"what": "longest", "peer": "ours", "seq_len": seq_len}
+        if objection := setting.budget.no_time(expected_call_s(points, seq_len)):
+            found: Result = {"left_out": objection}
+        else:
+            shape = replace(sizes, seq_len=seq_len)
+            build = functools.partial(model_training_step, "ours", shape, setting.device, setting.dtype)
+            found = attempt(functools.partial(measure, build, setting.device, once=True))
+        tried.append({**label, **found})
+        print(row(tried[-1]), flush=True)
+        points.extend([(seq_len, found["seconds"])] if "seconds" in found else [])
+        return "seconds" in found
+
+    length = longest(trains, max(known)[0])
+    return {"seq_len": length, "tokens_per_s": length / dict(points)[length], "tried": tried}
+
+
+def hardware(device: torch.device, peaks: tuple[float, float] | None) -> Result:
+    """What the numbers were measured on, and the peaks that the shares are of."""
+    if device.type != "cuda":
+        return {"device": f"{platform.machine()} CPU", "cores": len(os.sched_getaffinity(0))}
+    properties = torch.cuda.get_device_properties(device)
+    known = {"peak_bytes_per_s": peaks[0], "peak_bf16_per_s": peaks[1]} if peaks else {}
+    return {"device": properties.name, "memory_gib": properties.total_memory / 2**30, **known}
+
+
+def versions() -> Result:
+    """Of what the numbers depend on; None: not installed."""
+    found: Result = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in ("triton", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    return {**found, "git_commit": commit.stdout.strip() or None}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, in fp32")
+    parser.add_argument("--seq-len", type=int, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="T")
+    parser.add_argument("--budget-s", type=float, default=510, help="for everything (default: %(default)s)")
+    parser.add_argument("--item-budget-s", type=float, default=30, help="for a measurement (default: %(default)s)")
+    names = [*dict.fromkeys((*ATTENTION, *MODEL, "huggingface"))]
+    parser.add_argument("--peers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--skip-tests", action="store_true", help="of the kernels")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="(default: benchmarks/gpu-<device>.json; cpu: none)")
+    shape = Sizes(d_model=1024, n_layers=12, n_heads=8)
+    for name in ("d_model", "n_layers", "n_heads", "n_hashes", "chunk_len"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(shape, name))
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "error: there is no CUDA device here (torch.cuda.is_available() is False); run this on a machine with an "
+            "NVIDIA GPU and a CUDA build of torch, or try the flow with --device cpu --seq-len 256 512",
+            file=sys.stderr,
+        )
+        return 2
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peaks = peaks_of(name)
+    budget = Budget(arguments.budget_s, arguments.item_budget_s)
+    setting = Setting(device, dtype, budget, peaks, arguments.peers)
+    sizes = Sizes(**{key: getattr(arguments, key) for key in asdict(Sizes()) if key in arguments} | {"seq_len": 0})
+    file = arguments.json or (ROOT / "benchmarks" / f"gpu-{slug(name)}.json" if device.type == "cuda" else None)
+    record: Result = {
+        "command": ["python", "launch/gpu_check.py", *sys.argv[1:]],
+        **hardware(device, peaks),
+        "versions": versions(),
+        "sizes": {key: x for key, x in asdict(sizes).items() if key != "seq_len"},
+        "tests": {"skipped": True} if arguments.skip_tests else run_kernel_tests(),
+    }
+    print("kernel tests:", record["tests"].get("output") or json.dumps(record["tests"]), flush=True)
+    small = replace(sizes, seq_len=min(arguments.seq_len))
+    record["fused_against_chunked"] = attempt(lambda: disagreement(small, device, dtype))
+    print("fused against chunked:", json.dumps(record["fused_against_chunked"]), flush=True)
+    record["results"] = []
+    for seq_len in sorted(arguments.seq_len):
+        record["results"] += run_items(replace(sizes, seq_len=seq_len), setting, record["results"])
+        write(file, record)
+    ours = [x for x in record["results"] if x["peer"] == "ours" and "seconds" in x]
+    known = [(x["seq_len"], x["seconds"]) for x in ours if x["what"] == "model fwd+bwd"]
+    record["longest"] = find_longest(sizes, known, setting)
+    print("longest:", json.dumps({key: x for key, x in record["longest"].items() if key != "tried"}))
+    write(file, record)
+    return int("error" in record["tests"] or not known)
+
+
+def slug(name: str) -> str:
+    return "-".join(name.lower().split())
+
+
+def write(file: Path | None, record: Result) -> None:
+    """What is measured so far, so that nothing of it is lost if the rest is not."""
+    if file:
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {file}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What `launch/gpu_check.py` times: our attention and model, and those that a user of a GPU would pick instead.
+
+Attention is a function from queries, keys and values [1, H, T, D] to the output; LSH attention takes the queries as
+keys. Models are those of benchmark_peers.py, built on the GPU with parameters in the dtype asked for.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from benchmark_peers import PEERS, Sizes, Step, _DenseModel, config_of, heads_of, merged, model_step
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from reformer import Reformer, lsh_attention
+from reformer.lsh.dispatch import Backend, attention_in_chunks
+from reformer.lsh.hashing import default_buckets, draw_rotations, hash_to_buckets, sort_by_bucket
+from reformer.lsh.rounds import Layout
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def built_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """New tensors and parameters are on this device and of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def lsh(sizes: Sizes, q_BHTD: Tensor, backend: Backend = "auto") -> Attend:
+    """Longhand's, from hashing to the output."""
+    attend = functools.partial(lsh_attention, n_hashes=sizes.n_hashes, chunk_len=sizes.chunk_len, backend=backend)
+    return lambda q, k, v: attend(q, v)[0]
+
+
+def buckets_of(sizes: Sizes, q_BHTD: Tensor) -> Tensor:
+    factors = default_buckets(sizes.seq_len, sizes.chunk_len)
+    rotations = draw_rotations(sizes.n_heads, q_BHTD.shape[-1], sizes.n_hashes, factors, seed=0, step=0, layer=0)
+    return hash_to_buckets(q_BHTD, rotations, factors)
+
+
+def layout_of(sizes: Sizes, q_BHTD: Tensor) -> Layout:
+    order, inverse = sort_by_bucket(buckets_of(sizes, q_BHTD).flatten(0, 1), sizes.chunk_len)
+    return Layout(order, inverse, sizes.chunk_len, causal=True, is_lsh=True)
+
+
+def only_attention(sizes: Sizes, q_BHTD: Tensor) -> Attend:
+    """The same without hashing and sorting: what the roofline is about."""
+    layout = layout_of(sizes, q_BHTD)
+    return lambda q, k, v: attention_in_chunks(q.flatten(0, 1), None, v.flatten(0, 1), layout).view_as(v)
+
+
+def only_hash_and_sort(sizes: Sizes, q_BHTD: Tensor) -> Attend:
+    """The other part of it; its result is no attention, but an order."""
+    return lambda q, k, v: sort_by_bucket(buckets_of(sizes, q).flatten(0, 1), sizes.chunk_len)[1]
+
+
+def dense(sizes: Sizes, q_BHTD: Tensor, kernel: SDPBackend) -> Attend:
+    """scaled_dot_product_attention by one of its kernels; on a CPU, by the one that it has."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernel) if q.is_cuda else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return attend
+
+
+def flex(sizes: Sizes, q_BHTD: Tensor) -> Attend:
+    """FlexAttention, compiled, with a causal block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n_tokens = sizes.seq_len
+    mask = create_block_mask(_is_causal, None, None, n_tokens, n_tokens, device=q_BHTD.device.type, _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
+
+def _is_causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+ATTENTION: dict[str, Callable[[Sizes, Tensor], Attend]] = {
+    "ours": lsh,
+    "ours-attention": only_attention,
+    "ours-hash-sort": only_hash_and_sort,
+    "ours-chunked": functools.partial(lsh, backend="chunked"),
+    "flash": functools.partial(dense, kernel=SDPBackend.FLASH_ATTENTION),
+    "cudnn": functools.partial(dense, kernel=SDPBackend.CUDNN_ATTENTION),
+    "flex": flex,
+}
+
+
+def random_heads(sizes: Sizes, n: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Tensors [1, H, T, D] with the strides that projections leave them with."""
+    torch.manual_seed(0)
+    with built_on(device, dtype):
+        return [heads_of(torch.randn(1, sizes.seq_len, sizes.d_model), sizes.n_heads) for _ in range(n)]
+
+
+def disagreement(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """How far the fused path's output and gradients are from the chunked path's, relative to their largest number."""
+    q, v, d_out = (x.flatten(0, 1) for x in random_heads(sizes, 3, device, dtype))
+    layout = layout_of(sizes, q[None])
+    found = []
+    for backend in ("auto", "chunked"):
+        inputs = [x.detach().requires_grad_() for x in (q, v)]
+        out = attention_in_chunks(inputs[0], None, inputs[1], layout, backend)
+        found.append([x.float() for x in (out.detach(), *torch.autograd.grad(out, inputs, d_out))])
+    pairs = zip(("out", "d_qk", "d_v"), *found, strict=True)
+    return {name: ((fused - chunked).abs().max() / chunked.abs().max()).item() for name, fused, chunked in pairs}
+
+
+def attention_step(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype, backward: bool) -> Step:
+    """The forward of one layer's attention, or forward and backward, on tensors strided as projections leave them."""
+    if name == "huggingface":
+        torch.manual_seed(0)
+        with built_on(device, dtype):
+            return PEERS["attention"]["huggingface"].build(sizes)
+    q, k, v, d_out = random_heads(sizes, 4, device, dtype)
+    attend = ATTENTION[name](sizes, q)
+    inputs = [x.requires_grad_() for x in ((q, v) if name.startswith("ours") else (q, k, v))]
+
+    def step() -> None:
+        with torch.set_grad_enabled(backward):
+            out = attend(q, k, v)
+        if backward:
+            torch.autograd.grad(out, inputs, d_out)
+
+    return step
+
+
+class _OtherAttention(nn.Module):
+    """A dense layer whose attention is another function of queries, keys and values."""
+
+    layer: Any
+
+    def __init__(self, layer: nn.Module, attend: Attend) -> None:
+        super().__init__()
+        self.layer, self.attend = layer, attend
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        layer = self.layer
+        q, k, v = (heads_of(x, layer.n_heads) for x in layer.qkv(layer.norm(x_BTM)).chunk(3, dim=-1))
+        return layer.out(merged(self.attend(q, k, v)))
+
+
+def _ours(sizes: Sizes, backend: Backend = "auto") -> Step:
+    model = Reformer(config_of(sizes))
+    blocks: Any = model.blocks
+    for block in blocks:
+        block.attention.inner = functools.partial(lsh_attention, backend=backend)
+    return model_step(model, lambda tokens: model(tokens, tokens), sizes)
+
+
+def _dense(sizes: Sizes, attend_of: Callable[[Sizes, Tensor], Attend]) -> Step:
+    model: Any = _DenseModel(sizes)
+    attend = attend_of(sizes, torch.empty(0))
+    model.attentions = nn.ModuleList([_OtherAttention(layer, attend) for layer in model.attentions])
+    return model_step(model, model, sizes)
+
+
+MODEL: dict[str, Callable[[Sizes], Step]] = {
+    "ours": _ours,
+    "ours-chunked": functools.partial(_ours, backend="chunked"),
+    "flash": functools.partial(_dense, attend_of=ATTENTION["flash"]),
+    "cudnn": functools.partial(_dense, attend_of=ATTENTION["cudnn"]),
+    "flex": functools.partial(_dense, attend_of=flex),
+    "huggingface": PEERS["model"]["huggingface"].build,
+}
+
+
+def model_training_step(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Step:
+    """Forward and backward of a whole model; parameters in `dtype`, ours with its residual streams in fp32."""
+    torch.manual_seed(0)
+    with built_on(device, dtype):
+        return MODEL[name](sizes)

@@ -1,0 +1,61 @@
+"""What the fused attention has to move and to compute, and how fast a GPU could: arithmetic without a GPU.
+
+"Must move" counts what no schedule of these kernels avoids: in every round the rows of q and v (and d_out) once, in
+that round's order, and every result once. The running sums in fp32 between the rounds come on top of it: the kernels
+move `moved`, and the share of the roofline is that of `must_move`.
+"""
+
+from dataclasses import dataclass
+
+PEAKS = {
+    "H200": (4.8e12, 989e12),
+    "H100 80GB HBM3": (3.35e12, 989e12),
+    "H100 SXM": (3.35e12, 989e12),
+    "H100 NVL": (3.9e12, 835e12),
+    "H100 PCIe": (2.0e12, 756e12),
+    "A100-SXM4-80GB": (2.039e12, 312e12),
+    "A100 80GB PCIe": (1.935e12, 312e12),
+    "A100-SXM4-40GB": (1.555e12, 312e12),
+    "A100-PCIE-40GB": (1.555e12, 312e12),
+}
+"""By a part of the device's name: bytes per second and dense bf16 operations per second (NVIDIA's data sheets)."""
+
+
+def peaks_of(device_name: str) -> tuple[float, float] | None:
+    """Peak bandwidth and bf16 operations per second; None for a device that is not listed."""
+    return next((peaks for name, peaks in PEAKS.items() if name in device_name), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes and operations of one call."""
+
+    must_move: float
+    moved: float
+    operations: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.must_move + other.must_move, self.moved + other.moved, self.operations + other.operations)
+
+    def roofline_s(self, peaks: tuple[float, float]) -> float:
+        """The least time that memory or tensor cores allow."""
+        return max(self.must_move / peaks[0], self.operations / peaks[1])
+
+
+def forward_work(n_tokens: int, n_heads: int, d_head: int, n_hashes: int, chunk_len: int, itemsize: int) -> Work:
+    """Causal LSH attention of one sequence: a token sees two chunks."""
+    rows, width = n_tokens * n_heads, d_head * itemsize
+    must_move = rows * (n_hashes * (2 * width + 4) + width)
+    between_rounds = 2 * (n_hashes - 1) * rows * (4 * d_head + 8)
+    return Work(must_move, must_move + between_rounds, rows * n_hashes * 2 * chunk_len * d_head * 2 * 2)
+
+
+def backward_work(n_tokens: int, n_heads: int, d_head: int, n_hashes: int, chunk_len: int, itemsize: int) -> Work:
+    """The same for the backward: q, v, d_out and four statistics in every round; out, d_out before; dq, dv after.
+
+    Seven products of a chunk with a chunk: three as queries, four as keys.
+    """
+    rows, width = n_tokens * n_heads, d_head * itemsize
+    must_move = rows * (n_hashes * (3 * width + 4 + 16) + 4 * width + 16)
+    between_rounds = 2 * (n_hashes - 1) * rows * 2 * 4 * d_head
+    return Work(must_move, must_move + between_rounds, rows * n_hashes * 2 * chunk_len * d_head * 2 * 7)

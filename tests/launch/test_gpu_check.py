@@ -1,0 +1,167 @@
+"""What of `make gpu-check` needs no GPU: its budget, its arithmetic, its table, and the whole flow at tiny sizes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "launch"))  # where Python itself looks when it is given launch/gpu_check.py
+import gpu_check  # noqa: E402
+import gpu_peers  # noqa: E402
+import roofline  # noqa: E402
+
+sys.path.pop(0)
+
+TINY = "--d-model 32 --n-layers 1 --n-heads 2 --n-hashes 2 --chunk-len 16"
+
+
+def test_budget_leaves_out_what_takes_too_long_or_comes_too_late() -> None:
+    now = 100.0
+    budget = gpu_check.Budget(total_s=60, item_s=20, clock=lambda: now)
+    assert budget.objection(19) is None
+    assert budget.objection(21) == "left out: about 21 s expected, more than 20 s"
+    assert budget.no_time(21) is None
+    assert budget.objection(15, reserve_s=50) == "left out: about 15 s expected, 10 s were left"
+    now = 150.0
+    assert budget.objection(9) is None
+    assert budget.objection(11) == "left out: about 11 s expected, 10 s were left"
+    now = 161.0
+    assert budget.objection(0) == "left out: about 0 s expected, 0 s were left"
+
+
+def test_time_is_expected_to_grow_as_it_did() -> None:
+    assert gpu_check.expected_call_s([], 100) == 0
+    assert gpu_check.expected_call_s([(100, 1.0)], 400) == 16  # nothing known: with the square
+    assert gpu_check.expected_call_s([(200, 2.0), (100, 1.0)], 800) == pytest.approx(8)
+    assert gpu_check.expected_call_s([(100, 1.0), (200, 4.0)], 400) == pytest.approx(16)
+    assert gpu_check.expected_call_s([(100, 1.0), (200, 1.1)], 400) == pytest.approx(
+        2.2
+    )  # overhead: no less than linear
+    assert gpu_check.expected_call_s([(100, 1.0), (200, 9.0)], 400) == pytest.approx(36)
+
+
+@pytest.mark.parametrize(("limit", "found"), [(7, 7), (10, 10), (19, 16), (20, 20), (39, 32), (40, 40), (63, 56)])
+def test_longest_doubles_then_bisects(limit: int, found: int) -> None:
+    tried: list[int] = []
+    assert gpu_check.longest(lambda length: tried.append(length) or length <= limit, known=4) == found
+    assert max(tried) <= max(8, 2 * limit)
+
+
+def test_roofline_by_hand() -> None:
+    """One token, one head of 4 numbers of 2 bytes, 3 rounds of chunks of 8."""
+    forward = roofline.forward_work(1, 1, 4, 3, 8, 2)
+    assert forward.must_move == 3 * (8 + 8 + 4) + 8
+    assert forward.moved - forward.must_move == 2 * 2 * (16 + 8)  # two of three rounds write and two read
+    assert forward.operations == 3 * 16 * 4 * 4  # two products with 16 visible keys, two operations each
+    backward = roofline.backward_work(1, 1, 4, 3, 8, 2)
+    assert backward.operations == 3 * 16 * 4 * 14
+    both = forward + backward
+    assert both.roofline_s((both.must_move, 1e9)) == pytest.approx(1)
+    assert both.roofline_s((1e9, both.operations / 2)) == pytest.approx(2)
+
+
+def test_peaks_by_name() -> None:
+    assert roofline.peaks_of("NVIDIA H200") == (4.8e12, 989e12)
+    assert roofline.peaks_of("NVIDIA H100 80GB HBM3") == (3.35e12, 989e12)
+    assert roofline.peaks_of("NVIDIA H100 PCIe") == (2.0e12, 756e12)
+    assert roofline.peaks_of("NVIDIA GeForce RTX 4090") is None
+
+
+def test_share_of_the_roofline_only_where_the_peaks_are_known() -> None:
+    sizes = gpu_check.Sizes(seq_len=1024)
+    known = gpu_check.achieved(sizes, torch.bfloat16, False, 1e-3, (1e12, 1e15))
+    work = roofline.forward_work(1024, 4, 64, 4, 64, 2)
+    assert known == {"gb_per_s": work.moved / 1e6, "roofline_share": work.must_move / 1e9}
+    assert gpu_check.achieved(sizes, torch.bfloat16, True, 1e-3, None).keys() == {"gb_per_s"}
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ({"seconds": 0.0123, "peak_gib": 1.5}, "12.300 ms     1.50 GiB"),
+        (
+            {"seconds": 1, "peak_gib": None, "gb_per_s": 2000.0, "roofline_share": 0.42},
+            "2000 GB/s    42% of the roofline",
+        ),
+        ({"error": "out of memory"}, "flash            out of memory"),
+        ({"left_out": "left out: why"}, "left out: why"),
+    ],
+)
+def test_row(result: dict[str, Any], expected: str) -> None:
+    line = gpu_check.row({"seq_len": 65536, "what": "attention forward", "peer": "flash", **result})
+    assert line.startswith("   65,536  attention forward ") and line.endswith(expected)
+
+
+def test_what_goes_wrong_is_a_result() -> None:
+    def fails(error: Exception) -> Any:
+        raise error
+
+    assert gpu_check.attempt(lambda: fails(torch.OutOfMemoryError("CUDA"))) == {"error": "out of memory"}
+    assert gpu_check.attempt(lambda: fails(ImportError("no x\nmore"))) == {"error": "ImportError: no x"}
+
+
+def test_a_peer_that_failed_or_is_missing_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def build(name: str, *_: object) -> Any:
+        asked.append(name)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu_check, "attention_step", build)
+    monkeypatch.setattr(gpu_check, "model_training_step", build)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    peers = [*gpu_peers.ATTENTION, *gpu_peers.MODEL]
+    setting = gpu_check.Setting(torch.device("cpu"), torch.float32, gpu_check.Budget(100, 10), None, peers)
+    first = gpu_check.run_items(gpu_check.Sizes(seq_len=64), setting, [])
+    assert {x["error"] for x in first if x["peer"] == "huggingface"} == {"transformers is not installed"}
+    n_asked = len(asked)
+    assert n_asked and "huggingface" not in asked
+    second = gpu_check.run_items(gpu_check.Sizes(seq_len=128), setting, first)
+    assert len(asked) == n_asked and all("error" in x for x in second)
+
+
+def test_kernel_tests_run_in_shares_and_failures_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "test_these.py"
+    file.write_text("import pytest\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n):\n    assert n < 2\n")
+    monkeypatch.setattr(gpu_check, "KERNEL_TESTS", str(file))
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "TEST_PROCESSES", 2)
+    found = gpu_check.run_kernel_tests()
+    assert (found["tests"], found["error"]) == (3, "tests failed") and "test_it[2]" in found["failed"][0]
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    assert gpu_check.run_kernel_tests() == {"error": "pytest is not installed"}
+
+
+def test_models_are_built_in_the_dtype_asked_for_and_the_default_is_restored() -> None:
+    sizes = gpu_check.Sizes(seq_len=64, d_model=32, n_layers=1, n_heads=2, chunk_len=16)
+    for name in ("ours", "flash"):
+        gpu_peers.model_training_step(name, sizes, torch.device("cpu"), torch.bfloat16)()
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_whole_flow_on_the_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    words = f"--device cpu --seq-len 32 64 {TINY} --skip-tests --budget-s 10 --json {file}".split()
+    words += ["--peers", "ours", "flash", "ours-attention"]
+    done = subprocess.run(
+        [sys.executable, "launch/gpu_check.py", *words], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    record = json.loads(file.read_text())
+    assert record["command"][2:] == words
+    ran = {(x["what"], x["peer"]) for x in record["results"] if "seconds" in x}
+    assert {("model fwd+bwd", "ours"), ("model fwd+bwd", "flash"), ("attention fwd+bwd", "ours-attention")} <= ran
+    assert record["longest"]["seq_len"] >= 64 and record["longest"]["tokens_per_s"] > 0
+    assert max(record["fused_against_chunked"].values()) == 0  # on a CPU, they are one
+    assert "model fwd+bwd     ours" in done.stdout
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch/gpu_check.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main() == 2
+    assert "there is no CUDA device here" in capsys.readouterr().err
