@@ -11,7 +11,7 @@ used once it had imported its libraries, multiples of ours, and the growth from 
 were four times shorter. The JSON file is written after every length, and has every step of every measurement.
 
 Lengths are measured from short to long. What the shorter ones say would take longer than the budget or more than
-85% of the machine's memory is left out, and a measurement is stopped at the budget: the table says so.
+the allowed share of the machine's memory is left out, and a measurement is stopped at the budget: the table says so.
 """
 
 import argparse
@@ -44,9 +44,6 @@ REPEAT_S, REPEAT_STEPS = 3.0, 10
 """Steps are repeated for so long after the first, or so often."""
 COLD_S = 20.0
 """A first step that takes longer is the only one: what happens once (allocation, compilation) is small beside it."""
-MEMORY_SHARE = 0.85
-"""Of the machine's memory, what a process may be expected to take."""
-
 Result = dict[str, Any]
 
 
@@ -54,6 +51,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def share(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to 1")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,6 +72,12 @@ def parse_arguments() -> argparse.Namespace:
         default=600,
         help="for one peer at one length: a measurement is stopped there, and is not repeated if the next would go "
         "beyond (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-share",
+        type=share,
+        default=0.85,
+        help="of the machine's memory, what a measurement may be expected to take (default: %(default)s)",
     )
     parser.add_argument("--threads", type=positive, default=n_cores(), help="(default: the cores, here %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write sizes, hardware and all measurements")
@@ -157,7 +167,7 @@ def predict(points: Sequence[tuple[int, float]], seq_len: int) -> float:
     return more * (seq_len / longer) ** min(max(power, 1.0), 2.0)
 
 
-def left_out(earlier: Sequence[Result], seq_len: int, budget_s: float, machine_gib: float) -> Result | None:
+def left_out(earlier: Sequence[Result], seq_len: int, budget_s: float, budget_gib: float) -> Result | None:
     """Why a peer with these results at shorter lengths is not measured at seq_len; None if it is."""
     if final := next((result for result in earlier if result.get("final")), None):
         return {"left_out": f"{final['error']} at {final['seq_len']:,} tokens"}
@@ -171,8 +181,8 @@ def left_out(earlier: Sequence[Result], seq_len: int, budget_s: float, machine_g
     reasons = []
     if seconds > budget_s:
         reasons.append(f"predicted {seconds:,.0f} s: over the budget of {budget_s:,} s")
-    if gib > MEMORY_SHARE * machine_gib:
-        reasons.append(f"predicted {gib:,.1f} GiB: over {MEMORY_SHARE:.0%} of the machine's {machine_gib:.1f} GiB")
+    if gib > budget_gib:
+        reasons.append(f"predicted {gib:,.1f} GiB: over the {budget_gib:.1f} GiB that it may take here")
     if not reasons:
         return None
     return {"left_out": "; ".join(reasons), "predicted_s": seconds, "predicted_gib": gib}
@@ -186,7 +196,7 @@ def missing(peer: Peer) -> Result | None:
 
 
 def measure_length(
-    arguments: argparse.Namespace, names: Sequence[str], seq_len: int, earlier: Sequence[Result], machine_gib: float
+    arguments: argparse.Namespace, names: Sequence[str], seq_len: int, earlier: Sequence[Result], budget_gib: float
 ) -> list[Result]:
     """All results at one length, peers in turn."""
     results: list[Result] = []
@@ -198,7 +208,7 @@ def measure_length(
     active = []
     for name in names:
         mine = [result for result in earlier if result["peer"] == name]
-        out = missing(PEERS[arguments.what][name]) or left_out(mine, seq_len, arguments.budget_s, machine_gib)
+        out = missing(PEERS[arguments.what][name]) or left_out(mine, seq_len, arguments.budget_s, budget_gib)
         if out:
             keep(name, out)
         else:
@@ -341,7 +351,7 @@ def run(arguments: argparse.Namespace) -> None:
     for seq_len in sorted(set(arguments.seq_len)):
         if arguments.json:  # before the first length too: that it cannot be written should not be learnt in an hour
             write(arguments.json, record)
-        results += measure_length(arguments, names, seq_len, results, record["ram_gib"])
+        results += measure_length(arguments, names, seq_len, results, arguments.memory_share * record["ram_gib"])
         print(table(results, seq_len), flush=True)
     if arguments.json:
         write(arguments.json, record)

@@ -96,22 +96,22 @@ def test_predictions_grow_by_4_to_16_for_four_times_the_length() -> None:
 
 def test_what_would_take_too_much_is_left_out_and_says_so() -> None:
     dense = [result(16_384, seconds=10.0), result(65_536, seconds=143.0), result(65_536, seconds=145.0)]
-    assert benchmark.left_out(dense, 262_144, budget_s=2400, machine_gib=24) is None
-    out = benchmark.left_out(dense, 262_144, budget_s=600, machine_gib=24)
+    assert benchmark.left_out(dense, 262_144, budget_s=2400, budget_gib=24) is None
+    out = benchmark.left_out(dense, 262_144, budget_s=600, budget_gib=24)
     assert out is not None and out["left_out"] == "predicted 2,074 s: over the budget of 600 s"
     assert out["predicted_s"] == pytest.approx(144.0 * 14.4)
     assert out["predicted_gib"] == pytest.approx(0.25 + 4 * 0.75)  # imports do not grow
     large = [result(16_384, peak_gib=2.25), result(65_536, peak_gib=8.25)]
-    assert benchmark.left_out(large, 131_072, budget_s=600, machine_gib=24) is None  # 16.25 of 20.4
-    out = benchmark.left_out(large, 262_144, budget_s=600, machine_gib=24)
-    assert out is not None and out["left_out"] == "predicted 32.2 GiB: over 85% of the machine's 24.0 GiB"
+    assert benchmark.left_out(large, 131_072, budget_s=600, budget_gib=24) is None  # 16.25 GiB
+    out = benchmark.left_out(large, 262_144, budget_s=600, budget_gib=24)
+    assert out is not None and out["left_out"] == "predicted 32.2 GiB: over the 24.0 GiB that it may take here"
 
 
 def test_what_is_known_before_decides_only_where_it_must() -> None:
-    assert benchmark.left_out([], 4096, budget_s=1, machine_gib=1) is None
-    assert benchmark.left_out([result(1000, error="not a multiple of 64")], 1024, budget_s=1, machine_gib=1) is None
+    assert benchmark.left_out([], 4096, budget_s=1, budget_gib=1) is None
+    assert benchmark.left_out([result(1000, error="not a multiple of 64")], 1024, budget_s=1, budget_gib=1) is None
     stopped = [result(1024), result(4096, error="stopped after 600 s, the budget", final=True)]
-    out = benchmark.left_out(stopped, 16_384, budget_s=600, machine_gib=24)
+    out = benchmark.left_out(stopped, 16_384, budget_s=600, budget_gib=24)
     assert out == {"left_out": "stopped after 600 s, the budget at 4,096 tokens"}
 
 
@@ -128,7 +128,7 @@ def test_peers_take_turns_within_the_budget_and_failures_are_not_asked_again(mon
     monkeypatch.setattr(benchmark, "missing", lambda peer: None)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
     arguments = arguments_of(monkeypatch, "model", "--budget-s", "100", "--rounds", "3")
-    results = benchmark.measure_length(arguments, ["ours", "lucidrains", "dense"], 1024, [], machine_gib=24)
+    results = benchmark.measure_length(arguments, ["ours", "lucidrains", "dense"], 1024, [], budget_gib=24)
     assert asked == ["ours", "lucidrains", "dense", "ours", "dense", "ours"]  # three times 50 s would be beyond 100 s
     assert [one["peer"] for one in results] == asked and results[2]["wall_s"] == 50.0
 
@@ -190,6 +190,7 @@ def test_the_table_compares_with_ours_and_shows_the_growth() -> None:
         ),
         (["--json", "no/such/folder/x.json"], "error: cannot write no/such/folder/x.json: "),
         (["--rounds", "0"], "argument --rounds: 0 is not a whole number of at least 1"),
+        (["--memory-share", "85"], "argument --memory-share: 85 is not a number above 0 and up to 1"),
         (["--seq-len", "64K"], "argument --seq-len: 64K is not a whole number of at least 1"),
     ],
 )
