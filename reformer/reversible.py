@@ -5,8 +5,9 @@
 One autograd Function spans the stack. Its backward walks the blocks in reverse, reconstructs each one's inputs from
 its outputs and differentiates the two halves on the way. Per layer the forward keeps the hash buckets, since the
 reconstructed inputs differ from the originals by rounding: hashed again, some tokens would change buckets, and the
-gradient would be that of another function. Of the last block, whose backward comes first, it keeps what that needs
-(the graph of its attention), so that nothing of it is computed twice; that is one block's, whatever the depth.
+gradient would be that of another function. At the two ends of the stack there is less to compute again: the inputs of
+the first block are kept, and of the last one, whose backward comes first, the graph of its attention. That is one
+block's memory, whatever the depth.
 """
 
 from collections.abc import Sequence
@@ -48,8 +49,8 @@ class ReversibleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Streams [B, T, M] in, streams and buckets out: the definition, differentiable by plain autograd."""
         attended, buckets = self.attend(x2, call, buckets)
-        y1 = x1 + attended
-        return y1, x2 + self.feed(y1, call), buckets
+        y1 = _sum(x1, attended)
+        return y1, _sum(x2, self.feed(y1, call)), buckets
 
     def backward(
         self, y1: Tensor, y2: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, buckets: Tensor | None
@@ -57,11 +58,9 @@ class ReversibleBlock(nn.Module):
         """From outputs and their gradients to inputs and theirs; parameters receive their gradients on the way."""
         fed, d_y1 = self.feed_backward(y1, d_y1, d_y2, call)
         assert fed is not None
-        x2 = y2 - fed
-        del y2, fed
-        with torch.enable_grad():
-            attended, _ = self.attend(x2.requires_grad_(), call, buckets)
-        return self.attend_backward(y1, x2, attended, d_y1, d_y2)
+        x2 = _difference(y2, fed)
+        attended, d_y2 = self.attend_again(x2, d_y1, d_y2, call, buckets)
+        return _difference(y1, attended), x2, d_y1, d_y2
 
     def feed_backward(
         self, y1: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, needs_output: bool = True
@@ -74,12 +73,32 @@ class ReversibleBlock(nn.Module):
         inner_product.backward()
         return None if fed is None else _scaled(fed, scale), _gradient(y1).add_(d_y1)
 
-    def attend_backward(
-        self, y1: Tensor, x2: Tensor, attended: Tensor, d_y1: Tensor, d_y2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """From the graph of `attended` over the leaf x2 to the block's inputs and their gradients."""
-        attended.backward(d_y1.to(attended.dtype))
-        return y1 - attended.detach(), x2.detach(), d_y1, _gradient(x2).add_(d_y2)
+    def attend_again(
+        self, x2: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, buckets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The attention half's output after dropout and the gradient of x2 by both ways."""
+        with torch.enable_grad():
+            x2 = x2.detach().requires_grad_()
+            attended, _ = self.attend(x2, call, buckets)
+        return attended.detach(), attend_backward(x2, attended, d_y1, d_y2)
+
+
+def attend_backward(x2: Tensor, attended: Tensor, d_y1: Tensor, d_y2: Tensor) -> Tensor:
+    """From the graph of `attended` over the leaf x2: the gradient of x2 by both ways."""
+    attended.backward(d_y1.to(attended.dtype))
+    return _gradient(x2).add_(d_y2)
+
+
+def _sum(stream: Tensor, update: Tensor) -> Tensor:
+    """stream + update, in the update's memory where it is fresh: 64 MiB of new pages cost more than the sum."""
+    if torch.is_grad_enabled() or update.dtype != stream.dtype:
+        return stream + update
+    return update.add_(stream)
+
+
+def _difference(stream: Tensor, update: Tensor) -> Tensor:
+    """stream - update, in the same way."""
+    return torch.sub(stream, update, out=update) if update.dtype == stream.dtype else stream - update
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -104,16 +123,18 @@ def reversible_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) 
 
 @dataclass
 class _Kept:
-    """What lives from the forward to the backward, which takes it apart as it goes."""
+    """What lives from the forward to the backward, which takes it apart as it goes. None of it has a graph but one."""
 
+    x2: Tensor
+    """The second stream before the first block."""
     buckets: list[Tensor | None]
     """Of all blocks but the last."""
-    y1: Tensor
-    """The first stream at the end, without its graph."""
-    x2: Tensor
-    """The leaf of the last block's attention."""
-    attended: Tensor
-    """Its output, with its graph."""
+    last_y1: Tensor
+    """The first stream after the last block."""
+    last_x2: Tensor
+    """The second stream before the last block: a leaf."""
+    last_attended: Tensor
+    """The output of its attention, with its graph."""
 
 
 class _ReversibleStack(torch.autograd.Function):
@@ -122,7 +143,7 @@ class _ReversibleStack(torch.autograd.Function):
         ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call
     ) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.call, ctx.autocast = blocks, call, _autocast_state(x1.device.type)
-        buckets = []
+        first_x2, buckets = x2.detach(), []
         *others, last = blocks
         for block in others:
             x1, x2, used = block(x1, x2, call)
@@ -131,8 +152,9 @@ class _ReversibleStack(torch.autograd.Function):
             x2 = x2.detach().requires_grad_()
             attended, _ = last.attend(x2, call)
         y1 = x1 + attended.detach()
-        ctx.kept = _Kept(buckets, y1.detach(), x2, attended)  # outputs themselves would make a circle of references
-        return y1, x2.detach() + last.feed(y1, call)
+        y2 = _sum(x2.detach(), last.feed(y1, call))
+        ctx.kept = _Kept(first_x2, buckets, y1.detach(), x2, attended)  # an output itself would be a reference cycle
+        return y1, y2
 
     @staticmethod
     def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -141,14 +163,20 @@ class _ReversibleStack(torch.autograd.Function):
         if ctx.kept is None:
             raise RuntimeError("this stack was differentiated already: run the forward again")
         kept, ctx.kept = ctx.kept, None
-        *others, last = ctx.blocks
+        call, (*others, last) = ctx.call, ctx.blocks
+        x2, buckets = kept.x2, kept.buckets
         with torch.autocast(**ctx.autocast):
-            _, d_y1 = last.feed_backward(kept.y1, d_y1, d_y2, ctx.call, needs_output=False)
-            y1, y2, d_y1, d_y2 = last.attend_backward(kept.y1, kept.x2, kept.attended, d_y1, d_y2)
-            buckets = kept.buckets
+            _, d_y1 = last.feed_backward(kept.last_y1, d_y1, d_y2, call, needs_output=False)
+            d_y2 = attend_backward(kept.last_x2, kept.last_attended, d_y1, d_y2)
+            if others:
+                y1, y2 = _difference(kept.last_y1, kept.last_attended.detach()), kept.last_x2.detach()
             del kept
-            for block in reversed(others):
-                y1, y2, d_y1, d_y2 = block.backward(y1, y2, d_y1, d_y2, ctx.call, buckets.pop())
+            for block in reversed(others[1:]):
+                y1, y2, d_y1, d_y2 = block.backward(y1, y2, d_y1, d_y2, call, buckets.pop())
+            for block in others[:1]:
+                _, d_y1 = block.feed_backward(y1, d_y1, d_y2, call, needs_output=False)
+                del y1, y2
+                _, d_y2 = block.attend_again(x2, d_y1, d_y2, call, buckets.pop())
         return d_y1, d_y2, None, None
 
 
