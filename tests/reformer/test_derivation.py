@@ -178,7 +178,7 @@ def test_the_safe_bound_of_the_text_is_that_of_the_code() -> None:
     single, double = (chunked.SAFE_BOUND[dtype] for dtype in (torch.float32, torch.float64))
     text = " ".join(README.split())
     assert f"`SAFE_BOUND`: {single:.0f} in fp32, where $2^{{-{2 * single:.0f}}}$" in text
-    assert f"and {double:.0f} in float64" in text and f"$2^{{{2 * single:.0f}}} \\, do_i$" in text
+    assert f"and {double:.0f} in float64" in text and f"$2^{{{2 * single:.0f}}} do_i$" in text
     for dtype, bound in chunked.SAFE_BOUND.items():
         assert 2.0 ** (-2 * bound) >= torch.finfo(dtype).tiny
 
