@@ -64,10 +64,12 @@ class _Head:
 
     def __init__(self, q_TD: Tensor, k_TD: Tensor | None, v_TD: Tensor, dtype: torch.dtype) -> None:
         self.q, self.v = q_TD.to(dtype), v_TD.to(dtype)
-        norm_T1 = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
+        norm_T1 = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True)
         self.is_shared = k_TD is None
         if k_TD is None:
-            self.k, self.key_scale, self.bound = self.q, LOG2_E / norm_T1, LOG2_E * norm_T1
+            # The key of a zero vector is zero, without gradient.
+            self.key_scale = (LOG2_E / norm_T1).masked_fill_(norm_T1 < torch.finfo(dtype).tiny, 0)
+            self.k, self.bound = self.q, LOG2_E * norm_T1
         else:
             self.k, self.key_scale = k_TD.to(dtype), torch.full_like(norm_T1, LOG2_E)
             self.bound = LOG2_E * norm_T1 * torch.linalg.vector_norm(self.k, dim=-1).max()

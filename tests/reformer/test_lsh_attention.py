@@ -124,6 +124,19 @@ def test_duplicate_correction_is_one_softmax_over_the_union() -> None:
     assert not torch.allclose(plain, expected, rtol=1e-3)  # the correction does something
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_zero_vectors_have_no_key_and_no_gradient_through_it(dtype: torch.dtype) -> None:
+    qk, v = random_inputs(40, dtype)
+    with torch.no_grad():
+        qk[:, :, 3:30:5] = 0
+    options = {"n_hashes": 2, "chunk_len": 8}
+    fast, buckets = run(qk, v, None, **options)
+    double_qk, double_v = (x.detach().double().requires_grad_() for x in (qk, v))
+    exact, _ = run(double_qk, double_v, buckets, backend="reference", **options)
+    tolerance = 1e-9 if dtype is torch.float64 else 16 * torch.finfo(dtype).eps
+    assert_parity({name: x.double() for name, x in fast.items()}, exact, tolerance)
+
+
 def test_first_token_attends_to_itself() -> None:
     qk, v = random_inputs(40)
     out, _ = lsh_attention(qk, v, n_hashes=2, chunk_len=8)
