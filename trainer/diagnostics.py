@@ -1,4 +1,4 @@
-"""Diagnostics of the model on the first held-out row, at next to no cost, under every ZeRO stage.
+"""Diagnostics of the model on the first held-out row, at little cost, under every ZeRO stage.
 
 What is special: rank 0 has this row in its first forward pass of an evaluation, and LSH attention is watched while
 that pass runs. The parameters are there, whatever the stage, so no rank waits for more collectives than without.

@@ -50,13 +50,19 @@ def test_resumed_equals_uninterrupted(train, tmp_path: Path, ranks: int, changes
 
 @pytest.fixture(scope="module")
 def finished(train, tmp_path_factory):
-    run = train(1, tmp_path_factory.mktemp("finished") / "run", "run.steps=2", "--resume")
+    run = train(1, tmp_path_factory.mktemp("finished") / "run", "run.steps=2", "run.diagnostics=false", "--resume")
     assert run.code == 0, run.errors
     return run
 
 
 def test_resuming_nothing_starts_anew_and_says_so(finished):
     assert f"no checkpoint to continue from: starting anew in {finished.dir}" in finished.output
+
+
+def test_without_diagnostics_an_evaluation_is_the_loss_alone(finished):
+    assert [line.keys() for line in finished.metrics if "eval/loss" in line] == 2 * [
+        {"step", "eval/loss", "eval/bits_per_byte"}
+    ]
 
 
 def test_a_finished_run_has_nothing_to_do(train, finished):
