@@ -231,6 +231,22 @@ def test_on_the_cpu_it_runs_in_the_interpreter_only(monkeypatch: pytest.MonkeyPa
         lsh_attention(q[None], q[None], n_hashes=1, chunk_len=16, backend="triton")
 
 
+def test_the_path_taken_is_said_once_per_reason(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch._announce.cache_clear()
+    q = torch.zeros(1, 1, 20, 16)
+    with caplog.at_level("INFO", logger="reformer.lsh"):
+        for backend in ("auto", "chunked", "auto", "chunked"):
+            lsh_attention(q, q, n_hashes=1, chunk_len=16, backend=backend)
+        local_attention(q, q, q, chunk_len=16)
+        local_attention(*[q.to(DEVICE)] * 3, chunk_len=16, backend="triton")
+    assert [record.getMessage() for record in caplog.records] == [
+        "LSH attention runs as 'chunked': the tensors are on the CPU",
+        "LSH attention runs as 'chunked': it was asked for",
+        "local attention runs as 'chunked': the tensors are on the CPU",
+        f"local attention runs as 'triton': the tensors are on the {DEVICE.upper()}",
+    ]
+
+
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     """The interpreter forgives what the compiler does not: types, specialised arguments, shared memory."""
     script = Path(__file__).with_name("compile_kernels.py")
