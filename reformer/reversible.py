@@ -55,12 +55,18 @@ class ReversibleBlock(nn.Module):
     def backward(
         self, y1: Tensor, y2: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, buckets: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """From outputs and their gradients to inputs and theirs; parameters receive their gradients on the way."""
+        """From outputs and their gradients to inputs and theirs; parameters receive their gradients on the way.
+
+        Called without gradients enabled, as in the backward of an autograd Function.
+        """
         fed, d_y1 = self.feed_backward(y1, d_y1, d_y2, call)
         assert fed is not None
         x2 = _difference(y2, fed)
-        attended, d_y2 = self.attend_again(x2, d_y1, d_y2, call, buckets)
-        return _difference(y1, attended), x2, d_y1, d_y2
+        del y2, fed
+        attended, x2 = self.attend_again(x2, call, buckets)
+        x1 = _difference(y1, attended.detach())  # before the backward, so that y1 need not live through it
+        del y1
+        return x1, x2.detach(), d_y1, attend_backward(x2, attended, d_y1, d_y2)
 
     def feed_backward(
         self, y1: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, needs_output: bool = True
@@ -73,14 +79,11 @@ class ReversibleBlock(nn.Module):
         inner_product.backward()
         return None if fed is None else _scaled(fed, scale), _gradient(y1).add_(d_y1)
 
-    def attend_again(
-        self, x2: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, buckets: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The attention half's output after dropout and the gradient of x2 by both ways."""
+    def attend_again(self, x2: Tensor, call: Call, buckets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The attention half's output after dropout with its graph, and x2 as the leaf of that."""
         with torch.enable_grad():
             x2 = x2.detach().requires_grad_()
-            attended, _ = self.attend(x2, call, buckets)
-        return attended.detach(), attend_backward(x2, attended, d_y1, d_y2)
+            return self.attend(x2, call, buckets)[0], x2
 
 
 def attend_backward(x2: Tensor, attended: Tensor, d_y1: Tensor, d_y2: Tensor) -> Tensor:
@@ -167,16 +170,19 @@ class _ReversibleStack(torch.autograd.Function):
         x2, buckets = kept.x2, kept.buckets
         with torch.autocast(**ctx.autocast):
             _, d_y1 = last.feed_backward(kept.last_y1, d_y1, d_y2, call, needs_output=False)
-            d_y2 = attend_backward(kept.last_x2, kept.last_attended, d_y1, d_y2)
-            if others:
-                y1, y2 = _difference(kept.last_y1, kept.last_attended.detach()), kept.last_x2.detach()
+            y1, y2, attended = kept.last_y1, kept.last_x2, kept.last_attended
             del kept
+            y1 = _difference(y1, attended.detach())
+            d_y2 = attend_backward(y2, attended, d_y1, d_y2)
+            y2 = y2.detach()
+            del attended
             for block in reversed(others[1:]):
                 y1, y2, d_y1, d_y2 = block.backward(y1, y2, d_y1, d_y2, call, buckets.pop())
             for block in others[:1]:
                 _, d_y1 = block.feed_backward(y1, d_y1, d_y2, call, needs_output=False)
                 del y1, y2
-                _, d_y2 = block.attend_again(x2, d_y1, d_y2, call, buckets.pop())
+                attended, x2 = block.attend_again(x2, call, buckets.pop())
+                d_y2 = attend_backward(x2, attended, d_y1, d_y2)
         return d_y1, d_y2, None, None
 
 

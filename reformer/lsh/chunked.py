@@ -26,8 +26,8 @@ from reformer.lsh.rounds import Layout, Round, Tile, by_chunk, by_window
 
 LOG2_E = math.log2(math.e)
 
-SAFE_BOUND = {torch.float32: 60.0, torch.float64: 500.0}
-"""2 ** (-2 * bound) is still a normal number."""
+SAFE_BOUND = {torch.float32: 40.0, torch.float64: 400.0}
+"""The smallest weight, 2 ** (-2 * bound), leaves its inverse as much room again before it overflows."""
 
 FINISH_TOKENS = 4096
 """Tokens whose gradients are put together at a time, so that what is between stays in cache."""
