@@ -25,18 +25,13 @@ if not find_spec("triton"):
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Triton decides when it is imported, function by function, whether its interpreter runs it. Nobody else is to find
-# the variable in the environment.
-with pytest.MonkeyPatch.context() as patch:
-    if DEVICE == "cpu":
-        patch.setenv("TRITON_INTERPRET", "1")
+if DEVICE == "cpu":
     import triton.language as tl
 
-    import reformer.lsh.triton_kernels  # noqa: F401
-assert DEVICE == "cuda" or "Interpreted" in type(tl.sum).__name__, (
-    "another test imported Triton as a compiler before this file could import it as an interpreter: "
-    "run this file by itself, or import Triton inside that test"
-)
+    assert "Interpreted" in type(tl.sum).__name__, (
+        "Triton was imported as a compiler before tests/reformer/conftest.py could import it as an interpreter: "
+        "run tests/reformer by itself, or import what imports Triton inside of the test that needs it"
+    )
 
 Options = dict[str, object]
 
