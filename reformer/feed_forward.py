@@ -27,7 +27,8 @@ class FeedForward(nn.Module):
         d_model, d_ff = config.d_model, config.d_ff
         assert d_ff is not None  # filled in by the config
         self.chunk_tokens, self.norm_eps = config.ff_chunk_tokens, config.norm_eps
-        self.activation = F.relu if config.activation == "relu" else F.gelu
+        # In place: what goes in is an output of a product, whose gradient does not need it.
+        self.activation = torch.relu_ if config.activation == "relu" else F.gelu
         self.norm_weight = nn.Parameter(torch.ones(d_model))
         self.norm_bias = nn.Parameter(torch.zeros(d_model))
         self.in_weight = nn.Parameter(torch.empty(d_ff, d_model))
