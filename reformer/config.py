@@ -96,7 +96,7 @@ class ReformerConfig(StrictConfig):
     axial_dims: tuple[int, int] | None = None
     """Widths of the two axial tables, summing to d_model; a quarter and three quarters when not given."""
     ff_chunk_tokens: int = Field(default=4096, ge=1)
-    """Tokens that pass through a feed-forward layer at a time."""
+    """Tokens that pass through a feed-forward layer, or the projections of an attention layer, at a time."""
     loss_chunk_tokens: int = Field(default=2048, ge=1)
     """Tokens whose logits exist at a time when the loss is computed."""
     norm_eps: float = Field(default=1e-6, gt=0.0)

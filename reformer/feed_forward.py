@@ -4,12 +4,11 @@ Only one chunk's inner activations [chunk, d_ff] exist at any moment, in the bac
 by the module itself, not by inner layers, so that ZeRO-3 gathers them once per call and not once per chunk.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reformer.chunks import map_chunks, token_slices
 from reformer.config import ReformerConfig
 from reformer.gradients import GradientSum, with_gradients
 
@@ -47,16 +46,11 @@ class FeedForward(nn.Module):
         output itself costs one product more, and is None unless it is needed.
         """
         if d_out_BTM is None:
-            chunks = (
-                F.linear(self._inner(x, *self._inner_parameters), self.out_weight, self.out_bias)
-                for x in x_BTM.split(self.chunk_tokens, dim=1)
-            )
-            return torch.cat(list(chunks), dim=1) if torch.is_grad_enabled() else _joined(chunks, x_BTM.shape), None
+            return map_chunks(lambda x: (self._whole(x),), x_BTM, self.chunk_tokens)[0], None
         out, d_x = torch.empty_like(d_out_BTM) if needs_output else None, torch.empty_like(x_BTM)
         inner_sums = GradientSum(self._inner_parameters)
         out_sums = GradientSum([self.out_weight, self.out_bias])
-        for start in range(0, x_BTM.shape[1], self.chunk_tokens):
-            tokens = slice(start, start + self.chunk_tokens)
+        for tokens in token_slices(x_BTM.shape[1], self.chunk_tokens):
             with torch.enable_grad():
                 x = x_BTM[:, tokens].detach().requires_grad_()
                 inner = self._inner(x, *inner_sums.aliases)
@@ -78,14 +72,5 @@ class FeedForward(nn.Module):
     def _inner(self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, in_weight: Tensor, in_bias: Tensor) -> Tensor:
         return self.activation(F.linear(layer_norm(x, norm_weight, norm_bias, self.norm_eps), in_weight, in_bias))
 
-
-def _joined(chunks_BtM: Iterable[Tensor], shape: torch.Size) -> Tensor:
-    """The chunks of tokens in one tensor [B, T, M], with one of them alive at a time."""
-    whole_BTM, start = None, 0
-    for chunk in chunks_BtM:
-        if whole_BTM is None:
-            whole_BTM = chunk.new_empty(shape)
-        whole_BTM[:, start : start + chunk.shape[1]] = chunk
-        start += chunk.shape[1]
-    assert whole_BTM is not None
-    return whole_BTM
+    def _whole(self, x: Tensor) -> Tensor:
+        return F.linear(self._inner(x, *self._inner_parameters), self.out_weight, self.out_bias)

@@ -6,8 +6,8 @@ One autograd Function spans the stack. Its backward walks the blocks in reverse,
 its outputs and differentiates the two halves on the way. Per layer the forward keeps the hash buckets, since the
 reconstructed inputs differ from the originals by rounding: hashed again, some tokens would change buckets, and the
 gradient would be that of another function. At the two ends of the stack there is less to compute again: the inputs of
-the first block are kept, and of the last one, whose backward comes first, the graph of its attention. That is one
-block's memory, whatever the depth.
+the first block are kept, and of the last one, whose backward comes first, what its attention's backward needs. That is
+one block's memory, whatever the depth.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reformer.attention import DenseSelfAttention, LocalSelfAttention, LSHSelfAttention
+from reformer.attention import DenseSelfAttention, Held, LocalSelfAttention, LSHSelfAttention
 from reformer.call import Call
 from reformer.config import ReformerConfig
 from reformer.feed_forward import FeedForward
@@ -34,9 +34,11 @@ class ReversibleBlock(nn.Module):
         self.attention = kind(config, layer)
         self.feed_forward = FeedForward(config)
 
-    def attend(self, x2: Tensor, call: Call, buckets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The attention half's output [B, T, M] after dropout, and the buckets."""
-        attended, buckets = self.attention(x2, call, buckets)
+    def attend(
+        self, x2: Tensor, call: Call, buckets: Tensor | None = None, held: Held | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention half's output [B, T, M] after dropout, and the buckets; `held` as in the layer itself."""
+        attended, buckets = self.attention(x2, call, buckets, held=held)
         return _scaled(attended, call.dropout_scale(attended, self.layer, "attention")), buckets
 
     def feed(self, y1: Tensor, call: Call) -> Tensor:
@@ -63,10 +65,11 @@ class ReversibleBlock(nn.Module):
         assert fed is not None
         x2 = _difference(y2, fed)
         del y2, fed
-        attended, x2 = self.attend_again(x2, call, buckets)
-        x1 = _difference(y1, attended.detach())  # before the backward, so that y1 need not live through it
-        del y1
-        return x1, x2.detach(), d_y1, attend_backward(x2, attended, d_y1, d_y2)
+        held = Held()
+        attended, _ = self.attend(x2, call, buckets, held)
+        x1 = _difference(y1, attended)  # before the backward, so that y1 need not live through it
+        del y1, attended
+        return x1, x2, d_y1, self.attend_backward(x2, held, d_y1, d_y2, call)
 
     def feed_backward(
         self, y1: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, needs_output: bool = True
@@ -79,17 +82,23 @@ class ReversibleBlock(nn.Module):
         inner_product.backward()
         return None if fed is None else _scaled(fed, scale), _gradient(y1).add_(d_y1)
 
-    def attend_again(self, x2: Tensor, call: Call, buckets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The attention half's output after dropout with its graph, and x2 as the leaf of that."""
+    def attend_backward(self, x2: Tensor, held: Held, d_y1: Tensor, d_y2: Tensor, call: Call) -> Tensor:
+        """The gradient of x2 by both ways."""
+        scale = call.dropout_scale(x2, self.layer, "attention")
         with torch.enable_grad():
             x2 = x2.detach().requires_grad_()
-            return self.attend(x2, call, buckets)[0], x2
+            inner_product, _ = self.attention(x2, call, held=held, d_out_BTM=_scaled(d_y1, scale))
+        inner_product.backward()
+        return _gradient(x2).add_(d_y2)
 
 
-def attend_backward(x2: Tensor, attended: Tensor, d_y1: Tensor, d_y2: Tensor) -> Tensor:
-    """From the graph of `attended` over the leaf x2: the gradient of x2 by both ways."""
-    attended.backward(d_y1.to(attended.dtype))
-    return _gradient(x2).add_(d_y2)
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _sum(stream: Tensor, update: Tensor) -> Tensor:
@@ -102,15 +111,6 @@ def _sum(stream: Tensor, update: Tensor) -> Tensor:
 def _difference(stream: Tensor, update: Tensor) -> Tensor:
     """stream - update, in the same way."""
     return torch.sub(stream, update, out=update) if update.dtype == stream.dtype else stream - update
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad
 
 
 def reversible_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -126,18 +126,20 @@ def reversible_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) 
 
 @dataclass
 class _Kept:
-    """What lives from the forward to the backward, which takes it apart as it goes. None of it has a graph but one."""
+    """What lives from the forward to the backward, which takes it apart as it goes. An output of the stack is here
+    without its graph: that would be a circle of references."""
 
-    x2: Tensor
+    first_x2: Tensor
     """The second stream before the first block."""
     buckets: list[Tensor | None]
     """Of all blocks but the last."""
-    last_y1: Tensor
-    """The first stream after the last block."""
+    last_x1: Tensor
     last_x2: Tensor
-    """The second stream before the last block: a leaf."""
-    last_attended: Tensor
-    """The output of its attention, with its graph."""
+    """The streams before the last block."""
+    last_y1: Tensor
+    """The first stream after it."""
+    held: Held
+    """What the backward of its attention needs."""
 
 
 class _ReversibleStack(torch.autograd.Function):
@@ -146,18 +148,15 @@ class _ReversibleStack(torch.autograd.Function):
         ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call
     ) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.call, ctx.autocast = blocks, call, _autocast_state(x1.device.type)
-        first_x2, buckets = x2.detach(), []
+        first_x2, buckets, held = x2.detach(), [], Held()
         *others, last = blocks
         for block in others:
             x1, x2, used = block(x1, x2, call)
             buckets.append(used)
-        with torch.enable_grad():
-            x2 = x2.detach().requires_grad_()
-            attended, _ = last.attend(x2, call)
-        y1 = x1 + attended.detach()
-        y2 = _sum(x2.detach(), last.feed(y1, call))
-        ctx.kept = _Kept(first_x2, buckets, y1.detach(), x2, attended)  # an output itself would be a reference cycle
-        return y1, y2
+        attended, _ = last.attend(x2, call, held=held)
+        y1 = _sum(x1, attended)
+        ctx.kept = _Kept(first_x2, buckets, x1.detach(), x2.detach(), y1.detach(), held)
+        return y1, _sum(x2, last.feed(y1, call))
 
     @staticmethod
     def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -167,22 +166,19 @@ class _ReversibleStack(torch.autograd.Function):
             raise RuntimeError("this stack was differentiated already: run the forward again")
         kept, ctx.kept = ctx.kept, None
         call, (*others, last) = ctx.call, ctx.blocks
-        x2, buckets = kept.x2, kept.buckets
+        first_x2, buckets, y1, y2 = kept.first_x2, kept.buckets, kept.last_x1, kept.last_x2
         with torch.autocast(**ctx.autocast):
             _, d_y1 = last.feed_backward(kept.last_y1, d_y1, d_y2, call, needs_output=False)
-            y1, y2, attended = kept.last_y1, kept.last_x2, kept.last_attended
+            held = kept.held
             del kept
-            y1 = _difference(y1, attended.detach())
-            d_y2 = attend_backward(y2, attended, d_y1, d_y2)
-            y2 = y2.detach()
-            del attended
+            d_y2 = last.attend_backward(y2, held, d_y1, d_y2, call)
             for block in reversed(others[1:]):
                 y1, y2, d_y1, d_y2 = block.backward(y1, y2, d_y1, d_y2, call, buckets.pop())
             for block in others[:1]:
                 _, d_y1 = block.feed_backward(y1, d_y1, d_y2, call, needs_output=False)
                 del y1, y2
-                attended, x2 = block.attend_again(x2, call, buckets.pop())
-                d_y2 = attend_backward(x2, attended, d_y1, d_y2)
+                block.attend(first_x2, call, buckets.pop(), held)
+                d_y2 = block.attend_backward(first_x2, held, d_y1, d_y2, call)
         return d_y1, d_y2, None, None
 
 

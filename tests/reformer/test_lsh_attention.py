@@ -85,7 +85,7 @@ def test_queries_of_any_length_equal_oracle(scale: float, causal: bool) -> None:
 
 
 def test_keys_opposite_to_long_queries_leave_room_for_large_gradients() -> None:
-    """There the sum of weights is as small as it can be, and its inverse meets the gradient (of a loss that is scaled)."""
+    """There the sum of weights is as small as can be, and its inverse meets the gradient (of a scaled loss)."""
     qk, v = random_inputs(16, torch.float32)
     with torch.no_grad():
         qk.zero_()[..., 0] = 40.0

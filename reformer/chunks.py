@@ -1,0 +1,33 @@
+"""A function of tokens, a few thousand at a time: what it needs in between exists for one chunk only.
+
+Axes: B batch, T tokens, t tokens of a chunk, M model (or any other width).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def token_slices(n_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """The chunks of n_tokens as slices."""
+    for start in range(0, n_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, n_tokens))
+
+
+def map_chunks(
+    function: Callable[[Tensor], tuple[Tensor, ...]], x_BTM: Tensor, chunk_tokens: int
+) -> tuple[Tensor, ...]:
+    """What `function` gives for [B, T, M], made from what it gives for chunks [B, t, M].
+
+    Without gradients one chunk's results are alive at a time; with them, autograd has to see all.
+    """
+    chunks = (function(x_BtM) for x_BtM in x_BTM.split(chunk_tokens, dim=1))
+    if torch.is_grad_enabled():
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
+    results: tuple[Tensor, ...] = ()
+    for tokens, parts in zip(token_slices(x_BTM.shape[1], chunk_tokens), chunks, strict=True):
+        results = results or tuple(part.new_empty(*x_BTM.shape[:2], part.shape[-1]) for part in parts)
+        for result, part in zip(results, parts, strict=True):
+            result[:, tokens] = part
+    return results
