@@ -5,7 +5,9 @@ learning rate follow from its number, so a run that stopped and continued equals
 """
 
 import json
+import logging
 import math
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -67,6 +69,8 @@ class Trainer:
         self.launch, self.plan = job.launch, job.config.run
         self.leads = job.launch.rank == 0
         self.say(distributed.describe(job.launch, device))
+        if self.leads:
+            _show_model_messages()
         data = job.config.data
         self.train_rows = RowDataset(job.store, data.train_split, seed=self.plan.seed)
         self.eval_rows = RowDataset(job.store, data.eval_split) if self.plan.eval_every else None
@@ -190,6 +194,13 @@ class Trainer:
             self.engine, self.plan.dir, done, self.job.identity, self.plan.keep_last, self.launch, self.device
         )
         self.say(f"saved {path}")
+
+
+def _show_model_messages() -> None:
+    """Print what the model logs: which path its attention takes, and why."""
+    logger = logging.getLogger("reformer")
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logger.setLevel(logging.INFO)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reformer.dense import dense_attention
 from reformer.lsh.chunked import chunked_attention
 from reformer.lsh.dropout import check_dropout
 from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket
@@ -19,7 +20,7 @@ from reformer.lsh.reference import lsh_attention_reference
 from reformer.lsh.rounds import Layout, by_head, renumbered
 from reformer.lsh.triton_attention import triton_attention, why_not
 
-Backend = Literal["auto", "triton", "chunked", "reference"]
+Backend = Literal["auto", "triton", "chunked", "dense", "reference"]
 
 log = logging.getLogger("reformer.lsh")
 
@@ -66,8 +67,9 @@ def lsh_attention(
         dropout_keys: integers [B, H] in the range of int32, needed with dropout: what is dropped is a function of
             them, the round and the two positions (dropout.py).
         rotations: N(0, 1) [H, D, n_hashes, sum(factors) / 2]; None draws from torch's global generator.
-        backend: "triton" (fused kernels, on GPUs), "chunked" (any device), "reference" (O(T^2), the oracle), or
-            "auto": triton on a GPU where it can run, else chunked.
+        backend: "triton" (fused kernels, on GPUs), "chunked" (any device), "dense" (where that is the same function:
+            see `why_not_dense`), "reference" (O(T^2), the oracle), or "auto": on a GPU triton where it can run, on a
+            CPU dense where it is the same, else chunked.
 
     Returns:
         The output [B, H, T, D] in v's dtype and the buckets [B, H, n_hashes, T] that were used. Buckets carry no
@@ -78,8 +80,8 @@ def lsh_attention(
     """
     _check_arguments(qk, v, buckets, n_hashes, chunk_len, key_padding_mask, segment_ids)
     check_dropout(dropout, dropout_keys, qk.shape[:2])
-    if backend not in ("auto", "triton", "chunked", "reference"):
-        raise ValueError(f"backend={backend!r}: choose 'auto', 'triton', 'chunked' or 'reference'")
+    if backend not in ("auto", "triton", "chunked", "dense", "reference"):
+        raise ValueError(f"backend={backend!r}: choose 'auto', 'triton', 'chunked', 'dense' or 'reference'")
     n_heads, n_tokens, d_head = qk.shape[1:]
     if buckets is None:
         factors = bucket_factors(n_buckets, n_tokens, chunk_len)
@@ -106,6 +108,13 @@ def lsh_attention(
             dropout_keys=dropout_keys,
         )
         return out, buckets
+    not_dense = why_not_dense(n_tokens, chunk_len, attend_across_buckets, dropout)
+    if backend == "dense" and not_dense:
+        raise ValueError(f"backend='dense' cannot run: {not_dense}; choose 'auto' or 'chunked'")
+    if backend == "dense" or (backend == "auto" and qk.device.type == "cpu" and not not_dense):
+        _announce("LSH", "dense", f"the sequence fits one chunk of {chunk_len}, where every token sees all")
+        out = dense_attention(qk, v, causal=causal, key_padding_mask=key_padding_mask, segment_ids=segment_ids)
+        return out, buckets
     buckets_GRT = buckets.flatten(0, 1)
     order, inverse = sort_by_bucket(buckets_GRT, chunk_len)
     layout = Layout(
@@ -123,6 +132,21 @@ def lsh_attention(
     )
     out = attention_in_chunks(qk.flatten(0, 1), None, v.flatten(0, 1), layout, backend)
     return out.view_as(v), buckets
+
+
+def why_not_dense(n_tokens: int, chunk_len: int, attend_across_buckets: bool, dropout: float) -> str | None:
+    """Why LSH attention is not the same function as dense attention here; None where it is.
+
+    In a sequence of one chunk each round sees all tokens, and equally often, so that the rounds' softmaxes are one
+    and the same. There dense attention is several times as fast on a CPU: it has one round, and sorts nothing.
+    """
+    if n_tokens > chunk_len:
+        return f"{n_tokens} tokens do not fit one chunk of {chunk_len}, so that not every token sees all"
+    if not attend_across_buckets:
+        return "attend_across_buckets=False hides other buckets"
+    if dropout:
+        return "each round drops weights of its own"
+    return None
 
 
 def attention_in_chunks(

@@ -98,7 +98,8 @@ def _forward(
     key_scale_GT = None
     if k_GTD is None:
         norm = torch.linalg.vector_norm(q_GTD, dim=-1, dtype=torch.float32)
-        key_scale_GT = norm.clamp_(min=torch.finfo(torch.float32).tiny).reciprocal_()
+        # The key of a zero vector is zero, without gradient.
+        key_scale_GT = norm.reciprocal().masked_fill_(norm < torch.finfo(torch.float32).tiny, 0)
     out_GTD = torch.empty_like(v_GTD)
     top_GT, norm_GT = (torch.empty(q_GTD.shape[:2], dtype=torch.float32, device=q_GTD.device) for _ in range(2))
     several = layout.n_rounds > 1

@@ -8,7 +8,7 @@ from parity import assert_parity
 from torch import Tensor
 
 from reformer import lsh_attention
-from reformer.lsh import rounds
+from reformer.lsh import dispatch, rounds
 
 LENGTHS = [1, 5, 16, 17, 63, 100]
 
@@ -94,6 +94,47 @@ def test_keys_opposite_to_long_queries_leave_room_for_large_gradients() -> None:
     out, _ = lsh_attention(qk, v, buckets, n_hashes=1, chunk_len=1)
     gradients = torch.autograd.grad(out, (qk, v), torch.full_like(out, 2.0**24))
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 15, 16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_sequence_of_one_chunk_takes_the_dense_path_and_is_the_same(
+    n_tokens: int, causal: bool, masked: bool
+) -> None:
+    qk, v = random_inputs(n_tokens)
+    options: dict[str, object] = {"n_hashes": 3, "chunk_len": 16, "causal": causal, "duplicate_correction": masked}
+    if masked:
+        options["segment_ids"] = torch.arange(n_tokens).expand(2, -1) // 3
+        options["key_padding_mask"] = torch.arange(2 * n_tokens).view(2, -1) % 4 > 0
+    buckets = torch.randint(0, 4, (2, 2, 3, n_tokens))
+    exact, _ = run(qk, v, buckets, backend="reference", **options)
+    for backend in ("auto", "dense", "chunked"):
+        assert_parity(run(qk, v, buckets, backend=backend, **options)[0], exact, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"n_tokens": 17}, "17 tokens do not fit one chunk of 16"),
+        ({"attend_across_buckets": False}, "attend_across_buckets=False hides other buckets"),
+        ({"dropout": 0.1, "dropout_keys": torch.zeros(2, 2, dtype=torch.int32)}, "each round drops weights of its own"),
+    ],
+)
+def test_the_dense_path_is_never_another_function(
+    changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    qk, v = random_inputs(changes.pop("n_tokens", 16))
+    with pytest.raises(ValueError, match=f"backend='dense' cannot run: {reason}"):
+        lsh_attention(qk, v, n_hashes=2, chunk_len=16, backend="dense", **changes)
+    dispatch._announce.cache_clear()
+    with caplog.at_level("INFO", logger="reformer.lsh"):
+        lsh_attention(qk, v, n_hashes=2, chunk_len=16, **changes)
+        lsh_attention(qk[:, :, :16], v[:, :, :16], n_hashes=2, chunk_len=16)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "LSH attention runs as 'chunked'",
+        "LSH attention runs as 'dense'",
+    ]
 
 
 def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +246,7 @@ def test_positions_beyond_what_fp32_holds_are_compared_in_float64(monkeypatch: p
     monkeypatch.setattr("reformer.lsh.rounds.MAX_EXACT_FLOAT32", 64)
     for n_tokens, expected in ((63, torch.float32), (64, torch.float64)):
         compared.clear()
-        lsh_attention(*random_inputs(n_tokens, torch.float32), n_hashes=1, chunk_len=64)
+        lsh_attention(*random_inputs(n_tokens, torch.float32), n_hashes=1, chunk_len=64, backend="chunked")
         assert set(compared) == {expected}
 
 

@@ -188,6 +188,18 @@ def test_local_equals_oracle(n_tokens: int, options: Options, causal: bool) -> N
     assert_parity({name: x.double() for name, x in fast.items()}, exact, 5e-6 if n_tokens > 1 else 1e-3)
 
 
+def test_zero_vectors_equal_oracle() -> None:
+    qk, v = heads(2, 40, 16)
+    with torch.no_grad():
+        qk[:, :, 3:30:5] = 0
+    buckets = torch.arange(40, device=DEVICE).remainder(3).expand(1, 2, 2, 40)
+    out, _ = lsh_attention(qk, v, buckets, n_hashes=2, chunk_len=16, backend="triton")
+    fast = outcome(out, {"qk": qk, "v": v})
+    qk, v = exactly(qk), exactly(v)
+    out, _ = lsh_attention(qk, v, buckets, n_hashes=2, chunk_len=16, backend="reference")
+    assert_parity({name: x.double() for name, x in fast.items()}, outcome(out, {"qk": qk, "v": v}), 5e-6)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here, and the interpreter runs one program after the other")
 def test_two_runs_are_equal_to_the_bit() -> None:
     results = []
@@ -228,7 +240,7 @@ def test_on_the_cpu_it_runs_in_the_interpreter_only(monkeypatch: pytest.MonkeyPa
 
 def test_the_path_taken_is_said_once_per_reason(caplog: pytest.LogCaptureFixture) -> None:
     dispatch._announce.cache_clear()
-    q = torch.zeros(1, 1, 20, 16)
+    q = torch.zeros(1, 1, 20, 16)  # more than a chunk
     with caplog.at_level("INFO", logger="reformer.lsh"):
         for backend in ("auto", "chunked", "auto", "chunked"):
             lsh_attention(q, q, n_hashes=1, chunk_len=16, backend=backend)
