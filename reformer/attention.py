@@ -63,11 +63,13 @@ class _Attention(nn.Module):
         buckets: Tensor | None = None,
         *,
         held: Held | None = None,
+        needs_output: bool = True,
         d_out_BTM: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The output [B, T, M], and LSH attention's buckets [B, H, R, T]; given buckets, nothing is hashed.
 
-        With an empty `held`, the output has no graph, and what the backward needs is put there. With that and the
+        With an empty `held`, the output has no graph (and is None unless it is needed), and what the backward needs
+        is put there. With that and the
         gradient of the output: a scalar, <output, d_out>, and None. Its backward gives x and the parameters their
         gradients, each once.
         """
@@ -81,7 +83,7 @@ class _Attention(nn.Module):
                 held.heads = [head.requires_grad_() for head in held.heads]
                 held.out, buckets = self.attend(held.heads, call, buckets)
             with torch.no_grad():
-                return self.merge(held.out.detach()), buckets
+                return self.merge(held.out.detach()) if needs_output else None, buckets
         return self._known_gradients(x_BTM, held, d_out_BTM), None
 
     def attend(self, heads: list[Tensor], call: Call, buckets: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +92,7 @@ class _Attention(nn.Module):
 
     @property
     def projection_weights(self) -> list[Tensor]:
-        return [self.get_parameter(f"{name}_weight") for name in self.projections]
+        return [getattr(self, f"{name}_weight") for name in self.projections]
 
     def project(self, x_BTM: Tensor) -> list[Tensor]:
         """The heads [B, H, T, D] of each projection of norm(x)."""

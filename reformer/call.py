@@ -42,7 +42,8 @@ class Call:
             seed = derive_seed(self.seed, self.step, layer, int(half == "attention"), sample_id)
             generator = torch.Generator(like_BTM.device).manual_seed(seed)
             masks.append(torch.rand(like_BTM.shape[1:], generator=generator, device=like_BTM.device) >= self.dropout)
-        return torch.stack(masks).to(like_BTM.dtype) / (1 - self.dropout)
+        # In fp32 or better: the forward and the backward of a block must use the same numbers, whatever they scale.
+        return torch.stack(masks).to(torch.promote_types(like_BTM.dtype, torch.float32)) / (1 - self.dropout)
 
     def attn_dropout_keys(self, layer: int, n_heads: int, device: torch.device) -> Tensor | None:
         """int32 [B, H], what decides which attention weights are dropped; None without attention dropout."""

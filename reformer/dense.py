@@ -132,21 +132,28 @@ class _DenseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out_GTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_GTD, k_GTD, v_GTD, out_GTD, lse_GT1 = ctx.saved_tensors
-        view: _View = ctx.view
-        dq_GTD, dk_GTD = torch.empty_like(q_GTD), torch.zeros_like(k_GTD)
-        dv_GTD = d_out_GTD * (lse_GT1 == -torch.inf)  # who sees nothing else has its own value
-        delta_GT1 = (d_out_GTD * out_GTD).sum(dim=-1, keepdim=True)
-        for group, (q, k, v) in enumerate(zip(q_GTD, k_GTD, v_GTD, strict=True)):
-            for queries, keys in view.blocks(v_GTD):
-                d_out = d_out_GTD[group, queries]
-                weights = _weights(view.hide(q[queries] @ k[keys].T, group, queries, keys), lse_GT1[group, queries])
-                dv_GTD[group, keys].addmm_(view.drop(weights, group, queries, keys).T, d_out)
-                d_weights = view.drop(d_out @ v[keys].T, group, queries, keys)
-                d_scores = d_weights.sub_(delta_GT1[group, queries]).mul_(weights)
-                dq_GTD[group, queries] = d_scores @ k[keys]
-                dk_GTD[group, keys].addmm_(d_scores.T, q[queries])
-        return dq_GTD, dk_GTD, dv_GTD, None
+        with torch.autocast(d_out_GTD.device.type, enabled=False):
+            q, k, v, out, lse = ctx.saved_tensors
+            return *_gradients(q, k, v, out, lse, d_out_GTD, ctx.view), None
+
+
+def _gradients(
+    q_GTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, out_GTD: Tensor, lse_GT1: Tensor, d_out_GTD: Tensor, view: _View
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values."""
+    dq_GTD, dk_GTD = torch.empty_like(q_GTD), torch.zeros_like(k_GTD)
+    dv_GTD = d_out_GTD * (lse_GT1 == -torch.inf)  # who sees nothing else has its own value
+    delta_GT1 = (d_out_GTD * out_GTD).sum(dim=-1, keepdim=True)
+    for group, (q, k, v) in enumerate(zip(q_GTD, k_GTD, v_GTD, strict=True)):
+        for queries, keys in view.blocks(v_GTD):
+            d_out = d_out_GTD[group, queries]
+            weights = _weights(view.hide(q[queries] @ k[keys].T, group, queries, keys), lse_GT1[group, queries])
+            dv_GTD[group, keys].addmm_(view.drop(weights, group, queries, keys).T, d_out)
+            d_weights = view.drop(d_out @ v[keys].T, group, queries, keys)
+            d_scores = d_weights.sub_(delta_GT1[group, queries]).mul_(weights)
+            dq_GTD[group, queries] = d_scores @ k[keys]
+            dk_GTD[group, keys].addmm_(d_scores.T, q[queries])
+    return dq_GTD, dk_GTD, dv_GTD
 
 
 def _weights(scores_LW: Tensor, lse_L1: Tensor) -> Tensor:

@@ -190,8 +190,8 @@ def reached_keys(
 def reconstruction_error(model: Reformer, tokens: Tensor, *, segment_ids: Tensor | None = None, step: int = 0) -> float:
     """max |x - x'| / rms(x): how far the inputs x of the reversible stack are from those that its inverse gives.
 
-    Tokens are integer [B, T]. This is what the backward pass works with, so it bounds the error that reversibility
-    puts into gradients. Costs two passes through the stack.
+    Tokens are integer [B, T]. Without dropout, this is what the backward pass works with, so it bounds the error that
+    reversibility puts into gradients. Costs two passes through the stack.
     """
     sample_ids = tuple(range(len(tokens)))
     call = Call(model.config.seed, step, sample_ids, segment_ids_BT=segment_ids)

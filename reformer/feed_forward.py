@@ -26,7 +26,7 @@ class FeedForward(nn.Module):
         d_model, d_ff = config.d_model, config.d_ff
         assert d_ff is not None  # filled in by the config
         self.chunk_tokens, self.norm_eps = config.ff_chunk_tokens, config.norm_eps
-        # In place: what goes in is an output of a product, whose gradient does not need it.
+        # relu_ in place: what goes in is the output of a product, whose gradient does not need it.
         self.activation = torch.relu_ if config.activation == "relu" else F.gelu
         self.norm_weight = nn.Parameter(torch.ones(d_model))
         self.norm_bias = nn.Parameter(torch.zeros(d_model))
@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
         """
         if d_out_BTM is None:
             return map_chunks(lambda x: (self._whole(x),), x_BTM, self.chunk_tokens)[0], None
-        out, d_x = torch.empty_like(d_out_BTM) if needs_output else None, torch.empty_like(x_BTM)
+        out, d_x = None, torch.empty_like(x_BTM)
         inner_sums = GradientSum(self._inner_parameters)
         out_sums = GradientSum([self.out_weight, self.out_bias])
         for tokens in token_slices(x_BTM.shape[1], self.chunk_tokens):
@@ -55,8 +55,10 @@ class FeedForward(nn.Module):
                 x = x_BTM[:, tokens].detach().requires_grad_()
                 inner = self._inner(x, *inner_sums.aliases)
             activations, d_out = inner.detach().flatten(0, 1), d_out_BTM[:, tokens].flatten(0, 1).to(inner.dtype)
-            if out is not None:
-                out[:, tokens] = F.linear(inner.detach(), self.out_weight, self.out_bias)
+            if needs_output:
+                part = F.linear(inner.detach(), self.out_weight, self.out_bias)
+                out = part.new_empty(x_BTM.shape) if out is None else out
+                out[:, tokens] = part
             out_sums.add_known([d_out.T @ activations, d_out.sum(dim=0)])
             d_inner = (d_out @ self.out_weight).view_as(inner)
             (d_x[:, tokens],) = inner_sums.add(inner, [x], d_inner.to(inner.dtype))

@@ -7,7 +7,7 @@ Below it stands its slow, obvious twin.
 import torch
 from torch import Tensor
 
-from reformer.lsh.dispatch import Backend, attention_in_chunks
+from reformer.lsh.dispatch import Backend, attention_in_chunks, check_heads
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import Layout, by_head, renumbered
 
@@ -35,12 +35,14 @@ def local_attention(
 
     backend: "triton" (fused kernels, on GPUs), "chunked" (any device), or "auto" as in `lsh_attention`.
 
-    Raises ValueError for dropout outside [0, 1), or without keys; for another backend, or one that cannot run.
+    Raises ValueError for shapes and dtypes that do not fit, with what was expected; for dropout outside [0, 1), or
+    without keys; for another backend, or one that cannot run.
     """
     if backend not in ("auto", "triton", "chunked"):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'triton' or 'chunked'")
-    batch, n_heads, n_tokens, d_head = q.shape
+    check_heads({"q": q, "k": k, "v": v}, chunk_len, key_padding_mask, segment_ids)
     check_dropout(dropout, dropout_keys, q.shape[:2])
+    batch, n_heads, n_tokens, d_head = q.shape
     groups = batch * n_heads
     places = torch.arange(n_tokens + -n_tokens % chunk_len, dtype=torch.int32, device=q.device)
     layout = Layout(

@@ -69,6 +69,12 @@ class Reformer(nn.Module):
                 f"(attn_pattern is {self.config.attn_pattern}); leave it out to keep the model's {self.config.n_hashes}"
             )
         ids = range(len(tokens)) if sample_ids is None else sample_ids
+        if len(ids) != len(tokens):
+            raise ValueError(
+                f"sample_ids has {len(ids)} entries for a batch of {len(tokens)}: give one for each sample"
+            )
+        if segment_ids is not None and segment_ids.shape != tokens.shape:
+            raise ValueError(f"segment_ids must be {list(tokens.shape)} like tokens, got {list(segment_ids.shape)}")
         call = Call(
             seed=self.config.seed,
             step=step,

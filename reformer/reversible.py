@@ -93,7 +93,7 @@ class ReversibleBlock(nn.Module):
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale
+    return x if scale is None else (x * scale).to(x.dtype)
 
 
 def _gradient(leaf: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class _ReversibleStack(torch.autograd.Function):
             for block in others[:1]:
                 _, d_y1 = block.feed_backward(y1, d_y1, d_y2, call, needs_output=False)
                 del y1, y2
-                block.attend(first_x2, call, buckets.pop(), held)
+                block.attention(first_x2, call, buckets.pop(), held=held, needs_output=False)
                 d_y2 = block.attend_backward(first_x2, held, d_y1, d_y2, call)
         return d_y1, d_y2, None, None
 

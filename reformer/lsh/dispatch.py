@@ -6,7 +6,7 @@ for every distinct reason (logger "reformer.lsh", level INFO).
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -82,31 +82,25 @@ def lsh_attention(
     check_dropout(dropout, dropout_keys, qk.shape[:2])
     if backend not in ("auto", "triton", "chunked", "dense", "reference"):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'triton', 'chunked', 'dense' or 'reference'")
-    n_heads, n_tokens, d_head = qk.shape[1:]
+    n_heads, n_tokens, _ = qk.shape[1:]
     if buckets is None:
-        factors = bucket_factors(n_buckets, n_tokens, chunk_len)
-        shape = (n_heads, d_head, n_hashes, sum(factors) // 2)
-        if rotations is None:
-            rotations = torch.randn(shape, device=qk.device, dtype=torch.float32)
-        elif rotations.shape != shape:
-            raise ValueError(f"rotations must be {list(shape)} = [H, D, R, F], got {list(rotations.shape)}")
-        with torch.no_grad():
-            buckets = hash_to_buckets(qk, rotations, factors)
+        buckets = _hashed(qk, n_hashes, bucket_factors(n_buckets, n_tokens, chunk_len), rotations)
     if backend == "reference":
         _announce("LSH", backend, "it was asked for")
-        out = lsh_attention_reference(
-            qk,
-            v,
-            buckets,
-            chunk_len=chunk_len,
-            causal=causal,
-            key_padding_mask_BT=key_padding_mask,
-            segment_ids_BT=segment_ids,
-            attend_across_buckets=attend_across_buckets,
-            duplicate_correction=duplicate_correction,
-            dropout=dropout,
-            dropout_keys=dropout_keys,
-        )
+        with torch.autocast(qk.device.type, enabled=False):
+            out = lsh_attention_reference(
+                qk,
+                v,
+                buckets,
+                chunk_len=chunk_len,
+                causal=causal,
+                key_padding_mask_BT=key_padding_mask,
+                segment_ids_BT=segment_ids,
+                attend_across_buckets=attend_across_buckets,
+                duplicate_correction=duplicate_correction,
+                dropout=dropout,
+                dropout_keys=dropout_keys,
+            )
         return out, buckets
     not_dense = why_not_dense(n_tokens, chunk_len, attend_across_buckets, dropout)
     if backend == "dense" and not_dense:
@@ -132,6 +126,18 @@ def lsh_attention(
     )
     out = attention_in_chunks(qk.flatten(0, 1), None, v.flatten(0, 1), layout, backend)
     return out.view_as(v), buckets
+
+
+@torch.no_grad()
+def _hashed(qk: Tensor, n_hashes: int, factors: tuple[int, ...], rotations: Tensor | None) -> Tensor:
+    """The buckets [B, H, R, T] of qk, by the given rotations or new ones."""
+    shape = (qk.shape[1], qk.shape[3], n_hashes, sum(factors) // 2)
+    if rotations is None:
+        rotations = torch.randn(shape, device=qk.device, dtype=torch.float32)
+    elif rotations.shape != shape:
+        raise ValueError(f"rotations must be {list(shape)} = [H, D, R, F], got {list(rotations.shape)}")
+    with torch.autocast(qk.device.type, enabled=False):  # rounded products would change buckets
+        return hash_to_buckets(qk, rotations, factors)
 
 
 def why_not_dense(n_tokens: int, chunk_len: int, attend_across_buckets: bool, dropout: float) -> str | None:
@@ -187,12 +193,9 @@ def _check_arguments(
     key_padding_mask: Tensor | None,
     segment_ids: Tensor | None,
 ) -> None:
-    if qk.ndim != 4 or v.shape != qk.shape or qk.shape[2] == 0:
-        raise ValueError(f"qk and v must both be [B, H, T, D] with T >= 1, got {list(qk.shape)} and {list(v.shape)}")
-    if not qk.is_floating_point() or v.dtype != qk.dtype:
-        raise ValueError(f"qk and v must have one floating-point dtype, got {qk.dtype} and {v.dtype}")
-    if n_hashes < 1 or chunk_len < 1:
-        raise ValueError(f"n_hashes={n_hashes} and chunk_len={chunk_len} must be at least 1")
+    check_heads({"qk": qk, "v": v}, chunk_len, key_padding_mask, segment_ids)
+    if not isinstance(n_hashes, int) or n_hashes < 1:
+        raise ValueError(f"n_hashes={n_hashes} must be a whole number of at least 1")
     batch, n_heads, n_tokens, _ = qk.shape
     if buckets is not None:
         shape = [batch, n_heads, n_hashes, n_tokens]
@@ -200,6 +203,22 @@ def _check_arguments(
             raise ValueError(
                 f"buckets must be integers {shape} = [B, H, R, T], got {buckets.dtype} {list(buckets.shape)}"
             )
+
+
+def check_heads(
+    heads: Mapping[str, Tensor], chunk_len: int, key_padding_mask: Tensor | None, segment_ids: Tensor | None
+) -> None:
+    """Raises ValueError unless all heads are [B, H, T, D] of one floating-point dtype and masks fit."""
+    first = next(iter(heads.values()))
+    names = " and ".join(heads)
+    if first.ndim != 4 or 0 in first.shape or any(x.shape != first.shape for x in heads.values()):
+        shapes = " and ".join(str(list(x.shape)) for x in heads.values())
+        raise ValueError(f"{names} must all be [B, H, T, D], each at least 1, got {shapes}")
+    if not first.is_floating_point() or any(x.dtype != first.dtype for x in heads.values()):
+        raise ValueError(f"{names} must have one floating-point dtype, got {[x.dtype for x in heads.values()]}")
+    if not isinstance(chunk_len, int) or chunk_len < 1:
+        raise ValueError(f"chunk_len={chunk_len} must be a whole number of at least 1")
+    shape = [first.shape[0], first.shape[2]]
     for name, mask in (("key_padding_mask", key_padding_mask), ("segment_ids", segment_ids)):
-        if mask is not None and list(mask.shape) != [batch, n_tokens]:
-            raise ValueError(f"{name} must be [B, T] = {[batch, n_tokens]}, got {list(mask.shape)}")
+        if mask is not None and list(mask.shape) != shape:
+            raise ValueError(f"{name} must be [B, T] = {shape}, got {list(mask.shape)}")

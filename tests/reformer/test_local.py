@@ -25,3 +25,19 @@ def test_equals_dense(n_tokens: int, causal: bool, masked: bool) -> None:
         grads = torch.autograd.grad(out, (q, k, v), inputs[3])
         results.append(dict(zip(("out", "d_q", "d_k", "d_v"), (out.detach(), *grads), strict=True)))
     assert_parity(*results, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"v": torch.zeros(1, 2, 5, 8)}, r"q and k and v must all be \[B, H, T, D\]"),
+        ({"k": torch.zeros(1, 2, 6, 4)}, "q and k and v must all be"),
+        ({"k": torch.zeros(1, 2, 5, 4, dtype=torch.float64)}, "one floating-point dtype"),
+        ({"key_padding_mask": torch.ones(1, 6)}, r"key_padding_mask must be \[B, T\] = \[1, 5\]"),
+        ({"chunk_len": 0}, "chunk_len=0 must be a whole number"),
+    ],
+)
+def test_bad_arguments_name_what_was_expected(changes: dict[str, object], message: str) -> None:
+    heads = {name: torch.zeros(1, 2, 5, 4) for name in ("q", "k", "v")}
+    with pytest.raises(ValueError, match=message):
+        local_attention(**{**heads, "chunk_len": 2, **changes})
