@@ -117,6 +117,7 @@ def huggingface_config(sizes: Sizes) -> Any:
         hidden_dropout_prob=0.0,
         lsh_attention_probs_dropout_prob=0.0,
         chunk_size_feed_forward=min(CHUNK_TOKENS, sizes.seq_len),
+        chunk_size_lm_head=min(CHUNK_TOKENS, sizes.seq_len),
     )
 
 
