@@ -23,7 +23,8 @@ bench: install
 		--json benchmarks/model-cpu.json
 	$(BIN)/python launch/benchmark_plot.py benchmarks/model-cpu.json --output docs/model-cpu.png
 
-# On a machine with a GPU, with whatever Python has a CUDA build of torch there; nothing is installed.
+# On a machine with a GPU, with whatever Python has a CUDA build of torch there. Nothing is installed: launch/gpu_check.py
+# says what it needs.
 gpu-check:
 	PYTHONPATH=$(CURDIR) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) launch/gpu_check.py
 

@@ -165,7 +165,7 @@ class _DenseAttention(nn.Module):
         return self.out(attend_densely(q, k, v, self.n_heads))
 
 
-class _DenseModel(nn.Module):
+class DenseModel(nn.Module):
     """A pre-norm Transformer that checkpoints each half of a block, the second by chunks; gives the loss."""
 
     def __init__(self, sizes: Sizes) -> None:
@@ -201,7 +201,7 @@ def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 def dense(sizes: Sizes) -> Step:
     """A Transformer with dense attention (scaled_dot_product_attention), checkpointed."""
-    model = _DenseModel(sizes)
+    model = DenseModel(sizes)
     return model_step(model, model, sizes)
 
 

@@ -2,17 +2,23 @@
 
     python launch/gpu_check.py
     python launch/gpu_check.py --seq-len 4096 65536 --skip-tests --json other.json
-    python launch/gpu_check.py --device cpu --seq-len 256 512 --n-layers 2 --d-model 64    (a dry run)
+    python launch/gpu_check.py --device cpu --seq-len 256 512 --n-layers 2 --d-model 64 --n-heads 2 --skip-tests
 
 First the kernels' tests run on the GPU; then one layer's attention and the training step (forward and backward) of a
 12-layer model are timed from short to long, bf16, each after a first call that does not count; then the longest
-sequence that the GPU trains is looked for. What is expected, from the shorter lengths, to take longer than its budget
-is left out, and the table says so. The share of the roofline is that of attention without hashing and sorting.
+sequence that the GPU trains is looked for (the last example is a dry run, without that). What is expected, from the
+shorter lengths, to take longer than its budget is left out, and the table says so. The share of the roofline is that
+of attention without hashing and sorting.
+
+Needs torch, Triton, numpy and pydantic, pytest for the tests, transformers for that peer; and this repository installed
+or on PYTHONPATH, as `make gpu-check` has it.
 """
 
 import argparse
 import functools
+import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -28,14 +34,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_peers import Sizes, Step
-from gpu_peers import ATTENTION, MODEL, attention_step, disagreement, model_training_step
-from roofline import backward_work, forward_work, peaks_of
+
+try:
+    from benchmark_peers import Sizes, Step, config_of
+    from gpu_peers import ATTENTION, MODEL, attention_step, disagreement, model_training_step
+    from roofline import backward_work, forward_work, peaks_of
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed here, and is needed: {__doc__.strip().splitlines()[-2]}")
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = "tests/reformer/test_triton.py"
 TEST_PROCESSES = 8
 """Most of the tests' time is the compilation of kernels, one core each."""
+TESTS_S = 200.0
+"""After so long the tests are stopped, so that the rest has its time."""
+TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
+"""How far the fused path may be from the chunked one, relative to the largest number."""
 REPEAT_S, REPEATS, MOST_CALLS = 0.2, 3, 20
 """The median of three runs of as many calls as fit into so many seconds."""
 LONGEST_SHARE = 0.15
@@ -104,6 +118,7 @@ def longest(trains: Callable[[int], bool], known: int, halvings: int = 2) -> int
 
 def measure(build: Callable[[], Step], device: torch.device, once: bool = False) -> Result:
     """Seconds of a call (once: of the very first) and peak memory."""
+    gc.collect()  # what stood before in circles of references would count into this one's peak
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -147,21 +162,27 @@ def run_kernel_tests() -> Result:
     if not find_spec("pytest"):
         return {"error": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    listed = _output([*command, "--collect-only", KERNEL_TESTS])
+    begun = time.monotonic()
+    listed = _output([*command, "--collect-only", KERNEL_TESTS], TESTS_S)
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     if not names:
         return {"error": "no test could be collected", "output": (listed.stdout + listed.stderr)[-2000:]}
     shares = [names[first::TEST_PROCESSES] for first in range(min(TEST_PROCESSES, len(names)))]
     with ThreadPoolExecutor(len(shares)) as pool:
-        done = list(pool.map(lambda share: _output([*command, *share]), shares))
+        left_s = TESTS_S - (time.monotonic() - begun)
+        done = list(pool.map(lambda share: _output([*command, *share], left_s), shares))
     failed = [line for process in done for line in process.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     broken = any(process.returncode for process in done)
     output = "".join(process.stdout[-1500:] for process in done if process.returncode)
     return {"tests": len(names), "failed": failed, **({"error": "tests failed", "output": output} if broken else {})}
 
 
-def _output(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def _output(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s)
+    except subprocess.TimeoutExpired as stopped:
+        said = stopped.stdout.decode(errors="replace") if isinstance(stopped.stdout, bytes) else ""
+        return subprocess.CompletedProcess(command, 124, f"{said}\nERROR stopped after {timeout_s:.0f} s", "")
 
 
 @dataclass(frozen=True)
@@ -239,13 +260,19 @@ def row(result: Result) -> str:
     return line + (f"{result['roofline_share']:>7.0%} of the roofline" if "roofline_share" in result else "")
 
 
+def judged(errors: Result, dtype: torch.dtype) -> Result:
+    """The disagreement of the two paths, and whether it is more than the dtype explains (NaN is)."""
+    numbers = [x for x in errors.values() if isinstance(x, float)]
+    agrees = bool(numbers) and all(math.isfinite(x) and x <= TOLERANCE[dtype] for x in numbers)
+    shown = {name: x if not isinstance(x, float) or math.isfinite(x) else str(x) for name, x in errors.items()}
+    return {**shown, "tolerance": TOLERANCE[dtype], "agrees": agrees}
+
+
 def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Setting) -> Result:
     """The longest sequence that our model trains on this device, and its tokens per second.
 
     From the lengths and seconds that are known, upwards until memory or the time that is left forbids it.
     """
-    if not known:
-        return {"error": "our model trained at no length"}
     points, tried = list(known), []
 
     def trains(seq_len: int) -> bool:
@@ -262,7 +289,8 @@ def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Sett
         return "seconds" in found
 
     length = longest(trains, max(known)[0])
-    return {"seq_len": length, "tokens_per_s": length / dict(points)[length], "tried": tried}
+    limit = "time" if any("left_out" in found for found in tried) else "memory"
+    return {"seq_len": length, "tokens_per_s": length / dict(points)[length], "limited_by": limit, "tried": tried}
 
 
 def hardware(device: torch.device, peaks: tuple[float, float] | None) -> Result:
@@ -289,17 +317,25 @@ def versions() -> Result:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, in fp32")
-    parser.add_argument("--seq-len", type=int, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="T")
-    parser.add_argument("--budget-s", type=float, default=510, help="for everything (default: %(default)s)")
-    parser.add_argument("--item-budget-s", type=float, default=30, help="for a measurement (default: %(default)s)")
+    parser.add_argument("--seq-len", type=positive, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="T")
+    parser.add_argument("--budget-s", type=positive, default=510, help="for everything (default: %(default)s)")
+    parser.add_argument("--item-budget-s", type=positive, default=30, help="for a measurement (default: %(default)s)")
     names = [*dict.fromkeys((*ATTENTION, *MODEL, "huggingface"))]
     parser.add_argument("--peers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--skip-tests", action="store_true", help="of the kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="(default: benchmarks/gpu-<device>.json; cpu: none)")
     shape = Sizes(d_model=1024, n_layers=12, n_heads=8)
     for name in ("d_model", "n_layers", "n_heads", "n_hashes", "chunk_len"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(shape, name))
-    return parser.parse_args()
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=getattr(shape, name))
+    arguments = parser.parse_args()
+    arguments.seq_len = sorted(set(arguments.seq_len))
+    return arguments
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 def main() -> int:
@@ -307,7 +343,8 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(
             "error: there is no CUDA device here (torch.cuda.is_available() is False); run this on a machine with an "
-            "NVIDIA GPU and a CUDA build of torch, or try the flow with --device cpu --seq-len 256 512",
+            "NVIDIA GPU and a CUDA build of torch, or try the flow with --device cpu --seq-len 256 512 --n-layers 2 "
+            "--d-model 64 --n-heads 2 --skip-tests",
             file=sys.stderr,
         )
         return 2
@@ -318,28 +355,40 @@ def main() -> int:
     budget = Budget(arguments.budget_s, arguments.item_budget_s)
     setting = Setting(device, dtype, budget, peaks, arguments.peers)
     sizes = Sizes(**{key: getattr(arguments, key) for key in asdict(Sizes()) if key in arguments} | {"seq_len": 0})
+    try:
+        config_of(replace(sizes, seq_len=max(arguments.seq_len)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     file = arguments.json or (ROOT / "benchmarks" / f"gpu-{slug(name)}.json" if device.type == "cuda" else None)
     record: Result = {
         "command": ["python", "launch/gpu_check.py", *sys.argv[1:]],
         **hardware(device, peaks),
         "versions": versions(),
         "sizes": {key: x for key, x in asdict(sizes).items() if key != "seq_len"},
-        "tests": {"skipped": True} if arguments.skip_tests else run_kernel_tests(),
     }
+    try:
+        write(file, record)
+    except OSError as error:
+        print(f"error: {file} cannot be written: {error}; give another --json FILE", file=sys.stderr)
+        return 2
+    record["tests"] = {"skipped": True} if arguments.skip_tests else run_kernel_tests()
     print("kernel tests:", record["tests"].get("output") or json.dumps(record["tests"]), flush=True)
     small = replace(sizes, seq_len=min(arguments.seq_len))
-    record["fused_against_chunked"] = attempt(lambda: disagreement(small, device, dtype))
+    record["fused_against_chunked"] = judged(attempt(lambda: disagreement(small, device, dtype)), dtype)
     print("fused against chunked:", json.dumps(record["fused_against_chunked"]), flush=True)
     record["results"] = []
-    for seq_len in sorted(arguments.seq_len):
+    for seq_len in arguments.seq_len:
         record["results"] += run_items(replace(sizes, seq_len=seq_len), setting, record["results"])
         write(file, record)
     ours = [x for x in record["results"] if x["peer"] == "ours" and "seconds" in x]
     known = [(x["seq_len"], x["seconds"]) for x in ours if x["what"] == "model fwd+bwd"]
-    record["longest"] = find_longest(sizes, known, setting)
-    print("longest:", json.dumps({key: x for key, x in record["longest"].items() if key != "tried"}))
-    write(file, record)
-    return int("error" in record["tests"] or not known)
+    if known and device.type == "cuda":  # on a CPU it would fill the machine's memory
+        record["longest"] = find_longest(sizes, known, setting)
+        print("longest:", json.dumps({key: x for key, x in record["longest"].items() if key != "tried"}))
+        write(file, record)
+    is_broken = "error" in record["tests"] or not record["fused_against_chunked"]["agrees"]
+    return int(is_broken or ("ours" in arguments.peers and not known))
 
 
 def slug(name: str) -> str:

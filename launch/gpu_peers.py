@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from benchmark_peers import PEERS, Sizes, Step, _DenseModel, config_of, heads_of, merged, model_step
+from benchmark_peers import PEERS, DenseModel, Sizes, Step, config_of, heads_of, merged, model_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,8 +35,14 @@ def built_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def lsh(sizes: Sizes, q_BHTD: Tensor, backend: Backend = "auto") -> Attend:
+def fused(device: torch.device) -> Backend:
+    """On a GPU the fused kernels or an error, never another path in their place; a dry run takes what a CPU has."""
+    return "triton" if device.type == "cuda" else "chunked"
+
+
+def lsh(sizes: Sizes, q_BHTD: Tensor, backend: Backend | None = None) -> Attend:
     """Longhand's, from hashing to the output."""
+    backend = backend or fused(q_BHTD.device)
     attend = functools.partial(lsh_attention, n_hashes=sizes.n_hashes, chunk_len=sizes.chunk_len, backend=backend)
     return lambda q, k, v: attend(q, v)[0]
 
@@ -54,8 +60,8 @@ def layout_of(sizes: Sizes, q_BHTD: Tensor) -> Layout:
 
 def only_attention(sizes: Sizes, q_BHTD: Tensor) -> Attend:
     """The same without hashing and sorting: what the roofline is about."""
-    layout = layout_of(sizes, q_BHTD)
-    return lambda q, k, v: attention_in_chunks(q.flatten(0, 1), None, v.flatten(0, 1), layout).view_as(v)
+    layout, backend = layout_of(sizes, q_BHTD), fused(q_BHTD.device)
+    return lambda q, k, v: attention_in_chunks(q.flatten(0, 1), None, v.flatten(0, 1), layout, backend).view_as(v)
 
 
 def only_hash_and_sort(sizes: Sizes, q_BHTD: Tensor) -> Attend:
@@ -77,9 +83,11 @@ def flex(sizes: Sizes, q_BHTD: Tensor) -> Attend:
     """FlexAttention, compiled, with a causal block mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    # Every length compiles anew, and all share a cache of eight entries, beyond which it would silently run eagerly.
+    torch._dynamo.reset()
     n_tokens = sizes.seq_len
     mask = create_block_mask(_is_causal, None, None, n_tokens, n_tokens, device=q_BHTD.device.type, _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
 
@@ -110,12 +118,12 @@ def disagreement(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict
     q, v, d_out = (x.flatten(0, 1) for x in random_heads(sizes, 3, device, dtype))
     layout = layout_of(sizes, q[None])
     found = []
-    for backend in ("auto", "chunked"):
+    for backend in (fused(device), "chunked"):
         inputs = [x.detach().requires_grad_() for x in (q, v)]
         out = attention_in_chunks(inputs[0], None, inputs[1], layout, backend)
         found.append([x.float() for x in (out.detach(), *torch.autograd.grad(out, inputs, d_out))])
     pairs = zip(("out", "d_qk", "d_v"), *found, strict=True)
-    return {name: ((fused - chunked).abs().max() / chunked.abs().max()).item() for name, fused, chunked in pairs}
+    return {name: ((one - other).abs().max() / other.abs().max()).item() for name, one, other in pairs}
 
 
 def attention_step(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype, backward: bool) -> Step:
@@ -152,8 +160,9 @@ class _OtherAttention(nn.Module):
         return layer.out(merged(self.attend(q, k, v)))
 
 
-def _ours(sizes: Sizes, backend: Backend = "auto") -> Step:
+def _ours(sizes: Sizes, backend: Backend | None = None) -> Step:
     model = Reformer(config_of(sizes))
+    backend = backend or fused(model.head.weight.device)
     blocks: Any = model.blocks
     for block in blocks:
         block.attention.inner = functools.partial(lsh_attention, backend=backend)
@@ -161,7 +170,7 @@ def _ours(sizes: Sizes, backend: Backend = "auto") -> Step:
 
 
 def _dense(sizes: Sizes, attend_of: Callable[[Sizes, Tensor], Attend]) -> Step:
-    model: Any = _DenseModel(sizes)
+    model: Any = DenseModel(sizes)
     attend = attend_of(sizes, torch.empty(0))
     model.attentions = nn.ModuleList([_OtherAttention(layer, attend) for layer in model.attentions])
     return model_step(model, model, sizes)

@@ -5,9 +5,11 @@ that round's order, and every result once. The running sums in fp32 between the 
 move `moved`, and the share of the roofline is that of `must_move`.
 """
 
+import re
 from dataclasses import dataclass
 
 PEAKS = {
+    "H200 NVL": (4.8e12, 835e12),
     "H200": (4.8e12, 989e12),
     "H100 80GB HBM3": (3.35e12, 989e12),
     "H100 SXM": (3.35e12, 989e12),
@@ -18,12 +20,14 @@ PEAKS = {
     "A100-SXM4-40GB": (1.555e12, 312e12),
     "A100-PCIE-40GB": (1.555e12, 312e12),
 }
-"""By a part of the device's name: bytes per second and dense bf16 operations per second (NVIDIA's data sheets)."""
+"""By words of the device's name, the first that fits: bytes per second and dense bf16 operations per second.
+
+From NVIDIA's data sheets."""
 
 
 def peaks_of(device_name: str) -> tuple[float, float] | None:
     """Peak bandwidth and bf16 operations per second; None for a device that is not listed."""
-    return next((peaks for name, peaks in PEAKS.items() if name in device_name), None)
+    return next((peaks for name, peaks in PEAKS.items() if re.search(rf"\b{re.escape(name)}\b", device_name)), None)
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,8 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
         ConfigError: the configuration has no counterpart, or a parameter is not whole (partitioned by ZeRO-3).
         FileExistsError: there is something in the folder already.
     """
+    if not isinstance(model, Reformer):
+        raise ConfigError(f"{type(model).__name__} is not a Reformer: give the Reformer itself, not a wrapper")
     folder = Path(folder).absolute()
     config = config_to_hf(model.config)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}

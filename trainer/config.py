@@ -74,10 +74,12 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_rounds(self) -> Self:
-        if self.run.eval_n_hashes is not None and "lsh" not in self.model.attn_pattern:
+        kinds = {self.model.attention_kind(layer) for layer in range(self.model.n_layers)}
+        if self.run.eval_n_hashes is not None and "lsh" not in kinds:
             raise ValueError(
-                f"run.eval_n_hashes={self.run.eval_n_hashes} is the number of LSH rounds, but model.attn_pattern="
-                f"{self.model.attn_pattern} has none: leave it out, or add 'lsh' to the pattern"
+                f"run.eval_n_hashes={self.run.eval_n_hashes} is the number of LSH rounds, but the model has no LSH "
+                f"layer (model.attn_pattern={self.model.attn_pattern}, n_layers={self.model.n_layers}): leave it out, "
+                "or add one"
             )
         return self
 

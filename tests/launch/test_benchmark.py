@@ -216,8 +216,8 @@ def test_our_dense_attention_takes_a_step() -> None:
 
 def test_the_dense_model_learns_from_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[nn.Module] = []
-    build = benchmark_peers._DenseModel
-    monkeypatch.setattr(benchmark_peers, "_DenseModel", lambda sizes: models.append(build(sizes)) or models[-1])
+    build = benchmark_peers.DenseModel
+    monkeypatch.setattr(benchmark_peers, "DenseModel", lambda sizes: models.append(build(sizes)) or models[-1])
     monkeypatch.setattr(benchmark_peers, "CHUNK_TOKENS", 100)
     benchmark_peers.dense(TINY)()
     missing = [name for name, p in models[0].named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]

@@ -65,7 +65,9 @@ def test_rounds_need_an_lsh_layer(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({}))
     config, _ = load(path, ["run.eval_n_hashes=8"])
     assert config.run.eval_n_hashes == 8
-    with pytest.raises(ConfigError, match=r"run.eval_n_hashes=8 .*attn_pattern=\('local',\) has none: leave it out"):
+    with pytest.raises(ConfigError, match=r"run.eval_n_hashes=8 .*attn_pattern=\('local',\).*: leave it out"):
         load(path, ["run.eval_n_hashes=8", 'model.attn_pattern=["local"]'])
+    with pytest.raises(ConfigError, match="the model has no LSH layer"):
+        load(path, ["run.eval_n_hashes=8", 'model.attn_pattern=["local", "lsh"]', "model.n_layers=1"])
     with pytest.raises(ConfigError, match="'eval_n_hashes'"):
         load(path, ["run.eval_n_hashes=0"])
