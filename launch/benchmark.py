@@ -335,7 +335,7 @@ def write(file: Path, record: Result) -> None:
         sys.exit(f"error: cannot write {file}: {error}")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> list[Result]:
     """All lengths, from short to long; prints and writes after each."""
     peers = PEERS[arguments.what]
     names = list(peers) if arguments.peers == ["all"] else list(dict.fromkeys(arguments.peers))
@@ -355,17 +355,19 @@ def run(arguments: argparse.Namespace) -> None:
         print(table(results, seq_len), flush=True)
     if arguments.json:
         write(arguments.json, record)
+    return results
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
     if arguments.worker:
         peer = PEERS[arguments.what][arguments.worker]
         sizes = sizes_of(arguments, arguments.seq_len[0])
         print(json.dumps(measure_here(peer, sizes, arguments.threads, arguments.budget_s)))
-        return
-    run(arguments)
+        return 0
+    results = run(arguments)
+    return int(not any("seconds" in result for result in results))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
