@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_peers import PEERS, Peer, Sizes
+from benchmark_peers import PEERS, Peer, Sizes, positive
 
 from trainer.metrics import environment, peak_gib
 
@@ -45,12 +45,6 @@ REPEAT_S, REPEAT_STEPS = 3.0, 10
 COLD_S = 20.0
 """A first step that takes longer is the only one: what happens once (allocation, compilation) is small beside it."""
 Result = dict[str, Any]
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def share(text: str) -> float:

@@ -15,6 +15,7 @@ LSH        Rounds, and chunks that see themselves and the one before. 2 * T / ch
            chunk's buckets for the backward of all of them, so that its gradients are those of another function.
 """
 
+import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,13 @@ class Peer:
     """What it imports besides torch and ours (torch.utils.checkpoint imports torch._dynamo when it is used)."""
     package: str | None = None
     """What has to be installed for that, besides this project's own requirements."""
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, out of an argument of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 def config_of(sizes: Sizes) -> ReformerConfig:

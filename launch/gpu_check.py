@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 try:
-    from benchmark_peers import Sizes, Step, config_of
+    from benchmark_peers import Sizes, Step, config_of, positive
     from gpu_peers import ATTENTION, MODEL, attention_step, disagreement, model_training_step
     from roofline import backward_work, forward_work, peaks_of
 except ModuleNotFoundError as error:
@@ -330,12 +330,6 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.seq_len = sorted(set(arguments.seq_len))
     return arguments
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def main() -> int:
