@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 AttentionKind = Literal["local", "lsh", "dense"]
 
+LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS = 2048, 2**24
+"""The most tokens, and the most logits, that the loss takes at a time unless it is told otherwise."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the value and the way out."""
@@ -97,8 +100,10 @@ class ReformerConfig(StrictConfig):
     """Widths of the two axial tables, summing to d_model; a quarter and three quarters when not given."""
     ff_chunk_tokens: int = Field(default=4096, ge=1)
     """Tokens that pass through a feed-forward layer, or the projections of an attention layer, at a time."""
-    loss_chunk_tokens: int = Field(default=2048, ge=1)
-    """Tokens whose logits exist at a time when the loss is computed."""
+    loss_chunk_tokens: int | None = Field(default=None, ge=1)
+    """Tokens whose logits exist at a time when the loss is computed; 2048, or fewer of a large vocabulary."""
+    tie_embeddings: bool = False
+    """Whether the output head reads the token embedding as its matrix."""
     norm_eps: float = Field(default=1e-6, gt=0.0)
     """Added to the variance in every layer normalisation; 1e-6 in the authors' code."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -115,6 +120,9 @@ class ReformerConfig(StrictConfig):
         if not isinstance(values, Mapping):
             return values
         filled = dict(values)
+        vocab_size = filled.get("vocab_size")
+        if filled.get("loss_chunk_tokens") is None and isinstance(vocab_size, int) and vocab_size > 0:
+            filled["loss_chunk_tokens"] = max(1, min(LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS // vocab_size))
         d_model = filled.get("d_model", cls.model_fields["d_model"].default)
         n_heads = filled.get("n_heads", cls.model_fields["n_heads"].default)
         max_seq_len = filled.get("max_seq_len", cls.model_fields["max_seq_len"].default)

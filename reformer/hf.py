@@ -156,7 +156,7 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
     """Write a folder that transformers' `from_pretrained` and our `load_hf` read. It appears when it is complete.
 
     Since transformers 5 ignores the bias of the head, one that is not zero is written as an equal change of the
-    head's norm and weight (`fold_head_bias`). All other tensors are written as they are.
+    head's norm and weight (`fold_head_bias`), and a tied head with a matrix of its own (`untied`). All else as it is.
 
     Raises:
         ConfigError: the configuration has no counterpart, or a parameter is not whole (partitioned by ZeRO-3).
@@ -170,7 +170,7 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
     expected = _skeleton(model.config).state_dict()
     way_out = "give the Reformer itself, not a wrapper, with its parameters gathered from all ranks"
     _check_tensors(state, expected, "the model does not fit its configuration", way_out)
-    tensors = state_to_hf(fold_head_bias(state), model.config)
+    tensors = state_to_hf(fold_head_bias(untied(state)), model.config)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: remove it, or give another name")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -207,7 +207,7 @@ def config_from_hf(values: Mapping[str, Any]) -> ReformerConfig:
 
 def config_to_hf(config: ReformerConfig) -> dict[str, Any]:
     """The contents of config.json for our configuration. Raises ConfigError for what transformers cannot express."""
-    translated = {*FIELDS, *CARRIED, "attn_dropout", "attn_pattern", "n_layers"}
+    translated = {*FIELDS, *CARRIED, "attn_dropout", "attn_pattern", "n_layers", "tie_embeddings"}
     for name, field in ReformerConfig.model_fields.items():
         if name not in translated and getattr(config, name) != field.default:
             raise ConfigError(
@@ -265,6 +265,15 @@ def tensor_names(config: ReformerConfig) -> dict[str, str]:
             {f"blocks.{layer}.{ours}": f"reformer.encoder.layers.{layer}.{theirs}" for ours, theirs in in_block.items()}
         )
     return names
+
+
+def untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same function without tied embeddings: a head's matrix E P [V, 2M] in place of E and P."""
+    others, weight = dict(state), state["head.weight"]
+    projection = others.pop("head.projection_weight", None)
+    if projection is None:
+        return others
+    return {**others, "head.weight": (weight.double() @ projection.double()).to(weight.dtype)}
 
 
 def fold_head_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,17 +16,33 @@ from reformer.gradients import GradientSum, with_gradients
 
 IGNORED_LABEL = -100
 
+EMBEDDING_STD = 0.3
+"""Of the initial token embedding: it must not drown under the first layers' outputs. 0.02 took twice the steps
+(measured)."""
+
 
 class OutputHead(nn.Module):
-    """Reads the two streams side by side: logits = W norm([y1; y2]) + b (as the authors' code and others do)."""
+    """Reads the two streams side by side: logits = W norm([y1; y2]) + b (as the authors' code and others do).
 
-    def __init__(self, config: ReformerConfig) -> None:
+    Tied to the token embedding E [V, M], it has no W of its own, but W = E P with a projection P [M, 2M]. E is then a
+    parameter of this module too, so that ZeRO-3 gathers it for a call of either.
+    """
+
+    def __init__(self, config: ReformerConfig, embedding_VM: Tensor | None = None) -> None:
         super().__init__()
-        width = 2 * config.d_model
+        d_model, width = config.d_model, 2 * config.d_model
+        assert config.loss_chunk_tokens is not None  # filled in by the config
         self.chunk_tokens, self.norm_eps = config.loss_chunk_tokens, config.norm_eps
         self.norm_weight = nn.Parameter(torch.ones(width))
         self.norm_bias = nn.Parameter(torch.zeros(width))
-        self.weight = nn.Parameter(torch.randn(config.vocab_size, width) / math.sqrt(width))
+        self.weight: Tensor
+        # Either way the logits of a normalised input start at unit variance.
+        if embedding_VM is None:
+            self.weight = nn.Parameter(torch.randn(config.vocab_size, width) / math.sqrt(width))
+            self.register_parameter("projection_weight", None)
+        else:
+            std = 1 / (EMBEDDING_STD * math.sqrt(d_model * width))
+            self.weight, self.projection_weight = embedding_VM, nn.Parameter(torch.randn(d_model, width) * std)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, y1_BTM: Tensor, y2_BTM: Tensor, labels_BT: Tensor | None = None) -> Tensor:
@@ -34,7 +50,8 @@ class OutputHead(nn.Module):
 
         The mean over no labels at all is 0.
         """
-        parameters = list(self.parameters(recurse=False))
+        optional = [] if self.projection_weight is None else [self.projection_weight]
+        parameters = [self.norm_weight, self.norm_bias, self.weight, self.bias, *optional]
         if labels_BT is None:
             return _logits(y1_BTM, y2_BTM, *parameters, eps=self.norm_eps)
         y1, y2, labels = y1_BTM.flatten(0, 1), y2_BTM.flatten(0, 1), labels_BT.flatten()
@@ -61,9 +78,18 @@ def _slices(n: int, size: int) -> list[slice]:
 
 
 def _logits(
-    y1: Tensor, y2: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, eps: float
+    y1: Tensor,
+    y2: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    projection: Tensor | None = None,
+    *,
+    eps: float,
 ) -> Tensor:
-    return F.linear(layer_norm(torch.cat([y1, y2], dim=-1), norm_weight, norm_bias, eps), weight, bias)
+    normed = layer_norm(torch.cat([y1, y2], dim=-1), norm_weight, norm_bias, eps)
+    return F.linear(normed if projection is None else F.linear(normed, projection), weight, bias)
 
 
 def _nll_sum(y1: Tensor, y2: Tensor, labels: Tensor, *parameters: Tensor, eps: float) -> Tensor:

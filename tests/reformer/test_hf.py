@@ -251,6 +251,20 @@ def test_a_trained_head_bias_is_exported_in_a_form_that_hugging_face_adds(tmp_pa
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_tied_embeddings_are_exported_as_a_head_of_its_own(bias: float, tmp_path: Path) -> None:
+    ours = make_model(attn_pattern=("local",), n_layers=1, tie_embeddings=True)
+    with torch.no_grad():
+        ours.head.bias.normal_(std=bias)
+    theirs = to_huggingface(ours, tmp_path / "hf").double().eval()
+    back = load_hf(tmp_path / "hf")
+    assert not back.config.tie_embeddings and back.head.weight.shape == (SMALL["vocab_size"], 2 * SMALL["d_model"])
+    tokens = torch.randint(1, SMALL["vocab_size"], (2, SMALL["max_seq_len"]))
+    with torch.no_grad():
+        assert relative_error(theirs(tokens).logits, ours(tokens)) < 1e-12
+        assert relative_error(back(tokens), ours(tokens)) < 1e-12
+
+
 def test_defaults_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.ReformerConfig().to_dict()
