@@ -47,6 +47,16 @@ class FeedForward(nn.Module):
         """
         if d_out_BTM is None:
             return map_chunks(lambda x: (self._whole(x),), x_BTM, self.chunk_tokens)[0], None
+        with torch.no_grad():  # a graph of the output would keep every chunk's inner activations
+            out, gradients = self._with_gradients_by_chunks(x_BTM, d_out_BTM, needs_output)
+        inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
+        parameters = [*self._inner_parameters, self.out_weight, self.out_bias]
+        return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
+
+    def _with_gradients_by_chunks(
+        self, x_BTM: Tensor, d_out_BTM: Tensor, needs_output: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The output if it is needed, and the gradients of x and of the parameters."""
         out, d_x = None, torch.empty_like(x_BTM)
         inner_sums = GradientSum(self._inner_parameters)
         out_sums = GradientSum([self.out_weight, self.out_bias])
@@ -62,10 +72,7 @@ class FeedForward(nn.Module):
             out_sums.add_known([d_out.T @ activations, d_out.sum(dim=0)])
             d_inner = (d_out @ self.out_weight).view_as(inner)
             (d_x[:, tokens],) = inner_sums.add(inner, [x], d_inner.to(inner.dtype))
-        inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
-        parameters = [*self._inner_parameters, self.out_weight, self.out_bias]
-        gradients = [d_x, *inner_sums.totals(), *out_sums.totals()]
-        return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
+        return out, [d_x, *inner_sums.totals(), *out_sums.totals()]
 
     @property
     def _inner_parameters(self) -> list[Tensor]:
