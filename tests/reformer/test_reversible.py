@@ -1,11 +1,15 @@
-"""The reversible stack against plain autograd: the same gradients, nothing kept per layer but buckets."""
+"""The reversible stack against plain autograd: the same gradients, from the same buckets, dropout and dtypes.
+
+Whatever the order of calls: passes inside of passes, several before one backward, one that failed in between.
+"""
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
 from parity import assert_parity, gradients
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reformer import Reformer, ReformerConfig, lsh_attention
@@ -40,8 +44,8 @@ def make_batch(n_tokens: int = 101) -> tuple[Tensor, Tensor, Tensor]:
 
 def plain_loss(model: Reformer, tokens: Tensor, labels: Tensor, segments: Tensor | None, step: int = 0) -> Tensor:
     """The model without a custom Function: blocks one after the other, whole logits, plain autograd."""
-    dropout = model.config.dropout if model.training else 0.0
-    call = Call(model.config.seed, step, tuple(range(len(tokens))), dropout, segments)
+    dropout, attn_dropout = (p if model.training else 0.0 for p in (model.config.dropout, model.config.attn_dropout))
+    call = Call(model.config.seed, step, tuple(range(len(tokens))), dropout, segments, attn_dropout)
     y1 = y2 = model.embedding(tokens)
     for block in model.blocks:
         y1, y2, _ = block(y1, y2, call)
@@ -49,10 +53,11 @@ def plain_loss(model: Reformer, tokens: Tensor, labels: Tensor, segments: Tensor
 
 
 @pytest.mark.parametrize("n_layers", [1, 4])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("dropout", "attn_dropout"), [(0.0, 0.0), (0.2, 0.0), (0.2, 0.3)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradients_equal_plain_autograd(n_layers: int, dropout: float, causal: bool) -> None:
-    model = make_model(n_layers=n_layers, dropout=dropout, causal=causal, attn_pattern=["lsh", "local"])
+def test_gradients_equal_plain_autograd(n_layers: int, dropout: float, attn_dropout: float, causal: bool) -> None:
+    options = {"dropout": dropout, "attn_dropout": attn_dropout, "causal": causal}
+    model = make_model(n_layers=n_layers, attn_pattern=["lsh", "local"], **options)
     tokens, labels, segments = make_batch()
     loss = model(tokens, labels, segment_ids=segments, step=3)
     loss.backward()
@@ -74,37 +79,6 @@ def test_every_parameter_gets_its_gradient_once() -> None:
     tokens, labels, _ = make_batch()
     model(tokens, labels).backward()
     assert set(counts.values()) == {1}, counts
-
-
-def saved_bytes(n_layers: int, attn_pattern: tuple[str, ...]) -> int:
-    """Bytes alive between forward and backward: saved by autograd nodes, or tensors that Python can see."""
-    model = make_model(n_layers=n_layers, attn_pattern=attn_pattern, dropout=0.1)
-    tokens, _, _ = make_batch()
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    before = {id(x) for x in gc.get_objects() if isinstance(x, Tensor)}
-    embedded = model.embedding(tokens).detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        streams = reversible_stack(model.blocks, embedded, embedded, Call(0, 0, (0, 1), 0.1))
-    gc.collect()
-    for x in gc.get_objects():
-        if isinstance(x, Tensor) and id(x) not in before:
-            note(x)
-    assert streams[0].requires_grad
-    return sum(storages.values())
-
-
-def test_a_layer_saves_its_buckets_and_nothing_else() -> None:
-    assert saved_bytes(6, ("local",)) == saved_bytes(2, ("local",))
-    bucket_bytes = 2 * 2 * 2 * 101 * 2  # B * H * R * T * int16
-    assert saved_bytes(6, ("lsh",)) - saved_bytes(2, ("lsh",)) == 4 * bucket_bytes
 
 
 def test_the_backward_uses_the_buckets_of_the_forward() -> None:
@@ -142,11 +116,99 @@ def test_two_forwards_before_one_backward_and_evaluation_between() -> None:
     assert_parity(gradients(model), plain, 1e-9)
 
 
+def test_accumulation_over_batches_of_other_lengths_is_a_sum() -> None:
+    model = make_model(dropout=0.1, attn_dropout=0.1)
+    batches = [(*make_batch(n_tokens), step) for step, n_tokens in enumerate((101, 8, 37))]
+    sum(plain_loss(model, *batch) for batch in batches).backward()
+    plain = gradients(model)
+    for tokens, labels, segments, step in batches:
+        model(tokens, labels, segment_ids=segments, step=step).backward()
+    assert_parity(gradients(model), plain, 1e-9)
+
+
+def test_evaluation_of_another_length_between_forward_and_backward() -> None:
+    model = make_model(dropout=0.1, attn_dropout=0.1)
+    batch = make_batch()
+    plain_loss(model, *batch).backward()
+    plain = gradients(model)
+    loss = model(batch[0], batch[1], segment_ids=batch[2])
+    model.eval()
+    for n_tokens in (120, 3):  # LSH attention of 3 tokens takes another path
+        model(*make_batch(n_tokens)[:2], step=7)
+    loss.backward()
+    assert_parity(gradients(model), plain, 1e-9)
+
+
+def nested_pass(inner: Reformer) -> tuple[Callable[[], None], Callable[[], Tensor], list[int]]:
+    """A whole pass of `inner` to be run once in the middle of something else, its plain loss, and how often it ran."""
+    tokens, labels, segments = make_batch(43)
+    runs: list[int] = []
+
+    def run() -> None:
+        if not runs:
+            runs.append(1)
+            with torch.enable_grad():
+                inner(tokens, labels, segment_ids=segments, step=5).backward()
+
+    return run, lambda: plain_loss(inner, tokens, labels, segments, 5), runs
+
+
+@pytest.mark.parametrize("is_same", [False, True])
+@pytest.mark.parametrize("moment", ["forward", "backward of another block", "own backward"])
+def test_a_pass_inside_of_a_pass(is_same: bool, moment: str) -> None:
+    """A forward and backward of another model, or of the same one, in the middle of one's forward or backward."""
+    outer = make_model(dropout=0.1)
+    inner = outer if is_same else make_model(attn_dropout=0.2, n_layers=3)
+    models = nn.ModuleList([outer] if is_same else [outer, inner])
+    run, inner_plain_loss, runs = nested_pass(inner)
+    batch = make_batch()
+    plain_loss(outer, *batch).backward()
+    inner_plain_loss().backward()
+    plain = gradients(models)
+    attention = outer.blocks[2].attention
+    if moment == "forward":
+        hook = attention.register_forward_hook(lambda *_: run())
+    elif moment == "backward of another block":  # the third block's attention runs again in the stack's backward
+        loss = outer(batch[0], batch[1], segment_ids=batch[2])
+        hook = attention.register_forward_hook(lambda *_: run())
+    else:
+        hook = attention.norm_weight.register_hook(lambda _: run())
+    if moment != "backward of another block":
+        loss = outer(batch[0], batch[1], segment_ids=batch[2])
+    assert len(runs) == (moment == "forward")
+    loss.backward()
+    hook.remove()
+    assert len(runs) == 1
+    assert_parity(gradients(models), plain, 1e-9)
+
+
+@pytest.mark.parametrize("is_one_after_the_other", [False, True])
+def test_the_same_blocks_in_two_stacks_at_once(is_one_after_the_other: bool) -> None:
+    model = make_model()
+    x, call = torch.randn(2, 2, 50, 16, dtype=torch.float64), Call(0, 1, (0, 1), 0.1)
+    results = []
+    for stack in (reversible_stack, plain_stack):
+        leaves = [part.clone().requires_grad_() for part in x]
+        first = stack(model.blocks, leaves[0], leaves[1], call)
+        second = stack(model.blocks, *(first if is_one_after_the_other else leaves[::-1]), call)
+        (first[0].square().sum() + (second[0] * second[1]).sum()).backward()
+        results.append({"x1": leaves[0].grad, "x2": leaves[1].grad, **gradients(model.blocks)})
+    assert_parity(*results, 1e-9)
+
+
+def plain_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    for block in blocks:
+        x1, x2, _ = block(x1, x2, call)
+    return x1, x2
+
+
 def test_global_random_state_is_left_alone() -> None:
-    model = make_model(dropout=0.3)
+    model = make_model(dropout=0.3, attn_dropout=0.3)
     tokens, labels, _ = make_batch()
     state = torch.get_rng_state()
-    model(tokens, labels).backward()
+    loss = model(tokens, labels)
+    assert torch.equal(torch.get_rng_state(), state)
+    loss.backward()
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -163,6 +225,70 @@ def test_autocast_is_restored_in_the_backward() -> None:
     assert dtypes == [torch.bfloat16, torch.bfloat16]
 
 
+@pytest.mark.parametrize("forward_dtype", [None, torch.bfloat16])
+def test_the_backward_is_the_same_under_any_autocast_and_leaves_it_as_it_was(forward_dtype: torch.dtype | None) -> None:
+    model = make_model(n_layers=3, dropout=0.1).float()
+    tokens, labels, _ = make_batch()
+    results = []
+    for backward_dtype in (None, torch.bfloat16, torch.float16):
+        with autocast(forward_dtype):
+            loss = model(tokens, labels)
+        with autocast(backward_dtype):
+            loss.backward()
+            assert torch.is_autocast_enabled("cpu") == (backward_dtype is not None)
+            assert backward_dtype in (None, torch.get_autocast_dtype("cpu"))
+        assert not torch.is_autocast_enabled("cpu")
+        results.append(gradients(model))
+    with autocast(forward_dtype):  # nor does it matter that one statement holds both
+        model(tokens, labels).backward()
+    results.append(gradients(model))
+    for other in results[1:]:
+        assert all(torch.equal(other[name], gradient) for name, gradient in results[0].items())
+
+
+def autocast(dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+
+
+class Interrupted(Exception):
+    """What a test raises where nothing else does."""
+
+
+@pytest.mark.parametrize("half", ["attention", "feed_forward"])
+def test_an_error_in_the_middle_of_a_backward_leaves_nothing_behind(half: str) -> None:
+    model = make_model(dropout=0.1)
+    tokens, labels, segments = make_batch()
+    plain_loss(model, tokens, labels, segments).backward()
+    plain = gradients(model)
+
+    def fail(*_: object) -> None:
+        raise Interrupted
+
+    with autocast(torch.bfloat16):
+        loss = model(tokens, labels)
+    known = visible_tensors()
+    hook = getattr(model.blocks[1], half).register_forward_hook(fail)
+    with torch.autocast("cpu", dtype=torch.float16):
+        with pytest.raises(Interrupted):
+            loss.backward(retain_graph=True)
+        assert torch.get_autocast_dtype("cpu") == torch.float16
+    hook.remove()
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        loss.backward()
+    del loss
+    model.zero_grad()
+    assert visible_tensors() <= known
+    model(tokens, labels, segment_ids=segments).backward()
+    assert_parity(gradients(model), plain, 1e-9)
+
+
+def visible_tensors() -> set[int]:
+    """The tensors that Python can see."""
+    gc.collect()
+    return {id(x) for x in gc.get_objects() if issubclass(type(x), Tensor)}
+
+
 def test_a_second_backward_is_refused() -> None:
     model = make_model()
     embedded = torch.randn(2, 20, 16, dtype=torch.float64, requires_grad=True)
@@ -175,8 +301,13 @@ def test_a_second_backward_is_refused() -> None:
 def test_second_derivatives_are_refused() -> None:
     model = make_model()
     tokens, labels, _ = make_batch()
-    with pytest.raises(RuntimeError, match="second derivatives"):
+    with pytest.raises(RuntimeError, match=r"second derivatives .* not available through chunked layers"):
         model(tokens, labels).backward(create_graph=True)
+    for head in (lambda y1, y2: y1.sum(), lambda y1, y2: (y1 * y2).sum()):
+        x = torch.randn(2, 20, 16, dtype=torch.float64, requires_grad=True)
+        y = reversible_stack(model.blocks, x, x, Call(0, 0, (0, 1)))
+        with pytest.raises(RuntimeError, match=r"second derivatives .* not available through a reversible stack"):
+            torch.autograd.grad(head(*y), x, create_graph=True)
 
 
 def test_a_frozen_embedding_does_not_freeze_the_stack() -> None:

@@ -1,0 +1,150 @@
+"""Nothing is computed whole that can be computed by parts, and no size of the parts changes the result.
+
+In float64 the loss and all gradients stay within 1e-12: what differs is the order of sums. Compared is a model with
+itself, with chunks and tiles as long as all there is; that this is right, test_reversible.py shows by plain autograd.
+"""
+
+import pytest
+import torch
+from parity import assert_parity, gradients
+from torch import Tensor
+
+from reformer import Reformer, ReformerConfig
+from reformer.chunks import token_slices
+from reformer.loss import IGNORED_LABEL
+from reformer.lsh.rounds import Layout, Tile
+
+BATCH, TOKENS, VOCAB = 3, 101, 20
+SMALL = {
+    "vocab_size": VOCAB,
+    "max_seq_len": 128,
+    "d_model": 16,
+    "n_layers": 3,
+    "attn_pattern": ["local", "lsh", "dense"],
+    "n_heads": 2,
+    "n_hashes": 2,
+    "lsh_chunk_len": 8,
+    "local_chunk_len": 8,
+    "dropout": 0.1,
+    "attn_dropout": 0.1,
+}
+WHOLE = {"ff_chunk_tokens": TOKENS, "loss_chunk_tokens": BATCH * TOKENS}
+CHUNKS = [
+    {"ff_chunk_tokens": 1},
+    {"ff_chunk_tokens": 30},
+    {"ff_chunk_tokens": TOKENS - 1},
+    {"loss_chunk_tokens": 1},
+    {"loss_chunk_tokens": 29},
+    {"loss_chunk_tokens": BATCH * TOKENS - 1},
+    {"ff_chunk_tokens": 17, "loss_chunk_tokens": 13},
+]
+
+
+def make_model(**changes: object) -> Reformer:
+    torch.manual_seed(0)
+    return Reformer(ReformerConfig(**{**SMALL, **WHOLE, **changes})).double()
+
+
+def make_batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, labels of which many are ignored, 70 in a row among them, and documents."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, labels = torch.randint(0, VOCAB, (2, BATCH, TOKENS), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = IGNORED_LABEL
+    labels[1, 10:80] = IGNORED_LABEL
+    return tokens, labels, torch.randint(1, 4, (BATCH, TOKENS), generator=generator).sort().values
+
+
+def loss_and_gradients(model: Reformer) -> dict[str, Tensor]:
+    tokens, labels, segments = make_batch()
+    loss = model(tokens, labels, segment_ids=segments, step=2)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+def test_chunks_of_tokens_do_not_change_the_result(chunks: dict[str, int], causal: bool) -> None:
+    whole = loss_and_gradients(make_model(causal=causal))
+    assert_parity(loss_and_gradients(make_model(causal=causal, **chunks)), whole, 1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 13, 29])
+def test_some_chunk_of_those_has_no_label_at_all(size: int) -> None:
+    ignored = make_batch()[1].flatten() == IGNORED_LABEL
+    chunks = [ignored[tokens] for tokens in token_slices(len(ignored), size)]
+    assert any(chunk.all() for chunk in chunks) and not all(chunk.all() for chunk in chunks)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("chunks_per_tile", [1, 3, 12])
+def test_tiles_of_attention_do_not_change_the_result(
+    chunks_per_tile: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """101 tokens are 13 chunks; the last tile is smaller, unless it is one chunk too."""
+    model = make_model(causal=causal)
+    whole = loss_and_gradients(model)
+    tiles, counts = Layout.tiles, []
+
+    def counted(layout: Layout) -> list[Tile]:
+        found = tiles(layout)
+        counts.append([tile.count for tile in found])
+        return found
+
+    scores_of_chunk = 8 * 8 * (2 if causal else 3)
+    monkeypatch.setattr("reformer.lsh.rounds.TILE_SCORES_PER_THREAD", chunks_per_tile * scores_of_chunk)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(Layout, "tiles", counted)
+    parts = loss_and_gradients(model)
+    expected = {1: [1] * 13, 3: [3, 3, 3, 3, 1], 12: [12, 1]}[chunks_per_tile]
+    assert len(counts) >= 4 and all(count == expected for count in counts)  # two layers, forward and backward
+    assert_parity(parts, whole, 1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"reformer.lsh.chunked.FINISH_TOKENS": 7},
+        {"reformer.lsh.hashing.HASH_TOKENS": 10},
+        {"reformer.dense.MIN_BLOCK": 9, "reformer.dense.BLOCK_SCORES": {"cpu": 1, "cuda": 1}},
+    ],
+    ids=str,
+)
+def test_other_parts_do_not_change_the_result(
+    parts: dict[str, object], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients put together, tokens hashed, and queries of dense attention, so many at a time."""
+    model = make_model(causal=causal)
+    whole = loss_and_gradients(model)
+    for name, value in parts.items():
+        monkeypatch.setattr(name, value)
+    assert_parity(loss_and_gradients(model), whole, 1e-12)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 8, 9, 64, 101])
+def test_everything_in_parts_at_once_at_any_length(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for is_in_parts in (False, True):
+        if is_in_parts:
+            monkeypatch.setattr("reformer.lsh.rounds.TILE_SCORES_PER_THREAD", 1)
+            monkeypatch.setattr("reformer.lsh.chunked.FINISH_TOKENS", 5)
+            monkeypatch.setattr("reformer.dense.MIN_BLOCK", 3)
+            monkeypatch.setattr("reformer.dense.BLOCK_SCORES", {"cpu": 1, "cuda": 1})
+        model = make_model(**({"ff_chunk_tokens": 6, "loss_chunk_tokens": 11} if is_in_parts else {}))
+        tokens, labels, segments = (x[:, :n_tokens] for x in make_batch())
+        labels[0, 0] = 3  # whatever the length, one label is not ignored
+        loss = model(tokens, labels, segment_ids=segments)
+        loss.backward()
+        results.append({"loss": loss.detach(), **gradients(model)})
+    assert_parity(*results[::-1], 1e-12)
+
+
+def test_logits_and_the_loss_without_gradients_are_the_same_in_chunks() -> None:
+    tokens, labels, segments = make_batch()
+    results = []
+    for chunks in (WHOLE, {"ff_chunk_tokens": 30, "loss_chunk_tokens": 29}):
+        model = make_model(**chunks).eval()
+        with torch.no_grad():
+            logits, loss = (model(tokens, given, segment_ids=segments) for given in (None, labels))
+        results.append({"logits": logits, "loss": loss})
+    assert_parity(*results, 1e-12)

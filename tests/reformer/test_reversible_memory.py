@@ -1,0 +1,137 @@
+"""What the reversible stack keeps: nothing per layer but buckets, neither between the passes nor in the backward."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reformer import Reformer, ReformerConfig
+from reformer.call import Call
+from reformer.reversible import reversible_stack
+
+SMALL = {
+    "vocab_size": 50,
+    "max_seq_len": 120,
+    "d_model": 16,
+    "n_heads": 2,
+    "n_hashes": 2,
+    "lsh_chunk_len": 8,
+    "local_chunk_len": 8,
+    "ff_chunk_tokens": 30,
+    "loss_chunk_tokens": 29,
+    "dropout": 0.1,
+}
+BUCKET_BYTES = 2 * 2 * 2 * 101 * 2
+"""Of a layer: B * H * R * T * int16."""
+STREAM_BYTES = 2 * 101 * 16 * 8
+"""Of a stream: B * T * M * float64."""
+DEPTHS = (2, 3, 12)
+
+
+def make_model(**changes: object) -> Reformer:
+    torch.manual_seed(0)
+    return Reformer(ReformerConfig(**{**SMALL, **changes})).double()
+
+
+def saved_bytes(n_layers: int, attn_pattern: tuple[str, ...]) -> int:
+    """Bytes alive between forward and backward: saved by autograd nodes, or tensors that Python can see."""
+    model = make_model(n_layers=n_layers, attn_pattern=attn_pattern)
+    tokens = torch.randint(0, 50, (2, 101))
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    before = {id(x) for x in gc.get_objects() if issubclass(type(x), Tensor)}
+    embedded = model.embedding(tokens).detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        streams = reversible_stack(model.blocks, embedded, embedded, Call(0, 0, (0, 1), 0.1))
+    gc.collect()
+    for x in gc.get_objects():
+        if issubclass(type(x), Tensor) and id(x) not in before:
+            note(x)
+    assert streams[0].requires_grad
+    return sum(storages.values())
+
+
+def test_a_layer_saves_its_buckets_and_nothing_else() -> None:
+    assert saved_bytes(6, ("local",)) == saved_bytes(2, ("local",))
+    assert saved_bytes(6, ("lsh",)) - saved_bytes(2, ("lsh",)) == 4 * BUCKET_BYTES
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what operators made and nobody has let go of yet; `peak` is the most of it."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        """Storages of `known` tensors do not count, whoever has a view of them."""
+        super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in known}
+        self.sizes: dict[int, int] = {}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size and address not in self.sizes and address not in self.known:
+            self.sizes[address] = size
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, address)
+
+    def _forget(self, address: int) -> None:
+        self.live -= self.sizes.pop(address)
+
+
+def peak_bytes(n_layers: int, pattern: str, stack: Callable[..., tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    """The most bytes alive at any time of forward and backward, and those alive between the two.
+
+    Parameters and their gradients are there before, so that they do not count.
+    """
+    model = make_model(n_layers=n_layers, attn_pattern=(pattern,))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(2, 101, 16, dtype=torch.float64, requires_grad=True)
+    x.grad = torch.zeros_like(x)
+    gc.collect()
+    known = [tensor for leaf in (x, *model.parameters()) for tensor in (leaf, leaf.grad)]
+    with LiveBytes(known) as counted:
+        y1, y2 = stack(model.blocks, x, x, Call(0, 0, (0, 1), 0.1, None, 0.1))
+        between = counted.live
+        loss = (y1 * y2).sum()
+        del y1, y2
+        loss.backward()
+    return counted.peak, between
+
+
+@pytest.mark.parametrize("pattern", ["local", "lsh", "dense"])
+def test_the_peak_of_a_step_grows_with_depth_by_buckets_only(pattern: str) -> None:
+    """In a stack of two, no block reconstructs two streams while the inputs of the first block are kept."""
+    bucket_bytes = BUCKET_BYTES if pattern == "lsh" else 0
+    (peak_2, kept_2), (peak_3, kept_3), (peak_12, kept_12) = (peak_bytes(n, pattern, reversible_stack) for n in DEPTHS)
+    print(f"{pattern}: peaks {peak_2}, {peak_3}, {peak_12}; between forward and backward {kept_2}, {kept_3}, {kept_12}")
+    assert kept_12 - kept_2 == 10 * bucket_bytes
+    assert peak_12 - peak_3 == 9 * bucket_bytes
+    assert peak_3 - peak_2 <= 4 * STREAM_BYTES + bucket_bytes
+    plain = [peak_bytes(n, pattern, plain_stack)[0] for n in (2, 12)]
+    assert plain[1] - plain[0] > 10 * 10 * STREAM_BYTES  # what the same count shows where every layer keeps its own
+
+
+def plain_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    for block in blocks:
+        x1, x2, _ = block(x1, x2, call)
+    return x1, x2
