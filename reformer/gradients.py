@@ -56,3 +56,11 @@ class GradientSum:
 
     def totals(self) -> list[Tensor]:
         return [total.to(p.dtype) for total, p in zip(self.sums, self.parameters, strict=True)]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with no memory for the product where all have the same dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

@@ -1,18 +1,23 @@
 """The output layer and its loss, without ever holding [T, vocab] logits.
 
-Norm, projection and cross entropy go by chunks of tokens; where gradients are wanted they are computed in the
-same pass (three matrix products per chunk instead of four) and handed over once.
+Norm, products and cross entropy go by chunks of tokens; where gradients are wanted they are computed in the same pass
+(three matrix products per chunk instead of four) and handed over once. Beyond what is handed over there is one chunk's
+logits [t, V] at a time, always in the same memory, where they turn into their own gradient.
+
+Axes: B batch, T tokens, t tokens of a chunk, M model, V vocabulary, K what the matrix of the logits reads: 2M, tied M.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reformer.chunks import token_slices
 from reformer.config import ReformerConfig
 from reformer.feed_forward import layer_norm
-from reformer.gradients import GradientSum, with_gradients
+from reformer.gradients import GradientSum, add_product, with_gradients
 
 IGNORED_LABEL = -100
 
@@ -46,53 +51,148 @@ class OutputHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, y1_BTM: Tensor, y2_BTM: Tensor, labels_BT: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V]; or, given labels, the mean loss in nats (fp32 or better) over labels != -100.
+        """Logits [B, T, V]; or, given int64 labels, the mean loss in nats (fp32 or better) over labels != -100.
 
         The mean over no labels at all is 0.
+
+        Raises:
+            ValueError: a label on the CPU that is neither a token id nor -100.
         """
-        optional = [] if self.projection_weight is None else [self.projection_weight]
-        parameters = [self.norm_weight, self.norm_bias, self.weight, self.bias, *optional]
         if labels_BT is None:
-            return _logits(y1_BTM, y2_BTM, *parameters, eps=self.norm_eps)
-        y1, y2, labels = y1_BTM.flatten(0, 1), y2_BTM.flatten(0, 1), labels_BT.flatten()
-        total = torch.zeros((), dtype=torch.promote_types(y1.dtype, torch.float32), device=y1.device)
-        scale = 1 / (labels != IGNORED_LABEL).sum().clamp(min=1).to(total.dtype)
+            normed = self._normed([y1_BTM, y2_BTM], self.norm_weight, self.norm_bias)
+            read = normed if self.projection_weight is None else F.linear(normed, self.projection_weight)
+            return F.linear(read, self.weight, self.bias)
+        streams, labels = [y1_BTM.flatten(0, 1), y2_BTM.flatten(0, 1)], labels_BT.flatten()
+        _check_labels(labels, len(self.bias))
         if not torch.is_grad_enabled():
-            for tokens in _slices(len(labels), self.chunk_tokens):
-                total += _nll_sum(y1[tokens], y2[tokens], labels[tokens], *parameters, eps=self.norm_eps)
-            return total * scale
-        d_y1, d_y2 = torch.empty_like(y1), torch.empty_like(y2)
-        sums = GradientSum(parameters)
-        for tokens in _slices(len(labels), self.chunk_tokens):
+            return self._loss(streams, labels)
+        loss, d_streams, d_parameters = self._loss_and_gradients(streams, labels)
+        inputs = [y1_BTM, y2_BTM, self.norm_weight, self.norm_bias, *self._matrices]
+        return with_gradients(loss, inputs, [*(d.view_as(y1_BTM) for d in d_streams), *d_parameters])
+
+    @property
+    def _matrices(self) -> list[Tensor]:
+        """The matrix of the logits [V, K], their bias [V] and, if tied, the projection [M, 2M]."""
+        return [p for p in (self.weight, self.bias, self.projection_weight) if p is not None]
+
+    def _normed(self, streams: list[Tensor], norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        return layer_norm(torch.cat(streams, dim=-1), norm_weight, norm_bias, self.norm_eps)
+
+    @torch.no_grad()
+    def _loss(self, streams_TM: list[Tensor], labels_T: Tensor) -> Tensor:
+        """The mean loss alone."""
+        chunk = _Chunk(self._matrices, min(self.chunk_tokens, len(labels_T)))
+        index_T1, share_T1 = _targets(labels_T, chunk.dtype)
+        loss = _zero_loss(streams_TM[0])
+        for tokens in token_slices(len(labels_T), self.chunk_tokens):
+            normed = self._normed([y[tokens] for y in streams_TM], self.norm_weight, self.norm_bias)
+            nll_t1, _ = _exponentiate(chunk.logits(chunk.read(normed)[1]), index_T1[tokens])
+            loss += (nll_t1 * share_T1[tokens]).sum()
+        return loss
+
+    @torch.no_grad()
+    def _loss_and_gradients(
+        self, streams_TM: list[Tensor], labels_T: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The mean loss, the gradients of both streams, and those of the norm's parameters and the matrices."""
+        chunk = _Chunk(self._matrices, min(self.chunk_tokens, len(labels_T)))
+        index_T1, share_T1 = _targets(labels_T, chunk.dtype)
+        loss, d_streams_TM = _zero_loss(streams_TM[0]), [torch.empty_like(y) for y in streams_TM]
+        norm_sums, matrix_sums = GradientSum([self.norm_weight, self.norm_bias]), GradientSum(self._matrices)
+        for tokens in token_slices(len(labels_T), self.chunk_tokens):
+            index_t1, share_t1 = index_T1[tokens], share_T1[tokens]
             with torch.enable_grad():
-                chunk = [y[tokens].detach().requires_grad_() for y in (y1, y2)]
-                loss = _nll_sum(*chunk, labels[tokens], *sums.aliases, eps=self.norm_eps) * scale
-            d_y1[tokens], d_y2[tokens] = sums.add(loss, chunk)
-            total += loss.detach()
-        gradients = [d_y1.view_as(y1_BTM), d_y2.view_as(y2_BTM), *sums.totals()]
-        return with_gradients(total, [y1_BTM, y2_BTM, *parameters], gradients)
+                parts = [y[tokens].detach().requires_grad_() for y in streams_TM]
+                normed = self._normed(parts, *norm_sums.aliases)
+            features, read_tK = chunk.read(normed.detach())
+            logits_tV = chunk.logits(read_tK)
+            nll_t1, sums_t1 = _exponentiate(logits_tV, index_t1)
+            loss += (nll_t1 * share_t1).sum()
+            # softmax - onehot, times the token's share of the mean: the gradient, in the memory of the logits.
+            d_logits_tV = logits_tV.mul_(share_t1 / sums_t1).scatter_add_(1, index_t1, -share_t1)
+            d_normed = chunk.backward(d_logits_tV, features, read_tK, matrix_sums.sums)
+            d_parts = norm_sums.add(normed, parts, d_normed.to(normed.dtype))
+            for d_stream, d_part in zip(d_streams_TM, d_parts, strict=True):
+                d_stream[tokens] = d_part
+        return loss, d_streams_TM, [*norm_sums.totals(), *matrix_sums.totals()]
 
 
-def _slices(n: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, n, size)]
+class _Chunk:
+    """A head's matrices in the dtype of their products, and one chunk's logits after the other in the same memory.
+
+    The products are in the matrices' dtype, or in autocast's; the logits in fp32 or better. These come from products
+    in half precision by way of a second buffer of that dtype, in which their gradient goes back.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], n_tokens: int) -> None:
+        product_dtype = _product_dtype(matrices[0])
+        self.weight_VK, self.bias_V, *self.projection = [matrix.to(product_dtype) for matrix in matrices]
+        self.dtype = torch.promote_types(product_dtype, torch.float32)
+        self.products_tV = self.weight_VK.new_empty(n_tokens, len(self.bias_V))
+        self.logits_tV = self.products_tV.to(self.dtype)  # itself, if that is its dtype
+
+    def read(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised streams [t, 2M] in the dtype of the products, and what the matrix of the logits reads."""
+        features = normed.to(self.weight_VK.dtype)
+        return features, features @ self.projection[0].T if self.projection else features
+
+    def logits(self, read_tK: Tensor) -> Tensor:
+        """The logits [t, V], which the next call overwrites."""
+        n_tokens = len(read_tK)
+        products_tV = torch.addmm(self.bias_V, read_tK, self.weight_VK.T, out=self.products_tV[:n_tokens])
+        return _converted(products_tV, self.logits_tV[:n_tokens])
+
+    def backward(self, d_logits_tV: Tensor, features: Tensor, read_tK: Tensor, sums: Sequence[Tensor]) -> Tensor:
+        """The gradient of the normalised streams [t, 2M]; those of the matrices are added to `sums`."""
+        d_weight, d_bias, *d_projection = sums
+        d_bias += d_logits_tV.sum(dim=0)
+        d_products_tV = _converted(d_logits_tV, self.products_tV[: len(d_logits_tV)])
+        add_product(d_weight, d_products_tV.T, read_tK)
+        d_read_tK = d_products_tV @ self.weight_VK
+        if not self.projection:
+            return d_read_tK
+        add_product(d_projection[0], d_read_tK.T, features)
+        return d_read_tK @ self.projection[0]
 
 
-def _logits(
-    y1: Tensor,
-    y2: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    projection: Tensor | None = None,
-    *,
-    eps: float,
-) -> Tensor:
-    normed = layer_norm(torch.cat([y1, y2], dim=-1), norm_weight, norm_bias, eps)
-    return F.linear(normed if projection is None else F.linear(normed, projection), weight, bias)
+def _converted(x: Tensor, buffer: Tensor) -> Tensor:
+    """x in the buffer's dtype: x itself if it has it, else in the buffer."""
+    return x if x.dtype == buffer.dtype else buffer.copy_(x)
 
 
-def _nll_sum(y1: Tensor, y2: Tensor, labels: Tensor, *parameters: Tensor, eps: float) -> Tensor:
-    logits = _logits(y1, y2, *parameters, eps=eps)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What autocast, which leaves float64 alone, would compute a product with this weight in."""
+    device_type = weight.device.type
+    if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def _zero_loss(stream: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.promote_types(stream.dtype, torch.float32), device=stream.device)
+
+
+def _targets(labels_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each token the label as an index, and the part of the mean that its loss is: 0 where it is ignored."""
+    valid = labels_T != IGNORED_LABEL
+    share_T = valid.to(dtype) / valid.sum().clamp(min=1)
+    return labels_T.where(valid, 0)[:, None], share_T[:, None]
+
+
+def _exponentiate(logits_tV: Tensor, index_t1: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[index] and the softmax's denominator; the logits become its numerators."""
+    largest_t1 = logits_tV.amax(dim=1, keepdim=True)
+    chosen_t1 = logits_tV.gather(1, index_t1) - largest_t1
+    sums_t1 = logits_tV.sub_(largest_t1).exp_().sum(dim=1, keepdim=True)
+    return sums_t1.log() - chosen_t1, sums_t1
+
+
+def _check_labels(labels_T: Tensor, vocab_size: int) -> None:
+    if labels_T.device.type != "cpu":  # one would wait for the device, where gather() refuses them too
+        return
+    wrong = labels_T[(labels_T != IGNORED_LABEL) & ((labels_T < 0) | (labels_T >= vocab_size))]
+    if len(wrong):
+        raise ValueError(
+            f"labels contain {wrong[0].item()}, expected token ids from 0 to {vocab_size - 1}: "
+            f"use {IGNORED_LABEL} for places to ignore, or raise vocab_size"
+        )
