@@ -3,17 +3,22 @@
 Axes: B batch, T tokens, t tokens of a chunk, M model, V vocabulary.
 """
 
+import weakref
 from collections import Counter
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
-from parity import assert_parity, gradients
+from parity import assert_parity, gradients, relative_error
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from reformer import Reformer, ReformerConfig
 from reformer.call import Call
+from reformer.loss import OutputHead
 
 SMALL = {"vocab_size": 23, "max_seq_len": 64, "d_model": 12, "n_layers": 2, "n_heads": 2, "lsh_chunk_len": 8}
 
@@ -107,3 +112,122 @@ def test_logits_start_at_unit_variance(tied: bool) -> None:
     model = Reformer(ReformerConfig(vocab_size=500, d_model=64, n_layers=1, tie_embeddings=tied))
     y1, y2 = torch.randn(2, 1, 300, 64)
     assert model.head(y1, y2).std().item() == pytest.approx(1.0, rel=0.1)
+
+
+def make_head(n_tokens: int, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[OutputHead, list[Tensor]]:
+    """A head of its own, and two streams [1, T, M] in fp32 or better."""
+    torch.manual_seed(0)
+    settings = ReformerConfig(n_heads=1, **config)
+    embedding = torch.nn.Parameter(0.3 * torch.randn(settings.vocab_size, settings.d_model))
+    head = OutputHead(settings, embedding if settings.tie_embeddings else None).to(dtype)
+    streams = torch.randn(2, 1, n_tokens, settings.d_model, dtype=torch.promote_types(dtype, torch.float32))
+    return head, [y.requires_grad_() for y in streams]
+
+
+def plain_head_loss(head: OutputHead, streams: list[Tensor], labels: Tensor) -> Tensor:
+    return F.cross_entropy(head(*streams).flatten(0, 1), labels.flatten())
+
+
+def differentiated(head: OutputHead, streams: list[Tensor], loss: Tensor) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, [*streams, *head.parameters()])
+    return dict(zip(["loss", "y1", "y2", *dict(head.named_parameters())], [loss.detach(), *found], strict=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "largest", "smallest"),
+    [(torch.float32, False, 1e-5, 0.0), (torch.float32, True, 2e-2, 1e-4), (torch.bfloat16, False, 2e-2, 1e-4)],
+)
+def test_errors_are_those_of_the_products_dtype(
+    dtype: torch.dtype, autocast: bool, largest: float, smallest: float, tied: bool
+) -> None:
+    """Against float64 with the same weights. Under autocast, an error above `smallest` shows products in bf16."""
+    head, streams = make_head(150, dtype, vocab_size=70, d_model=16, tie_embeddings=tied, loss_chunk_tokens=16)
+    labels = torch.randint(-30, 70, (1, 150))
+    labels[labels < 0] = -100
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        actual = differentiated(head, streams, head(*streams, labels))
+    assert actual["loss"].dtype == actual["y1"].dtype == torch.float32 and actual["weight"].dtype == dtype
+    exact_head, exact_streams = deepcopy(head).double(), [y.detach().double().requires_grad_() for y in streams]
+    exact = differentiated(exact_head, exact_streams, plain_head_loss(exact_head, exact_streams, labels))
+    errors = {name: relative_error(tensor.double(), exact[name]) for name, tensor in actual.items()}
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert max(errors.values()) < largest and min(errors["y1"], errors["weight"]) >= smallest
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss() -> None:
+    """Where a probability is too small for the dtype, the loss is still the difference of the logits."""
+    head, streams = make_head(1, vocab_size=5, d_model=4)
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([1000.0, 0.0, -1000.0, 0.0, 0.0]))
+    loss = head(*streams, torch.tensor([[2]]))
+    assert loss.item() == pytest.approx(2000, rel=0.01)
+    assert all(gradient.isfinite().all() for gradient in differentiated(head, streams, loss).values())
+
+
+@pytest.mark.parametrize("wrong", [23, -1, -101, 10**9])
+def test_labels_that_are_no_tokens_are_named(wrong: int) -> None:
+    tokens, labels = make_batch()
+    labels[1, 40] = wrong
+    with pytest.raises(ValueError, match=f"labels contain {wrong}, expected token ids from 0 to 22: use -100"):
+        make_model()(tokens, labels)
+
+
+class Meter(TorchDispatchMode):
+    """The bytes of tensors made while it is active, at their most, and the elements of the largest of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known | self.live.keys():
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+                self.largest = max(self.largest, tensor.numel())
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+VOCAB, N_TOKENS, CHUNK, D_MODEL = 5003, 600, 40, 8
+
+
+def metered(tied: bool, dtype: torch.dtype, training: bool, whole: bool = False) -> tuple[OutputHead, Meter]:
+    head, streams = make_head(
+        N_TOKENS, dtype, vocab_size=VOCAB, d_model=D_MODEL, tie_embeddings=tied, loss_chunk_tokens=CHUNK
+    )
+    labels = torch.randint(0, VOCAB, (1, N_TOKENS))
+    with Meter() as meter, torch.set_grad_enabled(training):
+        loss = plain_head_loss(head, streams, labels) if whole else head(*streams, labels)
+        if training:
+            loss.backward()
+    return head, meter
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_holds_its_gradients_and_one_chunk_of_logits(tied: bool, dtype: torch.dtype) -> None:
+    """With half-precision weights: sums in fp32, a product of their size, and one chunk's logits in both dtypes."""
+    head, meter = metered(tied, dtype, training=True)
+    n_parameters, half = sum(parameter.numel() for parameter in head.parameters()), dtype != torch.float32
+    logits, gradients = CHUNK * VOCAB, n_parameters + 2 * N_TOKENS * D_MODEL
+    expected = 4 * (logits + gradients) + (2 * (logits + n_parameters) if half else 0)
+    print(f"peak {meter.peak}, expected {expected}, largest tensor {meter.largest}")
+    assert expected * 0.9 < meter.peak < expected * 1.05
+    assert meter.largest == logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_evaluation_holds_one_chunk_of_logits(tied: bool) -> None:
+    _, meter = metered(tied, torch.float32, training=False)
+    assert meter.largest == CHUNK * VOCAB and meter.peak < 4 * CHUNK * VOCAB * 1.05
+
+
+def test_the_meter_sees_what_whole_logits_take() -> None:
+    _, meter = metered(False, torch.float32, training=True, whole=True)
+    assert meter.largest == N_TOKENS * VOCAB and meter.peak > 2 * 4 * N_TOKENS * VOCAB
