@@ -1,7 +1,8 @@
-"""What `launch/benchmark.py` times: ours, and what a user would pick instead, made to do equal work.
+"""What `launch/benchmark.py` measures: ours, and what a user would pick instead, made to do equal work.
 
-Every function here builds one peer and returns a function that takes one training step: forward and backward, fp32,
-no dropout, a batch of one sequence. Each runs in a process of its own, so that its peak memory is its own. Equal are:
+Every peer is built by a function: a model with its loss (`MODELS`), or a function that takes one training step
+(`PEERS`): forward and backward, fp32, no dropout, a batch of one sequence. Each runs in a process of its own, so that
+its peak memory is its own. Equal are:
 
 model      Width, layers, heads, vocabulary, a feed-forward layer four times as wide that takes 4096 tokens at a
            time, axial positions. Nobody keeps more than a layer's activations: Reformers are reversible, the dense
@@ -19,7 +20,8 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reformer import Reformer, ReformerConfig, lsh_attention
+from reformer.call import Call
 from reformer.dense import dense_attention
 from reformer.model import Embedding
 
@@ -34,6 +37,10 @@ CHUNK_TOKENS = 4096
 """Tokens that pass through a feed-forward layer, or a head that can be chunked, at a time."""
 
 Step = Callable[[], None]
+Loss = Callable[[Tensor], Tensor]
+Model = tuple[nn.Module, Loss]
+"""A model, and the loss that it gives for tokens [1, T] as their own labels."""
+Built = TypeVar("Built", Step, Model)
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,10 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Peer:
+class Peer(Generic[Built]):
     """One of those that are compared."""
 
-    build: Callable[[Sizes], Step]
+    build: Callable[[Sizes], Built]
     module: str | None = None
     """What it imports besides torch and ours (torch.utils.checkpoint imports torch._dynamo when it is used)."""
     package: str | None = None
@@ -82,10 +89,15 @@ def config_of(sizes: Sizes) -> ReformerConfig:
     )
 
 
-def model_step(model: nn.Module, loss_of: Callable[[Tensor], Tensor], sizes: Sizes) -> Step:
+def random_tokens(sizes: Sizes) -> Tensor:
+    """What a model is trained on here, int64 [1, T]."""
+    return torch.randint(0, sizes.vocab_size, (1, sizes.seq_len))
+
+
+def model_step(model: nn.Module, loss_of: Loss, sizes: Sizes) -> Step:
     """A step of a whole model: the loss of random tokens [1, T], and the gradients of all parameters."""
     model.train()
-    tokens_BT = torch.randint(0, sizes.vocab_size, (1, sizes.seq_len))
+    tokens_BT = random_tokens(sizes)
 
     def step() -> None:
         model.zero_grad()
@@ -94,10 +106,30 @@ def model_step(model: nn.Module, loss_of: Callable[[Tensor], Tensor], sizes: Siz
     return step
 
 
-def ours(sizes: Sizes) -> Step:
+def step_of(build: Callable[[Sizes], Model], sizes: Sizes) -> Step:
+    """A step of the model that is built."""
+    model, loss_of = build(sizes)
+    return model_step(model, loss_of, sizes)
+
+
+def ours(sizes: Sizes) -> Model:
     """Longhand's Reformer."""
     model = Reformer(config_of(sizes))
-    return model_step(model, lambda tokens: model(tokens, tokens), sizes)
+    return model, lambda tokens: model(tokens, tokens)
+
+
+def ours_by_autograd(sizes: Sizes) -> Model:
+    """The same, its blocks one after the other under plain autograd, which keeps what each needs for its backward."""
+    model = Reformer(config_of(sizes))
+
+    def loss_of(tokens_BT: Tensor) -> Tensor:
+        call = Call(model.config.seed, sample_ids=tuple(range(len(tokens_BT))))
+        y1 = y2 = model.embedding(tokens_BT)
+        for block in model.blocks:
+            y1, y2, _ = block(y1, y2, call)
+        return model.head(y1, y2, tokens_BT)
+
+    return model, loss_of
 
 
 def huggingface_config(sizes: Sizes) -> Any:
@@ -129,15 +161,15 @@ def huggingface_config(sizes: Sizes) -> Any:
     )
 
 
-def huggingface(sizes: Sizes) -> Step:
+def huggingface(sizes: Sizes) -> Model:
     """transformers' ReformerModelWithLMHead."""
     from transformers import ReformerModelWithLMHead
 
     model = ReformerModelWithLMHead(huggingface_config(sizes))
-    return model_step(model, lambda tokens: model(tokens, labels=tokens).loss, sizes)
+    return model, lambda tokens: model(tokens, labels=tokens).loss
 
 
-def lucidrains(sizes: Sizes) -> Step:
+def lucidrains(sizes: Sizes) -> Model:
     """The package reformer-pytorch."""
     from reformer_pytorch import ReformerLM
 
@@ -155,7 +187,7 @@ def lucidrains(sizes: Sizes) -> Step:
         axial_position_emb=True,
         axial_position_shape=config_of(sizes).axial_shape,
     )
-    return model_step(model, lambda tokens: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()), sizes)
+    return model, lambda tokens: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
 
 class _DenseAttention(nn.Module):
@@ -207,10 +239,10 @@ def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def dense(sizes: Sizes) -> Step:
+def dense(sizes: Sizes) -> Model:
     """A Transformer with dense attention (scaled_dot_product_attention), checkpointed."""
     model = DenseModel(sizes)
-    return model_step(model, model, sizes)
+    return model, model
 
 
 def attention_step(attend: Callable[..., Tensor], n_inputs: int, sizes: Sizes) -> Step:
@@ -302,13 +334,14 @@ def sdpa(sizes: Sizes) -> Step:
 
 HUGGINGFACE = ("transformers.models.reformer.modeling_reformer", "transformers")
 LUCIDRAINS = ("reformer_pytorch", "reformer-pytorch")
-PEERS: dict[str, dict[str, Peer]] = {
-    "model": {
-        "ours": Peer(ours),
-        "huggingface": Peer(huggingface, *HUGGINGFACE),
-        "lucidrains": Peer(lucidrains, *LUCIDRAINS),
-        "dense": Peer(dense, "torch._dynamo"),
-    },
+MODELS: dict[str, Peer[Model]] = {
+    "ours": Peer(ours),
+    "huggingface": Peer(huggingface, *HUGGINGFACE),
+    "lucidrains": Peer(lucidrains, *LUCIDRAINS),
+    "dense": Peer(dense, "torch._dynamo"),
+}
+PEERS: dict[str, dict[str, Peer[Step]]] = {
+    "model": {name: Peer(partial(step_of, peer.build), peer.module, peer.package) for name, peer in MODELS.items()},
     "attention": {
         "ours": Peer(ours_attention),
         "ours-dense": Peer(ours_densely),

@@ -1,6 +1,8 @@
-"""Draw what `launch/benchmark.py --json` measured: time and memory against the length, both axes logarithmic.
+"""Draw what `launch/benchmark.py --json` measured, both axes logarithmic.
 
     python launch/benchmark_plot.py benchmarks/model-cpu.json --output docs/model-cpu.png
+
+Of `model` and `attention` time and memory against the length, of `memory` memory against the length and the depth.
 
 Several files are drawn as one: measurements of the same sizes on the same machine, such as lengths that were measured
 on another day. A line ends in a dotted stretch where the next length was left out because of what it was predicted to
@@ -11,7 +13,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ SECONDS = [
 ]
 SECONDS += [(36_000, "10 h")]
 GIB = [(2.0**power, f"{2.0**power:g} GiB") for power in range(-3, 11)]
+FORMATS = (".png", ".svg", ".pdf")
 LABEL_GAP = 0.055
 """Smallest distance of two labels, as a share of the height of a panel."""
 
@@ -48,7 +51,7 @@ class PlotError(Exception):
 
 @dataclass
 class Line:
-    """One peer's values by length, and what was predicted for the first length that was left out."""
+    """One peer's values by length or depth, and what was predicted for the first that was left out."""
 
     values: dict[int, float] = field(default_factory=dict)
     predicted: dict[int, float] = field(default_factory=dict)
@@ -87,16 +90,16 @@ def read(files: Sequence[Path]) -> Record:
     return {**first, "results": [result for record in records for result in record["results"]]}
 
 
-def lines(results: Sequence[Record], key: str, predicted_key: str) -> dict[str, Line]:
-    """By peer, the medians of a key by length, from short to long."""
+def lines(results: Sequence[Record], key: str, predicted_key: str, axis: str = "seq_len") -> dict[str, Line]:
+    """By peer, the medians of a key along an axis, from short to long."""
     found: dict[str, Line] = {}
-    for result in sorted(results, key=lambda result: result["seq_len"]):
-        line, length = found.setdefault(result["peer"], Line()), result["seq_len"]
+    for result in sorted(results, key=lambda result: result[axis]):
+        line, place = found.setdefault(result["peer"], Line()), result[axis]
         if key in result:
-            same = [one[key] for one in results if (one["peer"], one["seq_len"]) == (result["peer"], length)]
-            line.values[length] = statistics.median(same)
+            same = [one[key] for one in results if (one["peer"], one[axis]) == (result["peer"], place) and key in one]
+            line.values[place] = statistics.median(same)
         elif predicted_key in result and line.values and not line.predicted:
-            line.predicted[length] = result[predicted_key]
+            line.predicted[place] = result[predicted_key]
     return {peer: line for peer, line in found.items() if line.values}
 
 
@@ -128,11 +131,12 @@ def _last(group: Sequence[int], places: Sequence[float], gap: float) -> float:
 def title(record: Record) -> str:
     """What was measured on what, in one line."""
     sizes = record["sizes"]
-    what = f"a model of {sizes['n_layers']} layers" if record["what"] == "model" else "one layer of attention"
+    kinds = {"memory": "a model", "model": f"a model of {sizes['n_layers']} layers"}
+    step = "forward, backward and AdamW's update" if record["what"] == "memory" else "forward and backward"
     return (
-        f"One training step of {what}: d_model {sizes['d_model']}, {sizes['n_heads']} heads, "
-        f"{sizes['n_hashes']} rounds, chunks of {sizes['chunk_len']}, fp32\n"
-        f"forward and backward with {record['threads']} threads on {record['cpu']}"
+        f"One training step of {kinds.get(record['what'], 'one layer of attention')}: d_model {sizes['d_model']}, "
+        f"{sizes['n_heads']} heads, {sizes['n_hashes']} rounds, chunks of {sizes['chunk_len']}, fp32\n"
+        f"{step} with {record['threads']} threads on {record['cpu']}"
     )
 
 
@@ -144,9 +148,16 @@ def tokens(length: int) -> str:
     return f"{length:,}"
 
 
-def draw_panel(axes: Any, by_peer: dict[str, Line], heading: str, ticks: Sequence[tuple[float, str]]) -> None:
+def draw_panel(
+    axes: Any,
+    by_peer: dict[str, Line],
+    heading: str,
+    ticks: Sequence[tuple[float, str]],
+    along: str = "tokens in the sequence",
+    name_of: Callable[[int], str] = tokens,
+) -> None:
     """One panel: a line for each peer with its name at the end."""
-    lengths = sorted({length for line in by_peer.values() for length in line.values})
+    places = sorted({place for line in by_peer.values() for place in line.values})
     axes.set(xscale="log", yscale="log")
     for peer, line in by_peer.items():
         _, colour = PEERS.get(peer, (peer, "#555555"))
@@ -158,7 +169,7 @@ def draw_panel(axes: Any, by_peer: dict[str, Line], heading: str, ticks: Sequenc
             onward = [last, line.end]
             axes.plot(*zip(*onward, strict=True), ls=":", **{**style, "linewidth": 1.2})
             axes.plot(*line.end, marker="o", markersize=4, markerfacecolor="white", **style)
-    axes.set_xticks(lengths, [tokens(length) for length in lengths])
+    axes.set_xticks(places, [name_of(place) for place in places])
     values = [value for line in by_peer.values() for value in (*line.values.values(), *line.predicted.values())]
     bottom = max((value for value, _ in ticks if value <= min(values)), default=min(values))
     top = min((value for value, _ in ticks if value >= max(values)), default=max(values))
@@ -169,7 +180,7 @@ def draw_panel(axes: Any, by_peer: dict[str, Line], heading: str, ticks: Sequenc
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.spines[:].set_visible(False)
     axes.set_title(heading, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("tokens in the sequence", fontsize=9)
+    axes.set_xlabel(along, fontsize=9)
     label_ends(axes, by_peer)
 
 
@@ -193,34 +204,69 @@ def label_ends(axes: Any, by_peer: dict[str, Line]) -> None:
         )
 
 
-def draw(record: Record, output: Path) -> None:
-    """Two panels, time and memory."""
-    from matplotlib.figure import Figure  # of the extras `bench` and `dev`: only a drawing needs it
+def figure_class() -> Any:
+    """matplotlib's Figure. Of the extras `bench` and `dev`: only a drawing needs it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PlotError("matplotlib is not installed: pip install -e '.[bench]'") from None
+    return Figure
 
-    seconds = lines(record["results"], "seconds", "predicted_s")
-    gib = lines(record["results"], "peak_gib", "predicted_gib")
-    if not seconds:
+
+def check_output(output: Path) -> None:
+    """Raises PlotError if there is no way to draw into this file."""
+    if not output.parent.is_dir():
+        raise PlotError(f"cannot draw {output}: there is no folder {output.parent}")
+    if output.suffix not in FORMATS:
+        raise PlotError(f"cannot draw {output}: its name must end in one of {', '.join(FORMATS)}")
+    figure_class()
+
+
+def draw(record: Record, output: Path) -> None:
+    """Two panels: time and memory by length, or memory by length and by depth."""
+    if not any("seconds" in result for result in record["results"]):
         raise PlotError("there is no measurement in these files: run launch/benchmark.py again")
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = figure_class()(figsize=(11, 4.6), layout="constrained")
     panels: Any = figure.subplots(1, 2)
     figure.suptitle(title(record), x=0.01, ha="left", fontsize=9, color="#555555")
-    draw_panel(panels[0], seconds, "Time of a step", SECONDS)
-    draw_panel(panels[1], gib, "Peak memory", GIB)
-    figure.savefig(output, dpi=150, facecolor="white")
+    (draw_memory if record["what"] == "memory" else draw_time_and_memory)(panels, record)
+    try:
+        figure.savefig(output, dpi=150, facecolor="white")
+    except OSError as error:
+        raise PlotError(f"cannot draw {output}: {error.strerror}") from None
+
+
+def draw_time_and_memory(panels: Any, record: Record) -> None:
+    draw_panel(panels[0], lines(record["results"], "seconds", "predicted_s"), "Time of a step", SECONDS)
+    draw_panel(panels[1], lines(record["results"], "peak_gib", "predicted_gib"), "Peak memory", GIB)
+
+
+def draw_memory(panels: Any, record: Record) -> None:
+    """By length, and by depth: all peers at one length, and ours at a longer one."""
+    of_part = {
+        part: [result for result in record["results"] if result["part"] == part]
+        for part in ("length", "depth", "layer")
+    }
+    by_length = lines(of_part["length"], "peak_gib", "predicted_gib")
+    by_depth = lines(of_part["depth"], "peak_gib", "predicted_gib", "n_layers")
+    for line in lines(of_part["layer"], "peak_gib", "predicted_gib", "n_layers").values():
+        by_depth[f"Longhand, {tokens(of_part['layer'][0]['seq_len'])} tokens"] = line
+    depth_tokens = f", {tokens(of_part['depth'][0]['seq_len'])} tokens" if of_part["depth"] else ""
+    if by_length:
+        draw_panel(panels[0], by_length, f"Peak memory by length, {record['sizes']['n_layers']} layers", GIB)
+    if by_depth:
+        draw_panel(panels[1], by_depth, f"Peak memory by depth{depth_tokens}", GIB, "layers", str)
+    for panel, by_peer in zip(panels, (by_length, by_depth), strict=True):
+        panel.set_visible(bool(by_peer))
 
 
 def main() -> int:
     arguments = parse_arguments()
     try:
+        check_output(arguments.output)
         draw(read(arguments.files), arguments.output)
     except PlotError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ImportError:
-        print("error: matplotlib is not installed: pip install -e '.[bench]'", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:  # no such folder, or a format that matplotlib does not write
-        print(f"error: cannot draw {arguments.output}: {error}", file=sys.stderr)
         return 2
     print(f"drew {arguments.output}")
     return 0

@@ -8,7 +8,8 @@ First the kernels' tests run on the GPU; then one layer's attention and the trai
 12-layer model are timed from short to long, bf16, each after a first call that does not count; then the longest
 sequence that the GPU trains is looked for (the last example is a dry run, without that). What is expected, from the
 shorter lengths, to take longer than its budget is left out, and the table says so. The share of the roofline is that
-of attention without hashing and sorting.
+of attention without hashing and sorting; MFU is that of our model, by trainer/flops.py; both only where the device's
+peaks are known (roofline.py).
 
 Needs torch, Triton, numpy and pydantic, pytest for the tests, transformers for that peer; and this repository installed
 or on PYTHONPATH, as `make gpu-check` has it.
@@ -27,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,8 +38,9 @@ import torch
 
 try:
     from benchmark_peers import Sizes, Step, config_of, positive
-    from gpu_peers import ATTENTION, MODEL, attention_step, disagreement, model_training_step
-    from roofline import backward_work, forward_work, peaks_of
+    from gpu_budget import Budget, expected_call_s, longest
+    from gpu_peers import ATTENTION, MODEL, OUR_MODEL, attention_step, disagreement, model_training_step
+    from roofline import backward_work, forward_work, mfu, peaks_of
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed here, and is needed: {__doc__.strip().splitlines()[-2]}")
 
@@ -56,64 +58,6 @@ LONGEST_SHARE = 0.15
 """Of the whole budget, what is kept for the search for the longest sequence."""
 
 Result = dict[str, Any]
-
-
-@dataclass
-class Budget:
-    """Seconds for everything, and for one measurement."""
-
-    total_s: float
-    item_s: float
-    clock: Callable[[], float] = time.monotonic
-    begun: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.begun = self.clock()
-
-    def left_s(self) -> float:
-        return self.total_s - (self.clock() - self.begun)
-
-    def objection(self, expected_s: float, reserve_s: float = 0.0) -> str | None:
-        """Why a measurement that takes about so long is left out, or None."""
-        if expected_s > self.item_s:
-            return f"left out: about {expected_s:.0f} s expected, more than {self.item_s:.0f} s"
-        return self.no_time(expected_s, reserve_s)
-
-    def no_time(self, expected_s: float, reserve_s: float = 0.0) -> str | None:
-        """The same for one that may take all the time that is left but for the reserve."""
-        left_s = max(0.0, self.left_s() - reserve_s)
-        return (
-            f"left out: about {expected_s:.0f} s expected, {left_s:.0f} s were left" if expected_s >= left_s else None
-        )
-
-
-def expected_call_s(earlier: Sequence[tuple[int, float]], seq_len: int) -> float:
-    """Seconds of a call at seq_len, from (length, seconds) of shorter ones: it grows on as it grew at the end.
-
-    At least in proportion and at most with the square; with the square where only one length is known.
-    """
-    if not earlier:
-        return 0.0
-    points = sorted(earlier)
-    (length, seconds), power = points[-1], 2.0
-    if len(points) > 1:
-        power = min(2.0, max(1.0, _log_ratio(seconds, points[-2][1]) / _log_ratio(length, points[-2][0])))
-    return seconds * (seq_len / length) ** power
-
-
-def _log_ratio(a: float, b: float) -> float:
-    return torch.tensor(a / b, dtype=torch.float64).log().item()
-
-
-def longest(trains: Callable[[int], bool], known: int, halvings: int = 2) -> int:
-    """The largest length found that trains, from one that does: doubled while it does, then bisected."""
-    good, bad = known, 2 * known
-    while trains(bad):
-        good, bad = bad, 2 * bad
-    for _ in range(halvings):
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if trains(middle) else (good, middle)
-    return good
 
 
 def measure(build: Callable[[], Step], device: torch.device, once: bool = False) -> Result:
@@ -232,6 +176,8 @@ def run_items(sizes: Sizes, setting: Setting, earlier: Sequence[Result]) -> list
             result |= achieved(
                 sizes, setting.dtype, label["what"] == "attention fwd+bwd", result["seconds"], setting.peaks
             )
+        if label["what"] == "model fwd+bwd" and "seconds" in result:
+            result |= training_speed(sizes, label["peer"], result["seconds"], setting.peaks)
         results.append({**label, **result})
         print(row(results[-1]), flush=True)
     return results
@@ -249,6 +195,12 @@ def achieved(
     return {"gb_per_s": work.moved / seconds / 1e9, **share}
 
 
+def training_speed(sizes: Sizes, peer: str, seconds: float, peaks: tuple[float, float] | None) -> Result:
+    """Tokens per second and, of our model where the device's peak is known, model FLOPs utilisation."""
+    share = {"mfu": mfu(config_of(sizes), sizes.seq_len, seconds, peaks)} if peaks and peer in OUR_MODEL else {}
+    return {"tokens_per_s": sizes.seq_len / seconds, **share}
+
+
 def row(result: Result) -> str:
     """One line of the table."""
     start = f"{result['seq_len']:>9,}  {result['what']:<18}{result['peer']:<17}"
@@ -257,7 +209,9 @@ def row(result: Result) -> str:
     line = f"{start}{1e3 * result['seconds']:>11.3f} ms"
     line += f"{result['peak_gib']:>9.2f} GiB" if result.get("peak_gib") is not None else ""
     line += f"{result['gb_per_s']:>9.0f} GB/s" if "gb_per_s" in result else ""
-    return line + (f"{result['roofline_share']:>7.0%} of the roofline" if "roofline_share" in result else "")
+    line += f"{result['roofline_share']:>7.0%} of the roofline" if "roofline_share" in result else ""
+    line += f"{result['tokens_per_s']:>11,.0f} tokens/s" if "tokens_per_s" in result else ""
+    return line + (f"{result['mfu']:>7.1%} MFU" if "mfu" in result else "")
 
 
 def judged(errors: Result, dtype: torch.dtype) -> Result:
@@ -269,7 +223,7 @@ def judged(errors: Result, dtype: torch.dtype) -> Result:
 
 
 def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Setting) -> Result:
-    """The longest sequence that our model trains on this device, and its tokens per second.
+    """The longest sequence that our model trains on this device, its tokens per second and MFU.
 
     From the lengths and seconds that are known, upwards until memory or the time that is left forbids it.
     """
@@ -283,6 +237,8 @@ def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Sett
             shape = replace(sizes, seq_len=seq_len)
             build = functools.partial(model_training_step, "ours", shape, setting.device, setting.dtype)
             found = attempt(functools.partial(measure, build, setting.device, once=True))
+            if "seconds" in found:
+                found |= training_speed(shape, "ours", found["seconds"], setting.peaks)
         tried.append({**label, **found})
         print(row(tried[-1]), flush=True)
         points.extend([(seq_len, found["seconds"])] if "seconds" in found else [])
@@ -290,7 +246,8 @@ def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Sett
 
     length = longest(trains, max(known)[0])
     limit = "time" if any("left_out" in found for found in tried) else "memory"
-    return {"seq_len": length, "tokens_per_s": length / dict(points)[length], "limited_by": limit, "tried": tried}
+    speed = training_speed(replace(sizes, seq_len=length), "ours", dict(points)[length], setting.peaks)
+    return {"seq_len": length, **speed, "limited_by": limit, "tried": tried}
 
 
 def hardware(device: torch.device, peaks: tuple[float, float] | None) -> Result:

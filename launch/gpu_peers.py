@@ -184,6 +184,8 @@ MODEL: dict[str, Callable[[Sizes], Step]] = {
     "flex": functools.partial(_dense, attend_of=flex),
     "huggingface": PEERS["model"]["huggingface"].build,
 }
+OUR_MODEL = ("ours", "ours-chunked")
+"""Those of them that are the Reformer, whose FLOPs trainer/flops.py counts."""
 
 
 def model_training_step(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Step:

@@ -1,4 +1,4 @@
-"""What the fused attention has to move and to compute, and how fast a GPU could: arithmetic without a GPU.
+"""What the fused attention and a model have to move and to compute, and how fast a GPU could: arithmetic without one.
 
 "Must move" counts what no schedule of these kernels avoids: in every round the rows of q and v (and d_out) once, in
 that round's order, and every result once. The running sums in fp32 between the rounds come on top of it: the kernels
@@ -7,6 +7,9 @@ move `moved`, and the share of the roofline is that of `must_move`.
 
 import re
 from dataclasses import dataclass
+
+from reformer import ReformerConfig
+from trainer.flops import training_flops
 
 PEAKS = {
     "H200 NVL": (4.8e12, 835e12),
@@ -63,3 +66,8 @@ def backward_work(n_tokens: int, n_heads: int, d_head: int, n_hashes: int, chunk
     must_move = rows * (n_hashes * (3 * width + 4 + 16) + 4 * width + 16)
     between_rounds = 2 * (n_hashes - 1) * rows * 2 * 4 * d_head
     return Work(must_move, must_move + between_rounds, rows * n_hashes * 2 * chunk_len * d_head * 2 * 7)
+
+
+def mfu(config: ReformerConfig, seq_len: int, seconds: float, peaks: tuple[float, float]) -> float:
+    """Model FLOPs utilisation of a training step of one sequence: what it needs over what bf16 could at its peak."""
+    return training_flops(config, seq_len) / (seconds * peaks[1])

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "launch"))  # where Python itself looks when it is
 import benchmark  # noqa: E402
 import benchmark_peers  # noqa: E402
 import benchmark_plot  # noqa: E402
+import benchmark_process  # noqa: E402
 
 sys.path.pop(0)
 
@@ -70,7 +71,7 @@ def test_what_fails_and_what_takes_too_long_are_results(monkeypatch: pytest.Monk
 
 def test_a_process_that_the_system_ends_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of(monkeypatch, "model")
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: argparse.Namespace(returncode=-9))
+    monkeypatch.setattr(benchmark_process.subprocess, "run", lambda *_, **__: argparse.Namespace(returncode=-9))
     ended = benchmark.measure(arguments, "ours", TINY)
     assert ended == {"error": "ended by SIGKILL, out of memory?", "final": True}
 
@@ -86,32 +87,35 @@ def test_steps_are_repeated_and_long_ones_are_not() -> None:
 
 
 def test_predictions_grow_by_4_to_16_for_four_times_the_length() -> None:
-    assert benchmark.predict([(1024, 2.0)], 4096) == pytest.approx(8.0)
-    assert benchmark.predict([(1024, 2.0), (4096, 2.5)], 16_384) == pytest.approx(10.0)  # held at linear
-    assert benchmark.predict([(1024, 2.0), (4096, 16.0)], 16_384) == pytest.approx(128.0)  # as measured
-    assert benchmark.predict([(1024, 2.0), (4096, 99.0)], 16_384) == pytest.approx(99.0 * 16)  # held at quadratic
-    assert benchmark.predict([(256, 9.0), (1024, 2.0), (4096, 8.0)], 65_536) == pytest.approx(128.0)  # the last two
-    assert benchmark.predict([(3000, 3.0)], 1000) == pytest.approx(1.0)
+    predict = benchmark_process.predict
+    assert predict([(1024, 2.0)], 4096) == pytest.approx(8.0)
+    assert predict([(1024, 2.0), (4096, 2.5)], 16_384) == pytest.approx(10.0)  # held at linear
+    assert predict([(1024, 2.0), (4096, 16.0)], 16_384) == pytest.approx(128.0)  # as measured
+    assert predict([(1024, 2.0), (4096, 99.0)], 16_384) == pytest.approx(99.0 * 16)  # held at quadratic
+    assert predict([(256, 9.0), (1024, 2.0), (4096, 8.0)], 65_536) == pytest.approx(128.0)  # the last two
+    assert predict([(3000, 3.0)], 1000) == pytest.approx(1.0)
 
 
 def test_what_would_take_too_much_is_left_out_and_says_so() -> None:
+    limits = benchmark_process.Limits
     dense = [result(16_384, seconds=10.0), result(65_536, seconds=143.0), result(65_536, seconds=145.0)]
-    assert benchmark.left_out(dense, 262_144, budget_s=2400, budget_gib=24) is None
-    out = benchmark.left_out(dense, 262_144, budget_s=600, budget_gib=24)
+    assert benchmark.left_out(dense, 262_144, limits(2400, 24)) is None
+    out = benchmark.left_out(dense, 262_144, limits(600, 24))
     assert out is not None and out["left_out"] == "predicted 2,074 s: over the budget of 600 s"
     assert out["predicted_s"] == pytest.approx(144.0 * 14.4)
     assert out["predicted_gib"] == pytest.approx(0.25 + 4 * 0.75)  # imports do not grow
     large = [result(16_384, peak_gib=2.25), result(65_536, peak_gib=8.25)]
-    assert benchmark.left_out(large, 131_072, budget_s=600, budget_gib=24) is None  # 16.25 GiB
-    out = benchmark.left_out(large, 262_144, budget_s=600, budget_gib=24)
+    assert benchmark.left_out(large, 131_072, limits(600, 24)) is None  # 16.25 GiB
+    out = benchmark.left_out(large, 262_144, limits(600, 24))
     assert out is not None and out["left_out"] == "predicted 32.2 GiB: over the 24.0 GiB that it may take here"
 
 
 def test_what_is_known_before_decides_only_where_it_must() -> None:
-    assert benchmark.left_out([], 4096, budget_s=1, budget_gib=1) is None
-    assert benchmark.left_out([result(1000, error="not a multiple of 64")], 1024, budget_s=1, budget_gib=1) is None
+    little, much = benchmark_process.Limits(1, 1), benchmark_process.Limits(600, 24)
+    assert benchmark.left_out([], 4096, little) is None
+    assert benchmark.left_out([result(1000, error="not a multiple of 64")], 1024, little) is None
     stopped = [result(1024), result(4096, error="stopped after 600 s, the budget", final=True)]
-    out = benchmark.left_out(stopped, 16_384, budget_s=600, budget_gib=24)
+    out = benchmark.left_out(stopped, 16_384, much)
     assert out == {"left_out": "stopped after 600 s, the budget at 4,096 tokens"}
 
 
@@ -126,7 +130,7 @@ def test_peers_take_turns_within_the_budget_and_failures_are_not_asked_again(mon
 
     monkeypatch.setattr(benchmark, "measure", measure)
     monkeypatch.setattr(benchmark, "missing", lambda peer: None)
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark_process.time, "perf_counter", lambda: now[0])
     arguments = arguments_of(monkeypatch, "model", "--budget-s", "100", "--rounds", "3")
     results = benchmark.measure_length(arguments, ["ours", "lucidrains", "dense"], 1024, [], budget_gib=24)
     assert asked == ["ours", "lucidrains", "dense", "ours", "dense", "ours"]  # three times 50 s would be beyond 100 s
@@ -219,7 +223,7 @@ def test_the_dense_model_learns_from_every_parameter(monkeypatch: pytest.MonkeyP
     build = benchmark_peers.DenseModel
     monkeypatch.setattr(benchmark_peers, "DenseModel", lambda sizes: models.append(build(sizes)) or models[-1])
     monkeypatch.setattr(benchmark_peers, "CHUNK_TOKENS", 100)
-    benchmark_peers.dense(TINY)()
+    benchmark.PEERS["model"]["dense"].build(TINY)()
     missing = [name for name, p in models[0].named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert missing == []
 

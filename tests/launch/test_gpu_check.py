@@ -15,6 +15,8 @@ import gpu_check  # noqa: E402
 import gpu_peers  # noqa: E402
 import roofline  # noqa: E402
 
+from trainer.flops import training_flops  # noqa: E402
+
 sys.path.pop(0)
 
 TINY = "--d-model 32 --n-layers 1 --n-heads 2 --n-hashes 2 --chunk-len 16"
@@ -82,10 +84,51 @@ def test_share_of_the_roofline_only_where_the_peaks_are_known() -> None:
     assert gpu_check.achieved(sizes, torch.bfloat16, True, 1e-3, None).keys() == {"gb_per_s"}
 
 
+def test_mfu_is_what_a_step_needs_over_what_the_device_could() -> None:
+    """Of our model only, and only where the device's peak is known."""
+    sizes, peaks = gpu_check.Sizes(seq_len=1024), (1e12, 2e12)
+    needed = training_flops(gpu_check.config_of(sizes), 1024)
+    for peer in gpu_check.OUR_MODEL:
+        found = gpu_check.training_speed(sizes, peer, 0.5, peaks)
+        assert found == {"tokens_per_s": 2048, "mfu": pytest.approx(needed / 1e12)}
+        assert gpu_check.training_speed(sizes, peer, 0.5, None) == {"tokens_per_s": 2048}
+    assert gpu_check.training_speed(sizes, "flash", 0.5, peaks) == {"tokens_per_s": 2048}
+    assert set(gpu_check.OUR_MODEL) <= set(gpu_peers.MODEL)
+
+
+def test_every_length_of_the_model_and_the_longest_have_their_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(build: Any, device: torch.device, once: bool = False) -> Any:
+        if build.args[1].seq_len > 1024:
+            raise torch.OutOfMemoryError
+        return {"seconds": 0.25, "peak_gib": 1.0}
+
+    monkeypatch.setattr(gpu_check, "measure", fake)
+    peers = ["ours", "flash", "ours-chunked"]
+    setting = gpu_check.Setting(torch.device("cpu"), torch.float32, gpu_check.Budget(100, 10), (1e12, 1e12), peers)
+    sizes = gpu_check.Sizes(seq_len=256)
+
+    def expected(seq_len: int) -> Any:
+        flops = training_flops(gpu_check.config_of(gpu_check.replace(sizes, seq_len=seq_len)), seq_len)
+        return {"tokens_per_s": seq_len / 0.25, "mfu": pytest.approx(flops / 0.25e12)}
+
+    models = [x for x in gpu_check.run_items(sizes, setting, []) if x["what"] == "model fwd+bwd"]
+    assert [(x["peer"], "mfu" in x, x["tokens_per_s"]) for x in models] == [
+        ("ours", True, 1024),
+        ("ours-chunked", True, 1024),
+        ("flash", False, 1024),
+    ]
+    assert {key: models[0][key] for key in ("tokens_per_s", "mfu")} == expected(256)
+    found = gpu_check.find_longest(sizes, [(512, 0.25)], setting)
+    assert found["seq_len"] == 1024
+    assert {key: found[key] for key in ("tokens_per_s", "mfu")} == expected(1024)
+    assert [x.get("mfu") for x in found["tried"]] == [expected(1024)["mfu"], None, None, None]
+
+
 @pytest.mark.parametrize(
     ("result", "expected"),
     [
         ({"seconds": 0.0123, "peak_gib": 1.5}, "12.300 ms     1.50 GiB"),
+        ({"seconds": 1, "peak_gib": 2.0, "tokens_per_s": 65536.4, "mfu": 0.4321}, "65,536 tokens/s  43.2% MFU"),
         (
             {"seconds": 1, "peak_gib": None, "gb_per_s": 2000.0, "roofline_share": 0.42},
             "2000 GB/s    42% of the roofline",
@@ -158,6 +201,9 @@ def test_the_whole_flow_on_the_cpu(tmp_path: Path) -> None:
     ran = {(x["what"], x["peer"]) for x in record["results"] if "seconds" in x}
     assert {("model fwd+bwd", "ours"), ("model fwd+bwd", "flash"), ("attention fwd+bwd", "ours-attention")} <= ran
     assert "longest" not in record  # not on a CPU
+    models = [x for x in record["results"] if x["what"] == "model fwd+bwd" and "seconds" in x]
+    assert all(x["tokens_per_s"] == x["seq_len"] / x["seconds"] for x in models)
+    assert not any("mfu" in x for x in record["results"])  # its peak is not known
     assert record["fused_against_chunked"]["agrees"]
     assert "model fwd+bwd     ours" in done.stdout
 

@@ -1,0 +1,63 @@
+"""What of `launch/gpu_check.py` fits into the time that there is, and how long a sequence is worth a try.
+
+Plain arithmetic on seconds and lengths; nothing here knows of torch or of a GPU.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Budget:
+    """Seconds for everything, and for one measurement."""
+
+    total_s: float
+    item_s: float
+    clock: Callable[[], float] = time.monotonic
+    begun: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begun = self.clock()
+
+    def left_s(self) -> float:
+        return self.total_s - (self.clock() - self.begun)
+
+    def objection(self, expected_s: float, reserve_s: float = 0.0) -> str | None:
+        """Why a measurement that takes about so long is left out, or None."""
+        if expected_s > self.item_s:
+            return f"left out: about {expected_s:.0f} s expected, more than {self.item_s:.0f} s"
+        return self.no_time(expected_s, reserve_s)
+
+    def no_time(self, expected_s: float, reserve_s: float = 0.0) -> str | None:
+        """The same for one that may take all the time that is left but for the reserve."""
+        left_s = max(0.0, self.left_s() - reserve_s)
+        return (
+            f"left out: about {expected_s:.0f} s expected, {left_s:.0f} s were left" if expected_s >= left_s else None
+        )
+
+
+def expected_call_s(earlier: Sequence[tuple[int, float]], seq_len: int) -> float:
+    """Seconds of a call at seq_len, from (length, seconds) of shorter ones: it grows on as it grew at the end.
+
+    At least in proportion and at most with the square; with the square where only one length is known.
+    """
+    if not earlier:
+        return 0.0
+    points = sorted(earlier)
+    (length, seconds), power = points[-1], 2.0
+    if len(points) > 1:
+        power = min(2.0, max(1.0, math.log(seconds / points[-2][1]) / math.log(length / points[-2][0])))
+    return seconds * (seq_len / length) ** power
+
+
+def longest(trains: Callable[[int], bool], known: int, halvings: int = 2) -> int:
+    """The largest length found that trains, from one that does: doubled while it does, then bisected."""
+    good, bad = known, 2 * known
+    while trains(bad):
+        good, bad = bad, 2 * bad
+    for _ in range(halvings):
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if trains(middle) else (good, middle)
+    return good
