@@ -61,7 +61,13 @@ class Reformer(nn.Module):
 
         Raises:
             ValueError: n_hashes below 1, or in a model without LSH attention.
+            RuntimeError: tied embeddings that are two parameters by now.
         """
+        if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:
+            raise RuntimeError(
+                "tie_embeddings=True, but the embedding and the head have a matrix each, as to_empty() and "
+                "load_state_dict(assign=True) leave them: set model.head.weight = model.embedding.tokens.weight"
+            )
         if n_hashes is not None and (n_hashes < 1 or "lsh" not in self.config.attn_pattern):
             raise ValueError(
                 f"n_hashes={n_hashes} must be at least 1, and some layer must use LSH attention "

@@ -106,6 +106,17 @@ def test_a_tied_embedding_stays_tied() -> None:
         assert (converted.head.weight == 3).all()
 
 
+def test_a_lost_tie_is_an_error_with_a_way_out() -> None:
+    model = make_model(tie_embeddings=True)
+    tokens, labels = make_batch()
+    expected = model(tokens, labels)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"set model\.head\.weight = model\.embedding\.tokens\.weight"):
+        model(tokens, labels)
+    model.head.weight = model.embedding.tokens.weight
+    assert torch.equal(model(tokens, labels), expected)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_start_at_unit_variance(tied: bool) -> None:
     torch.manual_seed(0)
@@ -131,6 +142,19 @@ def plain_head_loss(head: OutputHead, streams: list[Tensor], labels: Tensor) -> 
 def differentiated(head: OutputHead, streams: list[Tensor], loss: Tensor) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, [*streams, *head.parameters()])
     return dict(zip(["loss", "y1", "y2", *dict(head.named_parameters())], [loss.detach(), *found], strict=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 149, 150])
+def test_chunks_change_nothing_but_rounding(tied: bool, chunk_tokens: int) -> None:
+    """The third chunk of 16 has no label at all."""
+    head, streams = make_head(
+        150, torch.float64, vocab_size=70, d_model=16, tie_embeddings=tied, loss_chunk_tokens=chunk_tokens
+    )
+    labels = torch.randint(0, 70, (1, 150))
+    labels[:, 30:50] = labels[:, ::3] = -100
+    actual = differentiated(head, streams, head(*streams, labels))
+    assert_parity(actual, differentiated(head, streams, plain_head_loss(head, streams, labels)), 1e-12)
 
 
 @pytest.mark.parametrize("tied", [False, True])
