@@ -3,14 +3,15 @@
 The inner attention is a callable that the layer is given, so that an oracle, a kernel or a wrapper that spreads
 heads over ranks slips in without the model knowing. Buckets are values: passed in, returned, never kept.
 
-Norm and projections go by chunks of tokens, like the feed-forward layers, and with them their gradients: of the whole
-sequence there are the heads, the inner attention's output, and their gradients.
+Heads are independent, so that a long sequence goes through a layer a few heads at a time, forward and backward: of
+the whole sequence there are, besides the streams, the projections of these few, their output, and their gradients.
+Norm and projections go by chunks of tokens, like the feed-forward layers.
 
-Axes: B batch, H heads, T tokens, D head dim, M model, R hash rounds.
+Axes: B batch, H heads, h heads of a group, T tokens, t tokens of a chunk, D head dim, E = h*D, M model, R hash rounds.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,15 +28,22 @@ from reformer.local import local_attention
 from reformer.lsh import lsh_attention
 from reformer.lsh.hashing import bucket_factors, draw_rotations
 
+GROUP_NUMBERS = 2**24
+"""A group has so many heads that one of its tensors [B, h, T, D] holds so many numbers, or a single head."""
+
 
 @dataclass
-class Held:
-    """What an attention layer's backward needs besides its input, which takes it from here."""
+class HeadGroup:
+    """Some heads on their way through a layer: what their backward needs, which takes it from here."""
 
-    heads: list[Tensor] = field(default_factory=list)
-    """The projections [B, H, T, D], leaves of the graph of `out`."""
-    out: Tensor | None = None
-    """The inner attention's output [B, H, T, D], with its graph."""
+    heads: slice
+    """Which ones, of H."""
+    columns: slice
+    """Where they stand in the merged output, of H*D; and in the rows of the projections."""
+    projected: list[Tensor]
+    """[B, h, T, D] for each projection."""
+    out: Tensor
+    """The inner attention's output [B, h, T, D]; with its graph, if `projected` are its leaves."""
 
 
 class _Attention(nn.Module):
@@ -47,7 +55,7 @@ class _Attention(nn.Module):
         super().__init__()
         assert config.d_head is not None  # filled in by the config
         self.config, self.layer, self.n_heads, self.inner = config, layer, config.n_heads, inner
-        inner_width = config.n_heads * config.d_head
+        self.d_head, inner_width = config.d_head, config.n_heads * config.d_head
         self.norm_weight = nn.Parameter(torch.ones(config.d_model))
         self.norm_bias = nn.Parameter(torch.zeros(config.d_model))
         for name in self.projections:
@@ -62,102 +70,158 @@ class _Attention(nn.Module):
         call: Call,
         buckets: Tensor | None = None,
         *,
-        held: Held | None = None,
-        needs_output: bool = True,
+        held: list[HeadGroup] | None = None,
         d_out_BTM: Tensor | None = None,
+        needs_output: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The output [B, T, M], and LSH attention's buckets [B, H, R, T]; given buckets, nothing is hashed.
 
-        With an empty `held`, the output has no graph (and is None unless it is needed), and what the backward needs
-        is put there. With that and the
-        gradient of the output: a scalar, <output, d_out>, and None. Its backward gives x and the parameters their
-        gradients, each once.
-        """
-        if held is None:
-            out_BHTD, buckets = self.attend(self.project(x_BTM), call, buckets)
-            return self.merge(out_BHTD), buckets
-        if d_out_BTM is None:
-            with torch.no_grad():
-                held.heads = self.project(x_BTM)
-            with torch.enable_grad():
-                held.heads = [head.requires_grad_() for head in held.heads]
-                held.out, buckets = self.attend(held.heads, call, buckets)
-            with torch.no_grad():
-                return self.merge(held.out.detach()) if needs_output else None, buckets
-        return self._known_gradients(x_BTM, held, d_out_BTM), None
+        With an empty list `held` the output has no graph, and what the backward needs is put there.
 
-    def attend(self, heads: list[Tensor], call: Call, buckets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The inner attention's output [B, H, T, D], and buckets if there are any."""
+        Given the gradient of the output, as in `FeedForward`: the output without a graph (None unless it is needed),
+        and the scalar <output, d_out>, whose backward gives x and the parameters their gradients, each once. What is
+        in `held` is not computed again.
+        """
+        if d_out_BTM is not None:
+            groups = _taken(held) if held else self._groups(x_BTM, call, buckets, differentiable=True)
+            with torch.no_grad():
+                out, gradients = self._with_gradients(x_BTM, groups, d_out_BTM, needs_output)
+            inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
+            parameters = [self.norm_weight, self.norm_bias, *self.projection_weights, self.out_weight]
+            return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
+        out, used = None, []
+        for group, bucket in self._groups(x_BTM, call, buckets, differentiable=held is not None):
+            out = self._merged(group, out)
+            used.append(bucket)
+            if held is not None:
+                held.append(group)
+            del group  # before the next one is made
+        found = [bucket for bucket in used if bucket is not None]
+        return out, torch.cat(found, dim=1) if found else None
+
+    def attend(
+        self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """The inner attention's output [B, h, T, D] for some heads, and buckets if there are any."""
         raise NotImplementedError
+
+    def project(self, x_BTM: Tensor, columns: slice = slice(None)) -> list[Tensor]:
+        """Norm and projections, [B, h, T, D] for each projection, of the heads that stand in these columns."""
+        weights = [weight[columns] for weight in self.projection_weights]
+
+        def projected(x_BtM: Tensor) -> tuple[Tensor, ...]:
+            normed = layer_norm(x_BtM, self.norm_weight, self.norm_bias, self.config.norm_eps)
+            return tuple(F.linear(normed, weight) for weight in weights)
+
+        return [self._heads(x) for x in map_chunks(projected, x_BTM, self.config.ff_chunk_tokens)]
 
     @property
     def projection_weights(self) -> list[Tensor]:
         return [getattr(self, f"{name}_weight") for name in self.projections]
 
-    def project(self, x_BTM: Tensor) -> list[Tensor]:
-        """The heads [B, H, T, D] of each projection of norm(x)."""
-
-        def projected(x: Tensor) -> tuple[Tensor, ...]:
-            normed = layer_norm(x, self.norm_weight, self.norm_bias, self.config.norm_eps)
-            return tuple(F.linear(normed, weight) for weight in self.projection_weights)
-
-        return [self._heads(x) for x in map_chunks(projected, x_BTM, self.config.ff_chunk_tokens)]
-
-    def merge(self, out_BHTD: Tensor) -> Tensor:
-        """The output projection of all heads together, [B, T, M]."""
-        merged_BTE = out_BHTD.transpose(1, 2).flatten(2)
-        return map_chunks(lambda x: (F.linear(x, self.out_weight),), merged_BTE, self.config.ff_chunk_tokens)[0]
-
-    def mode(self, call: Call, device: torch.device) -> dict[str, Any]:
+    def mode(self, call: Call, heads: slice, device: torch.device) -> dict[str, Any]:
         """The arguments that every kind of inner attention takes."""
+        keys_BH = call.attn_dropout_keys(self.layer, self.n_heads, device)
         return {
             "causal": self.config.causal,
             "segment_ids": call.segment_ids_BT,
             "dropout": call.attn_dropout,
-            "dropout_keys": call.attn_dropout_keys(self.layer, self.n_heads, device),
+            "dropout_keys": None if keys_BH is None else keys_BH[:, heads],
         }
 
     def _heads(self, x_BTE: Tensor) -> Tensor:
-        return x_BTE.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return x_BTE.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
 
-    def _known_gradients(self, x_BTM: Tensor, held: Held, d_out_BTM: Tensor) -> Tensor:
-        """A scalar that gives x and the parameters their gradients."""
-        with torch.no_grad():
-            d_out_weight, d_heads = self._through_merge(held, d_out_BTM)
-            d_x, sums = self._through_projections(x_BTM, d_heads)
-        parameters = [self.norm_weight, self.norm_bias, *self.projection_weights, self.out_weight]
-        inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
-        return with_gradients(inner_product, [x_BTM, *parameters], [d_x, *sums, d_out_weight])
+    def _groups(
+        self, x_BTM: Tensor, call: Call, buckets: Tensor | None, differentiable: bool
+    ) -> Iterator[tuple[HeadGroup, Tensor | None]]:
+        """All heads, group by group, with the buckets of each; `differentiable` in the sense of `HeadGroup.out`."""
+        at_once = max(1, GROUP_NUMBERS // (x_BTM.shape[0] * x_BTM.shape[1] * self.d_head))
+        for start in range(0, self.n_heads, at_once):
+            heads = slice(start, min(start + at_once, self.n_heads))
+            yield self._group(x_BTM, call, None if buckets is None else buckets[:, heads], heads, differentiable)
 
-    def _through_merge(self, held: Held, d_out_BTM: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The gradients of the output projection and of the heads [B, T, H*D] of each of the others."""
-        assert held.out is not None
-        chunk_tokens = self.config.ff_chunk_tokens
-        merged_BTE = held.out.detach().transpose(1, 2).flatten(2)
-        weight_sum = GradientSum([self.out_weight])
-        for tokens in token_slices(merged_BTE.shape[1], chunk_tokens):
-            merged = merged_BTE[:, tokens].flatten(0, 1)
-            weight_sum.add_known([d_out_BTM[:, tokens].flatten(0, 1).to(merged.dtype).T @ merged])
-        (d_merged_BTE,) = map_chunks(lambda d: (d.to(merged_BTE.dtype) @ self.out_weight,), d_out_BTM, chunk_tokens)
-        d_heads = torch.autograd.grad(held.out, held.heads, self._heads(d_merged_BTE).to(held.out.dtype))
-        held.out, held.heads = None, []
-        return weight_sum.totals()[0], [d.transpose(1, 2).flatten(2) for d in d_heads]
+    def _group(
+        self, x_BTM: Tensor, call: Call, buckets: Tensor | None, heads: slice, differentiable: bool
+    ) -> tuple[HeadGroup, Tensor | None]:
+        columns = slice(heads.start * self.d_head, heads.stop * self.d_head)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not differentiable):
+            projected = self.project(x_BTM, columns)
+        if differentiable:
+            projected = [x_BhTD.requires_grad_() for x_BhTD in projected]
+        with torch.set_grad_enabled(torch.is_grad_enabled() or differentiable):
+            out_BhTD, used = self.attend(projected, call, buckets, heads)
+        return HeadGroup(heads, columns, projected, out_BhTD), used
 
-    def _through_projections(self, x_BTM: Tensor, d_heads_BTE: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The gradients of x, and of the norm's parameters and the projections."""
-        d_x_BTM = torch.empty_like(x_BTM)
-        norm_sums, weight_sums = GradientSum([self.norm_weight, self.norm_bias]), GradientSum(self.projection_weights)
+    def _merged(self, group: HeadGroup, total_BTM: Tensor | None) -> Tensor:
+        """The output projection of a group, added to that of the groups before it."""
+        merged_BTE = group.out.transpose(1, 2).flatten(2)
+        weight = self.out_weight[:, group.columns]
+        (part_BTM,) = map_chunks(lambda x: (F.linear(x, weight),), merged_BTE, self.config.ff_chunk_tokens)
+        return part_BTM if total_BTM is None else total_BTM + part_BTM
+
+    def _with_gradients(
+        self,
+        x_BTM: Tensor,
+        groups: Iterator[tuple[HeadGroup, Tensor | None]],
+        d_out_BTM: Tensor,
+        needs_output: bool,
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The output if it is needed, and the gradients of x, the norm's parameters, the projections and the merge."""
+        out_BTM, d_x_BTM = None, torch.empty_like(x_BTM)
+        weight_sums = GradientSum([*self.projection_weights, self.out_weight])
+        *projection_sums, out_sum = weight_sums.sums
+        for group, _ in groups:
+            out_BTM = self._merged(group, out_BTM) if needs_output else None
+            d_projected_BTE = self._through_merge(group, d_out_BTM, out_sum)
+            self._through_projections(x_BTM, group.columns, d_projected_BTE, projection_sums, d_x_BTM)
+            del group, d_projected_BTE  # before the next group is made
+        return out_BTM, [d_x_BTM, *self._through_norm(x_BTM, d_x_BTM), *weight_sums.totals()]
+
+    def _through_merge(self, group: HeadGroup, d_out_BTM: Tensor, out_sum: Tensor) -> list[Tensor]:
+        """The gradients of the projections [B, T, E] of a group; adds that of the output projection to its sum."""
+        merged_BTE = group.out.detach().transpose(1, 2).flatten(2)
+        dtype, weight = merged_BTE.dtype, self.out_weight[:, group.columns]
+        for tokens in token_slices(merged_BTE.shape[1], self.config.ff_chunk_tokens):
+            d_out = d_out_BTM[:, tokens].flatten(0, 1).to(dtype)
+            out_sum[:, group.columns] += d_out.T @ merged_BTE[:, tokens].flatten(0, 1)
+        del merged_BTE
+        (d_merged_BTE,) = map_chunks(lambda d: (d.to(dtype) @ weight,), d_out_BTM, self.config.ff_chunk_tokens)
+        d_projected = torch.autograd.grad(group.out, group.projected, self._heads(d_merged_BTE).to(dtype))
+        return [d_BhTD.transpose(1, 2).flatten(2) for d_BhTD in d_projected]
+
+    def _through_projections(
+        self, x_BTM: Tensor, columns: slice, d_BTE: list[Tensor], sums: list[Tensor], d_normed_BTM: Tensor
+    ) -> None:
+        """Adds a group's gradients of the projections' weights to their sums, and of norm(x) to that of others."""
+        weights = torch.cat([weight[columns] for weight in self.projection_weights])
+        for tokens in token_slices(x_BTM.shape[1], self.config.ff_chunk_tokens):
+            normed_BtM = layer_norm(x_BTM[:, tokens], self.norm_weight, self.norm_bias, self.config.norm_eps)
+            d_projected = [d[:, tokens].flatten(0, 1) for d in d_BTE]
+            for total, d in zip(sums, d_projected, strict=True):
+                total[columns] += d.T @ normed_BtM.flatten(0, 1).to(d.dtype)
+            part = (torch.cat(d_projected, dim=-1) @ weights).view_as(normed_BtM)
+            if columns.start:
+                d_normed_BTM[:, tokens] += part
+            else:
+                d_normed_BTM[:, tokens] = part
+
+    def _through_norm(self, x_BTM: Tensor, d_BTM: Tensor) -> list[Tensor]:
+        """From the gradient of norm(x) to that of x, in its place; returns those of the norm's parameters."""
+        sums = GradientSum([self.norm_weight, self.norm_bias])
+        norm_weight, norm_bias = sums.aliases
         for tokens in token_slices(x_BTM.shape[1], self.config.ff_chunk_tokens):
             with torch.enable_grad():
-                x = x_BTM[:, tokens].detach().requires_grad_()
-                norm_weight, norm_bias = norm_sums.aliases
-                normed = layer_norm(x, norm_weight, norm_bias, self.config.norm_eps)
-            d_heads = [d[:, tokens].flatten(0, 1) for d in d_heads_BTE]
-            weight_sums.add_known([d.T @ normed.detach().flatten(0, 1).to(d.dtype) for d in d_heads])
-            d_normed = sum(d @ weight for d, weight in zip(d_heads, self.projection_weights, strict=True))
-            assert isinstance(d_normed, Tensor)
-            (d_x_BTM[:, tokens],) = norm_sums.add(normed, [x], d_normed.view_as(normed).to(normed.dtype))
-        return d_x_BTM, [*norm_sums.totals(), *weight_sums.totals()]
+                x_BtM = x_BTM[:, tokens].detach().requires_grad_()
+                normed_BtM = layer_norm(x_BtM, norm_weight, norm_bias, self.config.norm_eps)
+            (d_BTM[:, tokens],) = sums.add(normed_BtM, [x_BtM], d_BTM[:, tokens].to(normed_BtM.dtype))
+        return sums.totals()
+
+
+def _taken(held: list[HeadGroup]) -> Iterator[tuple[HeadGroup, None]]:
+    """The groups, each one's only reference handed over."""
+    while held:
+        yield held.pop(0), None
 
 
 class LocalSelfAttention(_Attention):
@@ -168,8 +232,9 @@ class LocalSelfAttention(_Attention):
     def __init__(self, config: ReformerConfig, layer: int, inner: Callable[..., Tensor] = local_attention) -> None:
         super().__init__(config, layer, inner)
 
-    def attend(self, heads: list[Tensor], call: Call, buckets: Tensor | None) -> tuple[Tensor, None]:
-        return self.inner(*heads, chunk_len=self.config.local_chunk_len, **self.mode(call, heads[0].device)), None
+    def attend(self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice) -> tuple[Tensor, None]:
+        mode = self.mode(call, heads, projected[0].device)
+        return self.inner(*projected, chunk_len=self.config.local_chunk_len, **mode), None
 
 
 class DenseSelfAttention(_Attention):
@@ -180,8 +245,8 @@ class DenseSelfAttention(_Attention):
     def __init__(self, config: ReformerConfig, layer: int, inner: Callable[..., Tensor] = dense_attention) -> None:
         super().__init__(config, layer, inner)
 
-    def attend(self, heads: list[Tensor], call: Call, buckets: Tensor | None) -> tuple[Tensor, None]:
-        return self.inner(*heads, **self.mode(call, heads[0].device)), None
+    def attend(self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice) -> tuple[Tensor, None]:
+        return self.inner(*projected, **self.mode(call, heads, projected[0].device)), None
 
 
 class LSHSelfAttention(_Attention):
@@ -194,15 +259,17 @@ class LSHSelfAttention(_Attention):
     ) -> None:
         super().__init__(config, layer, inner)
 
-    def attend(self, heads: list[Tensor], call: Call, buckets: Tensor | None) -> tuple[Tensor, Tensor]:
-        config, (qk, v) = self.config, heads
+    def attend(
+        self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice
+    ) -> tuple[Tensor, Tensor]:
+        config, (qk, v) = self.config, projected
         n_hashes = call.n_hashes or config.n_hashes
         factors = bucket_factors(config.n_buckets, qk.shape[2], config.lsh_chunk_len)
         rotations = None
         if buckets is None:
             rotations = draw_rotations(
                 config.n_heads, qk.shape[-1], n_hashes, factors, call.seed, call.step, self.layer
-            )
+            )[heads]
         return self.inner(
             qk,
             v,
@@ -213,5 +280,5 @@ class LSHSelfAttention(_Attention):
             attend_across_buckets=config.attend_across_buckets,
             duplicate_correction=config.duplicate_correction,
             rotations=rotations,
-            **self.mode(call, qk.device),
+            **self.mode(call, heads, qk.device),
         )

@@ -59,26 +59,34 @@ def observed(model: Reformer, n_tokens: int | None = None) -> Iterator[dict[str,
 def _reporting(
     layer: LSHSelfAttention, n_tokens: int | None, found: dict[str, float]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The layer's inner attention, which also reports on its first call."""
+    """The layer's inner attention, which also reports on its first pass, a few heads at a time as they come."""
     inner, prefix = layer.inner, f"lsh/layer{layer.layer:02d}"
+    largest: list[float] = []  # these three: of each group of heads
+    empty: list[float] = []
+    masses: list[Tensor] = []
 
     @torch.no_grad()
     def report(qk_BHTD: Tensor, buckets_BHRT: Tensor, options: dict[str, Any]) -> None:
-        largest, empty = bucket_occupancy(buckets_BHRT[:1], math.prod(options["n_buckets"]))
-        queries = sample_queries(qk_BHTD.shape[1], n_tokens or qk_BHTD.shape[2], seed=layer.layer)
+        done, n_heads = sum(len(mass) for mass in masses), qk_BHTD.shape[1]
+        queries = sample_queries(layer.n_heads, n_tokens or qk_BHTD.shape[2], seed=layer.layer)
         segment_ids = options["segment_ids"]
         mass_HS = recovered_mass(
             qk_BHTD[0],
             buckets_BHRT[0],
-            queries.to(qk_BHTD.device),
+            queries[done : done + n_heads].to(qk_BHTD.device),
             chunk_len=options["chunk_len"],
             causal=options["causal"],
             segment_ids_T=None if segment_ids is None else segment_ids[0],
             attend_across_buckets=options["attend_across_buckets"],
         )
-        found[f"{prefix}/largest_bucket_over_mean"] = largest
-        found[f"{prefix}/empty_buckets"] = empty
-        found[f"{prefix}/recovered_mass"] = mass_HS.mean().item()
+        of_largest, of_empty = bucket_occupancy(buckets_BHRT[:1], math.prod(options["n_buckets"]))
+        largest.append(of_largest)
+        empty.append(of_empty * n_heads)
+        masses.append(mass_HS)
+        if done + n_heads == layer.n_heads:
+            found[f"{prefix}/largest_bucket_over_mean"] = max(largest)
+            found[f"{prefix}/empty_buckets"] = sum(empty) / layer.n_heads
+            found[f"{prefix}/recovered_mass"] = torch.cat(masses).mean().item()
 
     def attention(qk: Tensor, v: Tensor, buckets: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         out, used = inner(qk, v, buckets, **options)

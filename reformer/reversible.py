@@ -17,10 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reformer.attention import DenseSelfAttention, Held, LocalSelfAttention, LSHSelfAttention
+from reformer.attention import DenseSelfAttention, HeadGroup, LocalSelfAttention, LSHSelfAttention
 from reformer.call import Call
 from reformer.config import ReformerConfig
 from reformer.feed_forward import FeedForward
+
+
+@dataclass
+class Streams:
+    """The two streams [B, T, M] at one place of the stack, and their gradients, on the way back through it.
+
+    One object that blocks change, so that no caller's frame holds on to what is replaced: each is a gigabyte at a
+    million tokens of width 256.
+    """
+
+    x1: Tensor
+    x2: Tensor
+    d_x1: Tensor
+    d_x2: Tensor
 
 
 class ReversibleBlock(nn.Module):
@@ -35,7 +49,7 @@ class ReversibleBlock(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def attend(
-        self, x2: Tensor, call: Call, buckets: Tensor | None = None, held: Held | None = None
+        self, x2: Tensor, call: Call, buckets: Tensor | None = None, held: list[HeadGroup] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The attention half's output [B, T, M] after dropout, and the buckets; `held` as in the layer itself."""
         attended, buckets = self.attention(x2, call, buckets, held=held)
@@ -54,42 +68,50 @@ class ReversibleBlock(nn.Module):
         y1 = _sum(x1, attended)
         return y1, _sum(x2, self.feed(y1, call)), buckets
 
-    def backward(
-        self, y1: Tensor, y2: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, buckets: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """From outputs and their gradients to inputs and theirs; parameters receive their gradients on the way.
+    def backward(self, at: Streams, call: Call, buckets: Tensor | None) -> None:
+        """Takes `at` from the block's outputs to its inputs; parameters receive their gradients on the way.
 
         Called without gradients enabled, as in the backward of an autograd Function.
         """
-        fed, d_y1 = self.feed_backward(y1, d_y1, d_y2, call)
+        fed = self.feed_backward(at, call)
         assert fed is not None
-        x2 = _difference(y2, fed)
-        del y2, fed
-        held = Held()
-        attended, _ = self.attend(x2, call, buckets, held)
-        x1 = _difference(y1, attended)  # before the backward, so that y1 need not live through it
-        del y1, attended
-        return x1, x2, d_y1, self.attend_backward(x2, held, d_y1, d_y2, call)
+        at.x2 = _difference(at.x2, fed)
+        del fed
+        attended = self.attend_backward(at, call, buckets)
+        assert attended is not None
+        at.x1 = _difference(at.x1, attended)
 
-    def feed_backward(
-        self, y1: Tensor, d_y1: Tensor, d_y2: Tensor, call: Call, needs_output: bool = True
-    ) -> tuple[Tensor | None, Tensor]:
-        """The feed-forward half's output after dropout (None if not needed) and the gradient of y1 by both ways."""
-        scale = call.dropout_scale(y1, self.layer, "feed_forward")
-        with torch.enable_grad():
-            y1 = y1.detach().requires_grad_()
-            fed, inner_product = self.feed_forward(y1, _scaled(d_y2, scale), needs_output)
-        inner_product.backward()
-        return None if fed is None else _scaled(fed, scale), _gradient(y1).add_(d_y1)
+    def feed_backward(self, at: Streams, call: Call, needs_output: bool = True) -> Tensor | None:
+        """Adds to the gradient of y1, `at.x1`, what comes through the feed-forward half.
 
-    def attend_backward(self, x2: Tensor, held: Held, d_y1: Tensor, d_y2: Tensor, call: Call) -> Tensor:
-        """The gradient of x2 by both ways."""
-        scale = call.dropout_scale(x2, self.layer, "attention")
+        Returns that half's output after dropout, or None if it is not needed.
+        """
+        scale = call.dropout_scale(at.x1, self.layer, "feed_forward")
         with torch.enable_grad():
-            x2 = x2.detach().requires_grad_()
-            inner_product, _ = self.attention(x2, call, held=held, d_out_BTM=_scaled(d_y1, scale))
+            y1 = at.x1.detach().requires_grad_()
+            fed, inner_product = self.feed_forward(y1, _scaled(at.d_x2, scale), needs_output)
         inner_product.backward()
-        return _gradient(x2).add_(d_y2)
+        at.d_x1 = _gradient(y1).add_(at.d_x1)
+        return None if fed is None else _scaled(fed, scale)
+
+    def attend_backward(
+        self,
+        at: Streams,
+        call: Call,
+        buckets: Tensor | None = None,
+        held: list[HeadGroup] | None = None,
+        needs_output: bool = True,
+    ) -> Tensor | None:
+        """The same for the attention half and the gradient of its input, `at.x2`."""
+        scale = call.dropout_scale(at.x2, self.layer, "attention")
+        with torch.enable_grad():
+            x2 = at.x2.detach().requires_grad_()
+            attended, inner_product = self.attention(
+                x2, call, buckets, held=held, d_out_BTM=_scaled(at.d_x1, scale), needs_output=needs_output
+            )
+        inner_product.backward()
+        at.d_x2 = _gradient(x2).add_(at.d_x2)
+        return None if attended is None else _scaled(attended, scale)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -138,7 +160,7 @@ class _Kept:
     """The streams before the last block."""
     last_y1: Tensor
     """The first stream after it."""
-    held: Held
+    held: list[HeadGroup]
     """What the backward of its attention needs."""
 
 
@@ -148,7 +170,8 @@ class _ReversibleStack(torch.autograd.Function):
         ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call
     ) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.call, ctx.autocast = blocks, call, _autocast_state(x1.device.type)
-        first_x2, buckets, held = x2.detach(), [], Held()
+        first_x2, buckets = x2.detach(), []
+        held: list[HeadGroup] = []
         *others, last = blocks
         for block in others:
             x1, x2, used = block(x1, x2, call)
@@ -166,20 +189,21 @@ class _ReversibleStack(torch.autograd.Function):
             raise RuntimeError("this stack was differentiated already: run the forward again")
         kept, ctx.kept = ctx.kept, None
         call, (*others, last) = ctx.call, ctx.blocks
-        first_x2, buckets, y1, y2 = kept.first_x2, kept.buckets, kept.last_x1, kept.last_x2
+        first_x2, last_x1, held, buckets = kept.first_x2, kept.last_x1, kept.held, kept.buckets
+        at = Streams(kept.last_y1, kept.last_x2, d_y1, d_y2)
+        del kept, d_y1, d_y2
         with torch.autocast(**ctx.autocast):
-            _, d_y1 = last.feed_backward(kept.last_y1, d_y1, d_y2, call, needs_output=False)
-            held = kept.held
-            del kept
-            d_y2 = last.attend_backward(y2, held, d_y1, d_y2, call)
+            last.feed_backward(at, call, needs_output=False)
+            at.x1 = last_x1
+            del last_x1
+            last.attend_backward(at, call, held=held, needs_output=False)
             for block in reversed(others[1:]):
-                y1, y2, d_y1, d_y2 = block.backward(y1, y2, d_y1, d_y2, call, buckets.pop())
+                block.backward(at, call, buckets.pop())
             for block in others[:1]:
-                _, d_y1 = block.feed_backward(y1, d_y1, d_y2, call, needs_output=False)
-                del y1, y2
-                block.attention(first_x2, call, buckets.pop(), held=held, needs_output=False)
-                d_y2 = block.attend_backward(first_x2, held, d_y1, d_y2, call)
-        return d_y1, d_y2, None, None
+                block.feed_backward(at, call, needs_output=False)
+                at.x1 = at.x2 = first_x2
+                block.attend_backward(at, call, buckets.pop(), needs_output=False)
+        return at.d_x1, at.d_x2, None, None
 
 
 def _autocast_state(device_type: str) -> dict[str, Any]:

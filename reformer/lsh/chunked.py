@@ -146,7 +146,8 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
     top_GT1, norm_GT1 = (q_GTD.new_empty(n_groups, n_tokens, 1, dtype=dtype) for _ in range(2))
     tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
     by_place = [q_GTD.new_empty(layout.n_places, columns, dtype=dtype) for columns in (width, 1, 1)]
-    total_TD, *scratch = (q_GTD.new_empty(n_tokens, columns, dtype=dtype) for columns in (width, width, 1, 1))
+    total_TD = layout.total_by_token(by_place[0])
+    scratch = [torch.empty_like(total_TD), *(torch.empty_like(top_GT1[0]) for _ in range(2))]
     for group in range(n_groups):
         head = _Head(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
         total = [total_TD, norm_GT1[group], top_GT1[group].copy_(head.bound)]
@@ -223,7 +224,8 @@ def _backward(
     tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
     key_places = layout.n_places + layout.n_halo
     dq_SD, dk_SD, dv_SD = (top_GT1.new_empty(n, width) for n in (layout.n_places, key_places, key_places))
-    d_out_TD, dq_TD, dk_TD, dv_TD, scratch_TD = (top_GT1.new_empty(n_tokens, width) for _ in range(5))
+    dq_TD, dk_TD, dv_TD = (layout.total_by_token(x) for x in (dq_SD, dk_SD[layout.own], dv_SD[layout.own]))
+    d_out_TD, scratch_TD = (top_GT1.new_empty(n_tokens, width) for _ in range(2))
     for group in range(n_groups):
         head = _Head(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
         alone_T1 = norm_GT1[group] == 0

@@ -105,6 +105,17 @@ class Layout:
         return sum(self.reach) * self.chunk_len
 
     @property
+    def own(self) -> slice:
+        """Where a round itself stands among its key places."""
+        before = self.reach[0] * self.chunk_len
+        return slice(before, before + self.n_places)
+
+    def total_by_token(self, x_SD: Tensor) -> Tensor:
+        """Memory [T, D] for the sum over the rounds of values by place. Local attention's only round is in the
+        original order: there it is the values themselves."""
+        return x_SD.new_empty(self.n_tokens, x_SD.shape[-1]) if self.is_lsh else x_SD[: self.n_tokens]
+
+    @property
     def window(self) -> int:
         """Tokens visible from one chunk."""
         return self.n_halo + self.chunk_len
@@ -163,8 +174,7 @@ class Round:
         order_RS = layout.order_GRS[group]
         last = layout.n_tokens - 1
         before, after = (chunks * layout.chunk_len for chunks in layout.reach)
-        self.own = slice(before, before + layout.n_places)
-        """Where the round itself stands among its key places."""
+        self.own = layout.own
         query_token = order_RS[round_]
         key_token = torch.cat(
             [
@@ -270,7 +280,10 @@ class Round:
 
     def add_by_token(self, total_TD: Tensor, x_SD: Tensor, scratch_TD: Tensor) -> None:
         """Add values by place to the sum over rounds by token; the first round starts the sum."""
-        if self.round == 0:
+        if not self.layout.is_lsh:
+            if total_TD.data_ptr() != x_SD.data_ptr():  # see Layout.total_by_token
+                total_TD.copy_(x_SD[: self.layout.n_tokens])
+        elif self.round == 0:
             torch.index_select(x_SD, 0, self.inverse, out=total_TD)
         else:
             total_TD += torch.index_select(x_SD, 0, self.inverse, out=scratch_TD)
