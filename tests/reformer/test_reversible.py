@@ -4,7 +4,6 @@ Whatever the order of calls: passes inside of passes, several before one backwar
 """
 
 import gc
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -139,46 +138,56 @@ def test_evaluation_of_another_length_between_forward_and_backward() -> None:
     assert_parity(gradients(model), plain, 1e-9)
 
 
-def nested_pass(inner: Reformer) -> tuple[Callable[[], None], Callable[[], Tensor], list[int]]:
-    """A whole pass of `inner` to be run once in the middle of something else, its plain loss, and how often it ran."""
-    tokens, labels, segments = make_batch(43)
-    runs: list[int] = []
+class Pass:
+    """A forward and a backward of a model, each run once, whenever it is asked for first."""
 
-    def run() -> None:
-        if not runs:
-            runs.append(1)
+    def __init__(self, model: Reformer) -> None:
+        self.model, self.batch = model, make_batch(43)
+        self.loss: Tensor | None = None
+        self.done: set[str] = set()
+
+    def forward(self, *_: object) -> None:
+        if "forward" not in self.done:
+            self.done.add("forward")
+            tokens, labels, segments = self.batch
             with torch.enable_grad():
-                inner(tokens, labels, segment_ids=segments, step=5).backward()
+                self.loss = self.model(tokens, labels, segment_ids=segments, step=5)
 
-    return run, lambda: plain_loss(inner, tokens, labels, segments, 5), runs
+    def backward(self, *_: object) -> None:
+        if "backward" not in self.done:
+            self.done.add("backward")  # first, since a forward of the same model may ask for it again
+            self.forward()
+            self.loss.backward()
+
+    def plain_loss(self) -> Tensor:
+        return plain_loss(self.model, *self.batch, step=5)
 
 
 @pytest.mark.parametrize("is_same", [False, True])
-@pytest.mark.parametrize("moment", ["forward", "backward of another block", "own backward"])
+@pytest.mark.parametrize("moment", ["forward in forward", "backward in backward", "both in backward"])
 def test_a_pass_inside_of_a_pass(is_same: bool, moment: str) -> None:
-    """A forward and backward of another model, or of the same one, in the middle of one's forward or backward."""
+    """Passes of another model, or of the same one, begun or ended in the middle of one's forward or backward."""
     outer = make_model(dropout=0.1)
-    inner = outer if is_same else make_model(attn_dropout=0.2, n_layers=3)
-    models = nn.ModuleList([outer] if is_same else [outer, inner])
-    run, inner_plain_loss, runs = nested_pass(inner)
-    batch = make_batch()
-    plain_loss(outer, *batch).backward()
-    inner_plain_loss().backward()
+    inner = Pass(outer if is_same else make_model(attn_dropout=0.2, n_layers=3))
+    models = nn.ModuleList([outer] if is_same else [outer, inner.model])
+    tokens, labels, segments = make_batch()
+    plain_loss(outer, tokens, labels, segments).backward()
+    inner.plain_loss().backward()
     plain = gradients(models)
-    attention = outer.blocks[2].attention
-    if moment == "forward":
-        hook = attention.register_forward_hook(lambda *_: run())
-    elif moment == "backward of another block":  # the third block's attention runs again in the stack's backward
-        loss = outer(batch[0], batch[1], segment_ids=batch[2])
-        hook = attention.register_forward_hook(lambda *_: run())
-    else:
-        hook = attention.norm_weight.register_hook(lambda _: run())
-    if moment != "backward of another block":
-        loss = outer(batch[0], batch[1], segment_ids=batch[2])
-    assert len(runs) == (moment == "forward")
+    attention = outer.blocks[2].attention  # of neither end of the stack: it runs in the backward too
+    if moment == "forward in forward":
+        hook = attention.register_forward_hook(inner.forward)
+    elif moment == "backward in backward":
+        inner.forward()
+        hook = attention.norm_weight.register_hook(inner.backward)
+    loss = outer(tokens, labels, segment_ids=segments)
+    if moment == "both in backward":
+        hook = attention.register_forward_hook(inner.backward)
+    assert inner.done == (set() if moment == "both in backward" else {"forward"})
     loss.backward()
     hook.remove()
-    assert len(runs) == 1
+    assert inner.done == ({"forward"} if moment == "forward in forward" else {"forward", "backward"})
+    inner.backward()
     assert_parity(gradients(models), plain, 1e-9)
 
 
