@@ -7,7 +7,7 @@ A step is forward, backward and an update by AdamW. Every measurement is a proce
 the second one the optimizer's moments exist, and gradients do from the beginning to the end, since they are set to
 zero between steps and not dropped (zero_grad(set_to_none=False), as gradient accumulation keeps them). So the peak
 holds parameters, gradients, both moments and the activations all at once. It is Linux's high-water mark of resident
-memory, and "activations" is what is left of it without what the process had used once its libraries were imported,
+memory; "activations" is what is left of it without what the process had used once its libraries were imported,
 parameters, gradients and moments.
 
 length      all peers by length, at a fixed depth
@@ -17,9 +17,13 @@ vocabulary  ours with a small and a large vocabulary: what it takes beyond the v
 recompute   ours and the same model under plain autograd, in turn: the time that reversibility costs (forward and
             backward), and the activations that it saves
 
+`layer` and `vocabulary` run with MALLOC, below: what is freed goes back to the system at once, so that the peak is what
+was needed at once. Otherwise glibc's malloc keeps freed blocks of up to 32 MiB for later, and the peak has their gaps
+too, which grow with the number of parameters. `length`, `depth` and `recompute` run with malloc as a user has it.
+
 The JSON file has a result for each measurement: the name of its part, its sizes, `step_s` (forward and backward of
 each step; the first does not count in `seconds`), `peak_gib`, `imports_gib`, and the bytes of `parameters`, `gradients`
-and `optimizer`. Under `figures` it has what the last three parts say.
+and `optimizer`. Under `figures` it has what is said about `depth` and the last three parts.
 """
 
 import argparse
@@ -27,8 +31,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +65,8 @@ MEMORY_PEERS = MODELS | {"ours-autograd": Peer(ours_by_autograd)}
 PARTS = ("length", "depth", "layer", "vocabulary", "recompute")
 STEPS = 2
 """In the second the optimizer's moments exist."""
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""glibc's own first threshold, above which a block has pages of its own; given, it does not grow to 32 MiB."""
 TIMED_STEPS = 3
 """Where the time counts: the first does not."""
 
@@ -76,6 +82,7 @@ class Part:
     """Along which a point says what the next will take; None if it does not."""
     rounds: int = 1
     steps: int = STEPS
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 def add_command(commands: Any) -> None:
@@ -108,13 +115,13 @@ def add_command(commands: Any) -> None:
 def parts_of(arguments: argparse.Namespace) -> list[Part]:
     """What these arguments ask for."""
     peers = chosen(arguments.peers, list(MODELS))
-    depths = sorted(set(arguments.depths))
+    depths, vocabularies = sorted(set(arguments.depths)), sorted(set(arguments.vocab_sizes))
     short, long = sizes_of(arguments, arguments.depth_tokens), sizes_of(arguments, arguments.layer_tokens)
     parts = [
         Part("length", [sizes_of(arguments, length) for length in sorted(set(arguments.seq_len))], peers, LENGTH),
         Part("depth", [replace(short, n_layers=depth) for depth in depths], peers, DEPTH),
-        Part("layer", [replace(long, n_layers=depth) for depth in depths], ["ours"], DEPTH),
-        Part("vocabulary", [replace(long, vocab_size=size) for size in sorted(set(arguments.vocab_sizes))], ["ours"]),
+        Part("layer", [replace(long, n_layers=depth) for depth in depths], ["ours"], DEPTH, environ=MALLOC),
+        Part("vocabulary", [replace(long, vocab_size=size) for size in vocabularies], ["ours"], environ=MALLOC),
         Part(
             "recompute",
             [replace(short, n_layers=arguments.recompute_layers)],
@@ -178,10 +185,10 @@ def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in held.items()}
 
 
-def measure(arguments: argparse.Namespace, name: str, sizes: Sizes, steps: int) -> Result:
+def measure(arguments: argparse.Namespace, name: str, sizes: Sizes, part: Part) -> Result:
     """The same in a new process."""
-    options = {**asdict(sizes), "steps": steps, "worker": name, "threads": arguments.threads}
-    return in_a_process("memory", options, arguments.budget_s)
+    options = {**asdict(sizes), "steps": part.steps, "worker": name, "threads": arguments.threads}
+    return in_a_process("memory", options, arguments.budget_s, part.environ)
 
 
 # What is said about it.
@@ -233,7 +240,7 @@ def measure_point(
     return measure_peers(
         part.peers,
         skip,
-        lambda name: measure(arguments, name, sizes, part.steps),
+        lambda name: measure(arguments, name, sizes, part),
         part.rounds,
         limits.seconds,
         point,

@@ -123,10 +123,10 @@ def begin(peer: Peer[Any], threads: int) -> float:
     return imports_gib
 
 
-def in_a_process(what: str, options: Mapping[str, Any], budget_s: int) -> Result:
+def in_a_process(what: str, options: Mapping[str, Any], budget_s: int, environ: Mapping[str, str] = {}) -> Result:
     """What `launch/benchmark.py WHAT` prints with these options, --worker and --threads among them."""
     words = [word for key, value in options.items() for word in (option(key), str(value))]
-    environ = {**os.environ, "OMP_NUM_THREADS": str(options["threads"])}
+    environ = {**os.environ, **environ, "OMP_NUM_THREADS": str(options["threads"])}
     command = [sys.executable, str(PROGRAM), what, *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=budget_s, env=environ)

@@ -6,6 +6,7 @@ one without memory.
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from benchmark_peers import Sizes, config_of
@@ -71,9 +72,9 @@ def growth_of_prediction(less: Result, more: Result, sizes: Mapping[str, int]) -
 # Figures: from the results of a run and its sizes, or None where they were not measured. Then what is printed.
 
 
-def layer_figure(results: Sequence[Result], sizes: Mapping[str, int]) -> Result | None:
-    """Bytes per layer between the shallowest and the deepest model of part `layer`, predicted and measured."""
-    if not (found := ends(results, "layer", "n_layers")):
+def layer_figure(part: str, results: Sequence[Result], sizes: Mapping[str, int]) -> Result | None:
+    """Bytes per layer between the shallowest and the deepest of ours in a part, predicted and measured."""
+    if not (found := ends(results, part, "n_layers")):
         return None
     less, more = found
     n_layers = more["n_layers"] - less["n_layers"]
@@ -88,13 +89,13 @@ def layer_figure(results: Sequence[Result], sizes: Mapping[str, int]) -> Result 
     }
 
 
-def layer_line(figure: Result) -> str:
+def layer_line(of: str, figure: Result) -> str:
     predicted = figure["predicted_bytes"]
     parts = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in predicted.items())
     return (
         f"Bytes per layer at {figure['seq_len']:,} tokens, from {figure['n_layers'][0]} to {figure['n_layers'][1]} "
         f"layers: predicted {sum(predicted.values()) / 1e6:.2f} MB ({parts}), "
-        f"measured {figure['measured_bytes'] / 1e6:.2f} MB, {figure['ratio']:.3f} times (target: within 10%)"
+        f"measured {figure['measured_bytes'] / 1e6:.2f} MB, {figure['ratio']:.3f} times ({of})"
     )
 
 
@@ -150,7 +151,8 @@ def recompute_line(figure: Result) -> str:
 
 
 FIGURES: dict[str, tuple[Callable[[Sequence[Result], Mapping[str, int]], Result | None], Callable[[Result], str]]] = {
-    "layer": (layer_figure, layer_line),
+    "depth": (partial(layer_figure, "depth"), partial(layer_line, "with the gaps that malloc keeps")),
+    "layer": (partial(layer_figure, "layer"), partial(layer_line, "target: within 10%")),
     "vocabulary": (vocabulary_figure, vocabulary_line),
     "recompute": (recompute_figure, recompute_line),
 }
