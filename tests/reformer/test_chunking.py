@@ -61,11 +61,11 @@ def loss_and_gradients(model: Reformer) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **gradients(model)}
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": False}, {"tie_embeddings": True}], ids=str)
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
-def test_chunks_of_tokens_do_not_change_the_result(chunks: dict[str, int], causal: bool) -> None:
-    whole = loss_and_gradients(make_model(causal=causal))
-    assert_parity(loss_and_gradients(make_model(causal=causal, **chunks)), whole, 1e-12)
+def test_chunks_of_tokens_do_not_change_the_result(chunks: dict[str, int], options: dict[str, bool]) -> None:
+    whole = loss_and_gradients(make_model(**options))
+    assert_parity(loss_and_gradients(make_model(**options, **chunks)), whole, 1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 13, 29])
@@ -104,6 +104,7 @@ def test_tiles_of_attention_do_not_change_the_result(
 @pytest.mark.parametrize(
     "parts",
     [
+        {"reformer.attention.GROUP_NUMBERS": 1},
         {"reformer.lsh.chunked.FINISH_TOKENS": 7},
         {"reformer.lsh.hashing.HASH_TOKENS": 10},
         {"reformer.dense.MIN_BLOCK": 9, "reformer.dense.BLOCK_SCORES": {"cpu": 1, "cuda": 1}},
@@ -113,7 +114,7 @@ def test_tiles_of_attention_do_not_change_the_result(
 def test_other_parts_do_not_change_the_result(
     parts: dict[str, object], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gradients put together, tokens hashed, and queries of dense attention, so many at a time."""
+    """Heads, tokens whose gradients are put together, tokens that are hashed, queries of dense attention."""
     model = make_model(causal=causal)
     whole = loss_and_gradients(model)
     for name, value in parts.items():
@@ -127,7 +128,9 @@ def test_everything_in_parts_at_once_at_any_length(n_tokens: int, monkeypatch: p
     for is_in_parts in (False, True):
         if is_in_parts:
             monkeypatch.setattr("reformer.lsh.rounds.TILE_SCORES_PER_THREAD", 1)
+            monkeypatch.setattr("reformer.attention.GROUP_NUMBERS", 1)
             monkeypatch.setattr("reformer.lsh.chunked.FINISH_TOKENS", 5)
+            monkeypatch.setattr("reformer.lsh.hashing.HASH_TOKENS", 4)
             monkeypatch.setattr("reformer.dense.MIN_BLOCK", 3)
             monkeypatch.setattr("reformer.dense.BLOCK_SCORES", {"cpu": 1, "cuda": 1})
         model = make_model(**({"ff_chunk_tokens": 6, "loss_chunk_tokens": 11} if is_in_parts else {}))
