@@ -15,8 +15,10 @@ from torch import Tensor
 
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(
+        ctx: Any, value: Tensor, gradients: Sequence[Tensor], handed: list[Tensor], n_handed: int, *inputs: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.handed, ctx.n_handed = gradients, handed, n_handed
         return value.detach()
 
     @staticmethod
@@ -26,12 +28,26 @@ class _KnownGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if torch.is_grad_enabled():
             raise RuntimeError("second derivatives (create_graph=True) are not available through chunked layers")
-        return None, None, *(gradient.mul_(d_value.to(gradient.dtype)) for gradient in gradients)
+        scaled = [gradient.mul_(d_value.to(gradient.dtype)) for gradient in gradients]
+        for i in range(ctx.n_handed):
+            ctx.handed.append(scaled[i])
+            scaled[i] = scaled[i].new_zeros(()).expand_as(scaled[i])
+        return None, None, None, None, *scaled
 
 
-def with_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """The scalar `value`, whose backward gives `gradients` (scaled in place) to `inputs`, each exactly once."""
-    return _KnownGradients.apply(value, gradients, *inputs)
+def with_gradients(
+    value: Tensor,
+    inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    handed: list[Tensor] | None = None,
+    n_handed: int = 0,
+) -> Tensor:
+    """The scalar `value`, whose backward gives `gradients` (scaled in place) to `inputs`, each exactly once.
+
+    The first `n_handed` gradients go into the list `handed`, and zeros without memory go to these inputs: autograd's
+    engine keeps what it gives to a Function for as long as that runs, and a long one could not free or reuse it.
+    """
+    return _KnownGradients.apply(value, gradients, [] if handed is None else handed, n_handed, *inputs)
 
 
 class GradientSum:

@@ -50,10 +50,17 @@ class OutputHead(nn.Module):
             self.weight, self.projection_weight = embedding_VM, nn.Parameter(torch.randn(d_model, width) * std)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, y1_BTM: Tensor, y2_BTM: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        y1_BTM: Tensor,
+        y2_BTM: Tensor,
+        labels_BT: Tensor | None = None,
+        handed: list[Tensor] | None = None,
+    ) -> Tensor:
         """Logits [B, T, V]; or, given int64 labels, the mean loss in nats (fp32 or better) over labels != -100.
 
-        The mean over no labels at all is 0.
+        The mean over no labels at all is 0. Given the list that `reversible_stack` has, the backward hands the
+        streams' gradients over in it: see `with_gradients`.
 
         Raises:
             ValueError: a label on the CPU that is neither a token id nor -100.
@@ -68,7 +75,8 @@ class OutputHead(nn.Module):
             return self._loss(streams, labels)
         loss, d_streams, d_parameters = self._loss_and_gradients(streams, labels)
         inputs = [y1_BTM, y2_BTM, self.norm_weight, self.norm_bias, *self._matrices]
-        return with_gradients(loss, inputs, [*(d.view_as(y1_BTM) for d in d_streams), *d_parameters])
+        gradients = [*(d.view_as(y1_BTM) for d in d_streams), *d_parameters]
+        return with_gradients(loss, inputs, gradients, handed, 0 if handed is None else len(d_streams))
 
     @property
     def _matrices(self) -> list[Tensor]:

@@ -135,15 +135,21 @@ def _difference(stream: Tensor, update: Tensor) -> Tensor:
     return torch.sub(stream, update, out=update) if update.dtype == stream.dtype else stream - update
 
 
-def reversible_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward, once."""
+def reversible_stack(
+    blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call, handed: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward, once.
+
+    The backward adds what it finds in the list `handed`, the gradients of the first and the second stream, to what
+    autograd gives it: see `with_gradients`.
+    """
     if not torch.is_grad_enabled():
         for block in blocks:
             x1, x2, _ = block(x1, x2, call)
         return x1, x2
     if not (x1.requires_grad or x2.requires_grad):
         x1 = x1.detach().requires_grad_()  # a frozen embedding must not freeze the stack
-    return _ReversibleStack.apply(x1, x2, tuple(blocks), call)
+    return _ReversibleStack.apply(x1, x2, tuple(blocks), call, [] if handed is None else handed)
 
 
 @dataclass
@@ -167,9 +173,9 @@ class _Kept:
 class _ReversibleStack(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call
+        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call, handed: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        ctx.blocks, ctx.call, ctx.autocast = blocks, call, _autocast_state(x1.device.type)
+        ctx.blocks, ctx.call, ctx.handed, ctx.autocast = blocks, call, handed, _autocast_state(x1.device.type)
         first_x2, buckets = x2.detach(), []
         held: list[HeadGroup] = []
         *others, last = blocks
@@ -182,7 +188,7 @@ class _ReversibleStack(torch.autograd.Function):
         return y1, _sum(x2, last.feed(y1, call))
 
     @staticmethod
-    def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("second derivatives (create_graph=True) are not available through a reversible stack")
         if ctx.kept is None:
@@ -190,7 +196,7 @@ class _ReversibleStack(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         call, (*others, last) = ctx.call, ctx.blocks
         first_x2, last_x1, held, buckets = kept.first_x2, kept.last_x1, kept.held, kept.buckets
-        at = Streams(kept.last_y1, kept.last_x2, d_y1, d_y2)
+        at = Streams(kept.last_y1, kept.last_x2, *_total(d_y1, d_y2, ctx.handed))
         del kept, d_y1, d_y2
         with torch.autocast(**ctx.autocast):
             last.feed_backward(at, call, needs_output=False)
@@ -203,7 +209,14 @@ class _ReversibleStack(torch.autograd.Function):
                 block.feed_backward(at, call, needs_output=False)
                 at.x1 = at.x2 = first_x2
                 block.attend_backward(at, call, buckets.pop(), needs_output=False)
-        return at.d_x1, at.d_x2, None, None
+        return at.d_x1, at.d_x2, None, None, None
+
+
+def _total(d_y1: Tensor, d_y2: Tensor, handed: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients that came by autograd and those that were handed over, in the memory of the latter."""
+    if not handed:
+        return d_y1, d_y2
+    return handed.pop(0).add_(d_y1), handed.pop(0).add_(d_y2)
 
 
 def _autocast_state(device_type: str) -> dict[str, Any]:
