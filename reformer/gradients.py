@@ -6,17 +6,22 @@ if it saw the whole, the intermediate values of all tokens would be alive at onc
 and gradients chunk by chunk, adds the gradients up itself, and returns a scalar that knows them.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Handed = deque[Tensor]
+"""Gradients on their way from one backward to another. Not a list: under ZeRO-3, DeepSpeed calls modules with copies
+of the lists that they are given."""
+
 
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, gradients: Sequence[Tensor], handed: list[Tensor], n_handed: int, *inputs: Tensor
+        ctx: Any, value: Tensor, gradients: Sequence[Tensor], handed: Handed, n_handed: int, *inputs: Tensor
     ) -> Tensor:
         ctx.gradients, ctx.handed, ctx.n_handed = gradients, handed, n_handed
         return value.detach()
@@ -39,15 +44,15 @@ def with_gradients(
     value: Tensor,
     inputs: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    handed: list[Tensor] | None = None,
+    handed: Handed | None = None,
     n_handed: int = 0,
 ) -> Tensor:
     """The scalar `value`, whose backward gives `gradients` (scaled in place) to `inputs`, each exactly once.
 
-    The first `n_handed` gradients go into the list `handed`, and zeros without memory go to these inputs: autograd's
+    The first `n_handed` gradients go into `handed`, and zeros without memory go to these inputs: autograd's
     engine keeps what it gives to a Function for as long as that runs, and a long one could not free or reuse it.
     """
-    return _KnownGradients.apply(value, gradients, [] if handed is None else handed, n_handed, *inputs)
+    return _KnownGradients.apply(value, gradients, deque() if handed is None else handed, n_handed, *inputs)
 
 
 class GradientSum:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from reformer.chunks import token_slices
 from reformer.config import ReformerConfig
 from reformer.feed_forward import layer_norm
-from reformer.gradients import GradientSum, add_product, with_gradients
+from reformer.gradients import GradientSum, Handed, add_product, with_gradients
 
 IGNORED_LABEL = -100
 
@@ -55,11 +55,11 @@ class OutputHead(nn.Module):
         y1_BTM: Tensor,
         y2_BTM: Tensor,
         labels_BT: Tensor | None = None,
-        handed: list[Tensor] | None = None,
+        handed: Handed | None = None,
     ) -> Tensor:
         """Logits [B, T, V]; or, given int64 labels, the mean loss in nats (fp32 or better) over labels != -100.
 
-        The mean over no labels at all is 0. Given the list that `reversible_stack` has, the backward hands the
+        The mean over no labels at all is 0. Given the `handed` that `reversible_stack` has, the backward hands the
         streams' gradients over in it: see `with_gradients`.
 
         Raises:

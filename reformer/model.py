@@ -4,6 +4,7 @@ Both residual streams start as the embedded tokens, run in fp32 whatever the par
 float64), and are read side by side at the end.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from reformer.call import Call
 from reformer.config import ReformerConfig
+from reformer.gradients import Handed
 from reformer.loss import EMBEDDING_STD, OutputHead
 from reformer.positions import AxialPositions
 from reformer.reversible import ReversibleBlock, reversible_stack
@@ -91,6 +93,6 @@ class Reformer(nn.Module):
         )
         x = self.embedding(tokens)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        handed: list[Tensor] = []  # from the head's backward to the stack's
+        handed: Handed = deque()  # from the head's backward to the stack's
         y1, y2 = reversible_stack(self.blocks, x, x, call, handed)
         return self.head(y1, y2, labels, handed)

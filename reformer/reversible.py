@@ -10,6 +10,7 @@ the first block are kept, and of the last one, whose backward comes first, what 
 one block's memory, whatever the depth.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from reformer.attention import DenseSelfAttention, HeadGroup, LocalSelfAttention
 from reformer.call import Call
 from reformer.config import ReformerConfig
 from reformer.feed_forward import FeedForward
+from reformer.gradients import Handed
 
 
 @dataclass
@@ -136,11 +138,11 @@ def _difference(stream: Tensor, update: Tensor) -> Tensor:
 
 
 def reversible_stack(
-    blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call, handed: list[Tensor] | None = None
+    blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call, handed: Handed | None = None
 ) -> tuple[Tensor, Tensor]:
     """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward, once.
 
-    The backward adds what it finds in the list `handed`, the gradients of the first and the second stream, to what
+    The backward adds what it finds in `handed`, the gradients of the first and the second stream, to what
     autograd gives it: see `with_gradients`.
     """
     if not torch.is_grad_enabled():
@@ -149,7 +151,7 @@ def reversible_stack(
         return x1, x2
     if not (x1.requires_grad or x2.requires_grad):
         x1 = x1.detach().requires_grad_()  # a frozen embedding must not freeze the stack
-    return _ReversibleStack.apply(x1, x2, tuple(blocks), call, [] if handed is None else handed)
+    return _ReversibleStack.apply(x1, x2, tuple(blocks), call, deque() if handed is None else handed)
 
 
 @dataclass
@@ -173,7 +175,7 @@ class _Kept:
 class _ReversibleStack(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call, handed: list[Tensor]
+        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call, handed: Handed
     ) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.call, ctx.handed, ctx.autocast = blocks, call, handed, _autocast_state(x1.device.type)
         first_x2, buckets = x2.detach(), []
@@ -212,11 +214,11 @@ class _ReversibleStack(torch.autograd.Function):
         return at.d_x1, at.d_x2, None, None, None
 
 
-def _total(d_y1: Tensor, d_y2: Tensor, handed: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _total(d_y1: Tensor, d_y2: Tensor, handed: Handed) -> tuple[Tensor, Tensor]:
     """The gradients that came by autograd and those that were handed over, in the memory of the latter."""
     if not handed:
         return d_y1, d_y2
-    return handed.pop(0).add_(d_y1), handed.pop(0).add_(d_y2)
+    return handed.popleft().add_(d_y1), handed.popleft().add_(d_y2)
 
 
 def _autocast_state(device_type: str) -> dict[str, Any]:
