@@ -33,13 +33,24 @@ def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deep
         model=model,
         model_parameters=parameter_groups(model),
         lr_scheduler=partial(_scheduler, config.run),
-        config=deepcopy(dict(deepspeed_config)),
+        config=_with_plain_linear(deepspeed_config),
     )
     if engine.bfloat16_enabled() and not engine.zero_optimization():
         # Here DeepSpeed has already taken a step, on gradients of zero: weights decayed, Adam counted one too many.
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return engine
+
+
+def _with_plain_linear(deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the configuration in which ZeRO-3 leaves torch.nn.functional.linear alone unless it says otherwise.
+
+    DeepSpeed's own, which it puts in place for the whole process, rounds a product before it adds the bias: in bf16
+    the same weights would give another loss than under ZeRO 0 to 2, and tokens would move to other buckets.
+    """
+    config = deepcopy(dict(deepspeed_config))
+    config["zero_optimization"] = {"memory_efficient_linear": False, **config.get("zero_optimization", {})}
+    return config
 
 
 def _calm_deepspeed() -> None:
