@@ -7,6 +7,7 @@ listed here, and those that would change what the training loop relies on are re
 
 import inspect
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,9 +15,12 @@ from typing import Any, Self, TypeGuard
 
 import torch
 from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
+from torch.utils import cpp_extension
 
 from data_pipeline.store import Store
 from reformer.config import ConfigError, explain
@@ -60,6 +64,16 @@ SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Confi
 """Tables in which DeepSpeed refuses unknown keys, and what they are parsed by."""
 
 
+OFFLOAD_STAGES: dict[str, dict[str, tuple[int, ...]]] = {
+    "offload_optimizer": {"cpu": (1, 2, 3), "nvme": (3,)},
+    "offload_param": {"cpu": (3,), "nvme": (3,)},
+}
+"""ZeRO stages that move a part of the state to a device; DeepSpeed says nothing where a stage does not."""
+
+OWN_ADAM_PARAMS = {"lr", "betas", "eps", "weight_decay", "amsgrad", "torch_adam", "adam_w_mode"}
+"""Those of torch's AdamW, and of DeepSpeed, that DeepSpeed's own Adam takes too."""
+
+
 @dataclass(frozen=True)
 class StoreFacts:
     """What the relations need to know of a store."""
@@ -83,7 +97,8 @@ def check(config: RunConfig, deepspeed: Mapping[str, Any], store: StoreFacts, wo
         *_batch(deepspeed, world_size),
         *_precision(deepspeed),
         *_clipping(deepspeed.get("gradient_clipping", 0.0)),
-        *_optimizer(deepspeed),
+        *(_optimizer(deepspeed) or _adam(deepspeed)),
+        *_offload(_table(deepspeed, "zero_optimization")),
         *_data(config, store),
     ]
     # DeepSpeed's own opinion is asked last: it would only repeat the ones above.
@@ -176,6 +191,73 @@ def _optimizer_values(params: Mapping[str, Any]) -> list[str]:
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         return [f"deepspeed.optimizer.params: {error}"]
     return []
+
+
+def _adam(deepspeed: Mapping[str, Any]) -> list[str]:
+    """Which Adam it will be: torch's, or one of DeepSpeed's, which it compiles on the first use."""
+    params = _table(_table(deepspeed, "optimizer"), "params")
+    offloaded = _device(_table(deepspeed, "zero_optimization"), "offload_optimizer") != "none"
+    if params.get("torch_adam"):
+        if offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True):
+            return [
+                "deepspeed.optimizer.params.torch_adam with zero_optimization.offload_optimizer: set "
+                "deepspeed.zero_force_ds_cpu_optimizer=false, or leave torch_adam out for DeepSpeed's own CPU Adam"
+            ]
+        return []
+    problems = [
+        f"deepspeed.optimizer.params.{key}: DeepSpeed's own Adam does not take it; leave it out, or add torch_adam=true"
+        for key in params
+        if key not in OWN_ADAM_PARAMS
+    ]
+    if missing := missing_for("CPUAdamBuilder" if offloaded else "FusedAdamBuilder"):
+        way_out = "torch_adam=true" + (" and deepspeed.zero_force_ds_cpu_optimizer=false" if offloaded else "")
+        problems.append(
+            f"deepspeed.optimizer: DeepSpeed compiles an Adam of its own, for which {missing} is missing: install it, "
+            f"or set deepspeed.optimizer.params.{way_out} for PyTorch's"
+        )
+    return problems
+
+
+def _offload(zero: Mapping[str, Any]) -> list[str]:
+    """What must hold for a part of the state to live in the CPU's memory or on NVMe."""
+    problems, stage = [], zero.get("stage", 0)
+    for part, stages_of in OFFLOAD_STAGES.items():
+        device, key = _device(zero, part), f"deepspeed.zero_optimization.{part}"
+        if device != "none" and stage not in (stages := stages_of[device]):
+            problems.append(
+                f"{key}.device='{device}' does nothing under ZeRO stage {stage}: leave it out, or set "
+                f"deepspeed.zero_optimization.stage to {' or '.join(map(str, stages))}"
+            )
+        if device == "nvme" and not zero[part].get("nvme_path"):
+            problems.append(f"{key}.nvme_path is missing: give a folder on the drive to be used")
+    if "nvme" in {_device(zero, part) for part in OFFLOAD_STAGES} and (missing := missing_for("AsyncIOBuilder")):
+        problems.append(
+            f"deepspeed.zero_optimization: offloading to nvme needs DeepSpeed's async_io, for which {missing} is "
+            "missing: install it, or set the device to 'cpu'"
+        )
+    return problems
+
+
+def _device(zero: Mapping[str, Any], part: str) -> str:
+    """Where a part of the state is to live; "none" is where the model is, and where DeepSpeed refuses what it says."""
+    device = _table(zero, part).get("device", "none")
+    return device if device in OFFLOAD_STAGES[part] else "none"
+
+
+def missing_for(builder_name: str) -> str:
+    """What a C++ part of DeepSpeed lacks in order to be compiled on this machine; empty if nothing."""
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None:
+        return f"its version for {get_accelerator().device_name()}"
+    if installed_ops.get(builder.name):
+        return ""
+    if not cpp_extension.is_ninja_available():
+        return "ninja"
+    if not shutil.which(cpp_extension.get_cxx_compiler()):
+        return f"the C++ compiler {cpp_extension.get_cxx_compiler()}"
+    if not builder.is_compatible():
+        return "libaio with its headers (Debian: libaio-dev)" if builder.name == "async_io" else builder.name
+    return ""
 
 
 def _data(config: RunConfig, store: StoreFacts) -> list[str]:

@@ -1,11 +1,12 @@
 """Every contradiction between the files, the data and the ranks is found, and all of them at once."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trainer.check import StoreFacts, check
+from trainer.check import StoreFacts, check, missing_for
 from trainer.config import ConfigError, RunConfig
 
 STORE = StoreFacts(seq_len=256, vocab_size=258, rows={"train": 10, "val": 2, "empty": 0})
@@ -120,3 +121,90 @@ def test_all_problems_come_at_once() -> None:
     with pytest.raises(ConfigError) as raised:
         check(make_config(model_vocab_size=300), {**DEEPSPEED, "train_batch_size": 9, "amp": {}}, STORE, world_size=2)
     assert len(str(raised.value).splitlines()) == 3
+
+
+def offloading(stage: int, **devices: dict[str, Any]) -> dict[str, Any]:
+    return {**DEEPSPEED, "zero_optimization": {"stage": stage, **devices}, "zero_force_ds_cpu_optimizer": False}
+
+
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/scratch"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "devices", "message"),
+    [
+        (0, {"offload_optimizer": CPU}, "offload_optimizer.device='cpu' .* stage 0: .*stage to 1 or 2 or 3"),
+        (2, {"offload_optimizer": NVME}, "offload_optimizer.device='nvme' .* stage 2: .*stage to 3"),
+        (2, {"offload_param": CPU}, "offload_param.device='cpu' .* stage 2: leave it out, or set .*stage to 3"),
+        (3, {"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.nvme_path is missing: give a folder"),
+        (3, {"offload_optimizer": {"device": "disk"}}, "deepspeed.zero_optimization: 'offload_optimizer.device'.*disk"),
+        (3, {"offload_optimizer": "cpu"}, "deepspeed.zero_optimization: 'offload_optimizer'.*'cpu'"),
+    ],
+)
+def test_what_cannot_be_offloaded(
+    monkeypatch: pytest.MonkeyPatch, stage: int, devices: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("trainer.check.missing_for", lambda _: "")
+    with pytest.raises(ConfigError, match=message):
+        check(make_config(), offloading(stage, **devices), STORE, world_size=2)
+
+
+@pytest.mark.parametrize(
+    "devices", [{"offload_optimizer": NVME}, {"offload_param": NVME, "offload_optimizer": CPU}, {"offload_param": NVME}]
+)
+def test_nvme_needs_a_library(monkeypatch: pytest.MonkeyPatch, devices: dict[str, Any]) -> None:
+    missing = {"AsyncIOBuilder": "libaio with its headers (Debian: libaio-dev)"}
+    monkeypatch.setattr("trainer.check.missing_for", missing.pop)
+    with pytest.raises(ConfigError, match=r"nvme needs .*async_io, for which libaio .* is missing: .* device to 'cpu'"):
+        check(make_config(), offloading(3, **devices), STORE, world_size=2)
+    monkeypatch.setattr("trainer.check.missing_for", lambda _: "")
+    check(make_config(), offloading(3, **devices), STORE, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": CPU}},
+            "set deepspeed.zero_force_ds_cpu_optimizer=false",
+        ),
+        (adamw(lr=1e-3, fused=True), "params.fused: DeepSpeed's own Adam does not take it.* torch_adam=true"),
+        (adamw(lr=1e-3), "an Adam of its own, for which a compiler is missing: .*params.torch_adam=true for PyTorch's"),
+    ],
+)
+def test_the_adam_that_it_will_be(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str) -> None:
+    monkeypatch.setattr("trainer.check.missing_for", lambda builder: "a compiler" if "Adam" in builder else "")
+    with pytest.raises(ConfigError, match=message):
+        check(make_config(), {**DEEPSPEED, **changes}, STORE, world_size=2)
+
+
+def test_deepspeeds_own_adam_where_it_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("trainer.check.missing_for", lambda builder: asked.append(builder) or "")
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": CPU}}
+    for changes in ({}, offload):
+        check(make_config(), {**DEEPSPEED, **adamw(lr=1e-3, weight_decay=0.1), **changes}, STORE, world_size=2)
+    assert asked == ["FusedAdamBuilder", "CPUAdamBuilder"]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "expected"),
+    [
+        ("torch.utils.cpp_extension.is_ninja_available", "ninja"),
+        ("shutil.which", "the C++ compiler "),
+        ("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", "libaio with its headers"),
+    ],
+)
+def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch, lacks: str, expected: str) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/found")
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_: True)
+    assert missing_for("AsyncIOBuilder") == ""
+    monkeypatch.setattr(lacks, lambda *_: None)
+    assert missing_for("AsyncIOBuilder").startswith(expected)
+
+
+def test_a_part_that_does_not_exist_for_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = SimpleNamespace(create_op_builder=lambda _: None, device_name=lambda: "abacus")
+    monkeypatch.setattr("trainer.check.get_accelerator", lambda: accelerator)
+    assert missing_for("AsyncIOBuilder") == "its version for abacus"
