@@ -7,6 +7,7 @@ one without memory.
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from benchmark_peers import Sizes, config_of
@@ -73,15 +74,25 @@ def growth_of_prediction(less: Result, more: Result, sizes: Mapping[str, int]) -
 
 
 def layer_figure(part: str, results: Sequence[Result], sizes: Mapping[str, int]) -> Result | None:
-    """Bytes per layer between the shallowest and the deepest of ours in a part, predicted and measured."""
+    """Bytes per layer between the shallowest and the deepest of ours in a part, predicted and measured.
+
+    And between neighbours: what is taken once, such as by the first layer that is at neither end of the stack, is not
+    taken by every layer.
+    """
     if not (found := ends(results, part, "n_layers")):
         return None
-    less, more = found
+    by_depth = {result["n_layers"]: result for result in measured(results, part)}
+    neighbours = pairwise(by_depth[depth] for depth in sorted(by_depth))
+    between = [bytes_per_layer(*pair, sizes) for pair in neighbours]
+    return {"seq_len": found[0]["seq_len"], **bytes_per_layer(*found, sizes), "between": between}
+
+
+def bytes_per_layer(less: Result, more: Result, sizes: Mapping[str, int]) -> Result:
+    """Of what the deeper of two measurements takes beyond the other."""
     n_layers = more["n_layers"] - less["n_layers"]
     predicted = {name: size / n_layers for name, size in growth_of_prediction(less, more, sizes).items()}
     measured_bytes = (more["peak_gib"] - less["peak_gib"]) * GIB / n_layers
     return {
-        "seq_len": less["seq_len"],
         "n_layers": [less["n_layers"], more["n_layers"]],
         "predicted_bytes": predicted,
         "measured_bytes": measured_bytes,
@@ -92,10 +103,13 @@ def layer_figure(part: str, results: Sequence[Result], sizes: Mapping[str, int])
 def layer_line(of: str, figure: Result) -> str:
     predicted = figure["predicted_bytes"]
     parts = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in predicted.items())
+    between = ", ".join(
+        f"{one['n_layers'][0]} to {one['n_layers'][1]}: {one['measured_bytes'] / 1e6:.2f}" for one in figure["between"]
+    )
     return (
         f"Bytes per layer at {figure['seq_len']:,} tokens, from {figure['n_layers'][0]} to {figure['n_layers'][1]} "
         f"layers: predicted {sum(predicted.values()) / 1e6:.2f} MB ({parts}), "
-        f"measured {figure['measured_bytes'] / 1e6:.2f} MB, {figure['ratio']:.3f} times ({of})"
+        f"measured {figure['measured_bytes'] / 1e6:.2f} MB ({between}), {figure['ratio']:.3f} times ({of})"
     )
 
 

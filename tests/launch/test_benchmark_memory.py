@@ -200,10 +200,13 @@ def test_bytes_per_layer() -> None:
     per_layer = (more - predicted) / 10
     results = [result("layer", n_layers=12, seq_len=96, peak_gib=1.0 + 11 * per_layer / GIB)]
     results += [result("layer", n_layers=2, seq_len=96), result("depth", n_layers=24, seq_len=96)]
+    results += [result("layer", n_layers=3, seq_len=96, peak_gib=1.0 + 2 * per_layer / GIB)]  # one of them only once
     figure = memory_figures.layer_figure("layer", results, SIZES)
     assert figure is not None and figure["n_layers"] == [2, 12] and figure["ratio"] == pytest.approx(1.1)
     assert sum(figure["predicted_bytes"].values()) == pytest.approx(per_layer)
     assert figure["predicted_bytes"]["buckets"] == 2 * 2 * 96 * 2
+    assert [one["n_layers"] for one in figure["between"]] == [[2, 3], [3, 12]]
+    assert [one["ratio"] for one in figure["between"]] == pytest.approx([2.0, 1.0])
     assert ", 1.100 times (target: within 10%)" in memory_figures.layer_line("target: within 10%", figure)
     assert memory_figures.layer_figure("layer", results[:1], SIZES) is None
 
