@@ -93,6 +93,6 @@ class Reformer(nn.Module):
         )
         x = self.embedding(tokens)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        handed: Handed = deque()  # from the head's backward to the stack's
+        handed: Handed | None = None if labels is None else deque()  # from the head's backward to the stack's
         y1, y2 = reversible_stack(self.blocks, x, x, call, handed)
         return self.head(y1, y2, labels, handed)

@@ -10,7 +10,6 @@ the first block are kept, and of the last one, whose backward comes first, what 
 one block's memory, whatever the depth.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +141,7 @@ def reversible_stack(
 ) -> tuple[Tensor, Tensor]:
     """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward, once.
 
-    The backward adds what it finds in `handed`, the gradients of the first and the second stream, to what
+    Given `handed`, the backward adds what it finds there, the gradients of the first and the second stream, to what
     autograd gives it: see `with_gradients`.
     """
     if not torch.is_grad_enabled():
@@ -151,7 +150,7 @@ def reversible_stack(
         return x1, x2
     if not (x1.requires_grad or x2.requires_grad):
         x1 = x1.detach().requires_grad_()  # a frozen embedding must not freeze the stack
-    return _ReversibleStack.apply(x1, x2, tuple(blocks), call, deque() if handed is None else handed)
+    return _ReversibleStack.apply(x1, x2, tuple(blocks), call, handed)
 
 
 @dataclass
@@ -175,7 +174,7 @@ class _Kept:
 class _ReversibleStack(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call, handed: Handed
+        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call, handed: Handed | None
     ) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.call, ctx.handed, ctx.autocast = blocks, call, handed, _autocast_state(x1.device.type)
         first_x2, buckets = x2.detach(), []
@@ -214,10 +213,15 @@ class _ReversibleStack(torch.autograd.Function):
         return at.d_x1, at.d_x2, None, None, None
 
 
-def _total(d_y1: Tensor, d_y2: Tensor, handed: Handed) -> tuple[Tensor, Tensor]:
+def _total(d_y1: Tensor, d_y2: Tensor, handed: Handed | None) -> tuple[Tensor, Tensor]:
     """The gradients that came by autograd and those that were handed over, in the memory of the latter."""
-    if not handed:
+    if handed is None:
         return d_y1, d_y2
+    if not handed:
+        raise RuntimeError(
+            "the head's backward handed no gradients to the stack's: whatever wraps the head must call it with the "
+            "very object `handed` that it is given, not with a copy"
+        )
     return handed.popleft().add_(d_y1), handed.popleft().add_(d_y2)
 
 
