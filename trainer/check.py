@@ -98,7 +98,7 @@ def check(config: RunConfig, deepspeed: Mapping[str, Any], store: StoreFacts, wo
         *_precision(deepspeed),
         *_clipping(deepspeed.get("gradient_clipping", 0.0)),
         *(_optimizer(deepspeed) or _adam(deepspeed)),
-        *_offload(_table(deepspeed, "zero_optimization")),
+        *_offload(deepspeed),
         *_data(config, store),
     ]
     # DeepSpeed's own opinion is asked last: it would only repeat the ones above.
@@ -218,8 +218,9 @@ def _adam(deepspeed: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _offload(zero: Mapping[str, Any]) -> list[str]:
+def _offload(deepspeed: Mapping[str, Any]) -> list[str]:
     """What must hold for a part of the state to live in the CPU's memory or on NVMe."""
+    zero = _table(deepspeed, "zero_optimization")
     problems, stage = [], zero.get("stage", 0)
     for part, stages_of in OFFLOAD_STAGES.items():
         device, key = _device(zero, part), f"deepspeed.zero_optimization.{part}"
@@ -234,6 +235,12 @@ def _offload(zero: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"deepspeed.zero_optimization: offloading to nvme needs DeepSpeed's async_io, for which {missing} is "
             "missing: install it, or set the device to 'cpu'"
+        )
+    is_bf16 = _table(deepspeed, "bf16").get("enabled")
+    if _device(zero, "offload_param") == "nvme" and not (is_bf16 or get_accelerator().is_fp16_supported()):
+        problems.append(
+            "deepspeed.zero_optimization.offload_param.device='nvme' with weights in fp32: DeepSpeed writes them in "
+            "bf16 where the device has no fp16; set deepspeed.bf16.enabled=true, or the device to 'cpu'"
         )
     return problems
 

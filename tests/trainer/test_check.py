@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from trainer.check import StoreFacts, check, missing_for
 from trainer.config import ConfigError, RunConfig
@@ -124,7 +125,8 @@ def test_all_problems_come_at_once() -> None:
 
 
 def offloading(stage: int, **devices: dict[str, Any]) -> dict[str, Any]:
-    return {**DEEPSPEED, "zero_optimization": {"stage": stage, **devices}, "zero_force_ds_cpu_optimizer": False}
+    zero = {"zero_optimization": {"stage": stage, **devices}}
+    return {**DEEPSPEED, **zero, "bf16": {"enabled": True}, "zero_force_ds_cpu_optimizer": False}
 
 
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/scratch"}
@@ -208,3 +210,15 @@ def test_a_part_that_does_not_exist_for_a_device_is_named(monkeypatch: pytest.Mo
     accelerator = SimpleNamespace(create_op_builder=lambda _: None, device_name=lambda: "abacus")
     monkeypatch.setattr("trainer.check.get_accelerator", lambda: accelerator)
     assert missing_for("AsyncIOBuilder") == "its version for abacus"
+
+
+@pytest.mark.parametrize("has_fp16", [False, True])
+def test_fp32_parameters_on_nvme_stay_fp32(monkeypatch: pytest.MonkeyPatch, has_fp16: bool) -> None:
+    monkeypatch.setattr("trainer.check.missing_for", lambda _: "")
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: has_fp16)
+    settings = {**offloading(3, offload_param=NVME), "bf16": {"enabled": False}}
+    if has_fp16:
+        check(make_config(), settings, STORE, world_size=2)
+        return
+    with pytest.raises(ConfigError, match=r"in fp32: .* no fp16; set deepspeed.bf16.enabled=true, or .* 'cpu'"):
+        check(make_config(), settings, STORE, world_size=2)

@@ -1,0 +1,200 @@
+"""The same losses, gradient norms and updates under every ZeRO stage as from plain autograd in one process.
+
+What is special: all cases run in two processes that are started once, since DeepSpeed takes longer to import than a
+case to run, and each case is a test of its own. With -s a table of all of them is printed at the end.
+
+In fp32 the plain run goes its own way from the same initial weights. In bf16 a difference in the last bit moves tokens
+to other buckets, and two runs part after a step, however exact both are: there each step is compared by itself, from
+the weights that the run under DeepSpeed had. Each rank's gradient is then rounded to bf16 for every micro-batch, and
+once more for being summed over ranks, where the plain one is rounded once.
+"""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+from zero_matrix import (
+    CLIP,
+    LR_FACTORS,
+    MATRIX,
+    RANKS,
+    Case,
+    mean_of_means,
+    plain_run,
+    ratios,
+    sample_by_sample,
+    whole_batch,
+)
+
+from trainer.check import missing_for
+
+ROOT = Path(__file__).parents[2]
+LIMITS = {False: (1e-6, 1e-6, 1e-4), True: (2e-4, 5e-3, 0.1)}
+"""Of loss, norm and update, in fp32 and in bf16. Seen: 1.9e-7, 2.3e-7, 3.5e-5 (an update is a hundredth of the weight
+that it is subtracted from) and 1.5e-7, 1.9e-3, 4.0e-2; 3.5e-5 of the loss where a token changed buckets."""
+VARIANTS = [
+    Case(stage, 2, bf16, 0.1, True, variant)
+    for bf16 in (False, True)
+    for variant, stages in {
+        "overlap": (1, 2),  # the default is not to overlap under ZeRO 1 and 2, and to do so under ZeRO-3
+        "no-overlap": (3,),
+        "prefetch": (3,),
+        "cpu-optimizer": (1, 2, 3),
+        "cpu-parameters": (3,),
+    }.items()
+    for stage in stages
+]
+NVME = [
+    Case(3, 2, bf16, 0.1, False, f"nvme-{part}", large=True)
+    for bf16, part in ((False, "optimizer"), (True, "optimizer"), (True, "parameters"))
+]
+"""Not parameters in fp32: on a CPU without fp16, DeepSpeed would round them to bf16, so that is refused."""
+
+Ratios = tuple[float, float, float]
+Result = dict[str, Any]
+"""What a rank saw of a case: see matrix_worker.run."""
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Result]]:
+    """What each rank saw of each case, computed by the first of pytest's processes that asks; the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all of pytest's processes
+    folder = folder / "matrix"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / f"rank{RANKS - 1}").exists():
+            launch([*MATRIX, *VARIANTS], folder)
+    return read(folder)
+
+
+@pytest.fixture(scope="session")
+def nvme_results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Result]]:
+    """The same of the cases that offload to a drive."""
+    if missing := missing_for("AsyncIOBuilder"):
+        pytest.skip(f"DeepSpeed's async_io cannot be compiled: {missing} is missing")
+    if not any(Path(cpp_extension.get_default_build_root()).glob("*/async_io/async_io.so")):
+        command = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()"
+        pytest.skip(f"DeepSpeed's async_io is not compiled yet, for some minutes: python -c '{command}'")
+    folder = tmp_path_factory.mktemp("nvme")
+    launch(NVME, folder)
+    return read(folder)
+
+
+def launch(cases: list[Case], folder: Path) -> None:
+    """Run cases on two ranks, which leave their results in folder/rank0 and folder/rank1."""
+    torch.save(cases, folder / "cases")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    command = [sys.executable, str(Path(__file__).with_name("matrix_worker.py"))]
+    with (folder / "log").open("w") as log:
+        ranks = [
+            subprocess.Popen(
+                [*command, *map(str, (folder / "cases", folder / "rendezvous", folder / f"rank{rank}", rank))],
+                env=environ,
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+            )
+            for rank in range(RANKS)
+        ]
+        try:
+            codes = [rank.wait(timeout=400) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+    assert not any(codes), (folder / "log").read_text()[-5000:]
+
+
+def read(folder: Path) -> dict[Case, list[Result]]:
+    ranks = [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
+    return {case: [rank[case] for rank in ranks] for case in ranks[0]}
+
+
+@cache
+def plain(case: Case) -> Any:
+    return plain_run(case)
+
+
+def measure(case: Case, ranks: list[Result]) -> Ratios:
+    """A case's differences to plain autograd, after what must be equal bit for bit."""
+    for rank in ranks:
+        assert not isinstance(rank, str), rank  # the error that ended it
+        for name, master in rank["masters"].items():
+            weight = rank["weights"][name]
+            assert torch.equal(weight, master.to(weight.dtype)), f"{name} is not what the optimizer made of it"
+    outcome = ranks[0]["outcome"]
+    assert min(outcome.norms) > CLIP, "clipping is not active"
+    expected = plain_run(case, outcome.starts) if case.bf16 else plain(case.plain)
+    return ratios(outcome, expected)
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[dict[str, Ratios]]:
+    """Filled by the tests and printed when they are done."""
+    rows: dict[str, Ratios] = {}
+    yield rows
+    print(f"\n\n{'case':50}{'loss':>9}{'norm':>9}{'update':>9}")
+    for name, numbers in rows.items():
+        print(f"{name:50}" + "".join(f"{number:9.1e}" for number in numbers))
+
+
+@pytest.mark.parametrize("case", [*MATRIX, *VARIANTS], ids=str)
+def test_zero_equals_plain_autograd(results: dict[Case, list[Result]], table: dict[str, Ratios], case: Case) -> None:
+    found = table[str(case)] = measure(case, results[case])
+    print(f"\n{case}: loss {found[0]:.1e}, norm {found[1]:.1e}, update {found[2]:.1e}")
+    assert all(ratio < limit for ratio, limit in zip(found, LIMITS[case.bf16], strict=True)), found
+
+
+@pytest.mark.parametrize("case", NVME, ids=str)
+def test_offloaded_to_a_drive(nvme_results: dict[Case, list[Result]], table: dict[str, Ratios], case: Case) -> None:
+    found = table[str(case)] = measure(case, nvme_results[case])
+    assert nvme_results[case][0]["bytes_on_drive"].keys() >= {"optimizer", case.variant.removeprefix("nvme-")}
+    assert all(ratio < limit for ratio, limit in zip(found, LIMITS[case.bf16], strict=True)), found
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_what_the_limits_tell_apart(table: dict[str, Ratios], bf16: bool) -> None:
+    """The order of additions is within them; the mean of the ranks' means, and bf16 for fp32, are far outside."""
+    case = Case(0, bf16=bf16)
+    expected = plain_run(case)
+    reordered = table[f"plain {case}, sample by sample"] = ratios(
+        plain_run(case, expected.starts, sample_by_sample), expected
+    )
+    wrong = table[f"plain {case}, mean of means"] = ratios(plain_run(case, expected.starts, mean_of_means), expected)
+    other = table[f"plain {case}, other dtype"] = ratios(
+        plain_run(replace(case, bf16=not bf16), expected.starts, whole_batch), expected
+    )
+    assert all(ratio < limit for ratio, limit in zip(reordered, LIMITS[bf16], strict=True)), reordered
+    assert all(ratio > 3 * limit for ratio, limit in zip(wrong, LIMITS[bf16], strict=True)), wrong
+    assert other[2] > 3 * LIMITS[bf16][2], other
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_gradient_is_handed_over_once_per_backward(results: dict[Case, list[Result]], stage: int) -> None:
+    """Hooks on the parameters themselves count, beside DeepSpeed's own, which it registers in the same way."""
+    for case, ranks in results.items():
+        if case.stage == stage:
+            for rank in ranks:
+                calls = rank["gradient_calls"]
+                assert calls == dict.fromkeys(rank["weights"], case.accumulation * len(LR_FACTORS)), case
+
+
+def test_zero_3_fetches_ahead_and_lets_go(results: dict[Case, list[Result]]) -> None:
+    """Each parameter is gathered anew in most passes, and most are asked for before their layer needs them."""
+    for case, ranks in results.items():
+        if case.variant == "prefetch":
+            n_parameters = sum(weight.numel() for weight in ranks[0]["weights"].values())
+            fetched = ranks[0]["fetched"]
+            assert fetched["forward_all_gather"] > 5 * n_parameters
+            assert fetched["forward_prefetch_submit"] > fetched["forward_all_gather"] / 2
