@@ -172,8 +172,8 @@ class _Attention(nn.Module):
         weight_sums = GradientSum([*self.projection_weights, self.out_weight])
         *projection_sums, out_sum = weight_sums.sums
         for group, _ in groups:
-            out_BTM = self._merged(group, out_BTM) if needs_output else None
             d_projected_BTE = self._through_merge(group, d_out_BTM, out_sum)
+            out_BTM = self._merged(group, out_BTM) if needs_output else None  # here, not where the most is alive
             self._through_projections(x_BTM, group.columns, d_projected_BTE, projection_sums, d_x_BTM)
             del group, d_projected_BTE  # before the next group is made
         return out_BTM, [d_x_BTM, *self._through_norm(x_BTM, d_x_BTM), *weight_sums.totals()]
@@ -188,6 +188,7 @@ class _Attention(nn.Module):
         del merged_BTE
         (d_merged_BTE,) = map_chunks(lambda d: (d.to(dtype) @ weight,), d_out_BTM, self.config.ff_chunk_tokens)
         d_projected = torch.autograd.grad(group.out, group.projected, self._heads(d_merged_BTE).to(dtype))
+        group.projected, group.out = [], group.out.detach()
         return [d_BhTD.transpose(1, 2).flatten(2) for d_BhTD in d_projected]
 
     def _through_projections(

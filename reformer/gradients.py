@@ -33,11 +33,18 @@ class _KnownGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if torch.is_grad_enabled():
             raise RuntimeError("second derivatives (create_graph=True) are not available through chunked layers")
-        scaled = [gradient.mul_(d_value.to(gradient.dtype)) for gradient in gradients]
+        scaled = [_scale(gradient, d_value) for gradient in gradients]
         for i in range(ctx.n_handed):
             ctx.handed.append(scaled[i])
             scaled[i] = scaled[i].new_zeros(()).expand_as(scaled[i])
         return None, None, None, None, *scaled
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient times a scalar, in place; a factor that was rounded to half precision would be off by up to 0.4%."""
+    if torch.promote_types(gradient.dtype, factor.dtype) == gradient.dtype:
+        return gradient.mul_(factor)
+    return gradient.copy_(gradient.to(factor.dtype) * factor)
 
 
 def with_gradients(
