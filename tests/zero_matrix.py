@@ -112,15 +112,18 @@ class Outcome:
     """What was added to them."""
 
 
-def ratios(actual: Outcome, expected: Outcome) -> tuple[float, float, float]:
-    """The largest relative differences of losses, norms and updates in any step.
+def ratios(actual: Outcome, expected: Outcome) -> tuple[float, float, float, float]:
+    """The largest relative differences of losses, norms, updates and the updates' scale in any step.
 
-    An update's is relative to the tensor's own largest element, but no smaller than 1e-3 of the largest of all.
+    An update's is relative to the tensor's own largest element, but no smaller than 1e-3 of the largest of all. The
+    scale is that of all tensors together: rounding goes either way and cancels in it, and a wrong factor does not.
     """
+    pairs = list(zip(actual.updates, expected.updates, strict=True))
     return (
         _largest(actual.losses, expected.losses),
         _largest(actual.norms, expected.norms),
-        max(_farthest(ours, theirs) for ours, theirs in zip(actual.updates, expected.updates, strict=True)),
+        max(_farthest(ours, theirs) for ours, theirs in pairs),
+        max(abs(_scale(ours, theirs) - 1) for ours, theirs in pairs),
     )
 
 
@@ -128,6 +131,12 @@ def _farthest(actual: Parameters, expected: Parameters) -> float:
     assert actual.keys() == expected.keys()
     floor = 1e-3 * max(tensor.abs().max().item() for tensor in expected.values())
     return max(relative_error(actual[name], tensor, floor) for name, tensor in expected.items())
+
+
+def _scale(actual: Parameters, expected: Parameters) -> float:
+    """How much of what is expected there is in the actual: <actual, expected> / <expected, expected>."""
+    ours, theirs = (torch.cat([update[name].flatten().double() for name in expected]) for update in (actual, expected))
+    return (ours @ theirs / (theirs @ theirs)).item()
 
 
 def _largest(actual: list[float], expected: list[float]) -> float:
@@ -213,11 +222,12 @@ def mean_of_means(model: Reformer, step: int) -> Iterator[Tensor]:
         yield plain_nll(model, step, rows) / sum(N_LABELS[rows]) / RANKS
 
 
-def plain_run(case: Case, starts: Sequence[Parameters] | None = None, loss=whole_batch) -> Outcome:
+def plain_run(case: Case, starts: Sequence[Parameters] | None = None, loss=whole_batch, clip: float = CLIP) -> Outcome:
     """The run in one process.
 
     starts: what each step starts from, in place of what the step before ended with.
     loss: parts that add up to it.
+    clip: the norm that gradients are clipped to.
     """
     torch.manual_seed(run_config(case).run.seed)
     model = Reformer(run_config(case).model).to(torch.bfloat16 if case.bf16 else torch.float32)
@@ -241,7 +251,7 @@ def plain_run(case: Case, starts: Sequence[Parameters] | None = None, loss=whole
             total += part.item()
         # In float64, as DeepSpeed: over a million numbers torch's own sum of fp32 squares is off by 1e-5.
         norm = torch.nn.utils.get_total_norm([master.grad.double() for master in masters.parameters()])
-        torch.nn.utils.clip_grads_with_norm_(masters.parameters(), CLIP, norm)
+        torch.nn.utils.clip_grads_with_norm_(masters.parameters(), clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = factor * ADAMW["lr"]
         optimizer.step()
