@@ -37,6 +37,9 @@ FIXED = (
 )
 """What must be the same when a run continues: the model, the order of the data, the layout of the optimizer's state."""
 
+ON_NVME = "deepspeed.zero_optimization.{}.device='nvme'"
+"""How a part of the state is said to live on NVMe: offload_optimizer, offload_param."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -85,25 +88,74 @@ def starting_point(run_dir: Path, current: Mapping[str, Any], resume: bool) -> C
             f"{run_dir} already holds a run up to step {newest.step}: "
             "continue it with --resume, or choose another folder with run.dir=…"
         )
-    if differences := _differences(_read_state(newest), current):
+    saved, sizes = _read_state(newest)
+    _refuse_nvme(newest, saved, current)
+    _refuse_damage(newest, sizes)
+    if differences := _differences(saved, current):
         raise ConfigError("\n".join([f"cannot continue from {newest.path}:", *differences]))
     return newest
 
 
-def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint says about its run. A ConfigError if it, or the size of one of its files, is not as written."""
+def nvme_note(deepspeed_config: Mapping[str, Any]) -> str:
+    """What to say when a run starts about how it could be continued; empty if that goes without saying."""
+    parts = _on_nvme(deepspeed_config)
+    if "offload_optimizer" in parts:
+        return (
+            f"note: with {ON_NVME.format('offload_optimizer')} this run cannot be continued with --resume, since "
+            "DeepSpeed does not restore an optimizer from NVMe. If it may have to be, set the device to 'cpu'"
+        )
+    if parts:
+        return (
+            f"note: with {ON_NVME.format('offload_param')}, set the device to 'cpu' to continue this run with "
+            "--resume, since DeepSpeed does not restore parameters to NVMe"
+        )
+    return ""
+
+
+def _on_nvme(deepspeed_config: Mapping[str, Any]) -> list[str]:
+    """The parts of the state that DeepSpeed would not restore.
+
+    Of an optimizer on NVMe, its load_checkpoint() skips the file with everything but the moments, and copies these to
+    where the swapper does not know of them. Into parameters on NVMe it writes as if they were in memory, and fails
+    with an AttributeError for those beyond max_in_cpu; but their checkpoint is whole, and goes on from the CPU.
+    """
+    zero = deepspeed_config.get("zero_optimization") or {}
+    return [name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "nvme"]
+
+
+def _refuse_nvme(checkpoint: Checkpoint, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    was, now = (_on_nvme(run.get("deepspeed") or {}) for run in (saved, current))
+    if "offload_optimizer" in was:
+        raise ConfigError(
+            f"cannot continue from {checkpoint.path}: it is of a run with {ON_NVME.format('offload_optimizer')}, and "
+            "DeepSpeed does not restore an optimizer from NVMe: start anew in another run.dir, with device 'cpu' if "
+            "that run may have to be continued"
+        )
+    if now:
+        settings = " and ".join(ON_NVME.format(name) for name in now)
+        raise ConfigError(
+            f"cannot continue from {checkpoint.path} with {settings}: DeepSpeed does not restore what lives on NVMe; "
+            "set the device to 'cpu'"
+        )
+
+
+def _read_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, int]]:
+    """What a checkpoint says about its run, and how many bytes each of its files has."""
     try:
         state = json.loads((checkpoint.path / "state.json").read_text(encoding="utf-8"))
         run, sizes = dict(state["run"]), dict(state["n_bytes"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _damaged(checkpoint, f"state.json: {error!r}") from None
+    return run, sizes
+
+
+def _refuse_damage(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
     for name, n_bytes in sizes.items():
         path = checkpoint.path / TAG / name
         if not path.is_file():
             raise _damaged(checkpoint, f"{TAG}/{name} is missing")
         if path.stat().st_size != n_bytes:
             raise _damaged(checkpoint, f"{TAG}/{name} has {path.stat().st_size} bytes instead of {n_bytes}")
-    return run
 
 
 def _damaged(checkpoint: Checkpoint, problem: str) -> ConfigError:
@@ -146,7 +198,9 @@ def save(
     # Rank 0 may publish only what every rank has finished, and none may go on before it is published.
     barrier(device)
     if launch.rank == 0:
-        sizes = {path.name: path.stat().st_size for path in sorted((partial / TAG).iterdir())}
+        # DeepSpeed makes folders in its folder, for what is on NVMe.
+        files = [path for path in sorted((partial / TAG).rglob("*")) if path.is_file()]
+        sizes = {path.relative_to(partial / TAG).as_posix(): path.stat().st_size for path in files}
         state = {"step": step, "run": run, "n_bytes": sizes}
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         partial.rename(final)

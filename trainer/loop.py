@@ -97,6 +97,8 @@ class Trainer:
         else:
             nothing = "no checkpoint to continue from: " if self.job.resume else ""
             self.say(f"{nothing}starting anew in {plan.dir}")
+            if note := checkpoint.nvme_note(self.job.deepspeed):
+                self.say(note)
             self.evaluate(done=0)
         for step in range(self.first_step, plan.steps):
             begun = time.perf_counter()

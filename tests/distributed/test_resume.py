@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trainer.check import missing_for
+
 TIMELESS = ("train/loss", "train/bits_per_byte", "train/lr", "train/grad_norm", "eval/loss", "eval/bits_per_byte")
 DIAGNOSTICS = (
     "lsh/layer01/largest_bucket_over_mean",
@@ -91,3 +93,27 @@ def test_only_the_last_checkpoints_are_kept(train, tmp_path: Path):
     run = train(1, tmp_path / "run", "run.steps=3", "run.save_every=1", "run.keep_last=2", "run.eval_every=0")
     assert sorted(path.name for path in (run.dir / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
     assert not any("eval/loss" in line for line in run.metrics)
+
+
+def test_an_optimizer_on_nvme_is_said_not_to_come_back_before_and_after(train, tmp_path: Path):
+    if missing := missing_for("AsyncIOBuilder"):
+        pytest.skip(f"DeepSpeed's async_io needs {missing}")
+    zero = "deepspeed.zero_optimization"
+    (tmp_path / "drive").mkdir()
+    where = (f"{zero}.offload_optimizer.device=nvme", f"{zero}.offload_optimizer.nvme_path={tmp_path / 'drive'}")
+    changes = (
+        f"{zero}.stage=3",
+        *where,
+        "deepspeed.zero_force_ds_cpu_optimizer=false",
+        "run.steps=1",
+        "run.eval_every=0",
+    )
+    run = train(1, tmp_path / "run", *changes)
+    assert run.code == 0, run.errors
+    assert run.output.count(f"with {zero}.offload_optimizer.device='nvme' this run cannot be continued") == 1
+    again = train(1, run.dir, *changes, "run.steps=2", "--resume")
+    assert again.code == 2
+    assert (
+        "step_00000001: it is of a run with deepspeed.zero_optimization.offload_optimizer.device='nvme'" in again.errors
+    )
+    assert "damaged" not in again.errors

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from trainer.checkpoint import TAG, identity, published, remove_leftovers, starting_point
+from trainer.checkpoint import TAG, identity, nvme_note, published, remove_leftovers, save, starting_point
 from trainer.config import ConfigError, RunConfig
+from trainer.distributed import detect
 
 IDENTITY: dict[str, Any] = {
     "store_fingerprint": "abc",
@@ -100,6 +103,62 @@ def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(ConfigError, match="is damaged: deepspeed/weights is missing"):
         starting_point(tmp_path, IDENTITY, resume=True)
+
+
+def test_files_in_folders_of_deepspeeds_are_counted_and_folders_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_checkpoint(path: str, tag: str) -> None:
+        for name in ("weights", "offloaded_tensors/rank0/optimizer/moment.swp"):
+            (Path(path) / tag / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(path) / tag / name).write_bytes(b"1234")
+
+    monkeypatch.setattr("trainer.checkpoint.barrier", lambda _: None)
+    engine: Any = SimpleNamespace(save_checkpoint=save_checkpoint)
+    path = save(engine, tmp_path, 50, IDENTITY, 3, detect({}), torch.device("cpu"))
+    sizes = json.loads((path / "state.json").read_text())["n_bytes"]
+    assert sizes == {"weights": 4, "offloaded_tensors/rank0/optimizer/moment.swp": 4}
+    assert starting_point(tmp_path, IDENTITY, resume=True) is not None
+    (path / TAG / "offloaded_tensors/rank0/optimizer/moment.swp").unlink()
+    with pytest.raises(ConfigError, match=r"deepspeed/offloaded_tensors/rank0/optimizer/moment.swp is missing"):
+        starting_point(tmp_path, IDENTITY, resume=True)
+
+
+def offloading(**devices: str) -> dict[str, Any]:
+    parts = {f"offload_{part}": {"device": device} for part, device in devices.items()}
+    return {"zero_optimization": {"stage": 3, **parts}}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"optimizer": "nvme"}, {"optimizer": "nvme"}, "offload_optimizer.device='nvme', .*: start anew in another"),
+        ({"optimizer": "nvme"}, {"optimizer": "cpu"}, "offload_optimizer.device='nvme', .*: start anew in another"),
+        ({"optimizer": "cpu"}, {"optimizer": "nvme"}, "offload_optimizer.device='nvme': .*; set the device to 'cpu'"),
+        ({"param": "nvme"}, {"param": "nvme"}, "offload_param.device='nvme': .*; set the device to 'cpu'"),
+    ],
+)
+def test_what_is_on_nvme_is_not_continued_and_not_called_damaged(
+    tmp_path: Path, before: dict[str, str], now: dict[str, str], message: str
+) -> None:
+    weights = publish(tmp_path, 50, {**IDENTITY, "deepspeed": offloading(**before)}) / TAG / "weights"
+    # Checkpoints written before folders were left out of the list of files have such an entry.
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(ConfigError, match=f"cannot continue from .*step_00000050.* with .*{message}"):
+        starting_point(tmp_path, {**IDENTITY, "deepspeed": offloading(**now)}, resume=True)
+
+
+def test_parameters_that_were_on_nvme_go_on_from_the_cpu(tmp_path: Path) -> None:
+    publish(tmp_path, 50, {**IDENTITY, "deepspeed": offloading(param="nvme", optimizer="cpu")})
+    current = {**IDENTITY, "deepspeed": offloading(param="cpu", optimizer="cpu")}
+    assert starting_point(tmp_path, current, resume=True) is not None
+
+
+def test_how_a_run_can_be_continued_is_noted_where_it_needs_saying() -> None:
+    assert nvme_note({}) == nvme_note(offloading(optimizer="cpu", param="none")) == ""
+    assert "offload_optimizer.device='nvme' this run cannot be continued" in nvme_note(offloading(optimizer="nvme"))
+    assert "offload_param.device='nvme', set the device to 'cpu' to continue" in nvme_note(offloading(param="nvme"))
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
