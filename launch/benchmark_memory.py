@@ -107,7 +107,8 @@ def add_command(commands: Any) -> None:
         ("--recompute-layers", 12, "layers in `recompute`"),
     ):
         parser.add_argument(name, type=positive, default=default, metavar="N", help=f"{of} (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, default=Path("memory.png"), metavar="FILE", help="(default: %(default)s)")
+    drawn = f"picture of {', '.join(benchmark_plot.MEMORY_PARTS)} (default: %(default)s)"
+    parser.add_argument("--plot", type=Path, default=Path("memory.png"), metavar="FILE", help=drawn)
     parser.add_argument("--steps", type=positive, default=STEPS, help=argparse.SUPPRESS)  # of the one to measure
     add_options(parser, rounds="measurements of each in `recompute`")
 
@@ -277,11 +278,15 @@ def main(arguments: argparse.Namespace) -> int:
         print(json.dumps(measure_here(MEMORY_PEERS[arguments.worker], sizes, arguments.steps, arguments.threads)))
         return 0
     try:
-        benchmark_plot.check_output(arguments.plot)  # that it cannot be drawn should not be learnt in an hour
+        if set(benchmark_plot.MEMORY_PARTS) & set(arguments.parts):
+            benchmark_plot.check_output(arguments.plot)  # that it cannot be drawn should not be learnt in an hour
         record = run(arguments)
-        if {"length", "depth"} & {result["part"] for result in record["results"] if "seconds" in result}:
+        measured = {result["part"] for result in record["results"] if "seconds" in result}
+        if measured & set(benchmark_plot.MEMORY_PARTS):
             benchmark_plot.draw(record, arguments.plot)
             print(f"drew {arguments.plot}")
+        else:
+            print(f"drew nothing: none of {', '.join(benchmark_plot.MEMORY_PARTS)} was measured")
     except benchmark_plot.PlotError as error:
         sys.exit(f"error: {error}")
     return int(not any("seconds" in result for result in record["results"]))

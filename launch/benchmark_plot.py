@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ SECONDS = [
 SECONDS += [(36_000, "10 h")]
 GIB = [(2.0**power, f"{2.0**power:g} GiB") for power in range(-3, 11)]
 FORMATS = (".png", ".svg", ".pdf")
+MEMORY_PARTS = ("length", "depth", "layer")
+"""The parts of `memory` that are drawn; of the others a figure is printed."""
 LABEL_GAP = 0.055
 """Smallest distance of two labels, as a share of the height of a panel."""
 
@@ -219,13 +222,39 @@ def check_output(output: Path) -> None:
         raise PlotError(f"cannot draw {output}: there is no folder {output.parent}")
     if output.suffix not in FORMATS:
         raise PlotError(f"cannot draw {output}: its name must end in one of {', '.join(FORMATS)}")
+    try:  # without leaving a file, or changing one
+        with output.open("r+b") if output.exists() else tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise PlotError(f"cannot draw {output}: {error.strerror}") from None
     figure_class()
+
+
+def check_results(record: Record) -> None:
+    """Raises PlotError if there is nothing to draw, or if a line would join what was measured at different lengths."""
+    measured = [result for result in record["results"] if "seconds" in result]
+    if not measured:
+        raise PlotError("there is no measurement in these files: run launch/benchmark.py again")
+    if record["what"] != "memory":
+        return
+    parts = dict.fromkeys(result["part"] for result in measured)
+    if not set(parts) & set(MEMORY_PARTS):
+        raise PlotError(
+            f"there is nothing to draw: a picture shows {', '.join(MEMORY_PARTS)}, and measured was "
+            f"{', '.join(parts)}. Run launch/benchmark.py memory with --parts {' '.join(MEMORY_PARTS)}"
+        )
+    for part in ("depth", "layer"):
+        lengths = sorted({result["seq_len"] for result in record["results"] if result["part"] == part})
+        if len(lengths) > 1:
+            raise PlotError(
+                f"part {part} was measured at {' and '.join(f'{length:,}' for length in lengths)} tokens, "
+                "which do not belong in one line. Draw the files one by one"
+            )
 
 
 def draw(record: Record, output: Path) -> None:
     """Two panels: time and memory by length, or memory by length and by depth."""
-    if not any("seconds" in result for result in record["results"]):
-        raise PlotError("there is no measurement in these files: run launch/benchmark.py again")
+    check_results(record)
     figure = figure_class()(figsize=(11, 4.6), layout="constrained")
     panels: Any = figure.subplots(1, 2)
     figure.suptitle(title(record), x=0.01, ha="left", fontsize=9, color="#555555")
@@ -243,10 +272,7 @@ def draw_time_and_memory(panels: Any, record: Record) -> None:
 
 def draw_memory(panels: Any, record: Record) -> None:
     """By length, and by depth: all peers at one length, and ours at a longer one."""
-    of_part = {
-        part: [result for result in record["results"] if result["part"] == part]
-        for part in ("length", "depth", "layer")
-    }
+    of_part = {part: [result for result in record["results"] if result["part"] == part] for part in MEMORY_PARTS}
     by_length = lines(of_part["length"], "peak_gib", "predicted_gib")
     by_depth = lines(of_part["depth"], "peak_gib", "predicted_gib", "n_layers")
     for line in lines(of_part["layer"], "peak_gib", "predicted_gib", "n_layers").values():

@@ -101,11 +101,9 @@ def sizes_of(arguments: argparse.Namespace, seq_len: int) -> Sizes:
 
 def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """The peers that were asked for; ends the program if there is no such peer."""
-    if list(names) == ["all"]:
-        return list(known)
-    if unknown := set(names) - set(known):
+    if unknown := set(names) - {*known, "all"}:
         sys.exit(f"error: no peer {', '.join(sorted(unknown))}: choose from {', '.join(known)}, or all")
-    return list(dict.fromkeys(names))
+    return list(known if "all" in names else dict.fromkeys(names))
 
 
 # One measurement.

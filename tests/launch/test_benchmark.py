@@ -192,6 +192,7 @@ def test_the_table_compares_with_ours_and_shows_the_growth() -> None:
             ["--peers", "flash"],
             "error: no peer flash: choose from ours, ours-dense, huggingface, lucidrains, dense, or all",
         ),
+        (["--peers", "all", "flash"], "error: no peer flash: choose from ours"),
         (["--json", "no/such/folder/x.json"], "error: cannot write no/such/folder/x.json: "),
         (["--rounds", "0"], "argument --rounds: 0 is not a whole number of at least 1"),
         (["--memory-share", "85"], "argument --memory-share: 85 is not a number above 0 and up to 1"),
@@ -255,8 +256,18 @@ def test_labels_keep_their_order_and_their_distance() -> None:
     assert [b - a for a, b in itertools.pairwise(crowded)] == pytest.approx([0.1] * 3)
 
 
+MIXED = "part depth was measured at 96 and 192 tokens, which do not belong in one line"
+
+
+def memory_record(tmp_path: Path, name: str, part: str, seq_len: int) -> Path:
+    """Of one part of the benchmark of memory, at two depths."""
+    results = [result(seq_len, part=part, n_layers=n_layers) for n_layers in (2, 4)]
+    return record(tmp_path, name, what="memory", results=results)
+
+
 def test_what_cannot_be_drawn_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fine = record(tmp_path, "a")
+    (tmp_path / "folder.png").mkdir()
     for files, output, message in [
         ([tmp_path / "none"], "x.png", "cannot read"),
         ([ROOT / "ds_config.json"], "x.png", "was not written by launch/benchmark.py --json: KeyError('what')"),
@@ -264,11 +275,20 @@ def test_what_cannot_be_drawn_says_why(tmp_path: Path, capsys: pytest.CaptureFix
         ([record(tmp_path, "c", results=[])], "x.png", "no measurement"),
         ([fine], "x.mp3", "cannot draw"),
         ([fine], "none/x.png", "cannot draw"),
+        ([fine], "folder.png", "Is a directory"),
+        ([memory_record(tmp_path, "d", "depth", 96), memory_record(tmp_path, "e", "depth", 192)], "x.png", MIXED),
+        ([memory_record(tmp_path, "f", "recompute", 96)], "x.png", "there is nothing to draw: a picture shows length"),
     ]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["plot", *map(str, files), "--output", str(tmp_path / output)])
             assert benchmark_plot.main() == 2
         assert message in capsys.readouterr().err
+        assert not (tmp_path / "x.png").exists()
+
+
+def test_all_peers_may_be_named_among_others() -> None:
+    assert benchmark.chosen(["ours", "all"], ["dense", "ours"]) == ["dense", "ours"]
+    assert benchmark.chosen(["ours", "dense", "ours"], ["dense", "ours"]) == ["ours", "dense"]
 
 
 def test_matplotlib_missing_is_one_message(

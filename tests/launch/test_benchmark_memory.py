@@ -262,10 +262,24 @@ def test_what_would_take_too_much_is_left_out_reported_and_drawn(
 
 def test_a_picture_of_one_part_has_one_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_memory, "measure", answering(lambda name, sizes: measured()))
-    for part, other in (("length", "depth"), ("depth", "length")):
+    for part, drawn, other in (
+        ("length", "length", "depth"),
+        ("depth", "depth", "length"),
+        ("layer", "depth", "length"),
+    ):
         picture = tmp_path / f"{part}.svg"
         assert main(monkeypatch, "--parts", part, "--peers", "ours", *TINY_OPTIONS, "--plot", picture) == 0
-        assert f"memory by {part}" in picture.read_text() and f"memory by {other}" not in picture.read_text()
+        assert f"memory by {drawn}" in picture.read_text() and f"memory by {other}" not in picture.read_text()
+
+
+def test_that_there_is_nothing_to_draw_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark_memory, "measure", answering(lambda name, sizes: measured()))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # which is not needed then
+    assert main(monkeypatch, "--parts", "recompute", "vocabulary", *TINY_OPTIONS, "--plot", tmp_path / "x.png") == 0
+    assert capsys.readouterr().out.endswith("drew nothing: none of length, depth, layer was measured\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_measured_nothing_fails(
@@ -297,11 +311,15 @@ def test_peers_that_are_not_installed_are_named(
         (["--plot", "no/such/x.png"], "error: cannot draw no/such/x.png: there is no folder no/such"),
         (["--plot", "x.mp3"], "error: cannot draw x.mp3: its name must end in one of .png, .svg, .pdf"),
         (["--json", "no/such/x.json"], "error: cannot write no/such/x.json: "),
+        (["--parts", "layer", "--plot", "folder.png"], "error: cannot draw folder.png: Is a directory"),
+        (["--plot", "/proc/x.png"], "error: cannot draw /proc/x.png: "),
     ],
 )
 def test_bad_options_are_named_before_anything_is_measured(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark_memory, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, *words)
