@@ -9,7 +9,8 @@ token see, whether or not a causal mask hides some of them (PaLM counts so too),
     feed_forward      two products, d_model by d_ff
     head              both streams side by side with the vocabulary; tied, with d_model columns and the embedding
     local_attention   scores and weighted values with 2 chunks of keys a token, 3 when bidirectional
-    lsh_attention     the same in each of n_hashes rounds; where all fits one chunk it is dense attention, of one round
+    lsh_attention     the same in each of n_hashes rounds; where all fits one chunk, in one round, since each sees all
+                      (so too with attn_dropout or without attend_across_buckets, which do make the rounds differ)
     dense_attention   the same with all tokens as keys
     hashing           one product with the rotations, sum(factors) / 2 columns a round; it has no gradient
 """
