@@ -8,9 +8,12 @@ listed here, and those that would change what the training loop relies on are re
 import inspect
 import math
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -69,6 +72,16 @@ OFFLOAD_STAGES: dict[str, dict[str, tuple[int, ...]]] = {
     "offload_param": {"cpu": (3,), "nvme": (3,)},
 }
 """ZeRO stages that move a part of the state to a device; DeepSpeed says nothing where a stage does not."""
+
+STALE_LOCK_S = 3600
+"""Age at which the lock of a compilation is one that nobody holds any more."""
+
+LEGACY = {
+    "cpu_offload": "offload_optimizer.device='cpu'",
+    "cpu_offload_param": "offload_param.device='cpu'",
+    "cpu_offload_use_pin_memory": "offload_optimizer.pin_memory and offload_param.pin_memory",
+}
+"""Older keys of zero_optimization, which DeepSpeed turns into those that are checked here."""
 
 OWN_ADAM_PARAMS = {"lr", "betas", "eps", "weight_decay", "amsgrad", "torch_adam", "adam_w_mode"}
 """Those of torch's AdamW, and of DeepSpeed, that DeepSpeed's own Adam takes too."""
@@ -198,11 +211,7 @@ def _adam(deepspeed: Mapping[str, Any]) -> list[str]:
     params = _table(_table(deepspeed, "optimizer"), "params")
     offloaded = _device(_table(deepspeed, "zero_optimization"), "offload_optimizer") != "none"
     if params.get("torch_adam"):
-        if offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True):
-            return [
-                "deepspeed.optimizer.params.torch_adam with zero_optimization.offload_optimizer: set "
-                "deepspeed.zero_force_ds_cpu_optimizer=false, or leave torch_adam out for DeepSpeed's own CPU Adam"
-            ]
+        # Also where it is offloaded: zero_force_ds_cpu_optimizer is about an optimizer that the caller has made.
         return []
     problems = [
         f"deepspeed.optimizer.params.{key}: DeepSpeed's own Adam does not take it; leave it out, or add torch_adam=true"
@@ -210,10 +219,9 @@ def _adam(deepspeed: Mapping[str, Any]) -> list[str]:
         if key not in OWN_ADAM_PARAMS
     ]
     if missing := missing_for("CPUAdamBuilder" if offloaded else "FusedAdamBuilder"):
-        way_out = "torch_adam=true" + (" and deepspeed.zero_force_ds_cpu_optimizer=false" if offloaded else "")
         problems.append(
-            f"deepspeed.optimizer: DeepSpeed compiles an Adam of its own, for which {missing} is missing: install it, "
-            f"or set deepspeed.optimizer.params.{way_out} for PyTorch's"
+            f"deepspeed.optimizer: DeepSpeed compiles an Adam of its own, which needs {missing}: see to that, or set "
+            "deepspeed.optimizer.params.torch_adam=true for PyTorch's"
         )
     return problems
 
@@ -221,7 +229,12 @@ def _adam(deepspeed: Mapping[str, Any]) -> list[str]:
 def _offload(deepspeed: Mapping[str, Any]) -> list[str]:
     """What must hold for a part of the state to live in the CPU's memory or on NVMe."""
     zero = _table(deepspeed, "zero_optimization")
-    problems, stage = [], zero.get("stage", 0)
+    problems, stage = _offload_extras(deepspeed), zero.get("stage", 0)
+    problems += [
+        f"deepspeed.zero_optimization.{old}: this key is from older versions; use {new}"
+        for old, new in LEGACY.items()
+        if old in zero
+    ]
     for part, stages_of in OFFLOAD_STAGES.items():
         device, key = _device(zero, part), f"deepspeed.zero_optimization.{part}"
         if device != "none" and stage not in (stages := stages_of[device]):
@@ -229,12 +242,12 @@ def _offload(deepspeed: Mapping[str, Any]) -> list[str]:
                 f"{key}.device='{device}' does nothing under ZeRO stage {stage}: leave it out, or set "
                 f"deepspeed.zero_optimization.stage to {' or '.join(map(str, stages))}"
             )
-        if device == "nvme" and not zero[part].get("nvme_path"):
-            problems.append(f"{key}.nvme_path is missing: give a folder on the drive to be used")
+        if device == "nvme":
+            problems += [f"{key}.nvme_path{problem}" for problem in _nvme_path(zero[part].get("nvme_path"))]
     if "nvme" in {_device(zero, part) for part in OFFLOAD_STAGES} and (missing := missing_for("AsyncIOBuilder")):
         problems.append(
-            f"deepspeed.zero_optimization: offloading to nvme needs DeepSpeed's async_io, for which {missing} is "
-            "missing: install it, or set the device to 'cpu'"
+            f"deepspeed.zero_optimization: offloading to nvme needs DeepSpeed's async_io, which needs {missing}: "
+            "see to that, or set the device to 'cpu'"
         )
     is_bf16 = _table(deepspeed, "bf16").get("enabled")
     if _device(zero, "offload_param") == "nvme" and not (is_bf16 or get_accelerator().is_fp16_supported()):
@@ -245,14 +258,49 @@ def _offload(deepspeed: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _nvme_path(path: Any) -> list[str]:
+    """What keeps a folder from being used, as one line or none; what is no text is left for DeepSpeed to refuse."""
+    if not path:
+        return [" is missing: give a folder on the drive to be used"]
+    if isinstance(path, str):
+        try:
+            # To try is the only way to know: permissions say nothing of /proc, or of a drive mounted read-only.
+            TemporaryFile(dir=path).close()
+        except OSError as error:
+            return [f"='{path}' cannot be written to: {error.strerror}: give a folder that exists on every machine"]
+    return []
+
+
+def _offload_extras(deepspeed: Mapping[str, Any]) -> list[str]:
+    """Settings of offload_optimizer that only ZeRO-3, DeepSpeed's own CPU Adam or an NVIDIA GPU can follow."""
+    zero = _table(deepspeed, "zero_optimization")
+    optimizer, key = _table(zero, "offload_optimizer"), "deepspeed.zero_optimization.offload_optimizer"
+    ratio, is_super = optimizer.get("ratio", 1), optimizer.get("super_offload")
+    is_partial = isinstance(ratio, float | int) and ratio < 1
+    given = [name for name, is_set in ((f"ratio={ratio}", is_partial), ("super_offload", is_super)) if is_set]
+    problems = [
+        f"{key}.{name} needs ZeRO-3: leave it out, or set deepspeed.zero_optimization.stage to 3"
+        for name in given
+        if zero.get("stage", 0) != 3
+    ]
+    if is_partial and _table(_table(deepspeed, "optimizer"), "params").get("torch_adam"):
+        problems.append(
+            f"{key}.ratio={ratio} with deepspeed.optimizer.params.torch_adam: only DeepSpeed's own Adam works in both "
+            "places; leave one of them out"
+        )
+    if is_super and (device := get_accelerator().device_name()) != "cuda":
+        problems.append(f"{key}.super_offload is for NVIDIA's GPUs, and this runs on '{device}': leave it out")
+    return problems
+
+
 def _device(zero: Mapping[str, Any], part: str) -> str:
     """Where a part of the state is to live; "none" is where the model is, and where DeepSpeed refuses what it says."""
     device = _table(zero, part).get("device", "none")
-    return device if device in OFFLOAD_STAGES[part] else "none"
+    return device if isinstance(device, str) and device in OFFLOAD_STAGES[part] else "none"
 
 
 def missing_for(builder_name: str) -> str:
-    """What a C++ part of DeepSpeed lacks in order to be compiled on this machine; empty if nothing."""
+    """What a C++ part of DeepSpeed needs that this machine lacks to compile and load it; empty if nothing."""
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None:
         return f"its version for {get_accelerator().device_name()}"
@@ -264,7 +312,17 @@ def missing_for(builder_name: str) -> str:
         return f"the C++ compiler {cpp_extension.get_cxx_compiler()}"
     if not builder.is_compatible():
         return "libaio with its headers (Debian: libaio-dev)" if builder.name == "async_io" else builder.name
+    # Loading async_io compiles and loads pin_memory first.
+    for name in (builder.name, "pin_memory") if builder.name == "async_io" else (builder.name,):
+        lock = _extension_folder(name) / "lock"
+        if lock.exists() and time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+            return f"the removal of {lock}, which a compilation that was stopped has left behind"
     return ""
+
+
+def _extension_folder(name: str) -> Path:
+    """Where PyTorch compiles an extension; whoever finds a lock there waits for ever, if nobody removes it."""
+    return Path(cpp_extension._get_build_directory(name, verbose=False))
 
 
 def _data(config: RunConfig, store: StoreFacts) -> list[str]:

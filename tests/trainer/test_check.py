@@ -1,6 +1,10 @@
 """Every contradiction between the files, the data and the ranks is found, and all of them at once."""
 
+import os
+import time
 from copy import deepcopy
+from pathlib import Path
+from tempfile import gettempdir
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,10 +130,10 @@ def test_all_problems_come_at_once() -> None:
 
 def offloading(stage: int, **devices: dict[str, Any]) -> dict[str, Any]:
     zero = {"zero_optimization": {"stage": stage, **devices}}
-    return {**DEEPSPEED, **zero, "bf16": {"enabled": True}, "zero_force_ds_cpu_optimizer": False}
+    return {**DEEPSPEED, **zero, "bf16": {"enabled": True}}
 
 
-CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/scratch"}
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": gettempdir()}
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,25 @@ CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/scratch"}
         (3, {"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.nvme_path is missing: give a folder"),
         (3, {"offload_optimizer": {"device": "disk"}}, "deepspeed.zero_optimization: 'offload_optimizer.device'.*disk"),
         (3, {"offload_optimizer": "cpu"}, "deepspeed.zero_optimization: 'offload_optimizer'.*'cpu'"),
+        (3, {"offload_optimizer": {"device": ["cpu"]}}, r"'offload_optimizer.device'.*\['cpu'\]"),
+        (3, {"offload_param": {"device": {}}}, "'offload_param.device'.*{}"),
+        (
+            3,
+            {"offload_optimizer": {**NVME, "nvme_path": __file__}},
+            r"nvme_path='.*\.py' cannot be .*: Not a directory",
+        ),
+        (3, {"offload_optimizer": {**NVME, "nvme_path": "/proc/nope"}}, "nvme_path='/proc/nope' cannot be written to"),
+        (3, {"offload_param": {**NVME, "nvme_path": 5}}, "'offload_param.nvme_path'.*5"),
+        (2, {"cpu_offload": True}, r"\.cpu_offload: .* use offload_optimizer.device='cpu'"),
+        (2, {"cpu_offload_param": True}, r"\.cpu_offload_param: .* use offload_param.device='cpu'"),
+        (3, {"cpu_offload_use_pin_memory": True}, r"\.cpu_offload_use_pin_memory: .* use .*offload_param.pin_memory"),
+        (
+            2,
+            {"offload_optimizer": {**CPU, "ratio": 0.3}},
+            "^deepspeed.*offload_optimizer.ratio=0.3 needs ZeRO-3: leave",
+        ),
+        (3, {"offload_optimizer": {**CPU, "ratio": 0.3}}, "ratio=0.3 with .*torch_adam: .*leave one of them out"),
+        (2, {"offload_optimizer": {**CPU, "super_offload": True}}, "super_offload needs ZeRO-3: leave it out"),
     ],
 )
 def test_what_cannot_be_offloaded(
@@ -157,7 +180,7 @@ def test_what_cannot_be_offloaded(
 def test_nvme_needs_a_library(monkeypatch: pytest.MonkeyPatch, devices: dict[str, Any]) -> None:
     missing = {"AsyncIOBuilder": "libaio with its headers (Debian: libaio-dev)"}
     monkeypatch.setattr("trainer.check.missing_for", missing.pop)
-    with pytest.raises(ConfigError, match=r"nvme needs .*async_io, for which libaio .* is missing: .* device to 'cpu'"):
+    with pytest.raises(ConfigError, match=r"nvme needs .*async_io, which needs libaio .*: .* device to 'cpu'"):
         check(make_config(), offloading(3, **devices), STORE, world_size=2)
     monkeypatch.setattr("trainer.check.missing_for", lambda _: "")
     check(make_config(), offloading(3, **devices), STORE, world_size=2)
@@ -166,18 +189,18 @@ def test_nvme_needs_a_library(monkeypatch: pytest.MonkeyPatch, devices: dict[str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": CPU}},
-            "set deepspeed.zero_force_ds_cpu_optimizer=false",
-        ),
         (adamw(lr=1e-3, fused=True), "params.fused: DeepSpeed's own Adam does not take it.* torch_adam=true"),
-        (adamw(lr=1e-3), "an Adam of its own, for which a compiler is missing: .*params.torch_adam=true for PyTorch's"),
+        (adamw(lr=1e-3), "an Adam of its own, which needs a compiler: .*params.torch_adam=true for PyTorch's"),
     ],
 )
 def test_the_adam_that_it_will_be(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str) -> None:
     monkeypatch.setattr("trainer.check.missing_for", lambda builder: "a compiler" if "Adam" in builder else "")
     with pytest.raises(ConfigError, match=message):
         check(make_config(), {**DEEPSPEED, **changes}, STORE, world_size=2)
+
+
+def test_torchs_adam_may_be_offloaded() -> None:
+    check(make_config(), offloading(2, offload_optimizer=CPU), STORE, world_size=2)
 
 
 def test_deepspeeds_own_adam_where_it_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,13 +220,39 @@ def test_deepspeeds_own_adam_where_it_can_be_compiled(monkeypatch: pytest.Monkey
         ("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", "libaio with its headers"),
     ],
 )
-def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch, lacks: str, expected: str) -> None:
+def test_what_a_machine_lacks_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacks: str, expected: str
+) -> None:
     monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/found")
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_: True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert missing_for("AsyncIOBuilder") == ""
     monkeypatch.setattr(lacks, lambda *_: None)
     assert missing_for("AsyncIOBuilder").startswith(expected)
+
+
+def test_super_offload_needs_an_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = offloading(3, offload_optimizer={**CPU, "super_offload": True})
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: "cuda")
+    check(make_config(), settings, STORE, world_size=2)
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: "cpu")
+    with pytest.raises(ConfigError, match=r"super_offload is for NVIDIA's GPUs, and this runs on 'cpu': leave it out"):
+        check(make_config(), settings, STORE, world_size=2)
+
+
+@pytest.mark.parametrize("extension", ["async_io", "pin_memory"])
+def test_a_lock_that_nobody_holds_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, extension: str) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/found")
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_: True)
+    lock = tmp_path / extension / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert missing_for("AsyncIOBuilder") == ""  # Somebody may be compiling it just now.
+    os.utime(lock, (time.time() - 4000,) * 2)
+    assert missing_for("AsyncIOBuilder").startswith(f"the removal of {lock}, which a compilation")
 
 
 def test_a_part_that_does_not_exist_for_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
