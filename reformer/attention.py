@@ -4,7 +4,8 @@ The inner attention is a callable that the layer is given, so that an oracle, a 
 heads over ranks slips in without the model knowing. Buckets are values: passed in, returned, never kept.
 
 Heads are independent, so that a long sequence goes through a layer a few heads at a time, forward and backward: of
-the whole sequence there are, besides the streams, the projections of these few, their output, and their gradients.
+the whole sequence there are, besides the streams, the projections of these few, their output, and their gradients. (The
+last layer of a stack keeps those of all heads from its forward to its backward: see reversible.py.)
 Norm and projections go by chunks of tokens, like the feed-forward layers.
 
 Axes: B batch, H heads, h heads of a group, T tokens, t tokens of a chunk, D head dim, E = h*D, M model, R hash rounds.
@@ -176,7 +177,7 @@ class _Attention(nn.Module):
             out_BTM = self._merged(group, out_BTM) if needs_output else None  # here, not where the most is alive
             self._through_projections(x_BTM, group.columns, d_projected_BTE, projection_sums, d_x_BTM)
             del group, d_projected_BTE  # before the next group is made
-        return out_BTM, [d_x_BTM, *self._through_norm(x_BTM, d_x_BTM), *weight_sums.totals()]
+        return out_BTM, [d_x_BTM, *self._through_norm(x_BTM, d_x_BTM), *weight_sums.sums]
 
     def _through_merge(self, group: HeadGroup, d_out_BTM: Tensor, out_sum: Tensor) -> list[Tensor]:
         """The gradients of the projections [B, T, E] of a group; adds that of the output projection to its sum."""
@@ -216,7 +217,7 @@ class _Attention(nn.Module):
                 x_BtM = x_BTM[:, tokens].detach().requires_grad_()
                 normed_BtM = layer_norm(x_BtM, norm_weight, norm_bias, self.config.norm_eps)
             (d_BTM[:, tokens],) = sums.add(normed_BtM, [x_BtM], d_BTM[:, tokens].to(normed_BtM.dtype))
-        return sums.totals()
+        return sums.sums
 
 
 def _taken(held: list[HeadGroup]) -> Iterator[tuple[HeadGroup, None]]:

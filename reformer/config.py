@@ -155,6 +155,10 @@ class ReformerConfig(StrictConfig):
                 f"axial_dims={self.axial_dims} must sum to d_model={self.d_model}: "
                 f"give ({self.d_model // 4}, {self.d_model - self.d_model // 4}), or leave axial_dims out"
             )
+        if None in (self.d_head, self.d_ff, self.axial_shape, self.axial_dims, self.loss_chunk_tokens):
+            raise ValueError(
+                "vocab_size, max_seq_len, d_model and n_heads must be whole numbers: 256, not '256' or 256.0"
+            )
         if not self.attn_pattern:
             raise ValueError("attn_pattern is empty: give the kinds of attention, such as ('local', 'lsh')")
         factors = self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets or 2,)

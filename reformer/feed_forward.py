@@ -72,7 +72,7 @@ class FeedForward(nn.Module):
             out_sums.add_known([d_out.T @ activations, d_out.sum(dim=0)])
             d_inner = (d_out @ self.out_weight).view_as(inner)
             (d_x[:, tokens],) = inner_sums.add(inner, [x], d_inner.to(inner.dtype))
-        return out, [d_x, *inner_sums.totals(), *out_sums.totals()]
+        return out, [d_x, *inner_sums.sums, *out_sums.sums]
 
     @property
     def _inner_parameters(self) -> list[Tensor]:

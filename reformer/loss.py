@@ -2,7 +2,8 @@
 
 Norm, products and cross entropy go by chunks of tokens; where gradients are wanted they are computed in the same pass
 (three matrix products per chunk instead of four) and handed over once. Beyond what is handed over there is one chunk's
-logits [t, V] at a time, always in the same memory, where they turn into their own gradient.
+logits [t, V] at a time, always in the same memory, where they turn into their own gradient; in half precision there are
+also a copy of them in that dtype and, for each chunk, a product as large as the matrix of the logits.
 
 Axes: B batch, T tokens, t tokens of a chunk, M model, V vocabulary, K what the matrix of the logits reads: 2M, tied M.
 """
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from reformer.chunks import token_slices
 from reformer.config import ReformerConfig
 from reformer.feed_forward import layer_norm
-from reformer.gradients import GradientSum, Handed, add_product, with_gradients
+from reformer.gradients import GradientSum, add_product, with_gradients
 
 IGNORED_LABEL = -100
 
@@ -50,25 +51,21 @@ class OutputHead(nn.Module):
             self.weight, self.projection_weight = embedding_VM, nn.Parameter(torch.randn(d_model, width) * std)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(
-        self,
-        y1_BTM: Tensor,
-        y2_BTM: Tensor,
-        labels_BT: Tensor | None = None,
-        handed: Handed | None = None,
-    ) -> Tensor:
+    def forward(self, y1_BTM: Tensor, y2_BTM: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         """Logits [B, T, V]; or, given int64 labels, the mean loss in nats (fp32 or better) over labels != -100.
 
-        The mean over no labels at all is 0. Given the `handed` that `reversible_stack` has, the backward hands the
-        streams' gradients over in it: see `with_gradients`.
+        The mean over no labels at all is 0. The outputs of a reversible stack get their gradients by hand: see
+        `with_gradients`.
 
         Raises:
-            ValueError: a label on the CPU that is neither a token id nor -100.
+            ValueError: labels of another shape than the tokens', or one on the CPU that is no token id and not -100.
         """
         if labels_BT is None:
             normed = self._normed([y1_BTM, y2_BTM], self.norm_weight, self.norm_bias)
             read = normed if self.projection_weight is None else F.linear(normed, self.projection_weight)
             return F.linear(read, self.weight, self.bias)
+        if labels_BT.shape != y1_BTM.shape[:2]:
+            raise ValueError(f"labels must be {list(y1_BTM.shape[:2])} like the tokens, got {list(labels_BT.shape)}")
         streams, labels = [y1_BTM.flatten(0, 1), y2_BTM.flatten(0, 1)], labels_BT.flatten()
         _check_labels(labels, len(self.bias))
         if not torch.is_grad_enabled():
@@ -76,7 +73,7 @@ class OutputHead(nn.Module):
         loss, d_streams, d_parameters = self._loss_and_gradients(streams, labels)
         inputs = [y1_BTM, y2_BTM, self.norm_weight, self.norm_bias, *self._matrices]
         gradients = [*(d.view_as(y1_BTM) for d in d_streams), *d_parameters]
-        return with_gradients(loss, inputs, gradients, handed, 0 if handed is None else len(d_streams))
+        return with_gradients(loss, inputs, gradients, by_hand=[y1_BTM, y2_BTM])
 
     @property
     def _matrices(self) -> list[Tensor]:
@@ -90,13 +87,13 @@ class OutputHead(nn.Module):
     def _loss(self, streams_TM: list[Tensor], labels_T: Tensor) -> Tensor:
         """The mean loss alone."""
         chunk = _Chunk(self._matrices, min(self.chunk_tokens, len(labels_T)))
-        index_T1, share_T1 = _targets(labels_T, chunk.dtype)
+        index_T1, valid_T1 = _targets(labels_T)
         loss = _zero_loss(streams_TM[0])
         for tokens in token_slices(len(labels_T), self.chunk_tokens):
             normed = self._normed([y[tokens] for y in streams_TM], self.norm_weight, self.norm_bias)
             nll_t1, _ = _exponentiate(chunk.logits(chunk.read(normed)[1]), index_T1[tokens])
-            loss += (nll_t1 * share_T1[tokens]).sum()
-        return loss
+            loss += nll_t1.where(valid_T1[tokens], 0).sum()
+        return loss / valid_T1.sum().clamp(min=1)
 
     @torch.no_grad()
     def _loss_and_gradients(
@@ -104,25 +101,28 @@ class OutputHead(nn.Module):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The mean loss, the gradients of both streams, and those of the norm's parameters and the matrices."""
         chunk = _Chunk(self._matrices, min(self.chunk_tokens, len(labels_T)))
-        index_T1, share_T1 = _targets(labels_T, chunk.dtype)
+        index_T1, valid_T1 = _targets(labels_T)
+        # Applied after the products: half precision would lose a millionth of a probability.
+        share = 1 / valid_T1.sum().clamp(min=1).to(chunk.dtype)
         loss, d_streams_TM = _zero_loss(streams_TM[0]), [torch.empty_like(y) for y in streams_TM]
         norm_sums, matrix_sums = GradientSum([self.norm_weight, self.norm_bias]), GradientSum(self._matrices)
         for tokens in token_slices(len(labels_T), self.chunk_tokens):
-            index_t1, share_t1 = index_T1[tokens], share_T1[tokens]
+            index_t1, valid_t1 = index_T1[tokens], valid_T1[tokens]
             with torch.enable_grad():
                 parts = [y[tokens].detach().requires_grad_() for y in streams_TM]
                 normed = self._normed(parts, *norm_sums.aliases)
             features, read_tK = chunk.read(normed.detach())
             logits_tV = chunk.logits(read_tK)
             nll_t1, sums_t1 = _exponentiate(logits_tV, index_t1)
-            loss += (nll_t1 * share_t1).sum()
-            # softmax - onehot, times the token's share of the mean: the gradient, in the memory of the logits.
-            d_logits_tV = logits_tV.mul_(share_t1 / sums_t1).scatter_add_(1, index_t1, -share_t1)
+            loss += nll_t1.where(valid_t1, 0).sum()
+            # softmax - onehot, 0 for ignored labels: the sum's gradient, in the memory of the logits.
+            counted_t1 = valid_t1.to(chunk.dtype)
+            d_logits_tV = logits_tV.mul_(counted_t1 / sums_t1).scatter_add_(1, index_t1, -counted_t1)
             d_normed = chunk.backward(d_logits_tV, features, read_tK, matrix_sums.sums)
             d_parts = norm_sums.add(normed, parts, d_normed.to(normed.dtype))
             for d_stream, d_part in zip(d_streams_TM, d_parts, strict=True):
-                d_stream[tokens] = d_part
-        return loss, d_streams_TM, [*norm_sums.totals(), *matrix_sums.totals()]
+                torch.mul(d_part, share, out=d_stream[tokens])
+        return loss * share, d_streams_TM, [total.mul_(share) for total in (*norm_sums.sums, *matrix_sums.sums)]
 
 
 class _Chunk:
@@ -180,11 +180,10 @@ def _zero_loss(stream: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.promote_types(stream.dtype, torch.float32), device=stream.device)
 
 
-def _targets(labels_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For each token the label as an index, and the part of the mean that its loss is: 0 where it is ignored."""
-    valid = labels_T != IGNORED_LABEL
-    share_T = valid.to(dtype) / valid.sum().clamp(min=1)
-    return labels_T.where(valid, 0)[:, None], share_T[:, None]
+def _targets(labels_T: Tensor) -> tuple[Tensor, Tensor]:
+    """For each token its label as an index, and whether it counts."""
+    valid_T = labels_T != IGNORED_LABEL
+    return labels_T.where(valid_T, 0)[:, None], valid_T[:, None]
 
 
 def _exponentiate(logits_tV: Tensor, index_t1: Tensor) -> tuple[Tensor, Tensor]:

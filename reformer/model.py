@@ -4,7 +4,6 @@ Both residual streams start as the embedded tokens, run in fp32 whatever the par
 float64), and are read side by side at the end.
 """
 
-from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from reformer.call import Call
 from reformer.config import ReformerConfig
-from reformer.gradients import Handed
 from reformer.loss import EMBEDDING_STD, OutputHead
 from reformer.positions import AxialPositions
 from reformer.reversible import ReversibleBlock, reversible_stack
@@ -62,7 +60,7 @@ class Reformer(nn.Module):
             n_hashes: rounds of LSH attention, more or fewer than the model was trained with; None: as configured.
 
         Raises:
-            ValueError: n_hashes below 1, or in a model without LSH attention.
+            ValueError: n_hashes below 1, or in a model without LSH attention; labels or segment_ids of another shape.
             RuntimeError: tied embeddings that are two parameters by now.
         """
         if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:
@@ -82,6 +80,8 @@ class Reformer(nn.Module):
             )
         if segment_ids is not None and segment_ids.shape != tokens.shape:
             raise ValueError(f"segment_ids must be {list(tokens.shape)} like tokens, got {list(segment_ids.shape)}")
+        if labels is not None and labels.shape != tokens.shape:
+            raise ValueError(f"labels must be {list(tokens.shape)} like tokens, got {list(labels.shape)}")
         call = Call(
             seed=self.config.seed,
             step=step,
@@ -93,6 +93,4 @@ class Reformer(nn.Module):
         )
         x = self.embedding(tokens)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        handed: Handed | None = None if labels is None else deque()  # from the head's backward to the stack's
-        y1, y2 = reversible_stack(self.blocks, x, x, call, handed)
-        return self.head(y1, y2, labels, handed)
+        return self.head(*reversible_stack(self.blocks, x, x, call), labels)

@@ -136,13 +136,10 @@ def _difference(stream: Tensor, update: Tensor) -> Tensor:
     return torch.sub(stream, update, out=update) if update.dtype == stream.dtype else stream - update
 
 
-def reversible_stack(
-    blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call, handed: Handed | None = None
-) -> tuple[Tensor, Tensor]:
+def reversible_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward, once.
 
-    Given `handed`, the backward adds what it finds there, the gradients of the first and the second stream, to what
-    autograd gives it: see `with_gradients`.
+    The streams' gradients may come by autograd or by hand, see `Handed`; the backward adds them up.
     """
     if not torch.is_grad_enabled():
         for block in blocks:
@@ -150,7 +147,7 @@ def reversible_stack(
         return x1, x2
     if not (x1.requires_grad or x2.requires_grad):
         x1 = x1.detach().requires_grad_()  # a frozen embedding must not freeze the stack
-    return _ReversibleStack.apply(x1, x2, tuple(blocks), call, handed)
+    return _ReversibleStack.apply(x1, x2, tuple(blocks), call)
 
 
 @dataclass
@@ -174,9 +171,9 @@ class _Kept:
 class _ReversibleStack(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call, handed: Handed | None
+        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call
     ) -> tuple[Tensor, Tensor]:
-        ctx.blocks, ctx.call, ctx.handed, ctx.autocast = blocks, call, handed, _autocast_state(x1.device.type)
+        ctx.blocks, ctx.call, ctx.handed, ctx.autocast = blocks, call, Handed(), _autocast_state(x1.device.type)
         first_x2, buckets = x2.detach(), []
         held: list[HeadGroup] = []
         *others, last = blocks
@@ -189,7 +186,7 @@ class _ReversibleStack(torch.autograd.Function):
         return y1, _sum(x2, last.feed(y1, call))
 
     @staticmethod
-    def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("second derivatives (create_graph=True) are not available through a reversible stack")
         if ctx.kept is None:
@@ -197,7 +194,7 @@ class _ReversibleStack(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         call, (*others, last) = ctx.call, ctx.blocks
         first_x2, last_x1, held, buckets = kept.first_x2, kept.last_x1, kept.held, kept.buckets
-        at = Streams(kept.last_y1, kept.last_x2, *_total(d_y1, d_y2, ctx.handed))
+        at = Streams(kept.last_y1, kept.last_x2, *ctx.handed.added_to([d_y1, d_y2]))
         del kept, d_y1, d_y2
         with torch.autocast(**ctx.autocast):
             last.feed_backward(at, call, needs_output=False)
@@ -210,19 +207,7 @@ class _ReversibleStack(torch.autograd.Function):
                 block.feed_backward(at, call, needs_output=False)
                 at.x1 = at.x2 = first_x2
                 block.attend_backward(at, call, buckets.pop(), needs_output=False)
-        return at.d_x1, at.d_x2, None, None, None
-
-
-def _total(d_y1: Tensor, d_y2: Tensor, handed: Handed | None) -> tuple[Tensor, Tensor]:
-    """The gradients that came by autograd and those that were handed over, in the memory of the latter."""
-    if handed is None:
-        return d_y1, d_y2
-    if not handed:
-        raise RuntimeError(
-            "the head's backward handed no gradients to the stack's: whatever wraps the head must call it with the "
-            "very object `handed` that it is given, not with a copy"
-        )
-    return handed.popleft().add_(d_y1), handed.popleft().add_(d_y2)
+        return at.d_x1, at.d_x2, None, None
 
 
 def _autocast_state(device_type: str) -> dict[str, Any]:
@@ -230,4 +215,6 @@ def _autocast_state(device_type: str) -> dict[str, Any]:
         "device_type": device_type,
         "enabled": torch.is_autocast_enabled(device_type),
         "dtype": torch.get_autocast_dtype(device_type),
+        # Its cache would keep a copy of every alias in GradientSum until the outermost region ends.
+        "cache_enabled": False,
     }

@@ -48,3 +48,9 @@ def test_attention_pattern_repeats() -> None:
 def test_errors(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ReformerConfig(**{"vocab_size": 10, **values})
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": "50"}, {"vocab_size": 50.0}, {"d_model": "32"}])
+def test_numbers_that_are_no_whole_numbers_are_refused(change: dict) -> None:
+    with pytest.raises(ConfigError, match="must be whole numbers"):
+        ReformerConfig(**{"vocab_size": 50, **change})

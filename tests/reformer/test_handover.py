@@ -1,15 +1,25 @@
-"""The streams' gradients go from the head to the stack by hand: none is lost, none is counted twice."""
+"""The streams' gradients go from head to stack by hand, where nothing stands between; none is lost or doubled."""
 
-from collections import deque
+from collections.abc import Callable
 
 import pytest
 import torch
 from parity import assert_parity, gradients
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from reformer import Reformer, ReformerConfig
 from reformer.call import Call
+from reformer.gradients import Handed
+
+Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+CHANGES: dict[str, Change] = {
+    "scaled": lambda y1, y2: (2 * y1, y2),
+    "swapped": lambda y1, y2: (y2, y1),
+    "one detached": lambda y1, y2: (y1.detach(), y2),
+    "mixed": lambda y1, y2: (y1, y1 + y2),
+    "halved on the way back": lambda y1, y2: (y1, y2.register_hook(lambda d: d / 2) and y2),
+}
 
 
 def make_model() -> Reformer:
@@ -25,48 +35,90 @@ def make_batch() -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-def test_what_reaches_the_streams_by_autograd_is_added() -> None:
-    """Another loss on the same streams, as a probe or a regulariser would have."""
-    model, (tokens, labels) = make_model(), make_batch()
-    streams: list[Tensor] = []
-    hook = model.head.register_forward_pre_hook(lambda _, inputs: streams.extend(inputs[:2]))
-    (3 * model(tokens, labels) + streams[0].square().mean() + (streams[0] * streams[1]).mean()).backward()
-    hook.remove()
-    found = gradients(model)
-
+def plain_streams(model: Reformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     y1 = y2 = model.embedding(tokens)
     for block in model.blocks:
         y1, y2, _ = block(y1, y2, Call(0, 0, (0, 1)))
-    loss = F.cross_entropy(model.head(y1, y2).flatten(0, 1), labels.flatten())
-    (3 * loss + y1.square().mean() + (y1 * y2).mean()).backward()
+    return y1, y2
+
+
+def plain_loss(model: Reformer, y1: Tensor, y2: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model.head(y1, y2).flatten(0, 1), labels.flatten())
+
+
+def watched(model: Reformer) -> list[Tensor]:
+    """Filled in with the streams that the head gets."""
+    streams: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, inputs: streams.extend(inputs[:2]))
+    return streams
+
+
+def test_the_model_does_hand_them_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    give = Handed.give
+    monkeypatch.setattr(Handed, "give", lambda self, gradients: given.append(len(gradients)) or give(self, gradients))
+    model, (tokens, labels) = make_model(), make_batch()
+    model(tokens, labels).backward()
+    assert given.count(2) == 1
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_stands_between_stack_and_head_counts(change: Change) -> None:
+    model, (tokens, labels) = make_model(), make_batch()
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: (*change(*inputs[:2]), *inputs[2:]))
+    model(tokens, labels).backward()
+    hook.remove()
+    found = gradients(model)
+    plain_loss(model, *change(*plain_streams(model, tokens)), labels).backward()
     assert_parity(found, gradients(model), 1e-9)
 
 
-def test_the_streams_own_gradients_are_not_what_the_backward_writes_to() -> None:
-    """A loss made of logits is given to the stack by autograd, whose tensors others may hold."""
-    model, (tokens, _) = make_model(), make_batch()
-    streams: list[Tensor] = []
-    model.head.register_forward_pre_hook(lambda _, inputs: streams.extend(inputs[:2]))
-    logits = model(tokens)
+def test_what_reaches_the_streams_by_autograd_is_added() -> None:
+    """Another loss on the same streams, as a probe or a regulariser would have."""
+    model, (tokens, labels) = make_model(), make_batch()
+    streams = watched(model)
+    loss = model(tokens, labels)
+    y1, y2 = streams[:2]
+    (3 * loss + y1.square().mean() + (y1 * y2).mean()).backward()
+    found = gradients(model)
+    y1, y2 = plain_streams(model, tokens)
+    (3 * plain_loss(model, y1, y2, labels) + y1.square().mean() + (y1 * y2).mean()).backward()
+    assert_parity(found, gradients(model), 1e-9)
+
+
+@pytest.mark.parametrize("loss_first", [False, True])
+def test_a_backward_that_does_not_come_from_the_head(loss_first: bool) -> None:
+    """What the head gave in another pass, which did not reach the stack, is not for this one."""
+    model, (tokens, labels) = make_model(), make_batch()
+    streams = watched(model)
+    loss = model(tokens, labels)
+    if loss_first:
+        torch.autograd.grad(loss, [model.head.weight], retain_graph=True)
+    (streams[0] * streams[1]).mean().backward()
+    found = gradients(model.blocks)
+    y1, y2 = plain_streams(model, tokens)
+    (y1 * y2).mean().backward()
+    assert_parity(found, gradients(model.blocks), 1e-9)
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_the_streams_gradients_can_be_kept(with_labels: bool) -> None:
+    """A tensor that others hold is not what the stack's backward writes to."""
+    model, (tokens, labels) = make_model(), make_batch()
+    streams = watched(model)
+    loss = model(tokens, labels) if with_labels else model(tokens).square().mean()
     for stream in streams:
         stream.retain_grad()
-    logits.square().mean().backward()
+    loss.backward()
     y1, y2 = (stream.detach().requires_grad_() for stream in streams[:2])
-    expected = torch.autograd.grad(model.head(y1, y2).square().mean(), [y1, y2])
+    same = plain_loss(model, y1, y2, labels) if with_labels else model.head(y1, y2).square().mean()
+    expected = torch.autograd.grad(same, [y1, y2])
     assert_parity({"y1": streams[0].grad, "y2": streams[1].grad}, dict(zip(("y1", "y2"), expected, strict=True)), 1e-12)
 
 
-def test_a_wrapper_that_copies_what_the_head_is_given_is_an_error() -> None:
+def test_full_backward_hooks_see_the_streams_gradients() -> None:
     model, (tokens, labels) = make_model(), make_batch()
-    head = model.head
-
-    class Copying(nn.Module):
-        weight = head.weight
-
-        def forward(self, y1: Tensor, y2: Tensor, labels: Tensor, handed: deque) -> Tensor:
-            return head(y1, y2, labels, deque(handed))
-
-    model.head = Copying()
-    loss = model(tokens, labels)
-    with pytest.raises(RuntimeError, match="not with a copy"):
-        loss.backward()
+    seen: list[Tensor] = []
+    model.head.register_full_backward_hook(lambda module, d_inputs, d_outputs: seen.extend(d_inputs[:2]))
+    model(tokens, labels).backward()
+    assert len(seen) == 2 and all(d.abs().max() > 0 for d in seen)

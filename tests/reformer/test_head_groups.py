@@ -4,8 +4,10 @@ import pytest
 import torch
 from parity import assert_parity, gradients
 from torch import Tensor
+from torch.nn import functional as F
 
 from reformer import Reformer, ReformerConfig, attention
+from reformer.call import Call
 from reformer.diagnostics import observed
 
 T, N_HEADS, D_HEAD = 50, 3, 8
@@ -63,7 +65,22 @@ def test_the_inner_attention_gets_so_many_heads(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_plain_autograd_and_logits_by_groups(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+def test_plain_autograd_by_groups(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """The blocks called one after the other, as the reference of other tests has it."""
+    model = make_model()
+    tokens, labels, segments = make_batch()
+    whole = loss_and_gradients(model)
+    monkeypatch.setattr(attention, "GROUP_NUMBERS", AT_ONCE[at_once])
+    y1 = y2 = model.embedding(tokens)
+    for block in model.blocks:
+        y1, y2, _ = block(y1, y2, Call(0, 3, (0, 1), segment_ids_BT=segments))
+    loss = F.cross_entropy(model.head(y1, y2).flatten(0, 1), labels.flatten())
+    loss.backward()
+    assert_parity({"loss": loss.detach(), **gradients(model)}, whole, 1e-9)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_logits_by_groups(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     model = make_model()
     tokens, _, segments = make_batch()
     whole = model(tokens, segment_ids=segments)

@@ -255,3 +255,52 @@ def test_evaluation_holds_one_chunk_of_logits(tied: bool) -> None:
 def test_the_meter_sees_what_whole_logits_take() -> None:
     _, meter = metered(False, torch.float32, training=True, whole=True)
     assert meter.largest == N_TOKENS * VOCAB and meter.peak > 2 * 4 * N_TOKENS * VOCAB
+
+
+@pytest.mark.parametrize("shape", [(2, 49), (1, 50), (50, 2), (2, 51)])
+def test_labels_of_another_shape_are_refused(shape: tuple[int, int]) -> None:
+    """Shorter ones would be paired with the tokens of other samples."""
+    model = Reformer(ReformerConfig(vocab_size=20, max_seq_len=64, d_model=16, n_layers=1, n_heads=2, lsh_chunk_len=8))
+    tokens = torch.randint(0, 20, (2, 50))
+    labels = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"labels must be \[2, 50\] like tokens, got"):
+        model(tokens, labels)
+    with pytest.raises(ValueError, match=r"labels must be \[2, 50\] like the tokens, got"):
+        model.head(*torch.randn(2, 2, 50, 16), labels)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_token_that_cannot_be_predicted_leaves_ignored_labels_alone(with_gradients: bool) -> None:
+    """A bias of -inf masks a token out; the loss of a label that does not count must not become 0 times infinity."""
+    torch.manual_seed(0)
+    model = Reformer(ReformerConfig(vocab_size=20, max_seq_len=64, d_model=16, n_layers=1, n_heads=2, lsh_chunk_len=8))
+    with torch.no_grad():
+        model.head.bias[0] = -torch.inf
+    tokens, labels = torch.randint(1, 20, (2, 2, 50))
+    labels[0, 10:30] = -100
+    with torch.set_grad_enabled(with_gradients):
+        loss = model(tokens, labels)
+    with torch.no_grad():
+        expected = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    if with_gradients:
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("weights", [torch.float16, torch.float32])
+def test_loss_scaling_protects_small_probabilities_in_fp16(weights: torch.dtype) -> None:
+    """A probability times 1 / 65,536 is nothing in fp16, and the loss scale comes after the gradients are computed."""
+    torch.manual_seed(0)
+    head = OutputHead(ReformerConfig(vocab_size=256, max_seq_len=65_536, d_model=8, n_heads=1)).to(weights)
+    streams = torch.randn(2, 1, 65_536, 8).requires_grad_()
+    labels = torch.randint(0, 256, (1, 65_536))
+    with torch.autocast("cpu", dtype=torch.float16, enabled=weights == torch.float32):
+        (head(streams[0], streams[1], labels) * 2**16).backward()
+    found = {"streams": streams.grad, **{name: p.grad.float() for name, p in head.named_parameters()}}
+    exact = OutputHead(ReformerConfig(vocab_size=256, max_seq_len=65_536, d_model=8, n_heads=1))
+    exact.load_state_dict({name: value.float() for name, value in head.state_dict().items()})
+    streams.grad = None
+    (exact(streams[0], streams[1], labels) * 2**16).backward()
+    expected = {"streams": streams.grad, **{name: p.grad for name, p in exact.named_parameters()}}
+    assert_parity(found, expected, 1e-2)
