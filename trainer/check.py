@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -314,15 +315,15 @@ def missing_for(builder_name: str) -> str:
         return "libaio with its headers (Debian: libaio-dev)" if builder.name == "async_io" else builder.name
     # Loading async_io compiles and loads pin_memory first.
     for name in (builder.name, "pin_memory") if builder.name == "async_io" else (builder.name,):
-        lock = _extension_folder(name) / "lock"
-        if lock.exists() and time.time() - lock.stat().st_mtime > STALE_LOCK_S:
-            return f"the removal of {lock}, which a compilation that was stopped has left behind"
+        try:
+            # Whoever finds a lock here waits until somebody removes it, for ever if nobody does.
+            lock = Path(cpp_extension._get_build_directory(name, verbose=False)) / "lock"
+        except OSError as error:
+            return f"a folder that can be written to, to compile in: {error}"
+        with suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+                return f"the removal of {lock}, which a compilation that was stopped has left behind"
     return ""
-
-
-def _extension_folder(name: str) -> Path:
-    """Where PyTorch compiles an extension; whoever finds a lock there waits for ever, if nobody removes it."""
-    return Path(cpp_extension._get_build_directory(name, verbose=False))
 
 
 def _data(config: RunConfig, store: StoreFacts) -> list[str]:

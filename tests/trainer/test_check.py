@@ -253,6 +253,8 @@ def test_a_lock_that_nobody_holds_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     assert missing_for("AsyncIOBuilder") == ""  # Somebody may be compiling it just now.
     os.utime(lock, (time.time() - 4000,) * 2)
     assert missing_for("AsyncIOBuilder").startswith(f"the removal of {lock}, which a compilation")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock))
+    assert missing_for("AsyncIOBuilder").startswith("a folder that can be written to, to compile in: ")
 
 
 def test_a_part_that_does_not_exist_for_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
