@@ -36,15 +36,40 @@ PROGRAM = Path(__file__).with_name("benchmark.py")
 Result = dict[str, Any]
 
 
+def predict(points: Sequence[tuple[int, float]], place: int) -> float:
+    """The value at a place, such as a length, from (length, value) at one or more shorter ones.
+
+    It grows like the length to the power that the last two points show, held between 1 and 2 (4 to 16 times the
+    value for 4 times the length): short lengths are dominated by what does not grow. One point grows linearly.
+    """
+    longer, more = points[-1]
+    power = 1.0
+    if len(points) > 1:
+        shorter, less = points[-2]
+        power = math.log(more / less) / math.log(longer / shorter)
+    return more * (place / longer) ** min(max(power, 1.0), 2.0)
+
+
+def predict_depth(points: Sequence[tuple[int, float]], n_layers: int) -> float:
+    """The value at n_layers, from (layers, value) at smaller depths: so much for each layer, and so much besides.
+
+    One point is in proportion: what would be there without any layer is not known.
+    """
+    deeper, more = points[-1]
+    shallower, less = points[-2] if len(points) > 1 else (0, 0.0)
+    return more + max(more - less, 0.0) / (deeper - shallower) * (n_layers - deeper)
+
+
 @dataclass(frozen=True)
 class Axis:
-    """What varies from point to point: a key of the results, and what it counts."""
+    """What varies from point to point: a key of the results, what it counts, and how values go on along it."""
 
     key: str
     unit: str
+    predict: Callable[[Sequence[tuple[int, float]], int], float]
 
 
-LENGTH, DEPTH = Axis("seq_len", "tokens"), Axis("n_layers", "layers")
+LENGTH, DEPTH = Axis("seq_len", "tokens", predict), Axis("n_layers", "layers", predict_depth)
 
 
 @dataclass(frozen=True)
@@ -166,20 +191,6 @@ def summaries(results: Sequence[Result], axis: Axis = LENGTH) -> dict[int, Summa
     return found
 
 
-def predict(points: Sequence[tuple[int, float]], place: int) -> float:
-    """The value at a place, such as a length, from (length, value) at one or more shorter ones.
-
-    It grows like the length to the power that the last two points show, held between 1 and 2 (4 to 16 times the
-    value for 4 times the length): short lengths are dominated by what does not grow. One point grows linearly.
-    """
-    longer, more = points[-1]
-    power = 1.0
-    if len(points) > 1:
-        shorter, less = points[-2]
-        power = math.log(more / less) / math.log(longer / shorter)
-    return more * (place / longer) ** min(max(power, 1.0), 2.0)
-
-
 def left_out(
     earlier: Sequence[Result], place: int, limits: Limits, axis: Axis = LENGTH, steps: int = 1
 ) -> Result | None:
@@ -194,8 +205,8 @@ def left_out(
         return None
     imports_gib = max(one.imports_gib for one in at.values())
     own_gib = [(place, max(one.peak_gib - imports_gib, 1e-3)) for place, one in at.items()]
-    seconds = steps * predict([(place, one.seconds) for place, one in at.items()], place)
-    gib = imports_gib + predict(own_gib, place)
+    seconds = steps * axis.predict([(place, one.seconds) for place, one in at.items()], place)
+    gib = imports_gib + axis.predict(own_gib, place)
     reasons = []
     if seconds > limits.seconds:
         reasons.append(f"predicted {seconds:,.0f} s: over the budget of {limits.seconds:,} s")

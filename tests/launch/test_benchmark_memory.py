@@ -333,3 +333,10 @@ def test_installed_peers_are_trained(name: str) -> None:
     here = benchmark_memory.measure_here(peer, replace(TINY, seq_len=128), steps=1, threads=1)
     # Hugging Face's has one that takes no part.
     assert 0.9 * here["parameters"] < here["gradients"] <= here["parameters"] < here["optimizer"]
+
+
+def test_depth_is_predicted_by_layer() -> None:
+    """Memory that does not grow with depth must not be predicted to double with it."""
+    assert benchmark_process.predict_depth([(2, 1.0), (6, 1.2)], 24) == pytest.approx(2.1)
+    assert benchmark_process.predict_depth([(2, 1.0), (6, 0.9)], 24) == 0.9  # noise does not shrink a model
+    assert benchmark_process.predict_depth([(2, 1.0)], 6) == 3.0
