@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import nvme
 import pytest
 import torch
-from torch.utils import cpp_extension
 from zero_matrix import (
     CLIP,
     LR_FACTORS,
@@ -34,8 +34,6 @@ from zero_matrix import (
     sample_by_sample,
     whole_batch,
 )
-
-from trainer.check import missing_for
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {False: (1e-6, 1e-6, 1e-4, 1e-6), True: (2e-4, 5e-3, 0.1, 2.5e-3)}
@@ -83,11 +81,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Result]
 @pytest.fixture(scope="session")
 def nvme_results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Result]]:
     """The same of the cases that offload to a drive."""
-    if missing := missing_for("AsyncIOBuilder"):
-        pytest.skip(f"DeepSpeed's async_io cannot be compiled: {missing} is missing")
-    if not any(Path(cpp_extension.get_default_build_root()).glob("*/async_io/async_io.so")):
-        command = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()"
-        pytest.skip(f"DeepSpeed's async_io is not compiled yet, for some minutes: python -c '{command}'")
+    if reason := nvme.why_not():
+        pytest.skip(reason)
     folder = tmp_path_factory.mktemp("nvme")
     launch(NVME, folder)
     return read(folder)

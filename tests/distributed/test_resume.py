@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
+import nvme
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils import cpp_extension
-
-from trainer.check import missing_for
 
 TIMELESS = ("train/loss", "train/bits_per_byte", "train/lr", "train/grad_norm", "eval/loss", "eval/bits_per_byte")
 DIAGNOSTICS = (
@@ -97,10 +95,8 @@ def test_only_the_last_checkpoints_are_kept(train, tmp_path: Path):
 
 
 def test_an_optimizer_on_nvme_is_said_not_to_come_back_before_and_after(train, tmp_path: Path):
-    if missing := missing_for("AsyncIOBuilder"):
-        pytest.skip(f"DeepSpeed's async_io needs {missing}")
-    if not (Path(cpp_extension._get_build_directory("async_io", verbose=False)) / "async_io.so").exists():
-        pytest.skip("DeepSpeed's async_io is not compiled yet; see .ci/run")
+    if reason := nvme.why_not():
+        pytest.skip(reason)
     zero = "deepspeed.zero_optimization"
     (tmp_path / "drive").mkdir()
     where = (f"{zero}.offload_optimizer.device=nvme", f"{zero}.offload_optimizer.nvme_path={tmp_path / 'drive'}")

@@ -1,0 +1,15 @@
+"""Whether tests can offload to NVMe here: DeepSpeed's async_io must have been compiled, which takes minutes."""
+
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+from trainer.check import missing_for
+
+
+def why_not() -> str:
+    """The reason, or nothing."""
+    if missing := missing_for("AsyncIOBuilder"):
+        return f"DeepSpeed's async_io cannot be compiled without {missing}"
+    built = Path(cpp_extension._get_build_directory("async_io", verbose=False)) / "async_io.so"
+    return "" if built.exists() else f"DeepSpeed's async_io is not compiled yet (no {built}): see .ci/run"
