@@ -53,4 +53,4 @@ def test_gradients_of_half_precision_parameters_are_added_up_in_fp32() -> None:
     total = GradientSum([parameter])
     for _ in range(1000):  # in bf16 the sum would stop at 256
         total.add_known([torch.ones(1, dtype=torch.bfloat16)])
-    assert total.totals()[0].item() == 1000 and total.totals()[0].dtype == torch.bfloat16
+    assert total.sums[0].item() == 1000 and total.sums[0].dtype == torch.float32
