@@ -37,8 +37,6 @@ GROUP_NUMBERS = 2**24
 class HeadGroup:
     """Some heads on their way through a layer: what their backward needs, which takes it from here."""
 
-    heads: slice
-    """Which ones, of H."""
     columns: slice
     """Where they stand in the merged output, of H*D; and in the rows of the projections."""
     projected: list[Tensor]
@@ -152,7 +150,7 @@ class _Attention(nn.Module):
             projected = [x_BhTD.requires_grad_() for x_BhTD in projected]
         with torch.set_grad_enabled(torch.is_grad_enabled() or differentiable):
             out_BhTD, used = self.attend(projected, call, buckets, heads)
-        return HeadGroup(heads, columns, projected, out_BhTD), used
+        return HeadGroup(columns, projected, out_BhTD), used
 
     def _merged(self, group: HeadGroup, total_BTM: Tensor | None) -> Tensor:
         """The output projection of a group, added to that of the groups before it."""
