@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from reformer import Reformer, ReformerConfig
-from reformer.hf import (
-    save_hf,
-)
+from reformer.hf import save_hf
 
 # d_head is not d_model / n_heads, and no two numbers that could be taken for each other are equal.
 SMALL: dict[str, Any] = {
