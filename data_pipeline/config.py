@@ -1,57 +1,168 @@
 """What a build is asked to do, checked before any work starts.
 
 These are the values of the command line. What of them decides the bytes of the store is recorded in its manifest
-(`manifest.StoreSettings`); paths and the number of workers are not, since the store may not depend on them.
+(`manifest.StoreSettings`); paths, policies and the number of workers are not: the store may not depend on the last,
+and what the policies did is recorded document by document (`problems.jsonl`).
 """
 
+import codecs
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+
+from pydantic import BaseModel, ConfigDict
 
 from data_pipeline.errors import DataError
 
-PACKINGS = ("bestfit", "stream")
+PACKINGS = ("bestfit", "stream", "book")
+DUPLICATES = ("keep", "drop", "near")
+NORMALIZATIONS = ("bom", "newlines")
 MAX_SEQ_LEN = 2**26
 """Rows of 67 million tokens: a sanity bound, far above what any model here can train on."""
+_SHARD_TOKENS = 1 << 24
+"""What a shard holds by default: 32 MB of uint16 tokens, before compression."""
+_MAX_ROWS_PER_SHARD = 256
+
+POLICIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "encoding": ("strict", "replace", "skip"),
+        "empty": ("replace", "strict", "skip"),
+        "truncated": ("strict", "replace", "skip"),
+        "unreadable": ("strict", "skip"),
+        "oversized": ("strict", "skip"),
+    }
+)
+"""What can be wrong with a document -> what can be done about it, the default first.
+
+    encoding    bytes that are not valid in --encoding; a value outside the vocabulary of an integer array
+    empty       no bytes at all
+    truncated   a compressed file that ends early or is corrupt
+    unreadable  no permission, an I/O error, or not the format that its name says
+    oversized   a record that is larger than --max-record-bytes
+
+strict: the build stops. skip: the document is left out. replace: what can be had of it is kept (U+FFFD for invalid
+bytes, the part of a truncated file that can be read, a document of no text). The latter two are counted and listed.
+"""
+
+
+class TextSettings(BaseModel):
+    """How documents are found in files: decides their bytes, and so is part of a store's manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    encoding: str = "utf-8"
+    """Codec of text files, by Python's name for it."""
+    normalize: tuple[str, ...] = ()
+    """Of "bom" (a leading byte order mark is dropped) and "newlines" (CRLF and CR become LF). None: every byte stays."""
+    field: str = "text"
+    """Field of JSON lines, column of Parquet files, that holds the text; the one array of .npz files, unless "text"."""
+    max_record_bytes: int = 64 << 20
+    """A JSON line or Parquet value must be held in memory; a larger one is "oversized"."""
+
+
+def text_settings(encoding: str, normalize: tuple[str, ...], field: str, max_record_bytes: int) -> TextSettings:
+    """The settings in canonical form. Raises DataError when one of them makes no sense."""
+    try:
+        encoding = codecs.lookup(encoding).name
+        "".encode(encoding)
+    except (LookupError, TypeError):  # no such codec, or one from bytes to bytes
+        raise DataError(f"--encoding is {encoding!r}: expected a text encoding of Python's, such as latin-1") from None
+    for name in normalize:
+        if name not in NORMALIZATIONS:
+            raise DataError(f"--normalize names {name!r}: expected {' or '.join(NORMALIZATIONS)}")
+    if not field:
+        raise DataError("--field is empty: expected the name of the field or column that holds the text")
+    if max_record_bytes < 1:
+        raise DataError(f"--max-record-bytes is {max_record_bytes}: expected at least 1")
+    return TextSettings(
+        encoding=encoding,
+        normalize=tuple(sorted(set(normalize))),
+        field=field,
+        max_record_bytes=max_record_bytes,
+    )
 
 
 @dataclass(frozen=True)
 class BuildSettings:
     """Settings of `python -m data_pipeline build`. Raises DataError when one of them makes no sense."""
 
-    inputs: tuple[Path, ...]
-    """Text files, or folders that are searched for `.txt` files."""
+    inputs: tuple[str, ...]
+    """Files, folders, globs, URLs, and lists of these (`@FILE`): see `files.py`."""
     tokenizer: str
-    """Path of a SentencePiece model, or "bytes"."""
+    """Path of a SentencePiece model, "bytes", or "integers"."""
     output: Path
     """The store to make."""
+    vocab_size: int | None = None
+    """With the tokenizer "integers": the number of different values."""
     seq_len: int = 65_536
     """Tokens in a row."""
     packing: str = "bestfit"
     """How documents become rows: see `packing.py`."""
+    stride: int | None = None
+    """With the packing "book": from one window of a document to the next; `seq_len` when not given."""
+    bos: bool = True
+    """Whether a document begins with BOS."""
+    eos: bool = True
+    """Whether a document ends with EOS. Padding is EOS in any case."""
     split: Mapping[str, float] = field(default_factory=dict)
     """Name of each held-out split -> its share of the documents; the rest is "train"."""
-    val_inputs: tuple[Path, ...] = ()
-    """Files or folders whose documents form the split "val"."""
-    rows_per_shard: int = 256
-    """Rows in one shard file: 32 MB of uint16 tokens at the default length, before compression."""
+    val_inputs: tuple[str, ...] = ()
+    """Inputs whose documents form the split "val"."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """How documents are found in files."""
+    policies: Mapping[str, str] = field(default_factory=dict)
+    """What to do about which problem, where it is not the default: see `POLICIES`."""
+    duplicates: str = "keep"
+    """keep: exact duplicates are counted. drop: left out but for the first. near: so are near-duplicates."""
+    near_threshold: float = 0.8
+    """With duplicates "near": the Jaccard similarity of word 5-grams from which on documents are near-duplicates."""
+    append: bool = False
+    """Whether the documents are added to a store that exists."""
+    rows_per_shard: int | None = None
+    """Rows in one shard file; as many as make 16M tokens, at most 256, when not given."""
     workers: int = 1
-    """Processes to use. The store does not depend on it."""
+    """Processes to use, on each rank. The store does not depend on it."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.seq_len <= MAX_SEQ_LEN:
             raise DataError(f"--seq-len is {self.seq_len}: expected 2 to {MAX_SEQ_LEN} tokens")
         if self.packing not in PACKINGS:
             raise DataError(f"--packing is {self.packing!r}: expected one of {', '.join(PACKINGS)}")
-        if self.rows_per_shard < 1:
+        if self.stride is not None and self.packing != "book":
+            raise DataError(f"--stride is for --packing book, not {self.packing}: windows do not overlap there")
+        if self.stride is not None and not 1 <= self.stride <= self.seq_len:
+            raise DataError(f"--stride is {self.stride}: expected 1 to --seq-len {self.seq_len} tokens")
+        if self.duplicates not in DUPLICATES:
+            raise DataError(f"--duplicates is {self.duplicates!r}: expected one of {', '.join(DUPLICATES)}")
+        if not 0 < self.near_threshold <= 1:
+            raise DataError(f"--near-threshold is {self.near_threshold}: expected more than 0, at most 1")
+        if self.rows_per_shard is not None and self.rows_per_shard < 1:
             raise DataError(f"--rows-per-shard is {self.rows_per_shard}: expected at least 1")
         if self.workers < 1:
             raise DataError(f"--workers is {self.workers}: expected at least 1")
+        if self.tokenizer == "integers" and self.duplicates == "near":
+            raise DataError("--duplicates near compares words, which integers are not: use drop")
+        check_policies(self.policies)
         _check_split(self.split)
         if self.val_inputs and "val" in self.split:
             raise DataError("the split val is given twice: drop either --val-input or val= in --split")
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows in one shard file."""
+        return self.rows_per_shard or max(1, min(_MAX_ROWS_PER_SHARD, _SHARD_TOKENS // self.seq_len))
+
+
+def check_policies(policies: Mapping[str, str]) -> None:
+    """Raises DataError for a problem that does not exist or a policy that it cannot have."""
+    for problem, policy in policies.items():
+        if problem not in POLICIES:
+            raise DataError(f"--on-bad names {problem!r}: expected one of {', '.join(POLICIES)}")
+        if policy not in POLICIES[problem]:
+            raise DataError(f"--on-bad {problem}={policy}: expected {' or '.join(POLICIES[problem])}")
 
 
 def _check_split(split: Mapping[str, float]) -> None:
@@ -69,15 +180,33 @@ def _check_split(split: Mapping[str, float]) -> None:
 def parse_split(text: str) -> dict[str, float]:
     """`"val=0.01,test=0.01"` -> `{"val": 0.01, "test": 0.01}`. Raises DataError for anything else."""
     split: dict[str, float] = {}
-    for item in text.split(","):
-        name, _, fraction = item.strip().partition("=")
-        if name in split:
-            raise DataError(f"--split names {name} twice")
+    for name, fraction in _parse_pairs(text, "--split", "NAME=FRACTION, such as val=0.01,test=0.01").items():
         try:
             split[name] = float(fraction)
         except ValueError:
-            raise DataError(f"--split holds {item!r}: expected NAME=FRACTION, such as val=0.01,test=0.01") from None
+            raise DataError(
+                f"--split holds {name}={fraction!r}: expected NAME=FRACTION, such as val=0.01,test=0.01"
+            ) from None
     return split
+
+
+def parse_policies(text: str) -> dict[str, str]:
+    """`"encoding=replace,empty=skip"` -> a dictionary. Raises DataError for anything else."""
+    policies = _parse_pairs(text, "--on-bad", "PROBLEM=POLICY, such as encoding=replace,truncated=skip")
+    check_policies(policies)
+    return policies
+
+
+def _parse_pairs(text: str, option: str, expected: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.strip().partition("=")
+        if not equals:
+            raise DataError(f"{option} holds {item!r}: expected {expected}")
+        if name in pairs:
+            raise DataError(f"{option} names {name} twice")
+        pairs[name] = value
+    return pairs
 
 
 def available_cpus() -> int:
