@@ -56,7 +56,7 @@ class TextSettings(BaseModel):
     encoding: str = "utf-8"
     """Codec of text files, by Python's name for it."""
     normalize: tuple[str, ...] = ()
-    """Of "bom" (a leading byte order mark is dropped) and "newlines" (CRLF and CR become LF). None: every byte stays."""
+    """Of "bom" (a leading byte order mark is dropped) and "newlines" (CRLF and CR become LF)."""
     field: str = "text"
     """Field of JSON lines, column of Parquet files, that holds the text; the one array of .npz files, unless "text"."""
     max_record_bytes: int = 64 << 20
