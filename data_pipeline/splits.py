@@ -1,44 +1,64 @@
 """Which document is held out: decided by its content alone.
 
 A document belongs to a split by the hash of its bytes, so it stays where it is when other documents are added,
-renamed or reordered, and exact copies of one text never end up on both sides of a split.
+renamed or reordered, and exact copies of one text never end up on both sides of a split. The one exception is a split
+that the hash left empty, see `assign_splits`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import numpy as np
 
 from data_pipeline.errors import DataError
 
 
-def assign_splits(digests: Sequence[str], split: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """The split of each document, given the sha256 (hex) of its content and the share of each held-out split.
+def assign_splits(
+    digests: np.ndarray, split: Mapping[str, float], fill_empty: bool = True
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """The split of each document, given the sha256 of its content and the share of each held-out split.
 
-    Returns the names, and notes for the user: a split that the hash left empty takes the document with the lowest
-    hash instead. Raises DataError when there are too few different documents for that, or none is left to train on.
+    digests: uint8 [n, 32]. Returns a code per document, int64 [n]; the names that the codes number, "train" first;
+    and notes for the user. With `fill_empty`, a split that the hash left empty takes the document with the lowest
+    hash, and its copies, from train: the only way in which adding documents can move one. Without it (for documents
+    added to a store that has its splits) a split, train too, may catch none.
+
+    Raises DataError, with `fill_empty` only, when there are too few different documents, or none is left for train.
     """
-    names = [_split_by_hash(digest, split) for digest in digests]
+    names = ["train", *sorted(split)]
+    words = np.ascontiguousarray(digests, np.uint8).view(">u8")  # [n, 4], in the order of the bytes
+    codes = _split_by_hash(words, [split[name] for name in names[1:]])
+    if not fill_empty:
+        return codes, names, []
     notes = []
-    for name in sorted(split):
-        if name in names:
+    for code, name in enumerate(names[1:], start=1):
+        if (codes == code).any():
             continue
-        candidates = sorted({d for d, current in zip(digests, names, strict=True) if current == "train"})
-        if len(candidates) < 2:
-            raise DataError(
-                f"--split {name}={split[name]:g} needs more different documents than the {len(set(digests))} there "
-                "are: add documents, name held-out files with --val-input, or drop --split"
-            )
-        names = [name if digest == candidates[0] else old for digest, old in zip(digests, names, strict=True)]
-        notes.append(
-            f"{name}={split[name]:g} caught none of {len(digests)} documents: took the one with the lowest hash"
-        )
-    if "train" not in names:
+        codes[_lowest_of_train(words, codes, f"--split {name}={split[name]:g}")] = code
+        notes.append(f"{name}={split[name]:g} caught none of {len(codes)} documents: took the one with the lowest hash")
+    if not (codes == 0).any():
         raise DataError("--split leaves no document for train: lower its fractions or add documents")
-    return names, notes
+    return codes, names, notes
 
 
-def _split_by_hash(digest: str, split: Mapping[str, float]) -> str:
-    point = int(digest[:16], 16) / 2**64  # uniform in [0, 1)
-    for name in sorted(split):
-        point -= split[name]
-        if point < 0:
-            return name
-    return "train"
+def _split_by_hash(words: np.ndarray, fractions: list[float]) -> np.ndarray:
+    """Codes, int64 [n]: 1 for the first fraction of the unit interval, 2 for the next, ..., 0 for the rest."""
+    point = words[:, 0].astype(np.float64) / 2**64  # uniform in [0, 1]
+    codes = np.zeros(len(words), np.int64)
+    for code, fraction in enumerate(fractions, start=1):
+        point -= fraction
+        codes[(codes == 0) & (point < 0)] = code
+    return codes
+
+
+def _lowest_of_train(words: np.ndarray, codes: np.ndarray, option: str) -> np.ndarray:
+    """A mask, bool [n], of the document of train with the lowest hash and its copies. Train must keep another."""
+    train = words[codes == 0]
+    if len(train):
+        lowest = train[np.lexsort(train.T[::-1])[0]]
+        found = (codes == 0) & (words == lowest).all(axis=1)
+        if found.sum() < len(train):
+            return found
+    raise DataError(
+        f"{option} needs more different documents than the {len(np.unique(words, axis=0))} there are: add documents, "
+        "name held-out files with --val-input, or drop --split"
+    )
