@@ -2,20 +2,24 @@
 
 Zarr reads a missing shard as fill values, without an error, so a store cannot be trusted without such a list. The
 manifest guards itself too: the file must be, to the byte, what its own content serialises to, checksum included.
+A store that was added to has a manifest of its own for each part; the first names the others by their hashes, and
+`merge` makes one of all.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_pipeline.config import TextSettings
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import TokenizerKind
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -38,9 +42,13 @@ class SplitRecord(_Frozen):
     documents: int
     n_bytes: int
     tokens: int
-    """Including one BOS and one EOS per document, without padding."""
+    """Of the documents, with the BOS and EOS that they have, without padding."""
+    placed_tokens: int
+    """Tokens in rows, without padding: more than `tokens` where windows overlap."""
+    mixed_rows: int
+    """Rows with more than one document in them."""
     byte_fallback_tokens: int
-    """Tokens that are one byte of a character without a piece of its own."""
+    """Of `tokens`, those that are one byte of a character without a piece of its own."""
 
 
 class DocumentRecord(NamedTuple):
@@ -54,12 +62,39 @@ class DocumentRecord(NamedTuple):
     tokens: int
 
 
+class InputRecord(NamedTuple):
+    """A line of `inputs.jsonl`: a file that was read."""
+
+    name: str
+    n_bytes: int
+    """As stored, so perhaps compressed."""
+    sha256: str
+    """Of these bytes."""
+
+
+class ProblemRecord(NamedTuple):
+    """A line of `problems.jsonl`: what was wrong with a document, and what became of it."""
+
+    document: str
+    problem: str
+    """A class of `config.POLICIES`, "duplicate" or "near-duplicate"."""
+    action: str
+    """dropped: the document is not in the store; replaced: what could be had of it is; kept: all of it is."""
+    detail: str
+
+
 class StoreSettings(_Frozen):
     """All that decides the bytes of a store, besides its documents."""
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     seq_len: int
-    packing: Literal["bestfit", "stream"]
+    packing: Literal["bestfit", "stream", "book"]
+    stride: int
+    """With the packing "book": from one window of a document to the next, at most `seq_len`."""
+    bos: bool
+    """Whether a document begins with BOS."""
+    eos: bool
+    """Whether a document ends with EOS. Padding is EOS in any case."""
     split: dict[str, float]
     rows_per_shard: int
     tokenizer_kind: TokenizerKind
@@ -67,6 +102,9 @@ class StoreSettings(_Frozen):
     vocab_size: int
     bos_id: int
     eos_id: int
+    text: TextSettings
+    duplicates: Literal["keep", "drop", "near"]
+    near_threshold: float
     block_bytes: int
     """Where documents are cut into blocks: `sources.BLOCK_BYTES`."""
     piece_chars: int
@@ -77,22 +115,29 @@ class Manifest(StoreSettings):
     """`manifest.json` of a store."""
 
     input_sha256: str
-    """Of the names, sizes, hashes and splits of all documents: see `hash_input`."""
+    """Of the names, sizes, hashes and places of all input files: see `hash_input`."""
     splits: dict[str, SplitRecord]
     """In the order of their rows, "train" first."""
+    problems: dict[str, int]
+    """Number of documents by "problem/action": what `problems.jsonl` lists, counted."""
     files: dict[str, FileRecord]
-    """Every file of the store but the manifest, by its path in the store, with forward slashes."""
+    """Every file but the manifest and those of appended parts, by its path in the store, with forward slashes."""
+    parts: dict[str, str]
+    """Name of an appended part -> sha256 of its manifest.json. A part itself has none."""
     library_versions: dict[str, str]
 
     @property
     def n_rows(self) -> int:
         """Rows in all splits."""
-        return max(stop for split in self.splits.values() for _, stop in split.rows)
+        return max((stop for split in self.splits.values() for _, stop in split.rows), default=0)
 
     @property
     def fingerprint(self) -> str:
-        """A hash that two stores share when they hold the same bytes, whichever library versions wrote them."""
-        content = self.model_dump(mode="json", exclude={"library_versions"})
+        """A hash that two stores share when they hold the same bytes, whichever library versions wrote them.
+
+        To cover appended parts, take it of the merged manifest, as `Store.manifest` is.
+        """
+        content = self.model_dump(mode="json", exclude={"library_versions", "parts"})
         return _hash_json(content)
 
     def to_bytes(self) -> bytes:
@@ -127,10 +172,52 @@ class Manifest(StoreSettings):
         return manifest
 
 
+def merge(manifests: Mapping[str, Manifest]) -> Manifest:
+    """The manifest of all parts as one store, given each by its path in the store ("." and then the appended ones).
+
+    Rows are numbered on from part to part, so a split has a range of rows for each part that it is in.
+    """
+    (_, root), *appended = manifests.items()
+    if not appended:
+        return root
+    splits: dict[str, SplitRecord] = {}
+    first_row = 0
+    for manifest in manifests.values():
+        for name, split in manifest.splits.items():
+            shifted = split.model_copy(update={"rows": tuple((a + first_row, b + first_row) for a, b in split.rows)})
+            splits[name] = _add(splits[name], shifted) if name in splits else shifted
+        first_row += manifest.n_rows
+    problems: Counter[str] = Counter()
+    for manifest in manifests.values():
+        problems.update(manifest.problems)
+    return root.model_copy(
+        update={
+            "input_sha256": _hash_json([manifest.input_sha256 for manifest in manifests.values()]),
+            "splits": dict(sorted(splits.items(), key=lambda item: (item[0] != "train", item[0]))),
+            "problems": dict(sorted(problems.items())),
+            "files": {
+                (PurePosixPath(path) / name).as_posix(): record
+                for path, manifest in manifests.items()
+                for name, record in manifest.files.items()
+            },
+        }
+    )
+
+
+def _add(one: SplitRecord, other: SplitRecord) -> SplitRecord:
+    """Fields of a split's record add up: numbers as numbers, ranges of rows as tuples."""
+    return SplitRecord(**{name: getattr(one, name) + getattr(other, name) for name in SplitRecord.model_fields})
+
+
 def settings_differences(old: StoreSettings, new: StoreSettings) -> list[str]:
     """One line per setting that differs: its name, the old value and the new."""
-    pairs = ((name, getattr(old, name), getattr(new, name)) for name in StoreSettings.model_fields)
-    return [f"{name}: {_show(before)} -> {_show(after)}" for name, before, after in pairs if before != after]
+    before, after = (_flatten(settings) for settings in (old, new))
+    return [f"{name}: {_show(before[name])} -> {_show(after[name])}" for name in before if before[name] != after[name]]
+
+
+def _flatten(settings: StoreSettings) -> dict[str, object]:
+    names = [name for name in StoreSettings.model_fields if name != "text"]
+    return {**{name: getattr(settings, name) for name in names}, **dict(settings.text)}
 
 
 def document_differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
@@ -143,9 +230,9 @@ def document_differences(old: Mapping[str, object], new: Mapping[str, object]) -
     return [f"{len(names)} documents {kind}: {_shorten(names)}" for kind, names in kinds.items() if names]
 
 
-def hash_input(documents: list[tuple[str, int, str, str]]) -> str:
-    """The hash of a corpus, given (name, bytes, sha256, split) of each document."""
-    return _hash_json(documents)
+def hash_input(inputs: Sequence[tuple[str, int, str, bool]]) -> str:
+    """The hash of a corpus, given (name, bytes, sha256, held out) of each input file."""
+    return _hash_json(inputs)
 
 
 def _hash_json(content: Any) -> str:
@@ -155,6 +242,8 @@ def _hash_json(content: Any) -> str:
 def _show(value: object) -> str:
     if isinstance(value, dict):
         return ",".join(f"{name}={fraction:g}" for name, fraction in value.items()) or "none"
+    if isinstance(value, tuple):
+        return ",".join(value) or "none"
     return str(value)
 
 
