@@ -16,7 +16,8 @@ In the order things happen:
     scratch.py       token files between the two halves of a build
     build.py         the story: scan, tokenize, plan, write, publish
     manifest.py      what a store has to contain
-    store.py         the Zarr layout: the only file that knows it
+    layout.py        the Zarr layout: the only file that knows it
+    store.py         a store and what was appended to it, as one
     staging.py       nothing half-written is ever taken for whole
     parallel.py      the same map over one process or many
     verify.py        is every byte still what was built?
