@@ -6,6 +6,8 @@ any text, which ordinary SentencePiece settings break (see `training.py`); a mod
 
 The cut of a text into pieces is part of what a tokenizer is: SentencePiece is 2-4x slower on a whole book than on
 pieces of it, and near a cut the ids may differ.
+
+Corpora that are numbers already (images, music) need no model: their values are the ids (`IntegerTokenizer`).
 """
 
 import functools
@@ -22,7 +24,10 @@ from data_pipeline.errors import DataError
 PIECE_CHARS = 1 << 16
 """Characters that SentencePiece is given at once. Part of every store's manifest."""
 
-TokenizerKind = Literal["sentencepiece", "bytes"]
+MAX_VALUES = 2**31
+"""Different values that integers may have: with BOS and EOS, all ids fit uint32."""
+
+TokenizerKind = Literal["sentencepiece", "bytes", "integers"]
 
 # What common normalisers change: runs of spaces, a leading space, ligatures, combining marks, wide spaces, CRLF.
 _PROBE = "  a\t b\r\n\n\0 \ufb01 e\u0301 \u00a0\u3000\u2581 \u200b\ufeff \U0001f642\uac00 "
@@ -38,10 +43,13 @@ class Tokenizer(Protocol):
     eos_id: int
     sha256: str
     """Tells tokenizers apart: the hash of the model file."""
-    token_bytes: np.ndarray
-    """uint16 [vocab_size]: bytes of text that each id stands for; 0 for BOS and EOS."""
     is_byte_fallback: np.ndarray
     """bool [vocab_size]: ids that spell a character byte by byte because no piece holds it."""
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """uint16 [vocab_size]: bytes of a document that each id stands for; 0 for BOS and EOS."""
+        ...
 
     def encode(self, data: bytes) -> np.ndarray:
         """The ids [n] of a stretch of a document, without BOS or EOS."""
@@ -57,10 +65,35 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 65_535 else np.uint32)
 
 
+def value_dtype(n_values: int) -> np.dtype:
+    """How a document of integers is written as bytes: the smallest little-endian type that holds n_values - 1."""
+    return np.dtype("u1" if n_values <= 1 << 8 else "<u2" if n_values <= 1 << 16 else "<u4")
+
+
 @functools.cache  # worker processes ask for every task
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer "bytes", or the SentencePiece model in a file. Raises DataError when it is of no use."""
+def load_tokenizer(name: str, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer "bytes", "integers" of `vocab_size` values, or the SentencePiece model in a file.
+
+    Raises DataError when the model is of no use, or `vocab_size` is not given with "integers" and only then.
+    """
+    if name == "integers":
+        return IntegerTokenizer(_n_values(vocab_size))
+    if vocab_size is not None:
+        raise DataError(
+            f"--vocab-size {vocab_size} is for --tokenizer integers, and --tokenizer {name} has a vocabulary of its "
+            "own: leave it out"
+        )
     return ByteTokenizer() if name == "bytes" else SentencePieceTokenizer(Path(name))
+
+
+def _n_values(vocab_size: int | None) -> int:
+    if vocab_size is None:
+        raise DataError(
+            "--tokenizer integers needs --vocab-size, the number of different values: 256 where they are 0 to 255"
+        )
+    if not 1 <= vocab_size <= MAX_VALUES:
+        raise DataError(f"--vocab-size is {vocab_size}: expected 1 to {MAX_VALUES} different values")
+    return vocab_size
 
 
 class ByteTokenizer:
@@ -79,6 +112,40 @@ class ByteTokenizer:
 
     def decode(self, ids: np.ndarray) -> bytes:
         return ids[ids < 256].astype(np.uint8).tobytes()
+
+
+class IntegerTokenizer:
+    """Ids 0 to n_values - 1 are the values of an array of integers, n_values is BOS, n_values + 1 is EOS.
+
+    The bytes of a document are its values one after another, as `value_dtype(n_values)`.
+    """
+
+    kind: TokenizerKind = "integers"
+
+    def __init__(self, n_values: int) -> None:
+        self.bos_id, self.eos_id = n_values, n_values + 1
+        self.vocab_size = n_values + 2
+        self.sha256 = hashlib.sha256(f"integers:{n_values}".encode()).hexdigest()
+        self.is_byte_fallback = np.broadcast_to(np.False_, self.vocab_size)  # takes no memory for any vocabulary
+        self._value_dtype = value_dtype(n_values)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.full(self.vocab_size, self._value_dtype.itemsize, np.uint16)
+        sizes[[self.bos_id, self.eos_id]] = 0
+        return sizes
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """The values, checked: raises DataError for one outside the vocabulary, which would read as BOS or EOS."""
+        values = np.frombuffer(data, self._value_dtype)
+        if values.size and values.max() >= self.bos_id:
+            raise DataError(
+                f"the value {values.max()} is outside the vocabulary of --vocab-size {self.bos_id}: give a larger one"
+            )
+        return values.astype(token_dtype(self.vocab_size))
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        return ids[ids < self.bos_id].astype(self._value_dtype).tobytes()
 
 
 class SentencePieceTokenizer:
@@ -105,23 +172,27 @@ class SentencePieceTokenizer:
             raise self._loses_text()
 
     def encode(self, data: bytes) -> np.ndarray:
-        dtype = token_dtype(self.vocab_size)
-        pieces = cut_pieces(data.decode())
-        tokens = np.concatenate([np.array(self._encode_piece(piece), dtype) for piece in pieces])
-        if self.token_bytes[tokens].sum(dtype=np.int64) != len(data):
+        """The ids of UTF-8 text. Raises UnicodeDecodeError for other bytes."""
+        pieces = [self._encode_piece(piece) for piece in cut_pieces(data.decode())]
+        tokens = np.concatenate(pieces, dtype=token_dtype(self.vocab_size), casting="unsafe")
+        if self.token_bytes.take(tokens).sum(dtype=np.int64) != len(data):
             raise self._loses_text()
         return tokens
 
     def decode(self, ids: np.ndarray) -> bytes:
         return b"".join(map(self._pieces.__getitem__, ids.tolist()))
 
-    def _encode_piece(self, piece: str) -> list[int]:
-        """SentencePiece reads U+2581 as a space, so that character goes around it, as its three bytes."""
+    def _encode_piece(self, piece: str) -> np.ndarray:
+        """int32 ids. SentencePiece reads U+2581 as a space, so that character goes around it, as its three bytes."""
         first, *others = piece.split(_SPACE)
-        ids = self._processor.encode(first)
+        ids = [self._encode_raw(first)]
         for part in others:
-            ids += self._space_ids
-            ids += self._processor.encode(part)
+            ids += self._space_ids, self._encode_raw(part)
+        return np.concatenate(ids) if others else ids[0]
+
+    def _encode_raw(self, text: str) -> np.ndarray:
+        """SentencePiece's own ids, as an array: lists of Python's integers would cost 10% of the time."""
+        ids: np.ndarray = self._processor.encode(text, return_type="numpy")
         return ids
 
     def _loses_text(self) -> DataError:
@@ -131,8 +202,8 @@ class SentencePieceTokenizer:
         )
 
     @functools.cached_property
-    def _space_ids(self) -> list[int]:
-        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+    def _space_ids(self) -> np.ndarray:
+        return np.array([self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()], np.int32)
 
     def _bytes_of(self, token: int) -> bytes:
         piece = self._processor.id_to_piece(token)
@@ -160,7 +231,7 @@ def _read_model(path: Path) -> bytes:
     except OSError as error:
         raise DataError(
             f"cannot read tokenizer {path}: {error.strerror}. Expected a SentencePiece model (python -m "
-            'data_pipeline tokenizer makes one) or "bytes"'
+            'data_pipeline tokenizer makes one), "bytes" or "integers"'
         ) from error
 
 

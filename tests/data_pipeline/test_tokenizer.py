@@ -1,5 +1,6 @@
 """Tokenizers give every byte back, and cuts do not change ids."""
 
+import hashlib
 import io
 import random
 from collections import Counter
@@ -35,6 +36,89 @@ def test_any_bytes_come_back(data: bytes) -> None:
     ids = tokenizer.encode(data)
     assert ids.tolist() == list(data)
     assert tokenizer.decode(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id]))) == data
+
+
+@pytest.mark.parametrize(
+    ("n_values", "item_bytes"), [(1, 1), (256, 1), (257, 2), (65_536, 2), (65_537, 4), (70_000, 4)]
+)
+def test_integers_are_their_own_ids(n_values: int, item_bytes: int) -> None:
+    tokenizer = load_tokenizer("integers", n_values)
+    values = [0, n_values // 2, n_values - 1]
+    data = b"".join(value.to_bytes(item_bytes, "little") for value in values)
+    ids = tokenizer.encode(data)
+    assert ids.tolist() == values
+    assert ids.dtype == token_dtype(n_values + 2) == token_dtype(tokenizer.vocab_size)
+    assert tokenizer.decode(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id]))) == data
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (n_values, n_values + 1)
+    assert tokenizer.token_bytes.tolist() == [item_bytes] * n_values + [0, 0]
+    assert tokenizer.is_byte_fallback.shape == (n_values + 2,)
+    assert not tokenizer.is_byte_fallback[ids].any()
+    assert len(tokenizer.encode(b"")) == 0
+
+
+def test_the_most_integers_fit_their_type() -> None:
+    tokenizer = load_tokenizer("integers", 2**31)
+    data = (2**31 - 1).to_bytes(4, "little")
+    ids = tokenizer.encode(data)
+    assert ids.tolist() == [2**31 - 1]
+    assert tokenizer.decode(np.append(ids, ids.dtype.type(tokenizer.eos_id))) == data
+
+
+def test_a_value_outside_the_vocabulary_is_no_special_id() -> None:
+    with pytest.raises(DataError, match=r"value 11 is outside the vocabulary of --vocab-size 10: give a larger one"):
+        load_tokenizer("integers", 10).encode(bytes([9, 11]))
+
+
+def test_tokenizers_of_integers_are_told_apart() -> None:
+    hashes = {load_tokenizer("integers", n).sha256 for n in (2, 255, 256)}
+    assert len(hashes) == 3
+    assert hashlib.sha256(b"integers:256").hexdigest() in hashes
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "message"),
+    [
+        ("integers", None, "integers needs --vocab-size"),
+        ("integers", 0, "--vocab-size is 0: expected 1 to 2147483648"),
+        ("integers", 2**31 + 1, "--vocab-size is 2147483649: expected 1 to 2147483648"),
+        ("bytes", 256, "--vocab-size 256 is for --tokenizer integers"),
+        ("some.model", 256, "--tokenizer some.model has a vocabulary of its own: leave it out"),
+    ],
+)
+def test_the_vocabulary_is_given_for_integers_alone(name: str, vocab_size: int | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(name, vocab_size)
+
+
+@given(text=TEXT)
+def test_ids_are_those_of_plain_sentencepiece(text: str, tokenizer_file: Path) -> None:
+    ids = load_tokenizer(str(tokenizer_file)).encode(text.encode())
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == plain_ids(text, tokenizer_file)
+
+
+def test_ids_of_many_pieces_are_those_of_plain_sentencepiece(tokenizer_file: Path) -> None:
+    rng = random.Random(0)
+    words = ["fox ", "dog\n", "\u2581", "quick\r\n", "가", " ", "\U0001f642", "x" * 50]
+    text = "".join(rng.choices(words, k=60_000))
+    assert len(text) > 5 * tokenizer_module.PIECE_CHARS
+    assert load_tokenizer(str(tokenizer_file)).encode(text.encode()).tolist() == plain_ids(text, tokenizer_file)
+
+
+def plain_ids(text: str, model: Path) -> list[int]:
+    """The slow, obvious twin of `SentencePieceTokenizer.encode`."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    space = [processor.piece_to_id(piece) for piece in ("<0xE2>", "<0x96>", "<0x81>")]
+    ids = []
+    for piece in cut_pieces(text):
+        for number, part in enumerate(piece.split("\u2581")):
+            ids += (space if number else []) + processor.encode(part)
+    return ids
+
+
+def test_bytes_that_are_no_text_are_refused(tokenizer_file: Path) -> None:
+    with pytest.raises(UnicodeDecodeError):
+        load_tokenizer(str(tokenizer_file)).encode(b"caf\xe9 au lait")
 
 
 def test_every_odd_document_comes_back(tokenizer_file: Path, odd_documents: dict[str, bytes]) -> None:
