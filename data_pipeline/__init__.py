@@ -8,6 +8,9 @@ In the order things happen:
 
     cli.py           python -m data_pipeline tokenizer | build | verify | inspect | decode
     config.py        what a build is asked to do, checked
+    files.py         which files are the input, and their bytes
+    compression.py   .gz, .zst and .xz expanded, to the last byte that can be had
+    documents.py     documents out of files; where a huge one may be cut
     sources.py       documents out of files; where a huge one may be cut
     tokenizer.py     bytes <-> token ids, exactly (SentencePiece, or plain bytes)
     training.py      a SentencePiece model out of a sample of the corpus

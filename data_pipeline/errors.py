@@ -1,4 +1,4 @@
-"""The one error that a user of the pipeline is meant to read."""
+"""The one error that a user of the pipeline is meant to read, and what may become one."""
 
 
 class DataError(Exception):
@@ -7,3 +7,17 @@ class DataError(Exception):
     The message names the file or value, what was expected, and the way out. The command line prints it as
     `error: <message>` and exits with code 2; a traceback would add nothing to it.
     """
+
+
+class BadDocument(Exception):
+    """Something is wrong with one document. What is done about it is the policy of its class of problem."""
+
+    def __init__(self, problem: str, detail: str) -> None:
+        super().__init__(problem, detail)
+        self.problem = problem
+        """One of `config.POLICIES`."""
+        self.detail = detail
+        """What is wrong and where, to be read after the document's name."""
+
+    def __str__(self) -> str:
+        return self.detail

@@ -1,0 +1,357 @@
+"""Which files are the input, and their bytes: on disk or behind an fsspec URL, compressed or not.
+
+A file's name, which the store records, is its path below the folder that was asked for, so that the same corpus gives
+the same store wherever it lies, and however it is compressed: `a.txt.gz` is named `a.txt`. Everything is read as
+bytes, in order and in bounded memory; a file that is not what it was when it was found is an error, never a surprise.
+"""
+
+import glob
+import hashlib
+import os
+import posixpath
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import fsspec
+
+from data_pipeline.compression import COMPRESSIONS, FEED_BYTES, expand
+from data_pipeline.errors import BadDocument, DataError
+
+_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".npy": "array", ".npz": "array"}
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file of the input as it was found. Its size and time tell later whether it changed since."""
+
+    name: str
+    """Path below the folder that was asked for, with forward slashes, less the suffix of a compression; unique."""
+    location: str
+    """Path on this machine, or URL."""
+    n_bytes: int
+    """As stored: compressed, if it is."""
+    mtime_ns: int | None
+    """None where the file system keeps no time."""
+    held_out: bool
+    """Whether it came in by --val-input."""
+
+    @property
+    def kind(self) -> str:
+        """What documents it holds: "text" (it is one), "jsonl", "parquet" or "array"."""
+        return _KINDS.get(posixpath.splitext(self.location.removesuffix(self.compression))[1], "text")
+
+    @property
+    def compression(self) -> str:
+        """`.gz`, `.zst`, `.xz`, or nothing."""
+        return _compression(self.location)
+
+
+def _compression(path: str) -> str:
+    return next((suffix for suffix in COMPRESSIONS if path.endswith(suffix)), "")
+
+
+class _Found(NamedTuple):
+    """A file before it has its name: `below` is its path below the place where it was looked for."""
+
+    below: str
+    location: str
+    n_bytes: int
+    mtime_ns: int | None
+
+
+def find_files(inputs: Sequence[str], held_out_inputs: Sequence[str], arrays: bool) -> list[InputFile]:
+    """All files of the inputs, sorted by name.
+
+    An input is a file, a folder, a glob, `@LIST` (a text file with an input on each line), or an fsspec URL of a file,
+    folder or glob. A folder is searched for text (.txt, .jsonl, .parquet), or with `arrays` for .npy and .npz; a file
+    that is named, or that a glob matches, counts whatever its suffix.
+
+    Raises DataError for an input that is missing or unreadable or holds no such file, for a name that occurs twice, for
+    text where arrays are wanted or the reverse, and for inputs without a single byte.
+    """
+    files = [
+        InputFile(_name(found.below), found.location, found.n_bytes, found.mtime_ns, held_out)
+        for sources, held_out in ((inputs, False), (held_out_inputs, True))
+        for source in sources
+        for found in _find(source, arrays)
+    ]
+    files.sort(key=lambda file: file.name)
+    _check_names(files)
+    for file in files:
+        _check_kind(file, arrays)
+    for held_out in {file.held_out for file in files}:
+        if not any(file.n_bytes for file in files if file.held_out == held_out):
+            raise DataError(
+                f"every file of {'--val-input' if held_out else '--input'} is empty: there is nothing to read"
+            )
+    return files
+
+
+def _name(below: str) -> str:
+    return below.removesuffix(_compression(below))
+
+
+def _check_names(files: Sequence[InputFile]) -> None:
+    for one, other in pairwise(files):
+        if one.name == other.name:
+            raise DataError(
+                f"two files are named {one.name!r}: {one.location} and {other.location}. Names are paths below the "
+                "folder given, without the suffix of a compression; give a folder that holds both, or rename one"
+            )
+
+
+def _check_kind(file: InputFile, arrays: bool) -> None:
+    try:
+        file.name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the file name {file.name!a} is not valid UTF-8: rename it") from None
+    if arrays and file.kind != "array":
+        raise DataError(
+            f"{file.location} is not an array: --tokenizer integers reads .npy and .npz. For text use a SentencePiece "
+            "model or --tokenizer bytes"
+        )
+    if file.kind == "array" and not arrays:
+        raise DataError(f"{file.location} is an array: use --tokenizer integers with --vocab-size")
+
+
+def _find(source: str, arrays: bool) -> Iterator[_Found]:
+    if source.startswith("@"):
+        return _find_listed(source, arrays)
+    if "://" in source:
+        return _find_remote(source, arrays)
+    path = Path(source).absolute()
+    if path.is_dir():
+        return _find_in_folder(path, arrays)
+    if not path.exists() and glob.has_magic(source):
+        return _find_matches(str(path))
+    if not path.exists():
+        raise DataError(f"input {source} does not exist: expected a file, a folder, a glob, @LIST or a URL")
+    return iter([_stat(path.name, str(path))])
+
+
+def _find_listed(source: str, arrays: bool) -> Iterator[_Found]:
+    """The inputs that stand in a file. Each is named as it stands there: many listed files may share a last name."""
+    try:
+        lines = Path(source[1:]).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the list of inputs {source[1:]}: {error}") from error
+    inputs = [line.strip() for line in lines if line.strip()]
+    if not inputs:
+        raise DataError(f"the list of inputs {source[1:]} is empty: expected a path or URL on each line")
+    for line in inputs:
+        if line.startswith("@"):
+            raise DataError(f"the list of inputs {source[1:]} names the list {line}: a list holds paths and URLs only")
+        folder = _listed_folder(line)
+        for found in _find(line, arrays):
+            yield found._replace(below=posixpath.join(folder, found.below))
+
+
+def _listed_folder(line: str) -> str:
+    """Where the files of a listed input are below, as a relative path."""
+    path = posixpath.normpath(line.partition("://")[2] or line)
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    if glob.has_magic(path):
+        return "/".join(parts[: _first_magic(parts)])
+    return "/".join(parts if "://" not in line and Path(line).is_dir() else parts[:-1])
+
+
+def _first_magic(parts: Sequence[str]) -> int:
+    return next(number for number, part in enumerate(parts) if glob.has_magic(part))
+
+
+def _find_in_folder(folder: Path, arrays: bool) -> Iterator[_Found]:
+    suffixes = _suffixes(arrays)
+    n_found = 0
+    pending = [(str(folder), "")]
+    while pending:
+        location, below = pending.pop()
+        try:
+            entries = list(os.scandir(location))
+        except OSError as error:
+            raise DataError(f"cannot read folder {location}: {error.strerror}") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if entry.is_symlink():
+                    raise DataError(
+                        f"{entry.path} is a link to a folder: name that folder as an input of its own, or remove the "
+                        "link"
+                    )
+                pending.append((entry.path, f"{below}{entry.name}/"))
+            elif entry.name.endswith(suffixes):
+                n_found += 1
+                yield _stat(below + entry.name, entry.path)
+    if not n_found:
+        raise _nothing_in(str(folder), arrays)
+
+
+def _suffixes(arrays: bool) -> tuple[str, ...]:
+    kinds = [suffix for suffix, kind in _KINDS.items() if (kind == "array") == arrays]
+    return tuple(kind + compression for kind in kinds for compression in ("", *COMPRESSIONS))
+
+
+def _nothing_in(folder: str, arrays: bool) -> DataError:
+    kinds = ".npy or .npz" if arrays else ".txt, .jsonl or .parquet"
+    return DataError(
+        f"no {kinds} files in {folder}: expected at least one, in it or below it, compressed or not. A file of another "
+        "kind can be named directly"
+    )
+
+
+def _find_matches(pattern: str) -> Iterator[_Found]:
+    parts = pattern.split("/")
+    root = "/".join(parts[: _first_magic(parts)]) + "/"
+    paths = [path for path in glob.iglob(pattern, recursive=True) if not Path(path).is_dir()]  # noqa: PTH207 (an absolute pattern)
+    if not paths:
+        raise DataError(f"no file matches {pattern}: expected at least one")
+    return (_stat(path.removeprefix(root), path) for path in paths)
+
+
+def _stat(below: str, path: str) -> _Found:
+    try:
+        status = os.stat(path)  # noqa: PTH116 (a Path for each of a million files takes seconds)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is not a regular file: leave it out of the corpus")
+    return _Found(below, path, status.st_size, status.st_mtime_ns)
+
+
+def _find_remote(url: str, arrays: bool) -> Iterator[_Found]:
+    system, path = _file_system(url)
+    try:
+        if system.isfile(path):
+            root, infos = posixpath.dirname(path), {path: system.info(path)}
+        elif glob.has_magic(path):
+            parts = path.split("/")
+            root, infos = "/".join(parts[: _first_magic(parts)]), system.glob(path, detail=True)
+        else:
+            root, infos = path, system.find(path, detail=True)
+            infos = {path: info for path, info in infos.items() if _is_input(path.removeprefix(root), arrays)}
+    except Exception as error:  # storage clients raise errors of their own
+        raise DataError(f"cannot list {url}: {_describe(error)}") from error
+    infos = {path: info for path, info in infos.items() if info["type"] == "file"}
+    if not infos:
+        raise _nothing_in(url, arrays)
+    for path, info in infos.items():
+        if info["size"] is None:
+            raise DataError(f"the size of {path} in {url} is not known, and it is needed: copy the file to a disk")
+        location = system.unstrip_protocol(path)
+        yield _Found(path.removeprefix(root).lstrip("/"), location, info["size"], _mtime_ns(info))
+
+
+def _is_input(below: str, arrays: bool) -> bool:
+    hidden = any(part.startswith(".") for part in below.split("/"))
+    return not hidden and below.endswith(_suffixes(arrays))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    if "::" in url:
+        raise DataError(f"{url} is a chain of URLs: give the URL of a file, a folder or a glob alone")
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # a package that is not installed, or no such protocol
+        raise DataError(f"cannot open {url}: {error}. See fsspec's documentation for the packages it needs") from error
+
+
+def _mtime_ns(info: dict[str, Any]) -> int | None:
+    """File systems of fsspec name the time of the last change as they like."""
+    keys = ("mtime", "LastModified", "last_modified", "updated", "created")
+    time = next((info[key] for key in keys if info.get(key) is not None), None)
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    if isinstance(time, datetime):
+        time = time.timestamp()
+    return None if time is None else int(time * 1e9)
+
+
+def _describe(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+@contextmanager
+def open_raw(file: InputFile) -> Iterator[BinaryIO]:
+    """The file's bytes as stored, seekable.
+
+    Raises BadDocument("unreadable") when it cannot be opened, DataError when it is not what was found before.
+    """
+    try:
+        stream, n_bytes, mtime_ns = _open(file.location)
+    except FileNotFoundError:
+        raise DataError(f"{file.location} is gone since it was found: run the command again") from None
+    except DataError:
+        raise
+    except Exception as error:  # storage clients raise errors of their own
+        raise BadDocument("unreadable", f"cannot be read: {_describe(error)}") from error
+    with stream:
+        if (n_bytes, mtime_ns) != (file.n_bytes, file.mtime_ns):
+            raise DataError(f"{file.location} changed while it was being read: run the command again")
+        yield stream
+
+
+def _open(location: str) -> tuple[BinaryIO, int, int | None]:
+    if "://" in location:
+        system, path = _file_system(location)
+        info = system.info(path)
+        return system.open(path, "rb"), info["size"], _mtime_ns(info)
+    stream = open(location, "rb")  # noqa: PTH123, SIM115 (as above; the caller closes it)
+    status = os.fstat(stream.fileno())
+    return stream, status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def open_seekable(file: InputFile) -> Iterator[BinaryIO]:
+    """The file's content, seekable: what is compressed is expanded into a temporary file. Raises as `read_content`."""
+    if not file.compression:
+        with open_raw(file) as stream:
+            yield stream
+        return
+    with tempfile.TemporaryFile() as expanded:
+        for chunk in read_content(file):
+            expanded.write(chunk)
+        expanded.seek(0)
+        yield expanded
+
+
+def read_content(file: InputFile, start: int = 0) -> Iterator[bytes]:
+    """The file's content, expanded, in chunks, from byte `start` on (0 where the file is compressed).
+
+    Raises BadDocument("truncated") after all that can be expanded of a file that ends early or is corrupt; else as
+    `open_raw`, and BadDocument("unreadable") when reading fails.
+    """
+    with open_raw(file) as stream:
+        if start:
+            stream.seek(start)
+        if file.compression:
+            yield from expand(_chunks(stream, FEED_BYTES), file.compression)
+        else:
+            yield from _chunks(stream, _CHUNK_BYTES)
+
+
+def _chunks(stream: BinaryIO, n_bytes: int) -> Iterator[bytes]:
+    while True:
+        try:
+            chunk = stream.read(n_bytes)
+        except Exception as error:  # storage clients raise errors of their own
+            raise BadDocument("unreadable", f"cannot be read: {_describe(error)}") from error
+        if not chunk:
+            return
+        yield chunk
+
+
+def hash_file(file: InputFile) -> str:
+    """The sha256 (hex) of the file's bytes as stored. Raises as `open_raw`."""
+    digest = hashlib.sha256()
+    with open_raw(file) as stream:
+        for chunk in _chunks(stream, _CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
