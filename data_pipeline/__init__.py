@@ -1,6 +1,6 @@
 """Turns a corpus into a sharded Zarr store of very long token sequences, and reads it back.
 
-Floor 1 of the project: it imports neither the model nor the trainer, and PyTorch only in `dataset.py`, so that a
+Floor 1 of the project: it imports neither the model nor the trainer, and PyTorch only in two files, so that a
 machine that merely preprocesses text needs no PyTorch. One property rules everything here: **a store is a pure
 function of its inputs and settings**, byte-identical for any number of workers.
 
@@ -26,6 +26,8 @@ In the order things happen:
     verify.py        is every byte still what was built?
     decode.py        the exact text back
     report.py        statistics for people
-    order.py         (seed, epoch, position) -> row
+    order.py         (seed, epoch, position) -> row; which rank reads which
+    mixture.py       several data sets in one, by weight
     dataset.py       rows as torch tensors
+    loader.py        read ahead, in order, each rank its share: these two import PyTorch
 """

@@ -1,16 +1,19 @@
 """Rows as torch tensors, in stored order or in the endless shuffled order of training.
 
-The only file of the package that imports PyTorch. The order is a pure function of (seed, position): see `order.py`.
-A data set holds no state, so resuming means asking for the next position.
+The order is a pure function of (seed, position): see `order.py`. A data set holds no state, so resuming means asking
+for the next position. A row can be had in equal parts, one for each rank of a sequence-parallel group: labels are made
+from one token more than a part has, so the parts end to end are the whole row, labels included.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_pipeline.errors import DataError
 from data_pipeline.order import permute
 from data_pipeline.store import Store
 
@@ -19,7 +22,7 @@ IGNORED_LABEL = -100
 
 
 class Sample(NamedTuple):
-    """A row of T = seq_len tokens."""
+    """A row of T = seq_len tokens, or an n-th of it."""
 
     tokens: Tensor
     """int64 [T]; padding is EOS."""
@@ -27,6 +30,20 @@ class Sample(NamedTuple):
     """int64 [T]: the token that follows in the same stretch of a document, or -100 where none does."""
     segment_ids: Tensor
     """int32 [T]: 1, 2, ... for the stretches of documents in the row, 0 for padding."""
+
+
+class Samples(Protocol):
+    """An endless sequence of samples that is a pure function of the position: one store's rows, or a mixture."""
+
+    @property
+    def identity(self) -> Mapping[str, str | int]:
+        """What the sequence follows from: equal for two that give the same samples."""
+
+    def slice_of(self, position: int, part: int, n_parts: int) -> Sample:
+        """Part number `part` of `n_parts` equal parts of the sample at a position >= 0."""
+
+    def blank_of(self, position: int, part: int, n_parts: int) -> Sample:
+        """In the place of a sample that cannot be read: of the same shape, with nothing to predict."""
 
 
 class RowDataset(Dataset[Sample]):
@@ -38,6 +55,7 @@ class RowDataset(Dataset[Sample]):
 
     def __init__(self, store: Store, split: str = "train", seed: int = 0) -> None:
         self.store = store
+        self.split = split
         self.seed = seed
         self._ranges = store.split_rows(split)
 
@@ -47,15 +65,45 @@ class RowDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """The split's row number `index` in stored order. Raises IndexError past the end."""
-        row = self._row(index)
-        return make_sample(self.store.read_row(row), self.store.segments_of(row))
+        return self._read(self._row(index), 0, 1)
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What the order of training follows from: see `Samples`."""
+        return {"store": self.store.manifest.fingerprint, "split": self.split, "seed": self.seed}
 
     def at(self, position: int) -> Sample:
         """The sample at a position >= 0 of training: each epoch goes through all rows once, in an order of its own."""
+        return self.slice_of(position, 0, 1)
+
+    def slice_of(self, position: int, part: int, n_parts: int) -> Sample:
+        """Part number `part` of `n_parts` equal parts of `at(position)`, each T = seq_len / n_parts tokens.
+
+        Segments are numbered as in the whole row. Only the chunks of the row that hold the part and the token after
+        it are decoded: of a row that is one chunk (up to 65,536 tokens) that is all of it. Raises DataError where
+        n_parts does not divide seq_len.
+        """
+        return self._read(self._row_at(position), part, n_parts)
+
+    def blank_of(self, position: int, part: int, n_parts: int) -> Sample:
+        """What stands in for `slice_of` where the row cannot be read: all EOS, segments as in the row, no labels."""
+        start, stop = part_bounds(self.store.seq_len, part, n_parts)
+        segment_ids = _segment_ids(self.store.segments_of(self._row_at(position)), start, stop)
+        tokens = torch.full((stop - start,), self.store.manifest.eos_id)
+        return Sample(tokens, torch.full_like(tokens, IGNORED_LABEL), torch.from_numpy(segment_ids))
+
+    def _read(self, row: int, part: int, n_parts: int) -> Sample:
+        start, stop = part_bounds(self.store.seq_len, part, n_parts)
+        tokens = self.store.read_row(row, start, min(stop + 1, self.store.seq_len))
+        return make_sample(tokens, self.store.segments_of(row), start, stop)
+
+    def _row_at(self, position: int) -> int:
         if position < 0:
             raise IndexError(f"position {position} is negative")
+        if not len(self):
+            raise DataError(f"the split {self.split!r} of {self.store.path} has no rows: name one that has")
         epoch, index = divmod(position, len(self))
-        return self[permute(index, len(self), self.seed, epoch)]
+        return self._row(permute(index, len(self), self.seed, epoch))
 
     def _row(self, index: int) -> int:
         left = index
@@ -66,13 +114,36 @@ class RowDataset(Dataset[Sample]):
         raise IndexError(f"index {index} is outside a split of {len(self)} rows")
 
 
-def make_sample(tokens: np.ndarray, segments: np.ndarray) -> Sample:
-    """The sample of a row: its tokens [T], and its segments [n, 4] as `Store.segments_of` gives them."""
-    segment_ids = np.zeros(len(tokens), np.int32)
-    lengths = segments[:, 1]
-    segment_ids[: lengths.sum()] = np.repeat(np.arange(1, len(segments) + 1), lengths)
+def part_bounds(seq_len: int, part: int, n_parts: int) -> tuple[int, int]:
+    """Where a part of a row begins and ends. Raises DataError where the parts would not be equal."""
+    if n_parts < 1 or seq_len % n_parts:
+        raise DataError(
+            f"rows of {seq_len} tokens cannot be cut into {n_parts} equal parts: choose a number that divides {seq_len}"
+        )
+    if not 0 <= part < n_parts:
+        raise IndexError(f"part {part} is outside a row of {n_parts} parts")
+    n_tokens = seq_len // n_parts
+    return part * n_tokens, (part + 1) * n_tokens
+
+
+def make_sample(tokens: np.ndarray, segments: np.ndarray, start: int = 0, stop: int | None = None) -> Sample:
+    """The sample of tokens [start:stop] of a row.
+
+    `tokens` are those from `start` on, with one more after `stop` unless the row ends there; `segments` [n, 4] are the
+    row's, as `Store.segments_of` gives them.
+    """
+    n_tokens = len(tokens) if stop is None else stop - start
+    segment_ids = _segment_ids(segments, start, start + len(tokens))
     tokens = tokens.astype(np.int64)
-    labels = np.full_like(tokens, IGNORED_LABEL)
+    labels = np.full(n_tokens, IGNORED_LABEL)
     follows = (segment_ids[1:] == segment_ids[:-1]) & (segment_ids[1:] != 0)
-    labels[:-1][follows] = tokens[1:][follows]
-    return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(segment_ids))
+    labels[: len(follows)][follows] = tokens[1:][follows]
+    return Sample(*(torch.from_numpy(values[:n_tokens]) for values in (tokens, labels, segment_ids)))
+
+
+def _segment_ids(segments: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """int32 [stop - start]: the number of the segment of each token [start:stop] of a row, from 1 on; 0 for padding."""
+    edges = np.clip(np.concatenate([[0], segments[:, 1].cumsum()]), start, stop)
+    segment_ids = np.zeros(stop - start, np.int32)
+    segment_ids[: edges[-1] - start] = np.repeat(np.arange(1, len(segments) + 1, dtype=np.int32), np.diff(edges))
+    return segment_ids

@@ -1,4 +1,4 @@
-"""The order of training rows: a stateless pseudo-random permutation.
+"""The order of training rows, a stateless pseudo-random permutation, and which of them each rank reads.
 
 Row = permutation(seed, epoch, position): nothing is shuffled, stored or remembered, so a run resumes by knowing one
 number, on any number of ranks, with data sets of any size. A Feistel network permutes the smallest power of four
@@ -24,6 +24,16 @@ def permute(index: int, length: int, seed: int, epoch: int) -> int:
     while image >= length:  # the domain is at most 4x the length: a few turns
         image = _feistel(image, half_bits, key)
     return image
+
+
+def shares(batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[range]:
+    """A rank's micro-batches of one step, each as indices into the global batch of `batch_size` samples.
+
+    The global batch is dealt out in order: first micro-batch to rank 0, next to rank 1, and round again. So it is the
+    same on any number of ranks. Where these do not divide it, the last micro-batches are smaller or missing.
+    """
+    starts = range(rank * micro_batch_size, batch_size, world_size * micro_batch_size)
+    return [range(start, min(start + micro_batch_size, batch_size)) for start in starts]
 
 
 def _feistel(value: int, half_bits: int, key: int) -> int:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store
+from trainer.batches import open_sources, training_samples
 from trainer.check import StoreFacts, check
 from trainer.checkpoint import identity, starting_point
 from trainer.config import ConfigError, load
@@ -44,10 +45,14 @@ def main() -> int:
         launch = detect(os.environ)
         config, deepspeed = load(arguments.config, arguments.overrides, arguments.deepspeed_config)
         store = Store.open(config.data.store)
-        check(config, deepspeed, StoreFacts.of(store), launch.world_size)
-        own = identity(config, deepspeed, store.manifest.fingerprint, launch.world_size)
+        sources = open_sources(config.data)
+        facts = {name: StoreFacts.of(source) for name, source in sources.items()}
+        check(config, deepspeed, StoreFacts.of(store), launch.world_size, facts)
+        samples = training_samples(config.data, store, sources, config.run.seed)
+        fingerprint = samples.identity if sources else store.manifest.fingerprint
+        own = identity(config, deepspeed, fingerprint, launch.world_size)
         start = starting_point(config.run.dir, own, arguments.resume)
-        train(Job(config, deepspeed, store, launch, own, arguments.resume, start))
+        train(Job(config, deepspeed, store, samples, launch, own, arguments.resume, start))
     except (ConfigError, DataError) as error:
         if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0" and not dist.is_initialized():
             # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.

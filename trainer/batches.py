@@ -1,15 +1,34 @@
-"""Which sample goes where, and the micro-batches made of them.
+"""The samples of a run, which of them go where in an evaluation, and the micro-batches made of them.
 
 What is special: the share of every rank is a pure function of plain integers. A step's global batch is the same set
 of samples on any number of ranks, so one rank that accumulates and two that do not compute the same update.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from data_pipeline.dataset import IGNORED_LABEL, Sample
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
+from data_pipeline.mixture import Mixture
+from data_pipeline.order import shares
+from data_pipeline.store import Store
+from trainer.config import DataConfig
+
+
+def open_sources(data: DataConfig) -> dict[str, Store]:
+    """The stores of data.mixture by name. Raises DataError for one that is not whole."""
+    return {name: Store.open(source.store) for name, source in data.mixture.items()}
+
+
+def training_samples(data: DataConfig, store: Store, sources: Mapping[str, Store], seed: int) -> RowDataset | Mixture:
+    """What a run trains on: `sources` are the stores of data.mixture by name, `store` is data.store."""
+    if not data.mixture:
+        return RowDataset(store, data.train_split, seed)
+    rows = {
+        name: RowDataset(sources[name], source.split or data.train_split, seed) for name, source in data.mixture.items()
+    }
+    return Mixture(rows, {name: source.weight for name, source in data.mixture.items()}, seed)
 
 
 @dataclass(frozen=True)
@@ -28,15 +47,6 @@ class Batch:
     """Tokens to predict."""
     n_bytes: int
     """Bytes that these tokens stand for."""
-
-
-def shares(train_batch_size: int, micro_batch_size: int, rank: int, world_size: int) -> list[range]:
-    """This rank's micro-batches of one step, each as indices into the global batch.
-
-    The global batch is dealt out in order: first micro-batch to rank 0, next to rank 1, and round again.
-    """
-    starts = range(rank * micro_batch_size, train_batch_size, world_size * micro_batch_size)
-    return [range(start, start + micro_batch_size) for start in starts]
 
 
 def evaluation_shares(n_rows: int, micro_batch_size: int, rank: int, world_size: int) -> list[list[int | None]]:

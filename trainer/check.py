@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import MappingProxyType
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -96,16 +97,26 @@ class StoreFacts:
     vocab_size: int
     rows: Mapping[str, int]
     """Rows of each split."""
+    tokenizer_sha256: str
 
     @classmethod
     def of(cls, store: Store) -> Self:
         """The facts of a store on disk."""
         rows = {name: sum(stop - start for start, stop in store.split_rows(name)) for name in store.manifest.splits}
-        return cls(store.seq_len, store.vocab_size, rows)
+        return cls(store.seq_len, store.vocab_size, rows, store.manifest.tokenizer_sha256)
 
 
-def check(config: RunConfig, deepspeed: Mapping[str, Any], store: StoreFacts, world_size: int) -> None:
-    """Raise one ConfigError that names every contradiction; return if there is none."""
+def check(
+    config: RunConfig,
+    deepspeed: Mapping[str, Any],
+    store: StoreFacts,
+    world_size: int,
+    sources: Mapping[str, StoreFacts] = MappingProxyType({}),
+) -> None:
+    """Raise one ConfigError that names every contradiction; return if there is none.
+
+    `store` is data.store, `sources` are the stores of data.mixture by name.
+    """
     problems = [
         *_keys(deepspeed),
         *_batch(deepspeed, world_size),
@@ -113,7 +124,7 @@ def check(config: RunConfig, deepspeed: Mapping[str, Any], store: StoreFacts, wo
         *_clipping(deepspeed.get("gradient_clipping", 0.0)),
         *(_optimizer(deepspeed) or _adam(deepspeed)),
         *_offload(deepspeed),
-        *_data(config, store),
+        *_data(config, store, sources),
     ]
     # DeepSpeed's own opinion is asked last: it would only repeat the ones above.
     if problems := (problems or _deepspeed_objections(deepspeed)):
@@ -326,7 +337,7 @@ def missing_for(builder_name: str) -> str:
     return ""
 
 
-def _data(config: RunConfig, store: StoreFacts) -> list[str]:
+def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts]) -> list[str]:
     model, data = config.model, config.data
     problems = []
     if model.vocab_size != store.vocab_size:
@@ -339,14 +350,23 @@ def _data(config: RunConfig, store: StoreFacts) -> list[str]:
             f"model.max_seq_len={model.max_seq_len}, but the rows of {data.store} have {store.seq_len} tokens: "
             f"set model.max_seq_len={store.seq_len}, with an axial_shape of that product"
         )
-    splits = {"data.train_split": data.train_split}
+    splits = [
+        (f"data.mixture.{name}.split", source.split or data.train_split, source.store, sources[name])
+        for name, source in data.mixture.items()
+    ] or [("data.train_split", data.train_split, data.store, store)]
     if config.run.eval_every:
-        splits["data.eval_split"] = data.eval_split
-    for name, split in splits.items():
-        if not store.rows.get(split):
-            full = ", ".join(f"'{known}'" for known, rows in store.rows.items() if rows)
-            problems.append(f"{name}='{split}' has no rows in {data.store}: its splits are {full}")
-    return problems
+        splits.append(("data.eval_split", data.eval_split, data.store, store))
+    for name, split, path, facts in splits:
+        if not facts.rows.get(split):
+            full = ", ".join(f"'{known}'" for known, rows in facts.rows.items() if rows)
+            problems.append(f"{name}='{split}' has no rows in {path}: its splits are {full}")
+    return problems + [
+        f"data.mixture.{name}: {key} of {data.mixture[name].store} is {theirs}, that of data.store={data.store} is "
+        f"{ours}: build all stores of a mixture with one tokenizer and one --seq-len"
+        for name, facts in sources.items()
+        for key in ("tokenizer_sha256", "vocab_size", "seq_len")
+        if (theirs := getattr(facts, key)) != (ours := getattr(store, key))
+    ]
 
 
 def _deepspeed_objections(deepspeed: Mapping[str, Any]) -> list[str]:

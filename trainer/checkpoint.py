@@ -51,7 +51,10 @@ class Checkpoint:
 
 
 def identity(
-    config: RunConfig, deepspeed_config: Mapping[str, Any], store_fingerprint: str, world_size: int
+    config: RunConfig,
+    deepspeed_config: Mapping[str, Any],
+    store_fingerprint: str | Mapping[str, str | int],
+    world_size: int,
 ) -> dict[str, Any]:
     """What a checkpoint says about its run, as plain JSON values."""
     micro, accumulation = (

@@ -17,15 +17,31 @@ from pydantic import Field, model_validator
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 
 
+class SourceConfig(StrictConfig):
+    """One of several stores to train on."""
+
+    store: Path
+    """Folder of the store, relative to the working directory."""
+    weight: float = Field(gt=0.0, allow_inf_nan=False)
+    """Its share of the samples, as a part of the sum of all weights; rounded to a thousandth, but at least one."""
+    split: str | None = None
+    """Split to train on; data.train_split when not given."""
+
+
 class DataConfig(StrictConfig):
     """What to read."""
 
     store: Path
     """Folder of the store that `python -m data_pipeline build` wrote, relative to the working directory."""
+    mixture: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Stores to train on in place of data.store, by names of your own; evaluations go on reading data.store."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "val"
     """Split held out for evaluation."""
+    on_damage: Literal["strict", "skip"] = "strict"
+    """A damaged row stops the training, or "skip": it trains nothing, and data/skipped_rows counts it. Evaluations stop
+    in either case."""
 
 
 class LoopConfig(StrictConfig):

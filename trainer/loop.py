@@ -19,10 +19,11 @@ from typing import Any
 import deepspeed
 import torch
 
-from data_pipeline.dataset import RowDataset
+from data_pipeline.dataset import RowDataset, Samples
+from data_pipeline.loader import Loader
 from data_pipeline.store import Store
 from trainer import checkpoint, distributed
-from trainer.batches import Batch, collate, shares
+from trainer.batches import Batch, collate
 from trainer.check import StoreFacts
 from trainer.checkpoint import Checkpoint
 from trainer.config import ConfigError, RunConfig
@@ -40,6 +41,9 @@ class Job:
     config: RunConfig
     deepspeed: Mapping[str, Any]
     store: Store
+    """data.store, which evaluations read."""
+    samples: Samples
+    """What to train on, and in which order."""
     launch: Launch
     identity: Mapping[str, Any]
     """What its checkpoints say about it: see checkpoint.identity."""
@@ -72,11 +76,21 @@ class Trainer:
         if self.leads:
             _show_model_messages()
         data = job.config.data
-        self.train_rows = RowDataset(job.store, data.train_split, seed=self.plan.seed)
         self.eval_rows = RowDataset(job.store, data.eval_split) if self.plan.eval_every else None
         self.token_bytes = torch.from_numpy(job.store.token_bytes.astype("int64"))
         self.engine = build_engine(job.config, job.deepspeed)
         self.first_step = job.start.step if job.start else 0
+        batch_size = self.engine.train_batch_size()
+        self.loader = Loader(
+            job.samples,
+            batch_size,
+            self.engine.train_micro_batch_size_per_gpu(),
+            job.launch.rank,
+            job.launch.world_size,
+            n_consumed=self.first_step * batch_size,
+            on_damage=data.on_damage,
+        )
+        self.spent = Spent()
         if job.start:
             checkpoint.load(self.engine, job.start)
         if self.leads:
@@ -91,35 +105,43 @@ class Trainer:
 
     def run(self) -> None:
         """Every step to the last, and what comes between them."""
-        plan, spent = self.plan, Spent()
-        if self.job.start:
-            self.say(f"continuing from {self.job.start.path}, after step {self.first_step}")
-        else:
-            nothing = "no checkpoint to continue from: " if self.job.resume else ""
-            self.say(f"{nothing}starting anew in {plan.dir}")
-            if note := checkpoint.nvme_note(self.job.deepspeed):
-                self.say(note)
-            self.evaluate(done=0)
-        for step in range(self.first_step, plan.steps):
-            begun = time.perf_counter()
-            lr = self.engine.get_lr()[0]
-            score, norm = self.step(step)
-            spent.add(score.n_tokens, time.perf_counter() - begun)
-            together(partial(self.refuse_divergence, step + 1, score, norm), self.launch, self.device)
-            done = step + 1
-            if due(plan.log_every, done, plan.steps):
-                self.log(done, score, lr, norm, spent)
-                spent = Spent()
-            if due(plan.eval_every, done, plan.steps):
-                self.evaluate(done)
-            if due(plan.save_every, done, plan.steps) or done == plan.steps:
-                self.save(done)
+        with self.loader:  # reads ahead from here on
+            self.begin()
+            for step in range(self.first_step, self.plan.steps):
+                self.train_step(step)
         if self.leads:
             self.metrics.close()
 
+    def begin(self) -> None:
+        """Say from where, and how good the weights are that nothing has been learnt by."""
+        if self.job.start:
+            self.say(f"continuing from {self.job.start.path}, after step {self.first_step}")
+            return
+        nothing = "no checkpoint to continue from: " if self.job.resume else ""
+        self.say(f"{nothing}starting anew in {self.plan.dir}")
+        if note := checkpoint.nvme_note(self.job.deepspeed):
+            self.say(note)
+        self.evaluate(done=0)
+
+    def train_step(self, step: int) -> None:
+        """A step, and what is due after it."""
+        plan, done = self.plan, step + 1
+        begun = time.perf_counter()
+        lr = self.engine.get_lr()[0]
+        score, norm = self.step(step)
+        self.spent.add(score.n_tokens, time.perf_counter() - begun)
+        together(partial(self.refuse_divergence, done, score, norm), self.launch, self.device)
+        if due(plan.log_every, done, plan.steps):
+            self.log(done, score, lr, norm)
+            self.spent = Spent()
+        if due(plan.eval_every, done, plan.steps):
+            self.evaluate(done)
+        if due(plan.save_every, done, plan.steps) or done == plan.steps:
+            self.save(done)
+
     def step(self, step: int) -> tuple[Score, float]:
         """One update of the weights; the score of its batch before it, and the gradient's norm."""
-        batches = together(partial(self.read, step), self.launch, self.device)
+        batches = together(self.read, self.launch, self.device)
         # The mean is over the tokens of all ranks, so these are counted before the first backward pass.
         counts = [sum(batch.n_tokens for batch in batches), sum(batch.n_bytes for batch in batches)]
         n_tokens, n_bytes = all_sum(counts, self.device)
@@ -133,13 +155,12 @@ class Trainer:
         assert norm is not None, "DeepSpeed and shares() disagree on the number of micro-batches"
         return Score(all_sum([nll], self.device)[0], n_tokens, n_bytes), norm
 
-    def read(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step."""
-        batch_size, micro = self.engine.train_batch_size(), self.engine.train_micro_batch_size_per_gpu()
-        return [
-            collate([self.train_rows.at(step * batch_size + i) for i in ids], ids, self.token_bytes, self.device)
-            for ids in shares(batch_size, micro, self.launch.rank, self.launch.world_size)
-        ]
+    def read(self) -> list[Batch]:
+        """This rank's micro-batches of the next step."""
+        begun = time.perf_counter()
+        batches = [collate(samples, ids, self.token_bytes, self.device) for ids, samples in next(self.loader)]
+        self.spent.on_data_s += time.perf_counter() - begun
+        return batches
 
     def refuse_divergence(self, done: int, score: Score, norm: float) -> None:
         """Stop before weights that are no numbers take the place of good checkpoints."""
@@ -152,8 +173,9 @@ class Trainer:
             f"(deepspeed.gradient_clipping). The newest checkpoint: {saved[-1].path if saved else 'none yet'}"
         )
 
-    def log(self, done: int, score: Score, lr: float, norm: float, spent: "Spent") -> None:
+    def log(self, done: int, score: Score, lr: float, norm: float) -> None:
         """Report a step."""
+        spent = self.spent
         values = {
             "train/loss": score.loss,
             "train/bits_per_byte": score.bits_per_byte,
@@ -161,8 +183,11 @@ class Trainer:
             "train/grad_norm": norm,
             "speed/tokens_per_s": spent.n_tokens / spent.seconds,
             "speed/step_s": spent.seconds / spent.steps,
+            "speed/data_stall": all_max(spent.on_data_s, self.device) / spent.seconds,
             "memory/peak_gib": all_max(peak_gib(self.device), self.device),
         }
+        if self.job.config.data.on_damage == "skip":
+            values["data/skipped_rows"] = all_sum([self.loader.n_skipped], self.device)[0]
         if self.leads:
             self.metrics.write(done, values)
         self.say(train_line(done, self.plan.steps, values))
@@ -212,6 +237,8 @@ class Spent:
     steps: int = 0
     n_tokens: float = 0.0
     seconds: float = 0.0
+    on_data_s: float = 0.0
+    """Those of the seconds in which this rank waited for its rows and made batches of them."""
 
     def add(self, n_tokens: float, seconds: float) -> None:
         self.steps += 1
@@ -237,6 +264,7 @@ def write_record(job: Job, device: torch.device, n_parameters: int) -> None:
         "config": job.config.model_dump(mode="json"),
         "deepspeed": job.deepspeed,
         "store": {"fingerprint": job.store.manifest.fingerprint, **asdict(StoreFacts.of(job.store))},
+        "samples": dict(job.samples.identity),
         "launch": {
             "launcher": job.launch.launcher,
             "world_size": job.launch.world_size,

@@ -8,6 +8,10 @@ of TensorBoard, floats in full precision, null for what is no finite number:
     train/loss, train/bits_per_byte     of that step's global batch: nats per token, bits per byte of its text
     train/lr, train/grad_norm           of that step; the norm is that before clipping
     speed/tokens_per_s, speed/step_s    since the line before, without evaluation and checkpoints; tokens to predict
+    speed/data_stall                    share of step_s that the slowest rank spent on its data: waiting for rows that
+                                        are read in the background, and making batches of them
+    data/skipped_rows                   with data.on_damage="skip": damaged rows left out since the run was started or
+                                        resumed, on all ranks
     memory/peak_gib                     the largest of all ranks so far: device memory on GPUs, resident on CPUs
     eval/loss, eval/bits_per_byte       on a line of their own, from step 0 on
     lsh/layer01/…                       on the same line, of the first held-out row, each LSH layer; from layer 0 on
@@ -20,7 +24,10 @@ RUN/run.json: one object, written before the first step.
 
     started, resumed_from_step          ISO time; null unless resumed
     config, deepspeed                   the resolved TOML side {model, data, run} and DeepSpeed's JSON
-    store                               {fingerprint, seq_len, vocab_size, rows: {split: number}}
+    store                               of data.store: {fingerprint, seq_len, vocab_size, rows: {split: number},
+                                        tokenizer_sha256}
+    samples                             what the order of the samples follows from: seed, and store (its fingerprint)
+                                        and split; of a mixture NAME.store, … and NAME.per_thousand of each source
     launch                              {launcher, world_size, local_world_size, device}
     n_parameters                        of the model
     versions, git_commit                {package: version}; null outside of a git checkout

@@ -1,9 +1,10 @@
-"""The permutation of training rows."""
+"""The permutation of training rows, and their distribution over ranks."""
 
 import numpy as np
 import pytest
 
-from data_pipeline.order import permute
+from data_pipeline import order
+from data_pipeline.order import permute, shares
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 16, 17, 63, 64, 65, 255, 257, 1000, 4096, 4097])
@@ -17,9 +18,13 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len(orders) == 16
 
 
-def test_huge_lengths_take_no_memory() -> None:
+def test_huge_lengths_take_no_memory_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    feistel = order._feistel
+    monkeypatch.setattr(order, "_feistel", lambda *arguments: calls.append(arguments) or feistel(*arguments))
     length = 10**12 + 39
     images = [permute(i, length, 0, 0) for i in range(1000)]
+    assert len(calls) < 2 * len(images)  # its domain, 2**40, is 1.1 times the length
     assert len(set(images)) == 1000
     assert all(0 <= image < length for image in images)
     assert 0.4 < np.mean(images) / length < 0.6
@@ -44,3 +49,24 @@ def test_the_order_never_changes() -> None:
 def test_outside_is_an_error(index: int) -> None:
     with pytest.raises(IndexError, match="outside a permutation of 5"):
         permute(index, 5, 0, 0)
+
+
+def test_shares_are_dealt_out_in_order() -> None:
+    assert [list(share) for share in shares(8, 2, rank=0, world_size=2)] == [[0, 1], [4, 5]]
+    assert [list(share) for share in shares(8, 2, rank=1, world_size=2)] == [[2, 3], [6, 7]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_shares_cover_the_batch_once(micro: int, world_size: int) -> None:
+    batch = 24
+    parts = [shares(batch, micro, rank, world_size) for rank in range(world_size)]
+    assert {len(part) for part in parts} == {batch // (micro * world_size)}
+    assert sorted(i for part in parts for share in part for i in share) == list(range(batch))
+
+
+@pytest.mark.parametrize(("batch", "micro", "world_size"), [(8, 1, 3), (8, 3, 2), (2, 1, 4), (5, 4, 3), (1, 8, 1)])
+def test_shares_cover_a_batch_that_does_not_divide(batch: int, micro: int, world_size: int) -> None:
+    parts = [shares(batch, micro, rank, world_size) for rank in range(world_size)]
+    assert sorted(i for part in parts for share in part for i in share) == list(range(batch))
+    assert all(1 <= len(share) <= micro for part in parts for share in part)

@@ -22,7 +22,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 from zero_matrix import BATCH, LR_FACTORS, RANKS, SEQ_LEN, VOCAB, Case, Outcome, deepspeed_config, run_config, samples
 
-from trainer.batches import Batch, collate, shares
+from data_pipeline.order import shares
+from trainer.batches import Batch, collate
 from trainer.check import StoreFacts, check
 from trainer.distributed import all_sum
 from trainer.engine import backward, build_engine, forward, optimizer_step
@@ -122,7 +123,7 @@ def main(cases_file: str, rendezvous: str, output: str, rank: str) -> None:
     cases, folder = torch.load(cases_file, weights_only=False), Path(output).parent
     for case in cases:  # as a run does, before the processes join each other
         config = run_config(case)
-        facts = StoreFacts(SEQ_LEN, config.model.vocab_size, rows={"train": BATCH, "val": BATCH})
+        facts = StoreFacts(SEQ_LEN, config.model.vocab_size, {"train": BATCH, "val": BATCH}, "")
         check(config, deepspeed_config(case, folder), facts, RANKS)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=RANKS)
     PartitionedParameterProfiler.stop_event = lambda _, name, n_elements: FETCHED.update({name: n_elements})

@@ -14,7 +14,7 @@ DIAGNOSTICS = (
     "lsh/layer01/recovered_mass",
     "reversible/reconstruction_error",
 )
-TAGS = {*TIMELESS, *DIAGNOSTICS, "speed/tokens_per_s", "speed/step_s", "memory/peak_gib"}
+TAGS = {*TIMELESS, *DIAGNOSTICS, "speed/tokens_per_s", "speed/step_s", "speed/data_stall", "memory/peak_gib"}
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,7 @@ import pytest
 import torch
 
 from data_pipeline.dataset import IGNORED_LABEL, Sample
-from trainer.batches import blank, collate, evaluation_shares, shares
-
-
-def test_shares_are_dealt_out_in_order() -> None:
-    assert [list(share) for share in shares(8, 2, rank=0, world_size=2)] == [[0, 1], [4, 5]]
-    assert [list(share) for share in shares(8, 2, rank=1, world_size=2)] == [[2, 3], [6, 7]]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_shares_cover_the_batch_once(micro: int, world_size: int) -> None:
-    batch = 24
-    parts = [shares(batch, micro, rank, world_size) for rank in range(world_size)]
-    assert {len(part) for part in parts} == {batch // (micro * world_size)}
-    assert sorted(i for part in parts for share in part for i in share) == list(range(batch))
+from trainer.batches import blank, collate, evaluation_shares
 
 
 @pytest.mark.parametrize("n_rows", [1, 4, 5, 7])

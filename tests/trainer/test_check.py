@@ -3,6 +3,7 @@
 import os
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from trainer.check import StoreFacts, check, missing_for
 from trainer.config import ConfigError, RunConfig
 
-STORE = StoreFacts(seq_len=256, vocab_size=258, rows={"train": 10, "val": 2, "empty": 0})
+STORE = StoreFacts(seq_len=256, vocab_size=258, rows={"train": 10, "val": 2, "empty": 0}, tokenizer_sha256="abc")
 DEEPSPEED: dict[str, Any] = {
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 1,
@@ -120,6 +121,31 @@ def test_data_side(changes: dict[str, Any], message: str) -> None:
 
 def test_without_evaluation_no_split_is_needed_for_it() -> None:
     check(make_config(data_eval_split="test", run_eval_every=0), DEEPSPEED, STORE, world_size=1)
+
+
+MIXTURE = {"books": {"store": "a", "weight": 3}, "web": {"store": "b", "weight": 1.0, "split": "val"}}
+
+
+def test_a_mixture_reads_its_own_splits() -> None:
+    rows = {"a": {"train": 1}, "b": {"val": 1}}
+    books, web = (replace(STORE, rows=rows[name]) for name in ("a", "b"))
+    held_out = replace(STORE, rows={"val": 2})
+    config = make_config(data_mixture=MIXTURE)
+    check(config, DEEPSPEED, held_out, 1, {"books": books, "web": web})
+    with pytest.raises(ConfigError) as raised:
+        check(config, DEEPSPEED, held_out, 1, {"books": web, "web": books})
+    assert str(raised.value).splitlines() == [
+        "data.mixture.books.split='train' has no rows in a: its splits are 'val'",
+        "data.mixture.web.split='val' has no rows in b: its splits are 'train'",
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("tokenizer_sha256", "xyz"), ("vocab_size", 300), ("seq_len", 128)])
+def test_the_stores_of_a_mixture_must_agree(key: str, value: Any) -> None:
+    facts = {"books": STORE, "web": replace(STORE, **{key: value})}
+    message = f"data.mixture.web: {key} of b is {value}, that of data.store=data/store is {getattr(STORE, key)}: build"
+    with pytest.raises(ConfigError, match=message):
+        check(make_config(data_mixture=MIXTURE), DEEPSPEED, STORE, 1, facts)
 
 
 def test_all_problems_come_at_once() -> None:

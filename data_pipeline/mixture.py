@@ -1,0 +1,90 @@
+"""Several data sets in one, by weight: a pure function of the position, exact on resume.
+
+What is special: no sampling. Positions come in blocks of 1,000, and every block holds exactly as many samples of each
+source as its weight says, in an order of its own. So the source of a position, and which of the source's samples it
+is, take one permutation to know, and each source goes through its own epochs without a repetition or a gap.
+"""
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+from data_pipeline.errors import DataError
+from data_pipeline.order import permute
+
+if TYPE_CHECKING:  # dataset.py imports PyTorch, of which nothing here makes use
+    from data_pipeline.dataset import Sample, Samples
+
+BLOCK_SAMPLES = 1000
+"""Weights are rounded to a thousandth."""
+
+
+class Mixture:
+    """The samples of several sources, mixed by weight; the sources are taken in the order of their names.
+
+    Weights are any positive numbers: only their ratios count. Raises DataError for weights that cannot be followed.
+    """
+
+    def __init__(self, sources: "Mapping[str, Samples]", weights: Mapping[str, float], seed: int = 0) -> None:
+        self.counts = block_counts(weights)
+        self.seed = seed
+        self._names = sorted(self.counts)
+        self._sources = [sources[name] for name in self._names]
+        self._edges = [0, *accumulate(self.counts[name] for name in self._names)]
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What the order of training follows from: see `dataset.Samples`."""
+        identity: dict[str, str | int] = {"seed": self.seed}
+        for name, source in zip(self._names, self._sources, strict=True):
+            identity |= {f"{name}.{key}": value for key, value in source.identity.items()}
+            identity[f"{name}.per_thousand"] = self.counts[name]
+        return identity
+
+    def at(self, position: int) -> "Sample":
+        """The sample at a position >= 0."""
+        return self.slice_of(position, 0, 1)
+
+    def slice_of(self, position: int, part: int, n_parts: int) -> "Sample":
+        """A part of the sample at a position >= 0: see `RowDataset.slice_of`."""
+        source, own_position = self.place(position)
+        return self._sources[source].slice_of(own_position, part, n_parts)
+
+    def blank_of(self, position: int, part: int, n_parts: int) -> "Sample":
+        """What stands in for `slice_of` where the row cannot be read: see `RowDataset.blank_of`."""
+        source, own_position = self.place(position)
+        return self._sources[source].blank_of(own_position, part, n_parts)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """The source of a position >= 0, by its number in the order of names, and the position in that source."""
+        if position < 0:
+            raise IndexError(f"position {position} is negative")
+        block, index = divmod(position, BLOCK_SAMPLES)
+        place = permute(index, BLOCK_SAMPLES, self.seed, block)
+        for source, (first, stop) in enumerate(pairwise(self._edges)):
+            if place < stop:
+                return source, block * (stop - first) + place - first
+        raise AssertionError("the counts of a block add up to its length")
+
+
+def block_counts(weights: Mapping[str, float]) -> dict[str, int]:
+    """How many of the samples of every block come from each source: its weight's share, rounded, at least one.
+
+    The counts add up: what rounding down leaves goes to the largest remainders. Raises DataError where that cannot be.
+    """
+    if not 1 <= len(weights) <= BLOCK_SAMPLES:
+        raise DataError(f"a mixture of {len(weights)} sources: expected 1 to {BLOCK_SAMPLES}")
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise DataError(f"the weight of {name} in the mixture is {weight}: expected a number above 0")
+    total, left = sum(map(Fraction, weights.values())), BLOCK_SAMPLES - len(weights)
+    beyond = {name: max(Fraction(weight) / total * BLOCK_SAMPLES - 1, Fraction(0)) for name, weight in weights.items()}
+    scale = left / (sum(beyond.values()) or Fraction(1))  # below 1 where small weights were raised to one sample
+    exact = {name: 1 + share * scale for name, share in beyond.items()}
+    counts = {name: math.floor(share) for name, share in exact.items()}
+    by_remainder = sorted(counts, key=lambda name: (counts[name] - exact[name], name))
+    for name in by_remainder[: BLOCK_SAMPLES - sum(counts.values())]:
+        counts[name] += 1
+    return counts
