@@ -15,6 +15,7 @@ In the order things happen:
     tokenizer.py     bytes <-> token ids, exactly (SentencePiece, or plain bytes)
     training.py      a SentencePiece model out of a sample of the corpus
     splits.py        which document is held out
+    duplicates.py    which documents are copies of an earlier one
     packing.py       which token goes to which row
     scratch.py       token files between the two halves of a build
     build.py         the story: scan, tokenize, plan, write, publish
