@@ -5,19 +5,28 @@ at places that depend on its bytes alone, so that any number of processes tokeni
 to the same ids, and so that it makes no difference how its file is compressed or where it lies.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, NoReturn
 
+from data_pipeline.arrays import open_arrays
+from data_pipeline.blocks import (
+    BLOCK_BYTES,
+    Settle,
+    cut_blocks,
+    decode_chunks,
+    drop_byte_order_mark,
+    drop_cut_character,
+    encode_text,
+    invalid_text,
+    repair_utf8,
+    unify_newlines,
+)
 from data_pipeline.config import POLICIES, TextSettings
 from data_pipeline.errors import BadDocument
-from data_pipeline.files import InputFile, read_content
-
-BLOCK_BYTES = 1 << 20
-"""Blocks begin near multiples of this. Larger ones gain nothing in speed, and cost memory."""
-BOUNDARY_REACH_BYTES = 1 << 16
-"""How far past the multiple a newline is looked for before a block may begin inside a line."""
+from data_pipeline.files import InputFile, open_seekable, read_content
+from data_pipeline.records import Line, json_text, parquet_values, split_lines
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,10 @@ class Part:
     offset: int = 0
     """Where the block that was read last begins in the document."""
 
+    def met(self, problem: str) -> bool:
+        """Whether a problem of this class was replaced."""
+        return any(found.problem == problem for found in self.found)
+
 
 def splittable(file: InputFile, text: TextSettings) -> bool:
     """Whether a file can be read from the middle."""
@@ -106,53 +119,147 @@ def plan_tasks(files: Sequence[InputFile], text: TextSettings, task_bytes: int) 
 
 
 def read_parts(file: InputFile, span: Span, reading: Reading) -> Iterator[Part]:
-    """The documents of a span, in order."""
-    part = Part(first=span.start == 0, last=span.stop == file.n_bytes)
-    part.blocks = _text_blocks(part, file, span, reading)
-    yield part
+    """The documents of a span, in order. A problem of a document is raised by its blocks, none is raised here.
+
+    What ends a file of records early is the problem of its next record, or of the file where there was none before.
+    """
+    if file.kind == "text":
+        part = Part(first=span.start == 0, last=span.stop == file.n_bytes)
+        part.blocks = _text_blocks(part, file, span, reading)
+        yield part
+        return
+    number = 0
+    try:
+        for number, part in enumerate(_record_parts(file, span, reading), 1):
+            part.record = number - 1
+            yield part
+    except BadDocument as problem:
+        yield Part(record=number or -1, blocks=_failing(problem))
+
+
+def _record_parts(file: InputFile, span: Span, reading: Reading) -> Iterator[Part]:
+    if file.kind == "jsonl":
+        return _json_parts(file, span, reading)
+    return _parquet_parts(file, reading) if file.kind == "parquet" else _array_parts(file, reading)
+
+
+def _failing(problem: BadDocument) -> Iterator[bytes]:
+    """Blocks of a document of which there is nothing to keep."""
+    return map(_raise, (problem,))
+
+
+def _raise(problem: BadDocument) -> NoReturn:
+    raise problem
+
+
+def _settle(part: Part, reading: Reading) -> Settle:
+    """What is to be done with a problem of a document of which something can be kept."""
+
+    def settle(problem: BadDocument) -> None:
+        if not reading.replaces(problem.problem):
+            raise problem
+        if not part.met(problem.problem):
+            part.found.append(Found(problem.problem, problem.detail))
+
+    return settle
 
 
 def _text_blocks(part: Part, file: InputFile, span: Span, reading: Reading) -> Iterator[bytes]:
-    chunks = read_content(file, span.start)
-    stop = None if part.last else span.stop
-    for part.offset, block in cut_blocks(chunks, span.start, stop):
-        yield block
+    settle = _settle(part, reading)
+    ended_early = partial(part.met, "truncated")
+    chunks = _until_truncated(read_content(file, span.start), settle)
+    if reading.kind != "bytes":
+        if reading.text.encoding != "utf-8":
+            chunks = decode_chunks(chunks, reading.text.encoding, settle, ended_early)
+        elif file.compression:
+            chunks = drop_cut_character(chunks, ended_early)
+    return _normal_blocks(part, chunks, reading, span.start, None if part.last else span.stop)
 
 
-def cut_blocks(chunks: Iterable[bytes], start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of the blocks of a document that begin at byte `start` or later, before `stop` (None: its end).
+def _until_truncated(chunks: Iterator[bytes], settle: Settle) -> Iterator[bytes]:
+    try:
+        yield from chunks
+    except BadDocument as problem:
+        if problem.problem != "truncated":
+            raise
+        settle(problem)
 
-    `chunks` are the document's bytes from `start` on, of any lengths. `start` and `stop` are multiples of BLOCK_BYTES.
-    """
-    source = iter(chunks)
-    buffer = bytearray()
-    begin = start
-    for nominal in itertools.count(start or BLOCK_BYTES, BLOCK_BYTES):
-        ahead = nominal - begin
-        while len(buffer) < ahead + BOUNDARY_REACH_BYTES and (chunk := next(source, None)) is not None:
-            buffer += chunk
-        at_end = len(buffer) <= ahead
-        end = len(buffer) if at_end else ahead + _boundary(bytes(buffer[ahead : ahead + BOUNDARY_REACH_BYTES]))
-        if end and nominal > start:  # what precedes the first boundary belongs to the span before
-            yield begin, bytes(memoryview(buffer)[:end])
-        del buffer[:end]
-        begin += end
-        if at_end or nominal == stop:
+
+def _normal_blocks(
+    part: Part, chunks: Iterable[bytes], reading: Reading, start: int = 0, stop: int | None = None
+) -> Iterator[bytes]:
+    """The last steps that all text has in common."""
+    if "bom" in reading.text.normalize:
+        chunks = drop_byte_order_mark(chunks)
+    if "newlines" in reading.text.normalize:
+        chunks = unify_newlines(chunks)
+    # Without replacement the tokenizer, which decodes the block anyway, is left to find what is not UTF-8.
+    repair = reading.kind != "bytes" and reading.replaces("encoding")
+    settle = _settle(part, reading)
+    for part.offset, block in cut_blocks(chunks, start, stop):
+        yield repair_utf8(block, part.offset, settle) if repair else block
+
+
+def _json_parts(file: InputFile, span: Span, reading: Reading) -> Iterator[Part]:
+    """A part for each line that begins in the span; blank ones do not count."""
+    # A line begins at the span's first byte only if a newline precedes it.
+    begin = max(span.start - 1, 0)
+    chunks, encoding = read_content(file, begin), reading.text.encoding
+    if "\n".encode(encoding) != b"\n":  # such as UTF-16, in which lines cannot be told before it is decoded
+        chunks, encoding = decode_chunks(chunks, encoding, _raise, lambda: False), "utf-8"
+    limit = reading.text.max_record_bytes
+    for line in split_lines(chunks, begin, limit):
+        if line.offset >= span.stop and span.stop < file.n_bytes:
             return
+        if line.offset < span.start or not line.content.strip():
+            continue
+        part = Part()
+        part.blocks = _json_blocks(part, line, encoding, reading)
+        yield part
 
 
-def _boundary(reach: bytes) -> int:
-    """Where in `reach`, the bytes from a multiple of BLOCK_BYTES on, a block begins.
+def _json_blocks(part: Part, line: Line, encoding: str, reading: Reading) -> Iterator[bytes]:
+    limit = reading.text.max_record_bytes
+    if line.n_bytes > limit:
+        raise _oversized(f"the line at byte {line.offset}", line.n_bytes, limit)
+    settle = _settle(part, reading)
+    text = json_text(line, encoding, reading.text.field, settle)
+    yield from _normal_blocks(part, [encode_text(text, settle)], reading)
 
-    Just after the next newline; without one, at the next UTF-8 character; where there is no UTF-8 at all, at once.
-    """
-    newline = reach.find(b"\n")
-    if newline >= 0:
-        return newline + 1
-    at_end = len(reach) if len(reach) < 4 else 0
-    return next((place for place, byte in enumerate(reach[:4]) if byte & 0xC0 != 0x80), at_end)
+
+def _oversized(what: str, n_bytes: int, limit: int) -> BadDocument:
+    return BadDocument("oversized", f"{what} has {n_bytes} bytes, more than --max-record-bytes {limit}")
+
+
+def _parquet_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
+    """A part for each row. One without a value is an empty document."""
+    limit = reading.text.max_record_bytes
+    with open_seekable(file) as stream:
+        for value in parquet_values(stream, reading.text.field):
+            part = Part()
+            part.blocks = _normal_blocks(part, [value or b""], reading)
+            if value is not None and len(value) > limit:
+                part.blocks = _failing(_oversized("the value", len(value), limit))
+            yield part
+
+
+def _array_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
+    """A part for each item of each array, and one for an array that cannot be read."""
+    member = None if reading.text.field == TextSettings().field else reading.text.field
+    with open_seekable(file) as stream:
+        for array in open_arrays(stream, file.name.endswith(".npz"), member):
+            if isinstance(array, BadDocument):
+                yield Part(blocks=_failing(array))
+                continue
+            for item in range(array.n_items):
+                part = Part()
+                values = array.read_item(item, reading.vocab_size)
+                part.blocks = _until_truncated(values, _settle(part, reading))
+                yield part
+                if array.ended_early:
+                    break
 
 
 def invalid_utf8(error: UnicodeDecodeError, offset: int) -> BadDocument:
     """What a tokenizer's error about a block that begins at byte `offset` of a document says of the document."""
-    return BadDocument("encoding", f"is not valid UTF-8 at byte {offset + error.start} ({error.reason})")
+    return invalid_text(error, offset)

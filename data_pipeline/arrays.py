@@ -1,0 +1,136 @@
+"""Documents out of arrays of integers: images, music, anything that comes as numbers below a declared vocabulary.
+
+An array of two or more dimensions is a document for each item of the first, its values in C order; an array of one
+dimension is one document. Values are read as they are needed: an array may be larger than memory.
+"""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from data_pipeline.blocks import BLOCK_BYTES
+from data_pipeline.errors import BadDocument
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+class Array:
+    """An array of integers in a stream that can be wound forward."""
+
+    def __init__(self, stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.n_items = shape[0] if len(shape) > 1 else 1
+        self.ended_early = False
+        """Whether the stream was found to end before the array does: later items are not there."""
+        self._stream = stream
+        self._dtype = dtype
+        self._item_values = math.prod(shape[1:] if len(shape) > 1 else shape)
+        self._start = stream.tell()
+
+    def read_item(self, item: int, vocab_size: int) -> Iterator[bytes]:
+        """The values of an item in blocks, as the smallest little-endian unsigned integers that hold the vocabulary.
+
+        Raises BadDocument("encoding") for a value outside of it, and ("truncated") after the values that there are.
+        """
+        dtype = value_dtype(vocab_size)
+        block_values = BLOCK_BYTES // dtype.itemsize
+        item_start = self._start + item * self._item_values * self._dtype.itemsize
+        for first in range(0, self._item_values, block_values):
+            wanted = min(block_values, self._item_values - first)
+            values, error = self._read(item_start + first * self._dtype.itemsize, wanted)
+            _check_values(values, first, vocab_size)
+            if len(values):
+                yield values.astype(dtype).tobytes()
+            if len(values) < wanted:
+                self.ended_early = True
+                what = (
+                    f"ends early or is corrupt: {first + len(values)} values are there instead of {self._item_values}"
+                )
+                raise BadDocument("truncated", f"{what} ({error})" if error else what)
+
+    def _read(self, place: int, n_values: int) -> tuple[np.ndarray, Exception | None]:
+        """The values [<= n_values] at a place of the stream, and why there are no more if that is known."""
+        error = None
+        try:
+            self._stream.seek(place)
+            data = self._stream.read(n_values * self._dtype.itemsize)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as caught:
+            data, error = b"", caught
+        except OSError as caught:
+            raise BadDocument("unreadable", f"cannot be read: {caught}") from caught
+        whole = len(data) - len(data) % self._dtype.itemsize
+        return np.frombuffer(data[:whole], self._dtype), error
+
+
+def value_dtype(vocab_size: int) -> np.dtype:
+    """The smallest little-endian unsigned integer that holds the values 0 to `vocab_size` - 1."""
+    return np.min_scalar_type(vocab_size - 1).newbyteorder("<")
+
+
+def _check_values(values: np.ndarray, first: int, vocab_size: int) -> None:
+    if not len(values) or (values.min() >= 0 and values.max() < vocab_size):
+        return
+    place = np.flatnonzero((values < 0) | (values >= vocab_size))[0]
+    raise BadDocument(
+        "encoding", f"has the value {values[place]} at place {first + place}: expected 0 to {vocab_size - 1}"
+    )
+
+
+def open_arrays(stream: BinaryIO, is_archive: bool, member: str | None) -> Iterator[Array | BadDocument]:
+    """The array of an .npy file, or those of an archive (.npz) in their order, or `member` of it.
+
+    Each is to be read before the next. One that is not of integers comes as what is wrong with it. Raises BadDocument
+    for a file that is no such file.
+    """
+    if not is_archive:
+        yield _open_array(stream, "")
+        return
+    head = stream.read(4)
+    stream.seek(0)
+    try:
+        archive = zipfile.ZipFile(stream)
+    except zipfile.BadZipFile as error:
+        problem = "truncated" if head == b"PK\3\4" else "unreadable"
+        raise BadDocument(problem, f"is not a whole .npz file ({error})") from error
+    with archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        if member is not None and member not in names:
+            raise BadDocument("unreadable", f"has no array {member!r} but {', '.join(names)}: name one with --field")
+        for name in names if member is None else [member]:
+            yield from _open_member(archive, name)
+
+
+def _open_member(archive: zipfile.ZipFile, name: str) -> Iterator[Array | BadDocument]:
+    try:
+        stream = archive.open(f"{name}.npy")
+    except (KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+        yield BadDocument("unreadable", f"has a member {name} that is no array ({error})")
+        return
+    with stream:
+        yield _open_array(cast(BinaryIO, stream), name)
+
+
+def _open_array(stream: BinaryIO, name: str) -> Array | BadDocument:
+    label = f"array {name}" if name else "array"
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in _HEADERS:
+            raise ValueError(f"format version {version[0]}.{version[1]} is not for integers")
+        shape, fortran_order, dtype = _HEADERS[version](stream)
+    except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+        return BadDocument("unreadable", f"holds no {label} that can be read ({error})")
+    if dtype.kind not in "iu":
+        way_out = "name the one to read with --field" if name else "convert it to integers"
+        return BadDocument("unreadable", f"its {label} holds {_describe(dtype)}, not integers: {way_out}")
+    if fortran_order and len(shape) > 1:
+        return BadDocument(
+            "unreadable", f"its {label} is in Fortran order: save numpy.ascontiguousarray(array) instead"
+        )
+    return Array(stream, shape, dtype)
+
+
+def _describe(dtype: np.dtype) -> str:
+    return "Python objects" if dtype.hasobject else f"values of type {dtype}"

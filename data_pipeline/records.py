@@ -1,0 +1,130 @@
+"""Records out of files that hold many documents: JSON lines and Parquet."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from data_pipeline.blocks import Settle, invalid_text
+from data_pipeline.errors import BadDocument, DataError
+
+_BATCH_BYTES = 4 << 20
+_MAX_BATCH_ROWS = 1024
+_BUFFER_BYTES = 1 << 20
+
+
+class Line(NamedTuple):
+    """A line of a file, without its newline."""
+
+    offset: int
+    n_bytes: int
+    content: bytes
+    """Only its beginning, where `n_bytes` is above the limit."""
+
+
+def split_lines(chunks: Iterable[bytes], offset: int, limit: int) -> Iterator[Line]:
+    """The lines of a file from byte `offset` on. Of one above `limit` bytes no more than that is ever held."""
+    content = bytearray()
+    n_bytes = 0
+    for chunk in chunks:
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            content += end[: limit - len(content)]
+            n_bytes += len(end)
+            yield Line(offset, n_bytes, bytes(content))
+            offset += n_bytes + 1
+            content.clear()
+            n_bytes = 0
+        content += rest[: limit - len(content)]
+        n_bytes += len(rest)
+    if n_bytes:
+        yield Line(offset, n_bytes, bytes(content))
+
+
+def json_text(line: Line, encoding: str, field: str, settle: Settle) -> str:
+    """The text in a field of a JSON line. Raises BadDocument("unreadable") where there is none."""
+    try:
+        content = line.content.decode(encoding)
+    except UnicodeDecodeError as error:
+        settle(invalid_text(error, line.offset))
+        content = line.content.decode(encoding, errors="replace")
+    if line.offset == 0:
+        content = content.removeprefix("\ufeff")
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(line, f"is not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise _unreadable(line, f"is not a JSON object but {_name(record)}")
+    if field not in record:
+        raise _unreadable(line, f"has no field {field!r} but {_listing(record)}: name one with --field")
+    if not isinstance(record[field], str):
+        raise _unreadable(line, f"has in field {field!r} no string but {_name(record[field])}")
+    return record[field]
+
+
+def _unreadable(line: Line, what: str) -> BadDocument:
+    return BadDocument("unreadable", f"the line at byte {line.offset} {what}")
+
+
+def _name(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _listing(names: Iterable[str], most: int = 20) -> str:
+    shown = [repr(name) for name in names]
+    return ", ".join(shown[:most] + ["..."] * (len(shown) > most)) or "none"
+
+
+def parquet_values(stream: BinaryIO, column: str) -> Iterator[bytes | None]:
+    """The values of a column of strings or bytes, row by row, in batches of bounded memory.
+
+    Raises BadDocument("unreadable") for what is not a Parquet file or has no such column, and ("truncated") for one
+    whose end is missing; DataError where pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError("Parquet files need pyarrow: pip install 'longhand[corpus]'") from error
+    try:
+        file = _open_parquet(stream, column, pyarrow)
+        for batch in file.iter_batches(_batch_rows(file, column), columns=[column]):
+            values = batch.column(0)
+            if pyarrow.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
+            for value in values.cast(pyarrow.large_binary()):
+                yield value.as_py()
+    except (pyarrow.ArrowException, OSError) as error:  # OSError: pages that are corrupt
+        raise BadDocument("unreadable", f"is not a Parquet file, or is damaged ({error})") from error
+
+
+def _open_parquet(stream: BinaryIO, column: str, pyarrow: Any) -> Any:
+    head = stream.read(4)
+    stream.seek(0)
+    try:
+        # A row group may be of any size: its pages are read as they are needed.
+        file = pyarrow.parquet.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+    except pyarrow.ArrowException as error:
+        problem = "truncated" if head == b"PAR1" else "unreadable"
+        raise BadDocument(problem, f"is not a whole Parquet file ({error})") from error
+    schema = file.schema_arrow
+    if schema.names.count(column) != 1:
+        raise BadDocument("unreadable", f"has no column {column!r} but {_listing(schema.names)}: name one with --field")
+    kind = schema.field(column).type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    text = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    if str(kind) not in text:
+        raise BadDocument("unreadable", f"has in column {column!r} no text but values of type {kind}")
+    return file
+
+
+def _batch_rows(file: Any, column: str) -> int:
+    """Rows whose values come to about _BATCH_BYTES, by the average over the row groups."""
+    metadata = file.metadata
+    n_bytes = 0
+    for group in range(metadata.num_row_groups):
+        chunks = (metadata.row_group(group).column(number) for number in range(metadata.num_columns))
+        n_bytes += sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+    return max(1, min(_MAX_BATCH_ROWS, metadata.num_rows * _BATCH_BYTES // max(n_bytes, 1)))
