@@ -1,61 +1,103 @@
 """The exact text back: of one document, of one row, or of the whole corpus as files.
 
 Rows are read in order, each once. Packing keeps the stretches of a document in order too, so a corpus of any size is
-rebuilt by appending.
+rebuilt by appending. Where windows overlap, each gives what the one before it did not hold.
 """
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import DocumentRecord
 from data_pipeline.staging import staged
 from data_pipeline.store import Store
+from data_pipeline.tokenizer import Tokenizer
+
+_DECODE_TOKENS = 1 << 20
+"""Decoded at a time: a row may be tens of millions of tokens, each of which is a Python object for a moment."""
+
+
+class Stretch(NamedTuple):
+    """Tokens of a row that continue a document."""
+
+    document: int
+    start: int
+    stop: int
+    last: bool
+    """Whether the document ends with it."""
+
+
+def fresh_stretches(segments: np.ndarray, covered: np.ndarray, lengths: np.ndarray) -> Iterator[Stretch]:
+    """What a row adds to its documents, given its `segments` [n, 4] as `Store.segments_of` has them.
+
+    `covered` int64 [n_documents] is how many tokens of each document the rows before hold, and is brought up to date;
+    `lengths` int64 [n_documents] is how many there are.
+    """
+    for start, length, document, document_start in segments.tolist():
+        overlap = int(covered[document]) - document_start
+        covered[document] = document_start + length
+        yield Stretch(document, start + overlap, start + length, document_start + length == lengths[document])
+
+
+def decode_tokens(tokenizer: Tokenizer, tokens: np.ndarray) -> Iterator[bytes]:
+    """The bytes of any number of tokens [n], in bounded memory."""
+    for start in range(0, len(tokens), _DECODE_TOKENS):
+        yield tokenizer.decode(tokens[start : start + _DECODE_TOKENS])
 
 
 def decode_document(store: Store, name: str) -> Iterator[bytes]:
-    """The bytes of a document, stretch by stretch. Raises DataError when the store has none of that name."""
-    document = next((document for document in store.documents if document.name == name), None)
-    if document is None:
-        raise DataError(f"{store.path} has no document {name!r}: inspect and documents.jsonl list names")
-    segments = store.segments
-    for index in (segments.document == document.id).nonzero()[0]:
-        start = int(segments.start[index])
-        stop = start + int(segments.length[index])
-        yield store.tokenizer.decode(store.read_row(int(segments.row[index]), start, stop))
+    """The bytes of a document, piece by piece. Raises DataError when the store has none of that name."""
+    for part in store.parts:
+        for document in part.documents():
+            if document.name == name:
+                segments = part.segments
+                stop = 0
+                for index in np.flatnonzero(segments.document == document.id):
+                    row, start, length, _, document_start = (int(column[index]) for column in segments)
+                    tokens = part.read_row(row, start + stop - document_start, start + length)
+                    stop = document_start + length
+                    yield from decode_tokens(store.tokenizer, tokens)
+                return
+    raise DataError(f"{store.path} has no document {name!r}: inspect and documents.jsonl list names")
 
 
 def decode_row(store: Store, row: int) -> bytes:
     """The bytes of a row, padding left out. Raises DataError when there is no such row."""
     if not 0 <= row < store.n_rows:
         raise DataError(f"{store.path} has no row {row}: expected 0 to {store.n_rows - 1}")
-    return store.tokenizer.decode(store.read_row(row, 0, int(store.valid_tokens[row])))
+    n_tokens = int(store.segments_of(row)[:, 1].sum())
+    return b"".join(decode_tokens(store.tokenizer, store.read_row(row, 0, n_tokens)))
 
 
 def decode_all(store: Store, output: Path) -> int:
     """Writes every document to its name below the directory `output`, checks its hash, returns how many there are.
 
-    Raises DataError when `output` exists and is not empty, when a name would lead out of it, or when what comes out
-    is not what went in.
+    Raises DataError when `output` exists and is not empty, when a name would lead out of it or is taken, or when what
+    comes out is not what went in.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} is not an empty directory: choose another --output")
-    for document in store.documents:
+    documents = store.documents
+    for document in documents:
         check_name(document.name)
+    covered = np.zeros(len(documents), np.int64)
+    lengths = np.array([document.tokens for document in documents], np.int64)
     with staged(output) as partial:
         partial.mkdir()
-        for document in store.documents:
-            (partial / document.name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / document.name).touch()
+        for document in documents:
+            _create(partial, document.name)
         for row in range(store.n_rows):
             tokens = store.read_row(row)
-            for start, length, number, _ in store.segments_of(row).tolist():
-                with (partial / store.documents[number].name).open("ab") as file:
-                    file.write(store.tokenizer.decode(tokens[start : start + length]))
-        for document in store.documents:
+            for stretch in fresh_stretches(store.segments_of(row), covered, lengths):
+                with (partial / documents[stretch.document].name).open("ab") as file:
+                    file.writelines(decode_tokens(store.tokenizer, tokens[stretch.start : stretch.stop]))
+        for document in documents:
             _check_content(store, document, partial / document.name)
-    return len(store.documents)
+    return len(documents)
 
 
 def check_name(name: str) -> None:
@@ -63,6 +105,18 @@ def check_name(name: str) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise DataError(f"document {name!r} would be written outside the output directory: use --document instead")
+
+
+def _create(folder: Path, name: str) -> None:
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(exist_ok=False)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(
+            f"document {name!r} cannot be a file of its own beside the others, since its name, or a part of it, is "
+            "another document's: use --document instead"
+        ) from None
 
 
 def _check_content(store: Store, document: DocumentRecord, path: Path) -> None:

@@ -22,10 +22,10 @@ every file appears whole, by a rename, so that a writer may be killed at any tim
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import zarr
@@ -58,6 +58,8 @@ _DOCUMENTS_NAME = "documents.jsonl"
 _INPUTS_NAME = "inputs.jsonl"
 _PROBLEMS_NAME = "problems.jsonl"
 _TOKENIZER_NAME = "tokenizer.model"
+
+Record = TypeVar("Record")
 
 
 class StorePart:
@@ -111,17 +113,16 @@ class StorePart:
 
     def documents(self) -> Iterator[DocumentRecord]:
         """The document table, line by line. Raises DataError when its file is damaged."""
-        for values in self._read_lines(_DOCUMENTS_NAME):
-            document = DocumentRecord(**values)
+        for document in self._read_records(_DOCUMENTS_NAME, DocumentRecord):
             yield document._replace(id=document.id + self.first_document)
 
     def inputs(self) -> Iterator[InputRecord]:
         """The files that were read. Raises DataError when the list is damaged."""
-        return (InputRecord(**values) for values in self._read_lines(_INPUTS_NAME))
+        return self._read_records(_INPUTS_NAME, InputRecord)
 
     def problems(self) -> Iterator[ProblemRecord]:
         """What was wrong with documents. Raises DataError when the list is damaged."""
-        return (ProblemRecord(**values) for values in self._read_lines(_PROBLEMS_NAME))
+        return self._read_records(_PROBLEMS_NAME, ProblemRecord)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -193,7 +194,12 @@ class StorePart:
 
     @cached_property
     def _row_offsets(self) -> np.ndarray:
-        return self._read_sidecar("segments/row_offsets")
+        name = "segments/row_offsets"
+        offsets = self._read_sidecar(name)
+        (n_segments,) = self._array("segments/start").shape
+        if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != n_segments:
+            raise DataError(f"{self.path / name} does not fit {n_segments} segments: {WAY_OUT}")
+        return offsets
 
     def _array(self, name: str) -> Any:
         try:
@@ -211,10 +217,11 @@ class StorePart:
             raise DataError(f"part of {self.path / name} is missing: {WAY_OUT}")
         return values
 
-    def _read_lines(self, name: str) -> Iterator[dict[str, Any]]:
+    def _read_records(self, name: str, kind: Callable[..., Record]) -> Iterator[Record]:
         self._check_content(name)
         with (self.path / name).open("rb") as file:
-            yield from map(json.loads, file)
+            for line in file:
+                yield kind(**json.loads(line))
 
     def _check_content(self, name: str) -> None:
         path = self.path / name

@@ -1,6 +1,8 @@
-"""What a store holds, in figures for people: the summary of a build, and `inspect`."""
+"""What a store holds, in figures: the summary of a build, and `inspect`, for people and as JSON."""
 
 from collections.abc import Sequence
+from heapq import nsmallest
+from typing import Any
 
 import numpy as np
 
@@ -11,36 +13,85 @@ _BAR_WIDTH = 40
 _LONGEST_SHOWN = 5
 
 
-def summarize(store: Store) -> str:
-    """The figures of a store: a line per split, then what holds for all of it."""
+def summary(store: Store) -> dict[str, Any]:
+    """The figures of a store as JSON has them. Shares are fractions of 1; a share of nothing is 0."""
     manifest = store.manifest
     splits = manifest.splits
+    lengths = np.fromiter((document.tokens for part in store.parts for document in part.documents()), np.int64)
+    stored = sum(record.n_bytes for part in store.parts for record in _token_files(part.manifest.files))
     tokens = sum(split.tokens for split in splits.values())
-    n_bytes = sum(split.n_bytes for split in splits.values())
-    fallback = sum(split.byte_fallback_tokens for split in splits.values())
-    stored = sum(record.n_bytes for name, record in manifest.files.items() if name.startswith("tokens/"))
-    header = ("split", "documents", "bytes", "tokens", "bytes/token", "rows", "padding")
-    lines = [
-        f"{store.path}: {store.n_rows} rows of {store.seq_len:,} tokens, packing {manifest.packing}, "
-        f"{manifest.tokenizer_kind} tokenizer of {store.vocab_size:,}",
-        _table([header, *(_split_row(name, split, store.seq_len) for name, split in splits.items())]),
-        f"all: {n_bytes:,} bytes, {tokens:,} tokens, {n_bytes / tokens:.3f} bytes per token, "
-        f"{fallback / tokens:.3%} byte fallback, {1 - tokens / (store.n_rows * store.seq_len):.2%} padding, "
-        f"{stored / tokens:.3f} stored bytes per token",
+    return {
+        "store": str(store.path),
+        "parts": len(store.parts),
+        "seq_len": store.seq_len,
+        "packing": manifest.packing,
+        "stride": manifest.stride,
+        "tokenizer": manifest.tokenizer_kind,
+        "vocab_size": store.vocab_size,
+        **_figures(list(splits.values()), store.seq_len),
+        "stored_bytes_per_token": _share(stored, tokens),
+        "splits": {name: _figures([split], store.seq_len) for name, split in splits.items()},
+        "problems": manifest.problems,
+        "length_histogram": length_histogram(lengths),
+    }
+
+
+def _token_files(files: dict[str, Any]) -> list[Any]:
+    return [record for name, record in files.items() if name.startswith("tokens/")]
+
+
+def _figures(splits: Sequence[SplitRecord], seq_len: int) -> dict[str, float]:
+    """Of one split, or of several as one."""
+    rows = sum(stop - start for split in splits for start, stop in split.rows)
+    documents, n_bytes, tokens, placed, mixed, fallback = (
+        sum(getattr(split, name) for split in splits)
+        for name in ("documents", "n_bytes", "tokens", "placed_tokens", "mixed_rows", "byte_fallback_tokens")
+    )
+    return {
+        "documents": documents,
+        "bytes": n_bytes,
+        "tokens": tokens,
+        "bytes_per_token": _share(n_bytes, tokens),
+        "byte_fallback_share": _share(fallback, tokens),
+        "rows": rows,
+        "padding_share": _share(rows * seq_len - placed, rows * seq_len),
+        "mixed_rows": mixed,
+        "mixed_rows_share": _share(mixed, rows),
+    }
+
+
+def length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    """How many of `lengths` int64 [n] lie between one power of two and the next: {"from", "to", "documents"}.
+
+    From the shortest to the longest, without a gap. Documents of no tokens are counted by themselves.
+    """
+    counts = np.bincount(np.frexp(lengths.astype(float))[1])  # 0 for 0, else 1 + the exponent of the power below
+    used = np.flatnonzero(counts)
+    return [
+        {"from": 1 << bit >> 1, "to": (1 << bit) - 1, "documents": int(counts[bit])}
+        for bit in (range(used[0], used[-1] + 1) if len(used) else ())
     ]
-    return "\n".join(lines)
+
+
+def summarize(store: Store) -> str:
+    """The figures of a store: a line per split, then what holds for all of it, then what was wrong."""
+    return _summarize(summary(store))
 
 
 def inspect(store: Store) -> str:
     """`summarize`, a histogram of the documents' lengths, and the longest documents."""
-    lengths = np.array([document.tokens for document in store.documents])
-    longest = sorted(store.documents, key=lambda document: (-document.tokens, document.name))[:_LONGEST_SHOWN]
+    figures = summary(store)
+    longest = nsmallest(
+        _LONGEST_SHOWN,
+        (document for part in store.parts for document in part.documents()),
+        key=lambda document: (-document.tokens, document.name),
+    )
     return "\n".join(
         [
-            summarize(store),
+            _summarize(figures),
             "",
             "documents by length in tokens:",
-            *length_histogram(lengths),
+            *_bars(figures["length_histogram"]),
             "",
             "longest documents:",
             *(f"  {document.tokens:>14,} tokens  {document.split:<6} {document.name}" for document in longest),
@@ -48,27 +99,44 @@ def inspect(store: Store) -> str:
     )
 
 
-def length_histogram(lengths: np.ndarray) -> list[str]:
-    """A line per power of two between the shortest and the longest of `lengths` [n]."""
-    exponents = np.floor(np.log2(lengths)).astype(int)
-    counts = np.bincount(exponents)
-    lines = []
-    for exponent in range(exponents.min(), exponents.max() + 1):
-        bar = "#" * round(_BAR_WIDTH * counts[exponent] / counts.max())
-        lines.append(f"  {2**exponent:>12,} to {2 ** (exponent + 1) - 1:>12,} {counts[exponent]:>8,} {bar}".rstrip())
-    return lines
+def _summarize(figures: dict[str, Any]) -> str:
+    header = ("split", "documents", "bytes", "tokens", "bytes/token", "rows", "padding", "mixed rows")
+    packing = figures["packing"] + (f" with stride {figures['stride']:,}" if figures["packing"] == "book" else "")
+    appended = f", {figures['parts'] - 1} appended parts" if figures["parts"] > 1 else ""
+    lines = [
+        f"{figures['store']}: {figures['rows']:,} rows of {figures['seq_len']:,} tokens, packing {packing}, "
+        f"{figures['tokenizer']} tokenizer of {figures['vocab_size']:,}{appended}",
+        _table([header, *(_split_row(name, split) for name, split in figures["splits"].items())]),
+        f"all: {figures['bytes']:,} bytes, {figures['tokens']:,} tokens, {figures['bytes_per_token']:.3f} bytes per "
+        f"token, {figures['byte_fallback_share']:.3%} byte fallback, {figures['padding_share']:.2%} padding, "
+        f"{figures['mixed_rows_share']:.2%} of rows with more than one document, "
+        f"{figures['stored_bytes_per_token']:.3f} stored bytes per token",
+    ]
+    if figures["problems"]:
+        counts = (f"{count:,} {name.replace('/', ' ')}" for name, count in figures["problems"].items())
+        lines.append(f"problems: {', '.join(counts)}: problems.jsonl lists them")
+    return "\n".join(lines)
 
 
-def _split_row(name: str, split: SplitRecord, seq_len: int) -> tuple[str, ...]:
-    rows = sum(stop - start for start, stop in split.rows)
+def _bars(histogram: Sequence[dict[str, int]]) -> list[str]:
+    most = max((entry["documents"] for entry in histogram), default=1)
+    return [
+        f"  {entry['from']:>12,} to {entry['to']:>12,} {entry['documents']:>10,} "
+        f"{'#' * round(_BAR_WIDTH * entry['documents'] / most)}".rstrip()
+        for entry in histogram
+    ]
+
+
+def _split_row(name: str, split: dict[str, float]) -> tuple[str, ...]:
     return (
         name,
-        f"{split.documents:,}",
-        f"{split.n_bytes:,}",
-        f"{split.tokens:,}",
-        f"{split.n_bytes / split.tokens:.3f}",
-        f"{rows:,}",
-        f"{1 - split.tokens / (rows * seq_len):.2%}",
+        f"{split['documents']:,}",
+        f"{split['bytes']:,}",
+        f"{split['tokens']:,}",
+        f"{split['bytes_per_token']:.3f}",
+        f"{split['rows']:,}",
+        f"{split['padding_share']:.2%}",
+        f"{split['mixed_rows']:,}",
     )
 
 
@@ -80,3 +148,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
         )
         for row in rows
     )
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

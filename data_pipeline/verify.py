@@ -1,123 +1,264 @@
 """Is every byte of a store still what was built, and does it all fit together?
 
 Every problem is reported, not only the first. The full check trusts nothing: hashes of all files, Zarr's own
-metadata against the manifest, and every document decoded and compared with the hash of its source.
+metadata against the manifest, the tables against each other, and every document decoded and compared with the hash of
+its source. Memory does not grow with the text: rows are read one at a time, and a document is a hash in the making.
 """
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import zarr
+from tqdm import tqdm
 
+from data_pipeline.decode import decode_tokens, fresh_stretches
 from data_pipeline.errors import DataError
+from data_pipeline.files import find_files, hash_file
+from data_pipeline.layout import StorePart
 from data_pipeline.manifest import Manifest
 from data_pipeline.packing import Segments
-from data_pipeline.store import Store, chunk_tokens
-from data_pipeline.tokenizer import token_dtype
+from data_pipeline.store import Store, part_path, read_part
 
 
-def verify(path: Path, quick: bool = False) -> list[str]:
+class Documents(NamedTuple):
+    """What the table of a part says of each document: arrays [n_documents]."""
+
+    n_bytes: np.ndarray
+    sha256: np.ndarray
+    """uint8 [n_documents, 32]"""
+    split: np.ndarray
+    """int64: the split's number in the manifest."""
+    tokens: np.ndarray
+
+
+def verify(path: Path, quick: bool = False, sources: Sequence[str] = ()) -> list[str]:
     """The problems of a store, a line each; none when it is sound.
 
-    Quick: the manifest is whole, every file is there and has its size. Raises DataError when there is no store.
+    Quick: the manifests are whole, every file is there and has its size. `sources` are inputs as the build's --input
+    has them: files found there are compared with those that the store was made of.
+    Raises DataError when there is no store, or nothing in `sources` that it was made of.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist: build a store with python -m data_pipeline build")
     try:
-        store = Store(path, Manifest.read(path))
+        root = Manifest.read(path)
     except DataError as error:
         return [str(error)]
-    problems = store.check_files(full=not quick)
-    if quick:
-        return problems
-    problems += [f"{path / name} is no part of the store" for name in store.unknown_files()]
-    try:
-        problems += check_layout(store)
-        problems += check_segments(store)
-        problems += check_content(store)
-    except DataError as error:  # a table is damaged, without which nothing further can be checked
-        problems.append(str(error))
-    return problems
-
-
-def check_layout(store: Store) -> list[str]:
-    """Zarr's metadata of the tokens against the manifest."""
-    manifest = store.manifest
-    dtype = token_dtype(manifest.vocab_size)
-    try:
-        tokens = zarr.open_array(store.path / "tokens", mode="r")
-    except Exception as error:  # Zarr raises whatever its JSON reader met
-        raise DataError(f"{store.path / 'tokens'} cannot be opened: {error}") from error
-    facts = {
-        "shape": (tokens.shape, (manifest.n_rows, manifest.seq_len)),
-        "dtype": (tokens.dtype, dtype),
-        "chunks": (tokens.chunks, (1, chunk_tokens(manifest.seq_len))),
-        "shards": (tokens.shards, (min(manifest.rows_per_shard, manifest.n_rows), manifest.seq_len)),
-        "fill value": (int(tokens.fill_value), int(np.iinfo(dtype).max)),
-    }
-    return [
-        f"{store.path / 'tokens'} has {name} {found} instead of {expected}"
-        for name, (found, expected) in facts.items()
-        if found != expected
-    ]
-
-
-def check_segments(store: Store) -> list[str]:
-    """Segments tile the valid part of each row, and cover each document exactly once."""
-    segments, documents = store.segments, store.documents
-    if not np.isin(segments.document, [document.id for document in documents]).all():
-        raise DataError(f"{store.path} has segments of documents that are not in its table")
-    ends = np.zeros(store.n_rows, np.int64)
-    problems = []
-    for row, end in zip(*_tile(segments.row, segments.start, segments.length), strict=True):
-        if end < 0:
-            problems.append(f"the segments of row {row} leave gaps or overlap")
-        else:
-            ends[row] = end
-    wrong = np.flatnonzero((ends != store.valid_tokens) | (ends > store.seq_len) | (ends == 0))
-    problems += [f"the segments of row {row} do not cover its valid tokens" for row in wrong]
-
-    by_document = Segments(*(column[np.lexsort((segments.document_start, segments.document))] for column in segments))
-    covered = np.zeros(len(documents), np.int64)
-    tiles = _tile(by_document.document, by_document.document_start, by_document.length)
-    for number, end in zip(*tiles, strict=True):
-        covered[number] = end
-    return problems + [
-        f"document {document.name!r} is not covered exactly once"
-        for document, tokens in zip(documents, covered, strict=True)
-        if tokens != document.tokens
-    ]
-
-
-def _tile(group: np.ndarray, start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For stretches sorted by (group, start): each group, and where it ends, or -1 if it is not tiled from 0 on."""
-    first = np.flatnonzero(np.diff(group, prepend=-1))
-    expected = np.concatenate(([0], (start + length)[:-1]))
-    expected[first] = 0
-    broken = np.logical_or.reduceat((start != expected) | (length <= 0), first)
-    last = np.append(first[1:], len(group)) - 1
-    return group[first], np.where(broken, -1, (start + length)[last])
-
-
-def check_content(store: Store) -> list[str]:
-    """Every row is readable and padded as it should be; every document decodes to its size and hash."""
-    problems = []
-    hashes = [hashlib.sha256() for _ in store.documents]
-    sizes = [0] * len(hashes)
-    for row in range(store.n_rows):
+    problems, appended = [], {}
+    for name in root.parts:
         try:
-            tokens = store.read_row(row)
+            appended[name] = read_part(path, root, name)
         except DataError as error:
             problems.append(str(error))
-            continue
-        if (tokens[store.valid_tokens[row] :] != store.manifest.eos_id).any():
-            problems.append(f"row {row} of {store.path} is not padded with EOS")
-        for start, length, number, _ in store.segments_of(row).tolist():
-            text = store.tokenizer.decode(tokens[start : start + length])
-            hashes[number].update(text)
-            sizes[number] += len(text)
-    for document, size, digest in zip(store.documents, sizes, hashes, strict=True):
-        if (size, digest.hexdigest()) != (document.n_bytes, document.sha256):
-            problems.append(f"document {document.name!r} does not decode to its source")
+    store = Store(path, root, appended)
+    problems += store.check_files(full=not quick)
+    if not quick:
+        damaged = {part_path(path, name) for name in root.parts.keys() - appended.keys()}
+        unknown = {path / name for name in store.unknown_files()} - damaged
+        problems += [f"{file} is no part of the store" for file in sorted(unknown)]
+        problems += [problem for part in store.parts for problem in check_part(part)]
+    return problems + (check_sources(store, sources) if sources else [])
+
+
+def check_sources(store: Store, sources: Sequence[str]) -> list[str]:
+    """Compares files with what the store was made of, by name. Raises DataError when none was part of that."""
+    try:
+        recorded = {record.name: record for record in store.inputs}
+    except DataError as error:
+        return [str(error)]
+    found = find_files(sources, (), arrays=store.manifest.tokenizer_kind == "integers")
+    files = [file for file in found if file.name in recorded]
+    if not files:
+        raise DataError(
+            f"{store.path} was made of none of the files in {', '.join(sources)}: give --source what --input was given"
+        )
+    return [
+        f"{file.location} is not what the store was made of under the name {file.name!r}: its sha256 is another"
+        for file in tqdm(files, desc="compare sources", unit="file", disable=None)
+        if hash_file(file) != recorded[file.name].sha256
+    ]
+
+
+def check_part(part: StorePart) -> list[str]:
+    """Whether what a part holds fits together. The hashes of its files are `StorePart.check_files`' business."""
+    try:
+        if problems := part.check_layout():
+            return problems
+        documents = _read_documents(part)
+        segments = part.segments._replace(
+            row=part.segments.row - part.first_row, document=part.segments.document - part.first_document
+        )
+        problems = [*_check_problems(part), *_check_rows(part, segments), *_check_cover(part, segments, documents)]
+        if not problems:  # what does not fit would only be decoded to nonsense
+            problems = [*_check_splits(part, segments, documents), *_check_content(part, segments, documents)]
+    except DataError as error:  # a table is damaged, without which nothing further can be checked
+        return [str(error)]
     return problems
+
+
+def _read_documents(part: StorePart) -> Documents:
+    splits = {name: number for number, name in enumerate(part.manifest.splits)}
+    n_documents = part.stop_document - part.first_document
+    table = Documents(
+        n_bytes=np.zeros(n_documents, np.int64),
+        sha256=np.zeros((n_documents, 32), np.uint8),
+        split=np.zeros(n_documents, np.int64),
+        tokens=np.zeros(n_documents, np.int64),
+    )
+    number = -1
+    for number, document in enumerate(part.documents()):
+        if number == n_documents or document.id != part.first_document + number or document.split not in splits:
+            raise DataError(f"document {document.name!r} of {part.path} is not one that its manifest counts")
+        digest = np.frombuffer(bytes.fromhex(document.sha256), np.uint8)
+        for column, value in zip(
+            table, (document.n_bytes, digest, splits[document.split], document.tokens), strict=True
+        ):
+            column[number] = value
+    if number + 1 != n_documents:
+        raise DataError(f"{part.path} lists {number + 1} documents, and its manifest counts {n_documents}")
+    return table
+
+
+def _check_problems(part: StorePart) -> Iterator[str]:
+    listed = Counter(f"{record.problem}/{record.action}" for record in part.problems())
+    if listed != Counter(part.manifest.problems):
+        yield f"{part.path} lists other problems than its manifest counts"
+
+
+def _check_rows(part: StorePart, segments: Segments) -> Iterator[str]:
+    """Segments tile the valid part of each row."""
+    n_rows = part.manifest.n_rows
+    end = segments.start + segments.length
+    first = _is_first(segments.row)
+    expected = np.where(first, 0, np.roll(end, 1))
+    apart = np.zeros(n_rows, bool)
+    apart[segments.row[(segments.start != expected) | (segments.length <= 0)]] = True
+    for row in np.flatnonzero(apart):
+        yield f"the segments of row {part.first_row + row} of {part.path} leave gaps or overlap"
+    ends = np.zeros(n_rows, np.int64)
+    last = np.roll(first, -1)
+    ends[segments.row[last]] = end[last]
+    wrong = (ends != part.valid_tokens) | (ends > part.manifest.seq_len) | (ends == 0)
+    for row in np.flatnonzero(wrong & ~apart):
+        yield f"the segments of row {part.first_row + row} of {part.path} do not cover its valid tokens"
+
+
+def _check_cover(part: StorePart, segments: Segments, documents: Documents) -> Iterator[str]:
+    """The stretches of each document, in the order of rows, are all of it: end to end, or windows `stride` apart."""
+    n_documents = len(documents.tokens)
+    if len(segments.document) and not 0 <= segments.document.min() <= segments.document.max() < n_documents:
+        raise DataError(f"{part.path} has segments of documents that are not in its table")
+    manifest = part.manifest
+    order = np.argsort(segments.document, kind="stable")
+    document, start, length = (
+        column[order] for column in (segments.document, segments.document_start, segments.length)
+    )
+    first = _is_first(document)
+    end = start + length
+    last = np.roll(first, -1)
+    complete = documents.tokens[document]
+    if manifest.packing == "book":
+        expected = np.roll(start, 1) + manifest.stride
+        length_fits = length == np.minimum(manifest.seq_len, complete - start)
+    else:
+        expected = np.roll(end, 1)
+        length_fits = length > 0
+    fits = (start == np.where(first, 0, expected)) & length_fits & ((end == complete) == last)
+    wrong = documents.tokens > 0
+    wrong[document] = False
+    wrong[document[~fits]] = True
+    yield from _name_documents(part, wrong, "is not covered exactly once")
+
+
+def _check_splits(part: StorePart, segments: Segments, documents: Documents) -> Iterator[str]:
+    """Each split has the rows of its documents, and its record in the manifest counts what there is."""
+    splits = part.manifest.splits
+    split_of_row = np.full(part.manifest.n_rows, -1)
+    for number, split in enumerate(splits.values()):
+        for start, stop in split.rows:
+            split_of_row[start:stop] = number
+    strange = segments.row[split_of_row[segments.row] != documents.split[segments.document]]
+    for row in np.unique(strange):
+        yield f"row {part.first_row + row} of {part.path} holds documents of another split"
+    joins = (np.diff(segments.row) == 0) & (np.diff(segments.document) != 0)
+    mixed = np.unique(segments.row[1:][joins])
+    for number, (name, split) in enumerate(splits.items()):
+        members, rows = documents.split == number, split_of_row == number
+        counts = {
+            "documents": members.sum(),
+            "n_bytes": documents.n_bytes[members].sum(),
+            "tokens": documents.tokens[members].sum(),
+            "placed_tokens": part.valid_tokens[rows].sum(),
+            "mixed_rows": rows[mixed].sum(),
+        }
+        for key, count in counts.items():
+            if getattr(split, key) != count:
+                yield f"split {name} of {part.path} has {key} {count}, and {getattr(split, key)} in the manifest"
+
+
+def _check_content(part: StorePart, segments: Segments, documents: Documents) -> Iterator[str]:
+    """Every row is readable, and padded as it should be; every document decodes to its size and hash."""
+    covered = np.zeros(len(documents.tokens), np.int64)
+    sizes = np.zeros(len(documents.tokens), np.int64)
+    hashes: dict[int, Any] = {}
+    wrong = np.zeros(len(documents.tokens), bool)
+    wrong[documents.tokens == 0] = (documents.sha256[documents.tokens == 0] != _EMPTY).any(axis=1)
+    offsets = np.searchsorted(segments.row, np.arange(part.manifest.n_rows + 1))
+    for row in tqdm(range(part.manifest.n_rows), desc=f"verify {part.path.name}", unit="row", disable=None):
+        table = np.stack([column[offsets[row] : offsets[row + 1]] for column in segments[1:]], axis=1)
+        try:
+            tokens = part.read_row(part.first_row + row)
+        except DataError as error:
+            yield str(error)
+            tokens = np.zeros(0, np.int64)  # the documents in it will not match their hashes
+        else:
+            yield from _check_marks(part, row, tokens, table, documents)
+        for stretch in fresh_stretches(table, covered, documents.tokens):
+            digest = hashes.pop(stretch.document, None) or hashlib.sha256()
+            for text in decode_tokens(part.tokenizer, tokens[stretch.start : stretch.stop]):
+                digest.update(text)
+                sizes[stretch.document] += len(text)
+            if stretch.last:
+                wrong[stretch.document] = digest.digest() != documents.sha256[stretch.document].tobytes()
+            else:
+                hashes[stretch.document] = digest
+    yield from _name_documents(part, wrong | (sizes != documents.n_bytes), "does not decode to its source")
+
+
+_EMPTY = np.frombuffer(hashlib.sha256().digest(), np.uint8)
+
+
+def _check_marks(
+    part: StorePart, row: int, tokens: np.ndarray, table: np.ndarray, documents: Documents
+) -> Iterator[str]:
+    """BOS and EOS stand where documents begin and end, and nowhere else but in the padding, which is EOS."""
+    manifest = part.manifest
+    start, length, document, document_start = table.T
+    begins = start[document_start == 0] if manifest.bos else start[:0]
+    ends = (start + length - 1)[document_start + length == documents.tokens[document]] if manifest.eos else start[:0]
+    n_valid = int(length.sum())
+    valid, padding = tokens[:n_valid], tokens[n_valid:]
+    marks = np.flatnonzero((valid == manifest.bos_id) | (valid == manifest.eos_id))
+    if (
+        not np.array_equal(marks, np.union1d(begins, ends))
+        or (valid[begins] != manifest.bos_id).any()
+        or (valid[ends] != manifest.eos_id).any()
+    ):
+        yield f"row {part.first_row + row} of {part.path} does not mark where documents begin and end"
+    if (padding != manifest.eos_id).any():
+        yield f"row {part.first_row + row} of {part.path} is not padded with EOS"
+
+
+def _is_first(group: np.ndarray) -> np.ndarray:
+    """bool [n]: whether each element of a sorted array is the first of its kind."""
+    return np.diff(group, prepend=-1) != 0
+
+
+def _name_documents(part: StorePart, wrong: np.ndarray, what: str) -> Iterator[str]:
+    if wrong.any():
+        for document, is_wrong in zip(part.documents(), wrong, strict=True):
+            if is_wrong:
+                yield f"document {document.name!r} {what}"
