@@ -17,8 +17,14 @@ In the order things happen:
     splits.py        which document is held out
     duplicates.py    which documents are copies of an earlier one
     packing.py       which token goes to which row
-    scratch.py       token files between the two halves of a build
-    build.py         the story: scan, tokenize, plan, write, publish
+    jobs.py          work that any number of processes share through a directory, and that survives them
+    team.py          who they are: this process, MPI ranks, SLURM tasks
+    scratch.py       tokens and facts between the two halves of a build
+    planning.py      which documents are kept, and where everything goes
+    inputs.py        are the input files those that a build began with?
+    stages.py        the story: start, tokenize, plan, write, finish
+    build.py         who goes through it, and what comes of it
+    progress.py      how far it is
     manifest.py      what a store has to contain
     layout.py        the Zarr layout: the only file that knows it
     store.py         a store and what was appended to it, as one

@@ -5,6 +5,7 @@ is one line on stderr. Progress and notices go to stderr, results to stdout.
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -12,11 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.build import build
-from data_pipeline.config import PACKINGS, BuildSettings, available_cpus, parse_split
+from data_pipeline.config import (
+    DUPLICATES,
+    NORMALIZATIONS,
+    PACKINGS,
+    POLICIES,
+    BuildSettings,
+    TextSettings,
+    parse_policies,
+    parse_split,
+    text_settings,
+)
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
-from data_pipeline.report import inspect, summarize
+from data_pipeline.report import inspect, summarize, summary
 from data_pipeline.store import Store
+from data_pipeline.team import default_workers
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.training import TrainingSettings, train_tokenizer
 from data_pipeline.verify import verify
@@ -61,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     default = TrainingSettings
     _add_input(parser)
+    _add_text(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.model")
     parser.add_argument("--vocab-size", type=int, default=default.vocab_size, help="pieces (default: %(default)s)")
     parser.add_argument(
@@ -70,7 +83,6 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
         "--max-bytes", type=int, default=default.max_bytes, help="size of the sample (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="draws the sample (default: %(default)s)")
-    _add_workers(parser)
     parser.set_defaults(run=_run_tokenizer)
 
 
@@ -82,7 +94,8 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
         model_type=arguments.model_type,
         max_bytes=arguments.max_bytes,
         seed=arguments.seed,
-        workers=arguments.workers,
+        text=_text_of(arguments),
+        policies=parse_policies(arguments.on_bad),
     )
     trained = train_tokenizer(settings)
     tokenizer = load_tokenizer(str(settings.output))
@@ -94,22 +107,49 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     default = BuildSettings
     _add_input(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="FILE.model|bytes")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE.model|bytes|integers")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="with the tokenizer integers: values are below this"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="STORE")
+    parser.add_argument("--append", action="store_true", help="add the documents to a store that is there")
     parser.add_argument("--seq-len", type=int, default=default.seq_len, help="tokens in a row (default: %(default)s)")
     parser.add_argument(
         "--packing",
         choices=PACKINGS,
         default=default.packing,
-        help="bestfit: rows of their own for long documents, leftovers share rows; stream: end to end "
-        "(default: %(default)s)",
+        help="bestfit: rows of their own for long documents, leftovers share rows; stream: end to end; book: windows "
+        "of one document each (default: %(default)s)",
     )
-    parser.add_argument("--split", default="", metavar="val=0.01,test=0.01", help="shares of documents to hold out")
     parser.add_argument(
-        "--val-input", type=Path, nargs="+", default=[], metavar="PATH", help="documents of the split val"
+        "--stride", type=int, metavar="TOKENS", help="with book: from one window to the next (default: --seq-len)"
     )
-    parser.add_argument("--rows-per-shard", type=int, default=default.rows_per_shard, help="(default: %(default)s)")
-    _add_workers(parser)
+    parser.add_argument("--no-bos", dest="bos", action="store_false", help="no BOS before a document")
+    parser.add_argument("--no-eos", dest="eos", action="store_false", help="no EOS after a document")
+    parser.add_argument("--split", default="", metavar="val=0.01,test=0.01", help="shares of documents to hold out")
+    parser.add_argument("--val-input", nargs="+", default=[], metavar="PATH", help="documents of the split val")
+    _add_text(parser)
+    parser.add_argument(
+        "--duplicates",
+        choices=DUPLICATES,
+        default=default.duplicates,
+        help="keep: count exact duplicates; drop: leave them out; near: near-duplicates too (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--near-threshold",
+        type=float,
+        default=default.near_threshold,
+        metavar="J",
+        help="Jaccard similarity of word 5-grams that makes near-duplicates (default: %(default)s)",
+    )
+    parser.add_argument("--rows-per-shard", type=int, help="(default: as many as make 16M tokens, at most 256)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there as well")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=default_workers(os.environ),
+        help="processes; of each rank, under mpirun or srun (default: %(default)s)",
+    )
     parser.set_defaults(run=_run_build)
 
 
@@ -118,30 +158,50 @@ def _run_build(arguments: argparse.Namespace) -> int:
         inputs=tuple(arguments.input),
         tokenizer=arguments.tokenizer,
         output=arguments.output,
+        vocab_size=arguments.vocab_size,
         seq_len=arguments.seq_len,
         packing=arguments.packing,
-        split=parse_split(arguments.split) if arguments.split else {},
+        stride=arguments.stride,
+        bos=arguments.bos,
+        eos=arguments.eos,
+        split=parse_split(arguments.split),
         val_inputs=tuple(arguments.val_input),
+        text=_text_of(arguments),
+        policies=parse_policies(arguments.on_bad),
+        duplicates=arguments.duplicates,
+        near_threshold=arguments.near_threshold,
+        append=arguments.append,
         rows_per_shard=arguments.rows_per_shard,
         workers=arguments.workers,
     )
     result = build(settings)
+    if result.team.rank != 0:
+        return 0
     if result.already_built:
         print(f"{settings.output} is already built from this input with these settings")
     print(summarize(result.store))
     for note in result.notes:
         print(f"note: {note}")
+    _write_summary(result.store, arguments.json)
     return 0
+
+
+def _write_summary(store: Store, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(summary(store), indent=2) + "\n", encoding="utf-8")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE")
     parser.add_argument("--quick", action="store_true", help="only the manifest, and presence and sizes of files")
+    parser.add_argument(
+        "--source", nargs="+", default=[], metavar="PATH", help="the inputs, to compare with what the store was made of"
+    )
     parser.set_defaults(run=_run_verify)
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
-    problems = verify(arguments.store, arguments.quick)
+    problems = verify(arguments.store, arguments.quick, arguments.source)
     for problem in problems:
         print(f"problem: {problem}")
     print(f"{arguments.store}: {len(problems)} problems" if problems else f"{arguments.store}: sound")
@@ -150,11 +210,14 @@ def _run_verify(arguments: argparse.Namespace) -> int:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     parser.set_defaults(run=_run_inspect)
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
-    print(inspect(Store.open(arguments.store)))
+    store = Store.open(arguments.store)
+    print(inspect(store))
+    _write_summary(store, arguments.json)
     return 0
 
 
@@ -183,9 +246,45 @@ def _run_decode(arguments: argparse.Namespace) -> int:
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders with .txt files"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders, globs, fsspec URLs of these, or @FILE with one on each line: .txt, .jsonl and .parquet, "
+        "plain or .gz, .zst, .xz; .npy and .npz for the tokenizer integers",
     )
 
 
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=available_cpus(), help="processes (default: %(default)s)")
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    default = TextSettings()
+    parser.add_argument("--encoding", default=default.encoding, help="of text files (default: %(default)s)")
+    parser.add_argument(
+        "--normalize",
+        nargs="+",
+        choices=NORMALIZATIONS,
+        default=[],
+        help="bom: drop a byte order mark; newlines: CRLF and CR become LF (default: every byte stays)",
+    )
+    parser.add_argument(
+        "--field", default=default.field, help="field of JSON lines, column of Parquet (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-record-bytes",
+        type=int,
+        default=default.max_record_bytes,
+        help="larger JSON lines and Parquet values are oversized (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--on-bad",
+        default="",
+        metavar="PROBLEM=POLICY,...",
+        help=f"what to do about bad documents, the default first: {'; '.join(map(_choices, POLICIES))}",
+    )
+
+
+def _choices(problem: str) -> str:
+    return f"{problem}={'|'.join(POLICIES[problem])}"
+
+
+def _text_of(arguments: argparse.Namespace) -> TextSettings:
+    return text_settings(arguments.encoding, tuple(arguments.normalize), arguments.field, arguments.max_record_bytes)

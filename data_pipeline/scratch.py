@@ -1,92 +1,318 @@
-"""Token files between the two halves of a build.
+"""The tokens and facts of a build's documents, between the stage that makes them and the stage that scatters them.
 
-Tokenizing goes over documents in order, packing scatters them over rows; between the two lie these files. Each task
-of the first half writes one, and all of them end to end are all documents end to end, BOS and EOS included. The
-second half reads any stretch of that one long sequence of tokens. Removed before the store is published.
+A task of the first stage goes over consecutive stretches of input files. It writes their tokens to one file, and what
+there is to know about them, column by column, to its record. The tokens of all tasks end to end are those of all
+documents end to end, BOS and EOS included, as far as they could be read.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from data_pipeline.sources import Document, Span, read_blocks
+from data_pipeline.config import POLICIES
+from data_pipeline.documents import Part, Reading, Span, invalid_utf8, read_parts, splittable
+from data_pipeline.duplicates import N_PERMUTATIONS, Signature
+from data_pipeline.errors import BadDocument, DataError
+from data_pipeline.files import InputFile, hash_file
+from data_pipeline.jobs import publishing, record_name
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, token_dtype
 
-_INDEX_NAME = "index.npy"
+RECORD_SUFFIX = ".npz"
+PROBLEMS = tuple(POLICIES)
+"""Problems by number, in columns: 1 is the first."""
+_OPEN_FILES = 64
 
 
 class TokenizeTask(NamedTuple):
     """What one call of `tokenize` does."""
 
+    number: int
+    folder: Path
+    """Of the tokens and records of all tasks."""
     tokenizer: str
+    vocab_size: int | None
     spans: list[Span]
-    documents: list[Document]
-    """The document of each span."""
-    block_bytes: int
-    output: Path
+    files: list[InputFile]
+    """The file of each span."""
+    reading: Reading
+    bos: bool
+    eos: bool
+    near: bool
+    """Whether documents get a MinHash signature."""
 
 
-class SpanTokens(NamedTuple):
-    """What a span came to."""
+class Columns(NamedTuple):
+    """What the tokenized parts of documents came to: arrays of one length, in the order of the corpus."""
 
-    document: int
+    file: np.ndarray
+    """int64: which input file."""
+    first: np.ndarray
+    """bool: whether its document begins here."""
+    record: np.ndarray
+    """int64: -1 where the file is the document."""
+    n_bytes: np.ndarray
+    n_tokens: np.ndarray
+    """int64: what was written to the file of tokens, whatever became of it."""
+    n_byte_fallback: np.ndarray
+    bad: np.ndarray
+    """int8: the number of the problem for which the document is left out; 0: none."""
+    replaced: np.ndarray
+    """int8: the number of the problem of which the document was mended; 0: none."""
+    sha256: np.ndarray
+    """uint8 [n, 32]: of the whole document, in its first part."""
+    minhash: np.ndarray
+    """uint32 [n, N_PERMUTATIONS], or [n, 0]."""
+
+
+class _Row(NamedTuple):
+    """One entry of each column."""
+
+    file: int
+    first: bool
+    record: int
+    n_bytes: int
     n_tokens: int
     n_byte_fallback: int
+    bad: int
+    replaced: int
+    sha256: bytes
+    minhash: np.ndarray | None
 
 
-def tokenize(task: TokenizeTask) -> list[SpanTokens]:
-    """Writes the tokens of a task's spans to its file, a block at a time. Returns one result per span."""
-    tokenizer = load_tokenizer(task.tokenizer)
-    results = []
-    with task.output.open("wb") as file:
-        for span, document in zip(task.spans, task.documents, strict=True):
-            n_tokens = n_byte_fallback = 0
-            for tokens in _span_tokens(tokenizer, span, document, task.block_bytes):
-                file.write(tokens.tobytes())
-                n_tokens += len(tokens)
-                n_byte_fallback += int(tokenizer.is_byte_fallback[tokens].sum())
-            results.append(SpanTokens(span.document, n_tokens, n_byte_fallback))
-    return results
+class TaskRecord(NamedTuple):
+    """What a task left behind besides tokens."""
+
+    columns: Columns
+    problems: list[tuple[int, str, str, str]]
+    """(part, problem, policy, detail)"""
+    input_file: np.ndarray
+    """int64 [m]: the files whose first byte is in the task."""
+    input_sha256: np.ndarray
+    """uint8 [m, 32]: their hashes, zeros if unreadable."""
 
 
-def _span_tokens(tokenizer: Tokenizer, span: Span, document: Document, block_bytes: int) -> Iterator[np.ndarray]:
-    dtype = token_dtype(tokenizer.vocab_size)
-    if span.start == 0:
-        yield np.array([tokenizer.bos_id], dtype)
-    for block in read_blocks(document, span.start, span.stop, block_bytes):
-        yield tokenizer.encode(block)
-    if span.stop == document.n_bytes:
-        yield np.array([tokenizer.eos_id], dtype)
+def tokens_path(folder: Path, task: int) -> Path:
+    """The tokens of the task with this number."""
+    return folder / f"{record_name(task)}.tokens"
+
+
+def tokenize(task: TokenizeTask) -> None:
+    """Does a task and publishes its record. Raises DataError for a document that the policies do not let pass."""
+    tokenizer = load_tokenizer(task.tokenizer, task.vocab_size)
+    rows: list[_Row] = []
+    problems: list[tuple[int, str, str, str]] = []
+    inputs: list[tuple[int, bytes]] = []
+    with publishing(tokens_path(task.folder, task.number)) as output:
+        for span, file in zip(task.spans, task.files, strict=True):
+            before = len(rows)
+            for part in read_parts(file, span, task.reading):
+                writer = _PartWriter(task, tokenizer, output, file, span, part)
+                for problem, policy, detail in writer.write():
+                    problems.append((len(rows), problem, policy, detail))
+                rows.append(writer.row)
+            if span.start == 0:
+                inputs.append((span.file, _input_hash(file, task.reading, span, rows[before:])))
+    with publishing(task.folder / (record_name(task.number) + RECORD_SUFFIX)) as record:
+        np.savez(
+            record,
+            **{f"column.{name}": column for name, column in _stack(rows)._asdict().items()},
+            problems=np.frombuffer(json.dumps(problems).encode(), np.uint8),
+            input_file=np.array([number for number, _ in inputs], np.int64),
+            input_sha256=np.frombuffer(b"".join(digest for _, digest in inputs), np.uint8).reshape(-1, 32),
+        )
+
+
+class _PartWriter:
+    """Tokens of one part of a document into the file of a task, and the row of columns that it came to."""
+
+    def __init__(
+        self, task: TokenizeTask, tokenizer: Tokenizer, output: BinaryIO, file: InputFile, span: Span, part: Part
+    ) -> None:
+        self.task, self.tokenizer, self.output, self.file, self.span, self.part = (
+            task, tokenizer, output, file, span, part,
+        )  # fmt: skip
+        self.n_bytes = self.n_tokens = self.n_byte_fallback = 0
+        self.bad = self.replaced = 0
+        self.digest = hashlib.sha256()
+        self.signature = Signature() if task.near else None
+
+    def write(self) -> list[tuple[str, str, str]]:
+        """Writes the part. Returns (problem, policy, detail) of each problem that it had."""
+        special = self.tokenizer
+        if self.part.first and self.task.bos:
+            self._put(np.array([special.bos_id]))
+        found = self._body()
+        if self.part.last and self.task.eos:
+            self._put(np.array([special.eos_id]))
+        return [(problem, self._apply(problem, detail), detail) for problem, detail in found]
+
+    @property
+    def row(self) -> _Row:
+        sha256 = b"\0" * 32
+        if self.part.first and not self.bad:
+            whole = self.part.last
+            sha256 = self.digest.digest() if whole else _document_hash(self.file, self.span.file, self.task.reading)
+        return _Row(
+            file=self.span.file,
+            first=self.part.first,
+            record=self.part.record,
+            n_bytes=self.n_bytes,
+            n_tokens=self.n_tokens,
+            n_byte_fallback=self.n_byte_fallback,
+            bad=self.bad,
+            replaced=self.replaced,
+            sha256=sha256,
+            minhash=self.signature.value() if self.signature else None,
+        )
+
+    def _body(self) -> list[tuple[str, str]]:
+        try:
+            for block in self.part.blocks:
+                self._encode(block)
+        except BadDocument as bad:
+            return [*self.part.found, (bad.problem, bad.detail)]
+        if self.part.first and self.part.last and self.n_bytes == 0 and not self.part.found:
+            return [("empty", "holds no text")]
+        return list(self.part.found)
+
+    def _encode(self, block: bytes) -> None:
+        try:
+            tokens = self.tokenizer.encode(block)
+        except UnicodeDecodeError as error:
+            raise invalid_utf8(error, self.part.offset) from None
+        self._put(tokens)
+        self.n_byte_fallback += int(np.count_nonzero(self.tokenizer.is_byte_fallback[tokens]))
+        self.n_bytes += len(block)
+        self.digest.update(block)
+        if self.signature:
+            self.signature.update(block)
+
+    def _put(self, tokens: np.ndarray) -> None:
+        self.output.write(tokens.astype(token_dtype(self.tokenizer.vocab_size), copy=False).tobytes())
+        self.n_tokens += len(tokens)
+
+    def _apply(self, problem: str, detail: str) -> str:
+        """What is done about a problem. Raises DataError when it is to stop the build."""
+        policy = self.task.reading.policies.get(problem, POLICIES[problem][0])
+        if policy == "strict":
+            others = " or ".join(f"{problem}={other}" for other in POLICIES[problem] if other != "strict")
+            record = "" if self.part.record < 0 else f", record {self.part.record} from byte {self.span.start} on,"
+            raise DataError(
+                f"{self.file.location}{record} {detail}: mend it, leave it out, or build with --on-bad {others}. What "
+                "is done so far is kept"
+            )
+        number = PROBLEMS.index(problem) + 1
+        if policy == "skip":
+            self.bad = self.bad or number
+        else:
+            self.replaced = self.replaced or number
+        return policy
+
+
+def _input_hash(file: InputFile, reading: Reading, span: Span, rows: list[_Row]) -> bytes:
+    """The sha256 of a file as it is stored: that of its document, where this is the same."""
+    if len(rows) == 1 and file.kind == "text" and splittable(file, reading.text) and span.stop == file.n_bytes:
+        row = rows[0]
+        if not row.bad and not row.replaced:
+            return row.sha256
+    try:
+        return bytes.fromhex(hash_file(file))
+    except (DataError, OSError):  # with strict policies the build has stopped before
+        return b"\0" * 32
+
+
+def _document_hash(file: InputFile, number: int, reading: Reading) -> bytes:
+    """The sha256 of a document that several tasks tokenize, as all of them read it."""
+    digest = hashlib.sha256()
+    try:
+        for part in read_parts(file, Span(number, 0, file.n_bytes), reading):
+            for block in part.blocks:
+                digest.update(block)
+    except BadDocument:  # the task that gets there says so
+        return b"\0" * 32
+    return digest.digest()
+
+
+def _stack(rows: Sequence[_Row]) -> Columns:
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(row, name) for row in rows], dtype)
+
+    signatures = [row.minhash for row in rows if row.minhash is not None]
+    return Columns(
+        file=column("file", np.int64),
+        first=column("first", bool),
+        record=column("record", np.int64),
+        n_bytes=column("n_bytes", np.int64),
+        n_tokens=column("n_tokens", np.int64),
+        n_byte_fallback=column("n_byte_fallback", np.int64),
+        bad=column("bad", np.int8),
+        replaced=column("replaced", np.int8),
+        sha256=np.frombuffer(b"".join(row.sha256 for row in rows), np.uint8).reshape(-1, 32),
+        minhash=np.array(signatures, np.uint32).reshape(len(rows), N_PERMUTATIONS if signatures else 0),
+    )
+
+
+def read_record(path: Path) -> TaskRecord:
+    """The record that a task left at `path`."""
+    with np.load(path, allow_pickle=False) as arrays:
+        columns = Columns(*(arrays[f"column.{name}"] for name in Columns._fields))
+        problems = [tuple(problem) for problem in json.loads(arrays["problems"].tobytes())]
+        return TaskRecord(columns, problems, arrays["input_file"], arrays["input_sha256"])
 
 
 class ScratchTokens:
-    """All scratch files of a directory, as one sequence of tokens."""
+    """The tokens of all tasks, as one sequence. To be closed; holds a few files open."""
 
-    def __init__(self, directory: Path, dtype: np.dtype) -> None:
-        self._directory = directory
-        self._dtype = dtype
-        self._offsets = np.load(directory / _INDEX_NAME)
+    def __init__(self, folder: Path, offsets: np.ndarray, dtype: np.dtype) -> None:
+        """`offsets` int64 [n_tasks + 1]: where each task's tokens begin in the whole."""
+        self._folder, self._offsets, self._dtype = folder, offsets, dtype
+        self._files: OrderedDict[int, int] = OrderedDict()
 
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [length] from place `start` on."""
-        parts = []
-        while length:
-            task = int(np.searchsorted(self._offsets, start, side="right")) - 1
-            skip = start - int(self._offsets[task])
-            count = min(length, int(self._offsets[task + 1]) - start)
-            path = scratch_path(self._directory, task)
-            parts.append(np.fromfile(path, self._dtype, count, offset=skip * self._dtype.itemsize))
-            start, length = start + count, length - count
-        return np.concatenate(parts)
+    def __enter__(self) -> "ScratchTokens":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def read_into(self, row: np.ndarray, start: int) -> None:
+        """Fills `row` [n] with the tokens from place `start` on."""
+        for task, skip, part in self._stretches(row, start):
+            wanted = part.view(np.uint8)
+            if os.preadv(self._descriptor(task), [wanted.data], skip * self._dtype.itemsize) != len(wanted):
+                raise DataError(
+                    f"{tokens_path(self._folder, task)} is shorter than its record says: remove {self._folder.parent} "
+                    "and build again"
+                )
+
+    def _stretches(self, row: np.ndarray, start: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        filled = 0
+        task = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        while filled < len(row):
+            skip = start + filled - int(self._offsets[task])
+            count = min(len(row) - filled, int(self._offsets[task + 1]) - start - filled)
+            if count > 0:
+                yield task, skip, row[filled : filled + count]
+                filled += count
+            task += 1
+
+    def _descriptor(self, task: int) -> int:
+        if task in self._files:
+            self._files.move_to_end(task)
+        else:
+            if len(self._files) == _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[task] = os.open(tokens_path(self._folder, task), os.O_RDONLY)
+        return self._files[task]
 
 
-def scratch_path(directory: Path, task: int) -> Path:
-    """The file of the task with this number."""
-    return directory / f"{task:08d}.tokens"
-
-
-def write_index(directory: Path, tokens_per_task: Sequence[int]) -> None:
-    """Records where each task's file begins in the whole, for `ScratchTokens`."""
-    np.save(directory / _INDEX_NAME, np.concatenate(([0], np.cumsum(tokens_per_task))))
+def concatenate(columns: Iterable[Columns]) -> Columns:
+    """Columns of consecutive tasks as one."""
+    return Columns(*map(np.concatenate, zip(*columns, strict=True)))

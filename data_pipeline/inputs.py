@@ -1,0 +1,107 @@
+"""Are the input files those that a build began with, or that a store was made of?
+
+Names and sizes are compared always, times where a build is unfinished. The content of a finished store's inputs is
+compared too, but for files that were not modified since the store was built: as `make` does, and for the same reason.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_pipeline.errors import DataError
+from data_pipeline.files import InputFile, hash_file
+from data_pipeline.layout import StorePart
+from data_pipeline.manifest import (
+    MANIFEST_NAME,
+    InputRecord,
+    StoreSettings,
+    document_differences,
+    hash_input,
+    settings_differences,
+)
+
+_HASHING_THREADS = 8
+"""Hashing leaves Python's lock alone, and waits for files for the rest."""
+
+
+def compare_with_snapshot(
+    folder: Path, output: Path, before: Mapping[str, Any], settings: StoreSettings, files: Sequence[InputFile]
+) -> None:
+    """Raises DataError when the unfinished build in `folder` began with other settings or other files.
+
+    `before`: the settings of that build, and its files by name, as `snapshot` gives them.
+    """
+    differences = settings_differences(StoreSettings.model_validate(before["settings"]), settings)
+    old = {name: tuple(facts) for name, facts in before["files"].items()}
+    differences += document_differences(old, snapshot(files))
+    if differences:
+        raise DataError(
+            f"{folder} holds an unfinished build of {output} from other inputs or settings: {'; '.join(differences)}. "
+            f"Run the command that began it, or remove {folder} to start afresh"
+        )
+
+
+def snapshot(files: Sequence[InputFile]) -> dict[str, tuple[int, int | None, bool]]:
+    """What identifies each file while a build lasts, by its name."""
+    return {file.name: (file.n_bytes, file.mtime_ns, file.held_out) for file in files}
+
+
+def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile]) -> None:
+    """Raises DataError when `output`, or rather its first part, was made of other files than these."""
+    old = {record.name: record for record in part.inputs()}
+    sizes = {name: record.n_bytes for name, record in old.items()}
+    differences = document_differences(sizes, {file.name: file.n_bytes for file in files})
+    if not differences:
+        hashes = _hashes(part, old, files)
+        now = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
+        differences = document_differences({name: record.sha256 for name, record in old.items()}, now)
+        held_out = [(file.name, file.n_bytes, now[file.name], file.held_out) for file in files]
+        if not differences and hash_input(held_out) != part.manifest.input_sha256:
+            differences = ["other documents come in by --val-input"]
+    if differences:
+        raise DataError(
+            f"{output} was built from other input: {'; '.join(differences)}. Build into another --output, delete this "
+            "one first, or add documents with --append"
+        )
+
+
+def new_files(files: Sequence[InputFile], parts: Sequence[StorePart]) -> list[InputFile]:
+    """The files that a store, all of its parts, does not have. Raises DataError for one that has changed since."""
+    fresh = {file.name: file for file in files}
+    for part in parts:
+        old = {record.name: record for record in part.inputs()}
+        present = [file for file in files if file.name in old]
+        for file, digest in zip(present, _hashes(part, old, present), strict=True):
+            if (file.n_bytes, digest) != (old[file.name].n_bytes, old[file.name].sha256):
+                raise DataError(
+                    f"{file.location} is not what the store was built from under the name {file.name!r}, and --append "
+                    "changes nothing that is there: rename the file, or build a new store"
+                )
+            del fresh[file.name]
+    return list(fresh.values())
+
+
+def _hashes(part: StorePart, old: Mapping[str, InputRecord], files: Sequence[InputFile]) -> list[str]:
+    """The sha256 of each file: as recorded where it has its size and was not modified since the part was built."""
+    built_ns = (part.path / MANIFEST_NAME).stat().st_mtime_ns
+
+    def known(file: InputFile) -> bool:
+        unmodified = file.mtime_ns is not None and file.mtime_ns < built_ns
+        return unmodified and file.n_bytes == old[file.name].n_bytes
+
+    return _hash_all(files, lambda file: old[file.name].sha256 if known(file) else hash_file(file))
+
+
+def _hash_all(files: Sequence[InputFile], hash_one: Callable[[InputFile], str]) -> list[str]:
+    hashes = []
+    with (
+        ThreadPoolExecutor(_HASHING_THREADS) as pool,
+        tqdm(desc="check", total=sum(file.n_bytes for file in files), unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for file, digest in zip(files, pool.map(hash_one, files), strict=True):
+            hashes.append(digest)
+            bar.update(file.n_bytes)
+    return hashes

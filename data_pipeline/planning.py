@@ -1,0 +1,254 @@
+"""Where everything goes: from the columns of the tokenized parts to documents, splits and rows, by pure functions.
+
+Arrays only, a few hundred bytes per document: a million documents of a terabyte take seconds.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline import duplicates
+from data_pipeline.errors import DataError
+from data_pipeline.files import InputFile
+from data_pipeline.manifest import DocumentRecord, ProblemRecord, SplitRecord
+from data_pipeline.packing import Segments, pack
+from data_pipeline.scratch import Columns
+from data_pipeline.splits import assign_splits
+
+
+class PlanSettings(NamedTuple):
+    """What of a build's settings decides its plan."""
+
+    seq_len: int
+    packing: str
+    stride: int
+    split: Mapping[str, float]
+    fill_empty_splits: bool
+    duplicates: str
+    near_threshold: float
+
+
+class Documents(NamedTuple):
+    """All documents that were found, in the order of the corpus: arrays [n]."""
+
+    file: np.ndarray
+    record: np.ndarray
+    """int64: number of the record in its file, -1 where the file is the document."""
+    n_bytes: np.ndarray
+    n_tokens: np.ndarray
+    n_byte_fallback: np.ndarray
+    scratch_start: np.ndarray
+    """int64: place of the first token in the scratch tokens."""
+    bad: np.ndarray
+    replaced: np.ndarray
+    sha256: np.ndarray
+    """uint8 [n, 32]"""
+    minhash: np.ndarray
+    """uint32 [n, N_PERMUTATIONS], or [n, 0]"""
+
+
+class Plan(NamedTuple):
+    """The decisions: arrays over the documents that are kept, numbered anew, and over segments."""
+
+    segments: Segments
+    """In rows; documents by their new numbers."""
+    source: np.ndarray
+    """int64 [n_segments]: place of each segment's first token in the scratch tokens."""
+    kept: np.ndarray
+    """int64 [n]: the documents that are kept, as numbered in `Documents`."""
+    split: np.ndarray
+    """int64 [n]: the split of each, by its number in `split_names`."""
+    duplicate_of: np.ndarray
+    """int64 [all documents]: the earlier one that it repeats; -1 none, -2 one of an earlier part of the store."""
+    near_duplicate_of: np.ndarray
+    """int64 [all documents]: the same, for near-duplicates."""
+    split_names: list[str]
+    split_rows: dict[str, tuple[int, int]]
+    """Rows [start, stop) of each split that has any, "train" first."""
+    notes: list[str]
+    """For the user."""
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.segments.row[-1]) + 1
+
+
+def merge_parts(columns: Columns) -> Documents:
+    """The documents, each out of its parts."""
+    starts = np.flatnonzero(columns.first)
+    file = columns.file[starts]
+    first_of_file = np.searchsorted(file, file)
+    record = np.where(columns.record[starts] < 0, -1, np.arange(len(starts)) - first_of_file)
+    offsets = np.cumsum(columns.n_tokens) - columns.n_tokens
+    minhash = columns.minhash[starts]
+    if minhash.size:
+        minhash = np.minimum.reduceat(columns.minhash, starts, axis=0)
+
+    def total(column: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(column, starts) if len(starts) else column
+
+    def largest(column: np.ndarray) -> np.ndarray:
+        return np.maximum.reduceat(column, starts) if len(starts) else column
+
+    return Documents(
+        file=file,
+        record=record,
+        n_bytes=total(columns.n_bytes),
+        n_tokens=total(columns.n_tokens),
+        n_byte_fallback=total(columns.n_byte_fallback),
+        scratch_start=offsets[starts],
+        bad=largest(columns.bad),
+        replaced=largest(columns.replaced),
+        sha256=columns.sha256[starts],
+        minhash=minhash,
+    )
+
+
+def make_plan(documents: Documents, held_out: np.ndarray, known: np.ndarray, settings: PlanSettings) -> Plan:
+    """Decides which documents are kept, in which split, and where in which row.
+
+    held_out bool [n_files]; known uint8 [m, 32]: hashes of documents that the store holds already. Raises DataError
+    when no document is left, or a split cannot be made.
+    """
+    good = documents.bad == 0
+    same, near = _find_duplicates(documents, good, known, settings)
+    dropped = ~good
+    if settings.duplicates != "keep":
+        dropped |= (same != -1) | (near != -1)
+    kept = np.flatnonzero(~dropped)
+    if not len(kept):
+        raise DataError(
+            f"no document is left of the {len(good)} that were found: {int((~good).sum())} cannot be used and the "
+            "others are duplicates. Change --on-bad or --duplicates, or add documents"
+        )
+    split, names, notes = _assign(documents.sha256[kept], held_out[documents.file[kept]], settings)
+    segments, split_rows = _pack_splits(documents.n_tokens[kept], split, names, settings)
+    source = documents.scratch_start[kept][segments.document] + segments.document_start
+    return Plan(segments, source, kept, split, same, near, names, split_rows, notes)
+
+
+def _find_duplicates(
+    documents: Documents, good: np.ndarray, known: np.ndarray, settings: PlanSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each document the earlier one that it repeats, exactly and nearly. Documents without a byte repeat none."""
+    same = np.full(len(good), -1, np.int64)
+    near = same.copy()
+    candidates = np.flatnonzero(good & (documents.n_bytes > 0))
+    same[candidates] = _renumber(duplicates.exact(documents.sha256[candidates], known), candidates)
+    if settings.duplicates == "near":
+        candidates = candidates[same[candidates] == -1]
+        found = duplicates.near(documents.minhash[candidates], settings.near_threshold)
+        near[candidates] = _renumber(found, candidates)
+    return same, near
+
+
+def _renumber(found: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Numbers among the candidates as numbers among all documents; negative ones as they are."""
+    return np.where(found < 0, found, candidates[found]) if len(candidates) else found
+
+
+def _assign(
+    sha256: np.ndarray, held_out: np.ndarray, settings: PlanSettings
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """The split of each document: --val-input decides for its own, the hash for the rest."""
+    codes = np.zeros(len(sha256), np.int64)
+    names = ["train"]
+    notes: list[str] = []
+    if settings.split and not held_out.all():
+        codes[~held_out], names, notes = assign_splits(sha256[~held_out], settings.split, settings.fill_empty_splits)
+    if held_out.any():
+        names = [*names, "val"]  # which --split cannot name as well
+        codes[held_out] = len(names) - 1
+    return codes, names, notes
+
+
+def _pack_splits(
+    lengths: np.ndarray, split: np.ndarray, names: Sequence[str], settings: PlanSettings
+) -> tuple[Segments, dict[str, tuple[int, int]]]:
+    """Lays documents of `lengths` [n] tokens into rows; each split has rows of its own."""
+    parts, split_rows, first_row = [], {}, 0
+    for code, name in enumerate(names):
+        members = np.flatnonzero(split == code)
+        part = pack(lengths[members], settings.seq_len, settings.packing, settings.stride)
+        if not len(part.row):
+            continue
+        parts.append(part._replace(row=part.row + first_row, document=members[part.document]))
+        split_rows[name] = (first_row, int(parts[-1].row[-1]) + 1)
+        first_row = split_rows[name][1]
+    if not parts:
+        raise DataError("the documents hold no tokens at all: leave out --no-bos or --no-eos, or add text")
+    return Segments(*map(np.concatenate, zip(*parts, strict=True))), split_rows
+
+
+def document_name(files: Sequence[InputFile], file: int, record: int) -> str:
+    """The name of a document: that of its file, with the record's number if it is one of many."""
+    return files[file].name if record < 0 else f"{files[file].name}/{record}"
+
+
+def document_records(documents: Documents, plan: Plan, files: Sequence[InputFile]) -> Iterator[DocumentRecord]:
+    """The table of the documents that are kept."""
+    for number, index in enumerate(plan.kept.tolist()):
+        yield DocumentRecord(
+            id=number,
+            name=document_name(files, int(documents.file[index]), int(documents.record[index])),
+            n_bytes=int(documents.n_bytes[index]),
+            sha256=documents.sha256[index].tobytes().hex(),
+            split=plan.split_names[plan.split[number]],
+            tokens=int(documents.n_tokens[index]),
+        )
+
+
+def problem_records(
+    documents: Documents,
+    plan: Plan,
+    files: Sequence[InputFile],
+    problems: Sequence[tuple[int, str, str, str]],
+    drops_duplicates: bool,
+) -> list[ProblemRecord]:
+    """What was wrong with which document, in the order of the corpus.
+
+    problems: (document, problem, policy, detail) as the tasks met them.
+    """
+
+    def name(index: int) -> str:
+        return document_name(files, int(documents.file[index]), int(documents.record[index]))
+
+    found: dict[tuple[int, str], ProblemRecord] = {}
+    for index, problem, policy, detail in problems:  # one of each kind: a document may be in many parts
+        action = "dropped" if policy == "skip" else "replaced"
+        found.setdefault((index, problem), ProblemRecord(name(index), problem, action, detail))
+    action = "dropped" if drops_duplicates else "kept"
+    for kind, originals in (("duplicate", plan.duplicate_of), ("near-duplicate", plan.near_duplicate_of)):
+        for index in np.flatnonzero(originals != -1).tolist():
+            original = int(originals[index])
+            detail = f"of {name(original)}" if original >= 0 else "of a document that the store held before"
+            found[index, kind] = ProblemRecord(name(index), kind, action, detail)
+    return [found[key] for key in sorted(found)]
+
+
+def split_records(documents: Documents, plan: Plan) -> dict[str, SplitRecord]:
+    """What each split that has rows holds."""
+    segments = plan.segments
+    records = {}
+    for name, (start, stop) in plan.split_rows.items():
+        members = plan.kept[plan.split == plan.split_names.index(name)]
+        rows = slice(*np.searchsorted(segments.row, (start, stop)))
+        row, document = segments.row[rows], segments.document[rows]
+        mixed = np.unique(row[1:][(row[1:] == row[:-1]) & (document[1:] != document[:-1])])
+        records[name] = SplitRecord(
+            rows=((start, stop),),
+            documents=len(members),
+            n_bytes=int(documents.n_bytes[members].sum()),
+            tokens=int(documents.n_tokens[members].sum()),
+            byte_fallback_tokens=int(documents.n_byte_fallback[members].sum()),
+            placed_tokens=int(segments.length[rows].sum()),
+            mixed_rows=len(mixed),
+        )
+    return records
+
+
+def count_problems(problems: Sequence[ProblemRecord]) -> dict[str, int]:
+    """How often each problem met each action, by "problem/action"."""
+    return dict(sorted(Counter(f"{problem.problem}/{problem.action}" for problem in problems).items()))

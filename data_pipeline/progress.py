@@ -1,0 +1,101 @@
+"""How far a build is, for the user: a bar at a terminal, a line now and then in a log file.
+
+Looks at the records that all workers leave, wherever they run, so it shows the whole build and not one process.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_pipeline.jobs import done_tasks, record_name
+from data_pipeline.scratch import RECORD_SUFFIX, read_record
+from data_pipeline.stages import Work
+from data_pipeline.tokenizer import token_dtype
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_LINE_EVERY_S = 30.0
+"""From one line to the next in a log file."""
+
+
+class Progress:
+    """Shows the progress of `work` for as long as its block lasts, if `shown`."""
+
+    def __init__(self, work: Work, shown: bool) -> None:
+        self._work = work
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True) if shown else None
+
+    def __enter__(self) -> "Progress":
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self._thread:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        folder = self._work.folder
+        if not self._wait_for(folder / "start" / f"{record_name(0)}.json"):
+            return
+        sizes = [sum(span.stop - span.start for span in task) for task in self._work.tasks]
+        self._show("tokenize", folder / "tokens", RECORD_SUFFIX, sizes, self._tokens_of)
+        if not self._wait_for(folder / "plan" / f"{record_name(0)}.json"):
+            return
+        n_rows, settings = self._work.n_rows, self._work.decisive
+        bounds = [min(row, n_rows) for row in range(0, n_rows + settings.rows_per_shard, settings.rows_per_shard)]
+        tokens = [(stop - start) * settings.seq_len for start, stop in pairwise(bounds)]
+        itemsize = token_dtype(settings.vocab_size).itemsize
+        self._show("write", folder / "shards", ".json", [n * itemsize for n in tokens], tokens.__getitem__)
+
+    def _show(
+        self, stage: str, records: Path, suffix: str, sizes: Sequence[int], tokens_of: Callable[[int], int]
+    ) -> None:
+        """Follows a stage to its end: `sizes` of its tasks in bytes, and what each of them is in tokens."""
+        seen = done_tasks(records, suffix) if records.exists() else set()
+        resumed = sum(sizes[task] for task in seen)
+        tokens, begun = 0, time.monotonic()
+        next_line = begun + _LINE_EVERY_S
+        bar = tqdm(desc=stage, total=sum(sizes), initial=resumed, unit="B", unit_scale=True, disable=None)
+        with bar:
+            while len(seen) < len(sizes):
+                closed = self._closed.wait(_POLL_S)
+                fresh = done_tasks(records, suffix) - seen if records.exists() else set()
+                seen |= fresh
+                tokens += sum(map(tokens_of, fresh))
+                elapsed = time.monotonic() - begun
+                bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
+                bar.update(sum(sizes[task] for task in fresh))
+                if bar.disable and time.monotonic() > next_line:
+                    next_line += _LINE_EVERY_S
+                    logger.info("%s: %s", stage, _line(sum(sizes[task] for task in seen), resumed, sum(sizes), elapsed))
+                if closed:
+                    break
+        if len(seen) == len(sizes):
+            elapsed = time.monotonic() - begun
+            logger.info("%s: %s bytes, %s tokens, %.1f s", stage, f"{sum(sizes) - resumed:,}", f"{tokens:,}", elapsed)
+
+    def _tokens_of(self, task: int) -> int:
+        record = self._work.folder / "tokens" / f"{record_name(task)}{RECORD_SUFFIX}"
+        return int(read_record(record).columns.n_tokens.sum())
+
+    def _wait_for(self, path: Path) -> bool:
+        """Whether `path` came to be before the end."""
+        while not path.exists():
+            if self._closed.wait(_POLL_S / 10):
+                return path.exists()
+        return True
+
+
+def _line(done: int, resumed: int, total: int, elapsed: float) -> str:
+    left = (total - done) * elapsed / (done - resumed) if done > resumed else 0.0
+    size = f"{tqdm.format_sizeof(done)}B of {tqdm.format_sizeof(total)}B"
+    return f"{size}, {tqdm.format_interval(left)} left" if left else size

@@ -1,0 +1,363 @@
+"""The five stages of a build, as any of its workers goes through them: start, tokenize, plan, write, finish.
+
+What goes where is decided between the halves (`planning.py`), by pure functions of the inputs and settings, before
+anyone writes a row. Every stage leaves records (`jobs.py`), so a build that was killed goes on where it was. All of
+it lies in one work directory beside the output:
+
+    job.json, files.jsonl   what is built from what
+    start/                  whether this job has looked at the inputs
+    tokens/                 token files and records of the tokenize stage
+    plan/                   where everything goes
+    shards/                 a record for each shard that is written
+    content/                the store that grows; renamed to its final place
+"""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import store
+from data_pipeline.config import POLICIES, BuildSettings
+from data_pipeline.documents import Reading, Span, plan_tasks
+from data_pipeline.errors import DataError
+from data_pipeline.files import InputFile, find_files
+from data_pipeline.inputs import compare_with_snapshot, new_files, snapshot
+from data_pipeline.jobs import done_tasks, publishing, record_name, run_stage
+from data_pipeline.manifest import FileRecord, InputRecord, Manifest, StoreSettings, hash_input
+from data_pipeline.packing import Segments
+from data_pipeline.planning import (
+    Documents,
+    Plan,
+    PlanSettings,
+    count_problems,
+    document_records,
+    make_plan,
+    merge_parts,
+    problem_records,
+    split_records,
+)
+from data_pipeline.scratch import (
+    RECORD_SUFFIX,
+    ScratchTokens,
+    TokenizeTask,
+    concatenate,
+    read_record,
+    tokenize,
+)
+from data_pipeline.tokenizer import load_tokenizer, token_dtype
+
+TASK_BYTES = (4 << 20, 256 << 20)
+"""Input that a task of the tokenize stage covers, from small corpora to large: a second or so of work, so that the
+last tasks keep nobody waiting, but not so many of them that their records become a burden to the file system."""
+_TASKS = 16_384
+_SEGMENTS = (*Segments._fields, "source")
+"""Columns of the plan that lie in files of their own, of which a worker maps the part that it needs."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every worker of a build knows from the start."""
+
+    folder: Path
+    settings: BuildSettings
+    decisive: StoreSettings
+    target: Path
+    """Where the content goes: the output, or the place of a part in it."""
+    append_to: Path | None
+    """The store to which the part is appended."""
+
+    @cached_property
+    def reading(self) -> Reading:
+        settings = self.settings
+        return Reading(settings.text, self.decisive.tokenizer_kind, settings.vocab_size or 0, self.policies)
+
+    @property
+    def policies(self) -> dict[str, str]:
+        return {problem: self.settings.policies.get(problem, allowed[0]) for problem, allowed in POLICIES.items()}
+
+    @cached_property
+    def files(self) -> list[InputFile]:
+        """The input files. To be asked for after the stage `start`."""
+        with (self.folder / "files.jsonl").open(encoding="utf-8") as lines:
+            return [InputFile(*json.loads(line)) for line in lines]
+
+    @cached_property
+    def tasks(self) -> list[list[Span]]:
+        """The tasks of the tokenize stage."""
+        total = sum(file.n_bytes for file in self.files)
+        smallest, largest = TASK_BYTES
+        return plan_tasks(self.files, self.settings.text, min(max(total // _TASKS, smallest), largest))
+
+    @cached_property
+    def n_rows(self) -> int:
+        """Rows to write. To be asked for after the stage `plan`."""
+        return int(read_json(self.folder / "plan" / f"{record_name(0)}.json")["n_rows"])
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_rows // self.decisive.rows_per_shard)
+
+
+def go_through(work: Work, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Takes part in all stages until the store is published, or until `stopped()`."""
+    begin(work)
+    costs = [-sum(span.stop - span.start for span in task) for task in work.tasks]
+    largest_first = np.argsort(costs, kind="stable").tolist()
+    run_stage(work.folder / "tokens", RECORD_SUFFIX, largest_first, partial(tokenize_task, work), stopped)
+    if stopped():
+        return
+    run_stage(work.folder / "plan", ".json", [0], partial(plan, work), stopped)
+    if stopped():
+        return
+    run_stage(work.folder / "shards", ".json", range(work.n_shards), partial(write_shard, work), stopped)
+    if stopped():
+        return
+    run_stage(work.folder / "finish", ".json", [0], partial(finish, work), stopped)
+
+
+def begin(work: Work) -> None:
+    """The stage `start`: finds the inputs, or compares them with what this build began with."""
+    run_stage(work.folder / "start", ".json", [0], partial(start, work))
+
+
+def start(work: Work, number: int) -> None:
+    """Finds the input files and writes what is built from what.
+
+    Raises DataError when there is an unfinished build of other inputs or settings.
+    """
+    settings = work.settings
+    files = find_files(settings.inputs, settings.val_inputs, arrays=work.decisive.tokenizer_kind == "integers")
+    if work.append_to is not None:
+        files = new_files(files, store.Store.open(work.append_to).parts)
+    job = work.folder / "job.json"
+    if job.exists():
+        before = read_json(job)
+        compare_with_snapshot(work.folder, settings.output, before, work.decisive, files)
+        if before["policies"] != work.policies:
+            _forget_tasks_with_problems(work)
+    with publishing(work.folder / "files.jsonl") as output:
+        output.writelines(json.dumps([*asdict(file).values()]).encode() + b"\n" for file in files)
+    facts = {"settings": work.decisive.model_dump(mode="json"), "policies": work.policies, "files": snapshot(files)}
+    write_json(job, facts)
+    write_json(work.folder / "start" / f"{record_name(number)}.json", {})
+
+
+def _forget_tasks_with_problems(work: Work) -> None:
+    """Other policies than before: tasks that met something to which a policy applies, and what came of them, go."""
+    tokens = work.folder / "tokens"
+    outdated = []
+    for task in done_tasks(tokens, RECORD_SUFFIX) if tokens.exists() else ():
+        record = tokens / (record_name(task) + RECORD_SUFFIX)
+        if any(work.policies[problem] != policy for _, problem, policy, _ in read_record(record).problems):
+            outdated.append(record)
+    if outdated:
+        for later in ("plan", "shards", "content"):
+            shutil.rmtree(work.folder / later, ignore_errors=True)
+        for record in outdated:
+            record.unlink()
+
+
+def tokenize_task(work: Work, number: int) -> None:
+    """Does a task of the tokenize stage."""
+    settings = work.settings
+    spans = work.tasks[number]
+    tokenize(
+        TokenizeTask(
+            number=number,
+            folder=work.folder / "tokens",
+            tokenizer=settings.tokenizer,
+            vocab_size=settings.vocab_size,
+            spans=spans,
+            files=[work.files[span.file] for span in spans],
+            reading=work.reading,
+            bos=settings.bos,
+            eos=settings.eos,
+            near=settings.duplicates == "near",
+        )
+    )
+
+
+def plan(work: Work, number: int) -> None:
+    """Decides where everything goes, and begins the store."""
+    folder = work.folder / "plan"
+    records = [read_record(work.folder / "tokens" / f"{record_name(n)}{RECORD_SUFFIX}") for n in range(len(work.tasks))]
+    columns = concatenate(record.columns for record in records)
+    documents = merge_parts(columns)
+    held_out = np.array([file.held_out for file in work.files], bool)
+    made = make_plan(documents, held_out, _known_documents(work), plan_settings(work))
+    offsets = np.cumsum([0, *(int(record.columns.n_tokens.sum()) for record in records)])
+    _save_arrays(folder, {"offsets": offsets, **made.segments._asdict(), "source": made.source})
+    _save_arrays(folder, {f"documents.{name}": column for name, column in documents._asdict().items()})
+    _save_arrays(folder, {f"plan.{name}": getattr(made, name) for name in _PLAN_ARRAYS})
+    _begin_content(work, made.n_rows)
+    parts = np.concatenate(([0], np.cumsum([len(record.columns.file) for record in records])))
+    document_of_part = np.cumsum(columns.first) - 1
+    problems = [
+        (int(document_of_part[parts[task] + part]), problem, policy, detail)
+        for task, record in enumerate(records)
+        for part, problem, policy, detail in record.problems
+    ]
+    sha256 = np.zeros((len(work.files), 32), np.uint8)
+    for record in records:
+        sha256[record.input_file] = record.input_sha256
+    _save_arrays(folder, {"inputs": sha256})
+    facts = {name: getattr(made, name) for name in _PLAN_FACTS}
+    write_json(folder / f"{record_name(number)}.json", {**facts, "n_rows": made.n_rows, "problems": problems})
+
+
+_PLAN_ARRAYS = ("kept", "split", "duplicate_of", "near_duplicate_of")
+_PLAN_FACTS = ("split_names", "split_rows", "notes")
+
+
+def plan_settings(work: Work) -> PlanSettings:
+    """What of the settings decides the plan."""
+    decisive = work.decisive
+    return PlanSettings(
+        seq_len=decisive.seq_len,
+        packing=decisive.packing,
+        stride=decisive.stride,
+        split=decisive.split,
+        fill_empty_splits=work.append_to is None,
+        duplicates=decisive.duplicates,
+        near_threshold=decisive.near_threshold,
+    )
+
+
+def _known_documents(work: Work) -> np.ndarray:
+    """Hashes of the documents that the store holds already, uint8 [n, 32]."""
+    if work.append_to is None:
+        return np.zeros((0, 32), np.uint8)
+    hashes = b"".join(bytes.fromhex(document.sha256) for document in store.Store.open(work.append_to).documents)
+    return np.frombuffer(hashes, np.uint8).reshape(-1, 32)
+
+
+def _begin_content(work: Work, n_rows: int) -> None:
+    fresh = work.folder / f"content.{uuid.uuid4().hex}"
+    store.create_tokens(fresh, work.decisive, n_rows)
+    try:
+        fresh.rename(work.folder / "content")
+    except OSError:  # there is one: of a plan that was made twice
+        shutil.rmtree(fresh)
+
+
+def write_shard(work: Work, number: int) -> None:
+    """Gathers the rows of a shard and writes it, whole."""
+    settings, folder = work.decisive, work.folder / "plan"
+    first_row = number * settings.rows_per_shard
+    stop_row = min(first_row + settings.rows_per_shard, work.n_rows)
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _SEGMENTS}
+    part = slice(*np.searchsorted(columns["row"], (first_row, stop_row)))
+    places = [columns[name][part].tolist() for name in ("row", "start", "length", "source")]
+    dtype = token_dtype(settings.vocab_size)
+    rows = np.full((stop_row - first_row, settings.seq_len), settings.eos_id, dtype)
+    with ScratchTokens(work.folder / "tokens", np.load(folder / "offsets.npy"), dtype) as tokens:
+        for row, begin, length, source in zip(*places, strict=True):
+            tokens.read_into(rows[row - first_row, begin : begin + length], source)
+    name, record = store.write_shard(work.folder / "content", first_row, rows)
+    write_json(work.folder / "shards" / f"{record_name(number)}.json", {"name": name, **record.model_dump()})
+
+
+def finish(work: Work, number: int) -> None:
+    """Writes all but the tokens, and publishes the store by one rename; a part of a store becomes part of it."""
+    content = work.folder / "content"
+    if content.exists():
+        _remove_all_but_tokens(content)
+        _write_sidecars(work, content)
+        if work.append_to is not None and work.target.exists():
+            shutil.rmtree(work.target)  # of an append that was killed, and whose work directory was removed
+        work.target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            content.rename(work.target)
+        except OSError as error:
+            raise DataError(
+                f"{work.target} appeared while it was being written here: remove it and run again"
+            ) from error
+    if work.append_to is not None:
+        store.list_part(work.append_to, work.target.name)
+    write_json(work.folder / "finish" / f"{record_name(number)}.json", {})
+
+
+def _remove_all_but_tokens(content: Path) -> None:
+    for entry in content.iterdir():
+        if entry.name not in ("tokens", "zarr.json"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _write_sidecars(work: Work, content: Path) -> None:
+    folder, settings = work.folder / "plan", work.settings
+    documents, made, facts = _load_plan(folder)
+    files = work.files
+    inputs = [
+        InputRecord(name=file.name, n_bytes=file.n_bytes, sha256=digest.tobytes().hex())
+        for file, digest in zip(files, np.load(folder / "inputs.npy"), strict=True)
+    ]
+    found = [tuple(problem) for problem in facts["problems"]]
+    problems = problem_records(documents, made, files, found, drops_duplicates=settings.duplicates != "keep")
+    tokenizer = load_tokenizer(settings.tokenizer, settings.vocab_size)
+    table = document_records(documents, made, files)
+    store.write_sidecars(content, made.segments, made.n_rows, tokenizer, table, inputs, problems)
+    shards = [read_json(work.folder / "shards" / f"{record_name(n)}.json") for n in range(work.n_shards)]
+    records = {shard.pop("name"): FileRecord(**shard) for shard in shards}
+    for name, record in records.items():
+        if (content / name).stat().st_size != record.n_bytes:
+            raise DataError(f"{content / name} is not what was written: remove {work.folder} and build again")
+    others = (name for name in store.list_files(content) if name not in records)
+    records |= {name: store.record_file(content / name) for name in others}
+    manifest = Manifest(
+        **work.decisive.model_dump(),
+        input_sha256=hash_input(
+            [(i.name, i.n_bytes, i.sha256, file.held_out) for i, file in zip(inputs, files, strict=True)]
+        ),
+        splits=split_records(documents, made),
+        problems=count_problems(problems),
+        parts={},
+        files=dict(sorted(records.items())),
+        library_versions=_library_versions(),
+    )
+    store.write_manifest(content, manifest)
+
+
+def _load_plan(folder: Path) -> tuple[Documents, Plan, dict[str, Any]]:
+    facts = read_json(folder / f"{record_name(0)}.json")
+    documents = Documents(*(np.load(folder / f"documents.{name}.npy") for name in Documents._fields))
+    arrays = {name: np.load(folder / f"{name}.npy") for name in _SEGMENTS}
+    made = Plan(
+        segments=Segments(*(arrays[name] for name in Segments._fields)),
+        source=arrays["source"],
+        **{name: np.load(folder / f"plan.{name}.npy") for name in _PLAN_ARRAYS},
+        split_names=facts["split_names"],
+        split_rows={name: (start, stop) for name, (start, stop) in facts["split_rows"].items()},
+        notes=facts["notes"],
+    )
+    return documents, made, facts
+
+
+def _save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        with publishing(folder / f"{name}.npy") as output:
+            np.save(output, array)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Publishes a JSON file."""
+    with publishing(path) as output:
+        output.write(json.dumps(content).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads one back."""
+    return dict(json.loads(path.read_bytes()))
+
+
+def _library_versions() -> dict[str, str]:
+    libraries = ("numcodecs", "numpy", "sentencepiece", "zarr")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in libraries}}
