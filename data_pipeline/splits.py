@@ -55,7 +55,7 @@ def _lowest_of_train(words: np.ndarray, codes: np.ndarray, option: str) -> np.nd
     train = words[codes == 0]
     if len(train):
         lowest = train[np.lexsort(train.T[::-1])[0]]
-        found = (codes == 0) & (words == lowest).all(axis=1)
+        found = (words == lowest).all(axis=1)
         if found.sum() < len(train):
             return found
     raise DataError(

@@ -15,6 +15,8 @@ from data_pipeline import duplicates
 from data_pipeline.duplicates import Signature, exact, near
 from data_pipeline.errors import DataError
 
+UNHURRIED = settings(deadline=None)  # a busy machine is no failure
+
 
 def digests(contents: list[bytes]) -> np.ndarray:
     hashes = b"".join(hashlib.sha256(content).digest() for content in contents)
@@ -55,6 +57,7 @@ def edited(words: list[str], n_edits: int, seed: int) -> list[str]:
 # Exact copies
 
 
+@UNHURRIED
 @given(st.lists(st.integers(0, 9), max_size=30), st.lists(st.integers(5, 12), max_size=10))
 def test_exact_finds_the_first_of_each_content(contents: list[int], known: list[int]) -> None:
     def as_digests(values: list[int]) -> np.ndarray:
@@ -68,6 +71,7 @@ def test_exact_finds_the_first_of_each_content(contents: list[int], known: list[
     assert found.tolist() == expected
 
 
+@UNHURRIED
 @given(st.integers(0, 31))
 def test_every_byte_of_the_hash_counts(place: int) -> None:
     hashes = np.zeros((3, 32), np.uint8)
@@ -105,6 +109,7 @@ def slow_words(text: str) -> Iterator[str]:
         yield word
 
 
+@UNHURRIED
 @given(st.text(st.sampled_from("aAbBz09 \n_-é«»\u00a0—“”ßЖ가나世界、あ\u2fff\u3000\u9fff\ua000𠀀"), max_size=60))
 def test_equal_words_and_no_others_hash_equal(text: str) -> None:
     hashes = duplicates._hash_words(text.encode()).tolist()
@@ -113,7 +118,7 @@ def test_equal_words_and_no_others_hash_equal(text: str) -> None:
     assert len(set(zip(words, hashes, strict=True))) == len(set(words)) == len(set(hashes))
 
 
-@settings(deadline=None)  # the first call imports the library
+@UNHURRIED
 @given(st.binary(max_size=40))
 def test_any_bytes_have_a_signature(data: bytes) -> None:
     assert signature(data).shape == (128,)

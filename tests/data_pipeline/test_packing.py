@@ -4,11 +4,12 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.packing import Segments, pack
 
+UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 LENGTHS = st.lists(st.integers(0, 70), max_size=40)
 SEQ_LENS = st.integers(2, 40)
 
@@ -40,6 +41,7 @@ def all_tokens(lengths: list[int]) -> list[tuple[int, int]]:
     return [(document, i) for document, n in enumerate(lengths) for i in range(n)]
 
 
+@UNHURRIED
 @given(any_packing())
 def test_every_token_lands_and_rows_fill_from_the_left(case: tuple[list[int], int, str, int | None]) -> None:
     lengths, seq_len, packing, stride = case
@@ -55,6 +57,7 @@ def test_every_token_lands_and_rows_fill_from_the_left(case: tuple[list[int], in
         assert filled == sorted(filled, reverse=True)
 
 
+@UNHURRIED
 @given(any_packing())
 def test_segments_are_in_order_and_reproducible(case: tuple[list[int], int, str, int | None]) -> None:
     lengths, seq_len, packing, stride = case
@@ -69,6 +72,7 @@ def test_segments_are_in_order_and_reproducible(case: tuple[list[int], int, str,
     assert all(np.array_equal(one, other) for one, other in zip(segments, again, strict=True))
 
 
+@UNHURRIED
 @given(any_packing())
 def test_documents_of_no_tokens_change_nothing_else(case: tuple[list[int], int, str, int | None]) -> None:
     lengths, seq_len, packing, stride = case
@@ -80,6 +84,7 @@ def test_documents_of_no_tokens_change_nothing_else(case: tuple[list[int], int, 
     assert all(np.array_equal(one, other) for one, other in zip(segments, renamed, strict=True))
 
 
+@UNHURRIED
 @given(lengths=LENGTHS, seq_len=SEQ_LENS, data=st.data())
 def test_windows_give_every_token_its_context(lengths: list[int], seq_len: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, seq_len))
@@ -93,6 +98,7 @@ def test_windows_give_every_token_its_context(lengths: list[int], seq_len: int, 
     assert all(context[document, i] >= min(i, seq_len - stride) for document, i in context)
 
 
+@UNHURRIED
 @given(lengths=LENGTHS, seq_len=SEQ_LENS, data=st.data())
 def test_windows_end_when_the_document_does(lengths: list[int], seq_len: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, seq_len))
@@ -105,6 +111,7 @@ def test_windows_end_when_the_document_does(lengths: list[int], seq_len: int, da
         assert [end == length for end in ends] == [False] * (len(ends) - 1) + [True] * bool(ends)
 
 
+@UNHURRIED
 @given(lengths=LENGTHS, seq_len=st.integers(2, 40))
 def test_stream_pads_the_last_row_only(lengths: list[int], seq_len: int) -> None:
     rows = fill(pack(np.array(lengths), seq_len, "stream"), seq_len)
@@ -112,6 +119,7 @@ def test_stream_pads_the_last_row_only(lengths: list[int], seq_len: int) -> None
     assert all(None not in row for row in rows[:-1])
 
 
+@UNHURRIED
 @given(lengths=LENGTHS, seq_len=SEQ_LENS)
 def test_bestfit_is_best_fit(lengths: list[int], seq_len: int) -> None:
     """Against the slow, obvious twin: every leftover, longest first, goes where the least room is left."""

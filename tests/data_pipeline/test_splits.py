@@ -6,12 +6,14 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import parse_split
 from data_pipeline.errors import DataError
 from data_pipeline.splits import assign_splits
+
+UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 
 
 def digests(n: int) -> np.ndarray:
@@ -30,6 +32,7 @@ def test_shares_are_about_what_was_asked_for() -> None:
     assert notes == []
 
 
+@UNHURRIED
 @given(
     n=st.integers(0, 300), fractions=st.lists(st.floats(0.01, 0.3), min_size=1, max_size=3), seed=st.integers(0, 2**32)
 )
@@ -82,7 +85,7 @@ def test_the_order_of_names_does_not_matter() -> None:
 
 
 def test_an_empty_split_takes_the_lowest_hash_and_says_so() -> None:
-    content = stack(["bb" * 32, "cc" * 32, "aa" * 31 + "01", "aa" * 31 + "00", "aa" * 31 + "00"])
+    content = stack(["bb" * 32, "cc" * 24 + "00" * 8, "aa" * 31 + "01", "aa" * 31 + "00", "aa" * 31 + "00"])
     codes, names, notes = assign_splits(content, {"val": 0.01})
     assert [names[code] for code in codes] == ["train"] * 3 + ["val"] * 2  # copies of one text stay together
     assert len(notes) == 1
