@@ -131,7 +131,7 @@ def _find(source: str, arrays: bool) -> Iterator[_Found]:
     if path.is_dir():
         return _find_in_folder(path, arrays)
     if not path.exists() and glob.has_magic(source):
-        return _find_matches(str(path))
+        return _find_matches(str(Path(source)))
     if not path.exists():
         raise DataError(f"input {source} does not exist: expected a file, a folder, a glob, @LIST or a URL")
     return iter([_stat(path.name, str(path))])
@@ -209,11 +209,11 @@ def _nothing_in(folder: str, arrays: bool) -> DataError:
 
 def _find_matches(pattern: str) -> Iterator[_Found]:
     parts = pattern.split("/")
-    root = "/".join(parts[: _first_magic(parts)]) + "/"
-    paths = [path for path in glob.iglob(pattern, recursive=True) if not Path(path).is_dir()]  # noqa: PTH207 (an absolute pattern)
+    root = "/".join(parts[: _first_magic(parts)])
+    paths = [path for path in glob.iglob(pattern, recursive=True) if not Path(path).is_dir()]  # noqa: PTH207 (absolute)
     if not paths:
         raise DataError(f"no file matches {pattern}: expected at least one")
-    return (_stat(path.removeprefix(root), path) for path in paths)
+    return (_stat(path.removeprefix(root).lstrip("/"), str(Path(path).absolute())) for path in paths)
 
 
 def _stat(below: str, path: str) -> _Found:
@@ -349,9 +349,12 @@ def _chunks(stream: BinaryIO, n_bytes: int) -> Iterator[bytes]:
 
 
 def hash_file(file: InputFile) -> str:
-    """The sha256 (hex) of the file's bytes as stored. Raises as `open_raw`."""
+    """The sha256 (hex) of the file's bytes as stored. Raises DataError when it cannot be read or has changed."""
     digest = hashlib.sha256()
-    with open_raw(file) as stream:
-        for chunk in _chunks(stream, _CHUNK_BYTES):
-            digest.update(chunk)
+    try:
+        with open_raw(file) as stream:
+            for chunk in _chunks(stream, _CHUNK_BYTES):
+                digest.update(chunk)
+    except BadDocument as problem:
+        raise DataError(f"{file.location} {problem}") from problem
     return digest.hexdigest()

@@ -1,0 +1,366 @@
+"""Finding the files of a corpus, and getting their bytes out of any compression or place."""
+
+import gzip
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import zstandard
+from fsspec.registry import known_implementations
+
+from data_pipeline.compression import FEED_BYTES, expand
+from data_pipeline.errors import BadDocument, DataError
+from data_pipeline.files import InputFile, find_files, hash_file, open_raw, open_seekable, read_content
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+    ".xz": lzma.compress,
+}
+
+
+def write(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def names(*inputs: object, arrays: bool = False) -> list[str]:
+    return [file.name for file in find_files([str(source) for source in inputs], [], arrays)]
+
+
+def only(source: object) -> InputFile:
+    return find_files([str(source)], [], False)[0]
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    """An empty file system behind memory://."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+def test_names_are_paths_below_the_folder(corpus: Path, odd_documents: dict[str, bytes]) -> None:
+    files = find_files([str(corpus)], [], False)
+    assert [file.name for file in files] == sorted(odd_documents)
+    assert [file.n_bytes for file in files] == [len(odd_documents[name]) for name in sorted(odd_documents)]
+
+
+def test_every_kind_of_file_in_a_folder(tmp_path: Path) -> None:
+    text = ["a.txt", "b.txt.gz", "c.jsonl", "d/e.jsonl.zst", "f.parquet", "g.txt.xz"]
+    for name in [*text, "h.npy", "i.npz", "readme.md", "j.gz", ".k.txt", ".l/m.txt"]:
+        write(tmp_path, name, b"content")
+    assert names(tmp_path) == ["a.txt", "b.txt", "c.jsonl", "d/e.jsonl", "f.parquet", "g.txt"]
+    assert names(tmp_path, arrays=True) == ["h.npy", "i.npz"]
+    kinds = {file.name: (file.kind, file.compression) for file in find_files([str(tmp_path)], [], False)}
+    assert kinds["a.txt"] == ("text", "")
+    assert kinds["b.txt"] == ("text", ".gz")
+    assert kinds["d/e.jsonl"] == ("jsonl", ".zst")
+    assert kinds["f.parquet"] == ("parquet", "")
+
+
+def test_a_file_that_is_named_counts_whatever_its_suffix(tmp_path: Path) -> None:
+    path = write(tmp_path, "enwik8", b"text")
+    assert names(path) == ["enwik8"]
+    assert only(path).kind == "text"
+
+
+def test_a_relative_path_may_be_read_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "books/a.txt", b"a")
+    monkeypatch.chdir(tmp_path)
+    files = [only(source) for source in ("books", "books/a.txt", "books/*.txt", "./books//*")]
+    assert {file.name for file in files} == {"a.txt"}
+    monkeypatch.chdir("/")
+    assert [b"".join(read_content(file)) for file in files] == [b"a"] * 4
+
+
+def test_names_of_a_glob_are_below_what_is_fixed_in_it(tmp_path: Path) -> None:
+    for name in ("books/en/a.txt", "books/ko/deep/b.txt", "books/ko/c.md"):
+        write(tmp_path, name, b"text")
+    assert names(tmp_path / "books" / "**" / "*.txt") == ["en/a.txt", "ko/deep/b.txt"]
+    assert names(tmp_path / "books" / "k*" / "*") == ["ko/c.md"]
+    with pytest.raises(DataError, match=r"no file matches .*\*\.csv"):
+        names(tmp_path / "*.csv")
+
+
+def test_a_file_with_a_star_in_its_name_is_itself(tmp_path: Path) -> None:
+    write(tmp_path, "a[1].txt", b"text")
+    assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
+
+
+def test_a_list_names_its_files_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one/text.txt", "two/text.txt", "three/x/y.txt", "four/a1.txt", "four/b.txt"):
+        write(tmp_path, name, b"text")
+    write(tmp_path, "list", b"one/text.txt\n\n./two/text.txt\r\nthree\nfour/a*.txt\n")
+    assert names("@list") == ["four/a1.txt", "one/text.txt", "three/x/y.txt", "two/text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n", "list is empty"), (b"missing.txt\n", "missing.txt does not exist"), (b"@list\n", "names the list @list")],
+)
+def test_lists_that_make_no_sense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "list", content)
+    with pytest.raises(DataError, match=message):
+        names("@list")
+    with pytest.raises(DataError, match="cannot read the list of inputs nowhere"):
+        names("@nowhere")
+
+
+def test_a_link_to_a_folder_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    write(tmp_path, "corpus/a.txt", b"a")
+    write(tmp_path, "elsewhere/b.txt", b"b")
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="corpus/link is a link to a folder: name that folder as an input of its own"):
+        names(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("other", ["two/a.txt", "two/a.txt.gz"])
+def test_twice_the_same_name_is_an_error(tmp_path: Path, other: str) -> None:
+    write(tmp_path, "one/a.txt", b"a")
+    write(tmp_path, other, b"b")
+    with pytest.raises(DataError, match=r"two files are named 'a.txt'"):
+        names(tmp_path / "one", tmp_path / "two")
+
+
+def test_inputs_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        names(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"no \.txt, \.jsonl or \.parquet files"):
+        names(tmp_path)
+    with pytest.raises(DataError, match=r"no \.npy or \.npz files"):
+        names(tmp_path, arrays=True)
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"cannot read .*dangling\.txt: No such file"):
+        names(tmp_path)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match=r"pipe\.txt is not a regular file"):
+        names(tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, os.fsdecode(b"\xff.txt"), b"text")
+    with pytest.raises(DataError, match=r"'\\udcff\.txt' is not valid UTF-8"):
+        names(tmp_path)
+
+
+def test_text_and_arrays_are_not_mixed_up(tmp_path: Path) -> None:
+    text, array = write(tmp_path, "a.txt", b"text"), tmp_path / "b.npy"
+    np.save(array, np.arange(3))
+    with pytest.raises(DataError, match=r"b\.npy is an array: use --tokenizer integers"):
+        names(text, array)
+    with pytest.raises(DataError, match=r"a\.txt is not an array"):
+        names(text, array, arrays=True)
+
+
+def test_held_out_inputs_are_marked_and_must_hold_something(tmp_path: Path) -> None:
+    one, other, empty = (
+        str(write(tmp_path, name, content)) for name, content in (("b.txt", b"b"), ("a.txt", b"a"), ("c.txt", b""))
+    )
+    assert [(file.name, file.held_out) for file in find_files([one], [other], False)] == [
+        ("a.txt", True),
+        ("b.txt", False),
+    ]
+    with pytest.raises(DataError, match="every file of --val-input is empty"):
+        find_files([one], [empty], False)
+    with pytest.raises(DataError, match="every file of --input is empty"):
+        find_files([empty], [one], False)
+
+
+def test_urls_of_files_folders_and_globs(memory: fsspec.AbstractFileSystem) -> None:
+    for name in ("/books/a.txt", "/books/deep/b.txt.gz", "/books/.hidden/c.txt", "/books/d.md"):
+        memory.pipe(name, gzip.compress(b"text") if name.endswith(".gz") else b"text")
+    assert names("memory://books") == names("memory://books/") == ["a.txt", "deep/b.txt"]
+    assert names("memory://books/**/*.txt.gz") == ["deep/b.txt"]
+    assert names("memory://books/d.md") == ["d.md"]
+    files = find_files(["memory://books"], [], False)
+    assert [b"".join(read_content(file)) for file in files] == [b"text", b"text"]
+    assert files[1].n_bytes == len(gzip.compress(b"text"))
+    with pytest.raises(DataError, match=r"no \.txt, .* files in memory://nowhere"):
+        names("memory://nowhere")
+
+
+def test_a_list_of_urls(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+    for name in ("/one/text.txt", "/two/text.txt"):
+        memory.pipe(name, b"text")
+    listing = write(tmp_path, "list", b"memory://one/text.txt\nmemory://two/text.txt\n")
+    assert names(f"@{listing}") == ["one/text.txt", "two/text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nothing://a/b.txt", "cannot open nothing://a/b.txt: Protocol not known"),
+        ("zip://a.txt::memory://b.zip", "is a chain of URLs"),
+    ],
+)
+def test_urls_that_cannot_be_opened(url: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        names(url)
+
+
+def test_a_url_whose_package_is_missing_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"class": "no_such_package.FarFileSystem", "err": "Install no_such_package to access far"}
+    monkeypatch.setitem(known_implementations, "far", missing)
+    with pytest.raises(DataError, match="cannot open far://a: Install no_such_package"):
+        names("far://a")
+
+
+def test_a_file_that_changes_is_noticed(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    path = write(tmp_path, "a.txt", b"before")
+    memory.pipe("/b.txt", b"before")
+    files = [only(path), only("memory://b.txt")]
+    path.write_bytes(b"after it")
+    memory.pipe("/b.txt", b"after it")
+    for file in files:
+        with pytest.raises(DataError, match="changed while it was being read"):
+            list(read_content(file))
+    path.unlink()
+    memory.rm("/b.txt")
+    for file in files:
+        with pytest.raises(DataError, match="is gone since it was found"):
+            list(read_content(file))
+
+
+def test_a_file_of_the_same_size_but_another_time_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", b"before")
+    file = only(path)
+    assert file.mtime_ns is not None
+    path.write_bytes(b"after!")
+    os.utime(path, ns=(file.mtime_ns, file.mtime_ns + 1))
+    with pytest.raises(DataError, match="changed while it was being read"), open_raw(file):
+        pass
+
+
+def test_a_file_that_cannot_be_read_is_a_bad_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = only(write(tmp_path, "a.txt", b"text"))
+
+    class Broken(io.BytesIO):
+        def read(self, n_bytes: int | None = None) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("data_pipeline.files._open", lambda _: (Broken(), file.n_bytes, file.mtime_ns))
+    with pytest.raises(BadDocument, match="cannot be read: Input/output error") as caught:
+        list(read_content(file))
+    assert caught.value.problem == "unreadable"
+    with pytest.raises(DataError, match=r"a\.txt cannot be read: Input/output error"):
+        hash_file(file)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_a_bad_document(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", b"text")
+    file = only(path)
+    path.chmod(0)
+    with pytest.raises(BadDocument, match="cannot be read: Permission denied"):
+        list(read_content(file))
+
+
+def test_hashes_are_of_the_bytes_as_stored(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt.gz", gzip.compress(b"text", mtime=0))
+    other = write(tmp_path, "b.txt", path.read_bytes())
+    assert hash_file(only(path)) == hash_file(only(other))
+
+
+CONTENT = bytes(range(256)) * 200 + b"the end" * 5000
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_members_are_read_to_the_last(tmp_path: Path, suffix: str) -> None:
+    parts = [CONTENT[:5], b"", CONTENT[5:40_000], CONTENT[40_000:]]
+    path = write(tmp_path, f"a.txt{suffix}", b"".join(map(COMPRESS[suffix], parts)))
+    file = only(path)
+    assert file.name == "a.txt"
+    assert b"".join(read_content(file)) == CONTENT
+    with open_seekable(file) as stream:
+        stream.seek(-7, os.SEEK_END)
+        assert stream.read() == b"the end"
+
+
+def test_zstd_frames_to_skip_are_skipped() -> None:
+    skippable = bytes.fromhex("502a4d18") + (4).to_bytes(4, "little") + b"skip"
+    data = skippable + COMPRESS[".zst"](b"one") + skippable + COMPRESS[".zst"](b"two")
+    assert b"".join(expand([data], ".zst")) == b"onetwo"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_zeros_after_a_member_are_padding(suffix: str) -> None:
+    padded = COMPRESS[suffix](b"one") + bytes(512) + COMPRESS[suffix](b"two") + bytes(512)
+    assert b"".join(expand([padded], suffix)) == b"onetwo"
+
+
+def feed(data: bytes) -> list[bytes]:
+    return [data[start : start + FEED_BYTES] for start in range(0, len(data), FEED_BYTES)]
+
+
+def expand_all(data: bytes, suffix: str) -> tuple[bytes, BadDocument | None]:
+    """What can be had of a compressed file, and what was wrong with it."""
+    content = bytearray()
+    try:
+        for chunk in expand(feed(data), suffix):
+            content += chunk
+    except BadDocument as problem:
+        return bytes(content), problem
+    return bytes(content), None
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_file_that_ends_early_gives_what_it_has(suffix: str) -> None:
+    random = np.random.default_rng(0).integers(0, 64, 300_000, np.uint8).tobytes()  # does not compress to nothing
+    data = COMPRESS[suffix](random)
+    for length in (0, 1, 3, 100, len(data) // 2, len(data) - 9, len(data) - 1):
+        content, problem = expand_all(data[:length], suffix)
+        assert problem is not None
+        assert problem.problem == "truncated"
+        assert f"ends early, after {len(content)} bytes of content" in problem.detail
+        assert random.startswith(content)
+    half = expand_all(data[: len(data) // 2], suffix)[0]
+    assert len(half) > len(random) // 2 - (1 << 18)  # a block of zstd and of xz's coder at most is lost
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("garbage", [b"garbage", b"\1", b"\0\0\0\0garbage"])
+def test_what_follows_a_compressed_file_is_an_error(suffix: str, garbage: bytes) -> None:
+    content, problem = expand_all(COMPRESS[suffix](CONTENT) + garbage, suffix)
+    assert content == CONTENT
+    assert problem is not None
+    assert problem.problem == "truncated"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_flipped_bits_are_found_by_the_checksum(suffix: str) -> None:
+    data = bytearray(COMPRESS[suffix](CONTENT))
+    data[len(data) // 2] ^= 1
+    assert expand_all(bytes(data), suffix)[1] is not None
+
+
+@pytest.mark.parametrize(("suffix", "megabytes"), [(".gz", 32), (".zst", 400), (".xz", 64)])
+def test_zeros_do_not_fill_memory(suffix: str, megabytes: int) -> None:
+    compressors: dict[str, Callable[[], Any]] = {
+        ".gz": lambda: zlib.compressobj(wbits=31),
+        ".zst": lambda: zstandard.ZstdCompressor().compressobj(),
+        ".xz": lambda: lzma.LZMACompressor(preset=0),
+    }
+    compressor = compressors[suffix]()
+    zeros = bytes(1 << 20)
+    data = b"".join(compressor.compress(zeros) for _ in range(megabytes)) + compressor.flush()
+    lengths = [len(content) for content in expand(feed(data), suffix)]
+    assert sum(lengths) == megabytes << 20
+    assert max(lengths) <= min(megabytes << 19, FEED_BYTES << 15)
