@@ -1,4 +1,4 @@
-"""Rows as tensors: no label crosses a document or is made up."""
+"""Rows as tensors, whole or in parts: no label crosses a document or is made up."""
 
 import pickle
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data_pipeline.dataset import IGNORED_LABEL, RowDataset, make_sample
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset, make_sample, part_bounds
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 
@@ -63,6 +63,66 @@ def test_at_goes_through_epochs(make_store: Callable[..., Store]) -> None:
 def test_outside_is_an_error(make_store: Callable[..., Store], index: int) -> None:
     with pytest.raises(IndexError):
         RowDataset(make_store())[index]
+
+
+@pytest.mark.parametrize("packing", ["bestfit", "stream"])
+def test_parts_end_to_end_are_the_row(make_store: Callable[..., Store], packing: str) -> None:
+    dataset = RowDataset(make_store(packing=packing), seed=2)
+    cases = [(position, n_parts) for n_parts in (2, 8) for position in range(len(dataset))] + [(0, 1), (0, 256)]
+    for position, n_parts in cases:
+        parts = [dataset.slice_of(position, part, n_parts) for part in range(n_parts)]
+        assert {len(tensor) for part in parts for tensor in part} == {256 // n_parts}
+        for whole, pieces in zip(dataset.at(position), zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_a_part_reads_itself_and_one_token_more(
+    make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, asked = RowDataset(make_store()), []
+    read_row = dataset.store.read_row
+    monkeypatch.setattr(dataset.store, "read_row", lambda *where: asked.append(where[1:]) or read_row(*where))
+    for part in range(4):
+        dataset.slice_of(0, part, 4)
+    assert asked == [(0, 65), (64, 129), (128, 193), (192, 256)]
+
+
+def test_a_blank_has_the_segments_of_its_row_and_nothing_to_predict(make_store: Callable[..., Store]) -> None:
+    dataset = RowDataset(make_store())
+    for part in (0, 1):
+        blank, sample = dataset.blank_of(3, part, 2), dataset.slice_of(3, part, 2)
+        assert [(t.shape, t.dtype) for t in blank] == [(t.shape, t.dtype) for t in sample]
+        assert torch.equal(blank.segment_ids, sample.segment_ids)
+        assert (blank.labels == IGNORED_LABEL).all()
+        assert (blank.tokens == dataset.store.manifest.eos_id).all()
+
+
+def test_parts_must_be_equal_and_exist() -> None:
+    assert [part_bounds(12, part, 3) for part in range(3)] == [(0, 4), (4, 8), (8, 12)]
+    for n_parts in (5, 0):
+        with pytest.raises(DataError, match=f"rows of 12 tokens cannot be cut into {n_parts} equal parts: choose"):
+            part_bounds(12, 0, n_parts)
+    for part in (-1, 3):
+        with pytest.raises(IndexError, match=f"part {part} is outside a row of 3 parts"):
+            part_bounds(12, part, 3)
+
+
+def test_a_split_without_rows(make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store()
+    monkeypatch.setattr(store, "split_rows", lambda _: [])
+    dataset = RowDataset(store)
+    assert len(dataset) == 0
+    with pytest.raises(DataError, match=r"the split 'train' of .* has no rows"):
+        dataset.at(0)
+
+
+def test_identity_is_what_the_order_follows_from(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    assert RowDataset(store, "val", seed=4).identity == {
+        "store": store.manifest.fingerprint,
+        "split": "val",
+        "seed": 4,
+    }
 
 
 def test_unknown_split(make_store: Callable[..., Store]) -> None:
