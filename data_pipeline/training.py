@@ -1,8 +1,16 @@
 """A SentencePiece model out of a sample of the corpus.
 
 Its settings are those that keep text exactly, where SentencePiece's own defaults fold spaces, ligatures and widths.
-The sample is what keeps memory bounded: SentencePiece holds all its input, many times over. Which blocks of which
-documents are sampled depends on the seed and the corpus alone, so the same command makes the same model.
+The sample is what keeps memory bounded: SentencePiece holds all its input, many times over. What is sampled depends
+on the seed and the corpus alone, so the same command makes the same model.
+
+A sample of `max_bytes` is drawn in two steps, so that it takes as long from a terabyte as from a gigabyte:
+
+1. What is read: all of a corpus of at most READ_FACTOR * max_bytes, as it is stored. Of a larger one that many bytes,
+   in blocks of a megabyte that are drawn at random from all files. A file that cannot be read from the middle
+   (compressed, Parquet, not UTF-8) is read from its beginning, as many megabytes as blocks of it were drawn.
+2. What is kept: all that was read is cut into pieces of about PIECE_CHARS characters, small documents together. They
+   are kept at random, until they come to `max_bytes`; no more than that is ever held.
 """
 
 import hashlib
@@ -12,23 +20,28 @@ import random
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import accumulate, groupby
+from math import inf
 from pathlib import Path
 from typing import Literal
 
 import sentencepiece
 
-from data_pipeline.errors import DataError
-from data_pipeline.parallel import worker_map
-from data_pipeline.sources import Document, find_documents, read_blocks, scan_documents
+from data_pipeline.blocks import BLOCK_BYTES
+from data_pipeline.config import POLICIES, TextSettings, check_policies
+from data_pipeline.documents import Part, Reading, Span, invalid_utf8, read_parts, splittable
+from data_pipeline.errors import BadDocument, DataError
+from data_pipeline.files import InputFile, find_files
 from data_pipeline.staging import staged
+from data_pipeline.tokenizer import PIECE_CHARS, cut_pieces
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_BLOCK_BYTES = 1 << 16
-"""The sample is drawn in blocks of this size: small enough for all parts of a corpus to be in it."""
+READ_FACTOR = 8
+"""How many times the size of the sample is read for it. More makes it more varied: 32 MB come from 244 places."""
 SENTENCE_CHARS = 1024
 """Lines are cut here: SentencePiece silently skips those over 4,192 bytes, and a character has up to 4."""
 N_BYTES, N_SPECIAL = 256, 6
@@ -43,8 +56,8 @@ THREADS = 8
 class TrainingSettings:
     """Settings of `python -m data_pipeline tokenizer`. Raises DataError when one of them makes no sense."""
 
-    inputs: tuple[Path, ...]
-    """Text files, or folders that are searched for `.txt` files."""
+    inputs: tuple[str, ...]
+    """Files, folders, globs, URLs, and lists of these (`@FILE`): see `files.py`."""
     output: Path
     """The model file to make; what it was made from is written beside it, as `FILE.json`."""
     vocab_size: int = 16_000
@@ -56,58 +69,153 @@ class TrainingSettings:
     """Size of the sample. 64 MB take 1.4 GB of memory to train on, 32 MB stay below 1 GB."""
     seed: int = 0
     """Draws the sample."""
-    workers: int = 1
-    """Processes that check the input. The model does not depend on it."""
+    text: TextSettings = field(default_factory=TextSettings)
+    """How documents are found in files."""
+    policies: Mapping[str, str] = field(default_factory=dict)
+    """What to do about which problem, where it is not the default: see `config.POLICIES`."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
             raise DataError(f"--vocab-size is {self.vocab_size}: expected thousands of pieces, such as 16000")
         if self.max_bytes < 1:
             raise DataError(f"--max-bytes is {self.max_bytes}: expected at least 1")
-        if self.workers < 1:
-            raise DataError(f"--workers is {self.workers}: expected at least 1")
+        check_policies(self.policies)
+
+    @property
+    def reading(self) -> Reading:
+        """How documents are read."""
+        return Reading(self.text, "sentencepiece", policies=self.policies)
 
 
 def train_tokenizer(settings: TrainingSettings) -> bool:
-    """Trains and writes the model. False when it is there already, made by the same settings from the same input.
+    """Trains and writes the model. False when it is there already, made by the same settings of the same sample.
 
     Raises DataError for bad input or settings, or when the output is there but was made otherwise.
     """
-    documents = find_documents(settings.inputs)
-    with worker_map(settings.workers) as run:
-        digests = scan_documents(documents, utf8=True, run=run)
-    record = _record(settings, documents, digests)
+    files = find_files(settings.inputs, (), arrays=False)
+    sample = draw_sample(files, settings.reading, settings.max_bytes, settings.seed)
+    record = _record(settings, files, sample)
     if settings.output.exists():
         _check_same(settings.output, record)
         return False
     record_path(settings.output).unlink(missing_ok=True)  # of a model that is gone, or never came
-    sample_bytes = min(settings.max_bytes, sum(document.n_bytes for document in documents))
-    logger.info("training on %s bytes of %s documents", f"{sample_bytes:,}", f"{len(documents):,}")
+    logger.info("training on %s bytes out of %s files", f"{sum(map(len, sample)):,}", f"{len(files):,}")
     characters: Counter[str] = Counter()
-    for sentence in sample_sentences(documents, settings.max_bytes, settings.seed):
+    for sentence in sentences_of(sample):
         characters.update(sentence)
     rare = rare_characters(characters, settings.vocab_size)
-    sentences = without(rare, sample_sentences(documents, settings.max_bytes, settings.seed))
     with staged(settings.output) as partial:
         with partial.open("wb") as model:
-            _train(sentences, model, settings.vocab_size, settings.model_type)
+            _train(without(rare, sentences_of(sample)), model, settings.vocab_size, settings.model_type)
         with staged(record_path(settings.output)) as partial_record:
             partial_record.write_text(json.dumps(record, indent=2) + "\n")
     return True
 
 
-def sample_sentences(documents: Sequence[Document], max_bytes: int, seed: int) -> Iterator[str]:
-    """The lines of about `max_bytes` of the corpus: of all of it when it is smaller, else of blocks drawn at random."""
-    ends = list(accumulate(-(-document.n_bytes // SAMPLE_BLOCK_BYTES) for document in documents))
-    n_sample = min(max(max_bytes // SAMPLE_BLOCK_BYTES, 1), ends[-1])
-    for block in sorted(random.Random(seed).sample(range(ends[-1]), n_sample)):
-        index = bisect_right(ends, block)
-        document = documents[index]
-        start = (block - (ends[index - 1] if index else 0)) * SAMPLE_BLOCK_BYTES
-        stop = min(start + SAMPLE_BLOCK_BYTES, document.n_bytes)
-        for data in read_blocks(document, start, stop, SAMPLE_BLOCK_BYTES):
-            for line in data.decode().split("\n"):
-                yield from (line[i : i + SENTENCE_CHARS] for i in range(0, len(line), SENTENCE_CHARS))
+def draw_sample(files: Sequence[InputFile], reading: Reading, max_bytes: int, seed: int) -> list[bytes]:
+    """Pieces of text in UTF-8: all of the corpus, or a little more than `max_bytes` of it (see above).
+
+    Raises DataError for a document that cannot be read as it is, by its policy, or when there is no text at all.
+    """
+    met: Counter[tuple[str, str]] = Counter()
+    texts = _read_texts(files, reading, READ_FACTOR * max_bytes, seed, met)
+    sample = keep_at_random(join_small(texts), max_bytes, random.Random(seed))
+    for (problem, policy), n_times in sorted(met.items()):
+        logger.warning("--on-bad %s=%s: %s times in what was read for the sample", problem, policy, f"{n_times:,}")
+    if not sample:
+        raise DataError("the inputs hold no text: there is nothing to train a tokenizer on")
+    return sample
+
+
+def draw_spans(
+    files: Sequence[InputFile], text: TextSettings, max_bytes: int, seed: int
+) -> Iterator[tuple[Span, float]]:
+    """(span, characters to read of it at most) of about `max_bytes` of the files, in order: all, or blocks at random.
+
+    A block of a file that can be read from the middle is a span of its own. Any other file is one span; a block of it
+    stands for BLOCK_BYTES characters, and all its blocks for all that is in it.
+    """
+    ends = list(accumulate(-(-file.n_bytes // BLOCK_BYTES) for file in files))
+    n_bytes = sum(file.n_bytes for file in files)
+    n_drawn = ends[-1] if n_bytes <= max_bytes else max(ends[-1] * max_bytes // n_bytes, 1)
+    drawn = sorted(random.Random(seed).sample(range(ends[-1]), n_drawn))
+    for number, blocks in groupby(drawn, key=lambda block: bisect_right(ends, block)):
+        file, first = files[number], ends[number - 1] if number else 0
+        if splittable(file, text):
+            for start in ((block - first) * BLOCK_BYTES for block in blocks):
+                yield Span(number, start, min(start + BLOCK_BYTES, file.n_bytes)), inf
+        else:
+            n_blocks = len(list(blocks))
+            yield Span(number, 0, file.n_bytes), inf if n_blocks == ends[number] - first else n_blocks * BLOCK_BYTES
+
+
+def _read_texts(
+    files: Sequence[InputFile], reading: Reading, max_bytes: int, seed: int, met: Counter[tuple[str, str]]
+) -> Iterator[str]:
+    """The text of the spans that are drawn, in blocks. Counts in `met` the problems, with what was done."""
+    for span, n_chars in draw_spans(files, reading.text, max_bytes, seed):
+        file = files[span.file]
+        for text in (
+            text for part in read_parts(file, span, reading) for text in _part_texts(part, file, reading, met)
+        ):
+            yield text
+            n_chars -= len(text)
+            if n_chars <= 0:
+                break
+
+
+def _part_texts(part: Part, file: InputFile, reading: Reading, met: Counter[tuple[str, str]]) -> Iterator[str]:
+    """The blocks of a part, decoded, as far as they can be. Raises DataError where a problem's policy is strict."""
+    try:
+        for block in part.blocks:
+            yield block.decode()
+    except UnicodeDecodeError as error:
+        bad = invalid_utf8(error, part.offset)
+    except BadDocument as problem:
+        bad = problem
+    else:
+        met.update((found.problem, "replace") for found in part.found)
+        return
+    policy = reading.policies.get(bad.problem, POLICIES[bad.problem][0])
+    if policy == "strict":
+        others = " or ".join(f"--on-bad {bad.problem}={other}" for other in POLICIES[bad.problem] if other != "strict")
+        name = file.name if part.record < 0 else f"a record of {file.name}"
+        raise DataError(f"{name} {bad.detail} ({file.location}): mend it, leave it out, or use {others}")
+    met[bad.problem, policy] += 1
+
+
+def join_small(texts: Iterable[str]) -> Iterator[bytes]:
+    """Texts in UTF-8, in pieces of PIECE_CHARS to 2 * PIECE_CHARS characters: cut, or several joined by newlines."""
+    held: list[str] = []
+    n_chars = 0
+    for text in texts:
+        for piece in cut_pieces(text):
+            held.append(piece)
+            n_chars += len(piece) + 1
+            if n_chars > PIECE_CHARS:
+                yield "\n".join(held).encode()
+                held, n_chars = [], 0
+    if any(held):
+        yield "\n".join(held).encode()
+
+
+def keep_at_random(pieces: Iterable[bytes], max_bytes: int, rng: random.Random) -> list[bytes]:
+    """As many pieces, in their order, as just make `max_bytes`, or all; each has the same chance. Holds no more."""
+    heap: list[tuple[float, int, bytes]] = []  # the piece to give up next is the first
+    held_bytes = 0
+    for place, piece in enumerate(pieces):
+        heappush(heap, (rng.random(), place, piece))
+        held_bytes += len(piece)
+        while held_bytes - len(heap[0][2]) >= max_bytes:
+            held_bytes -= len(heappop(heap)[2])
+    return [piece for _, _, piece in sorted(heap, key=lambda item: item[1])]
+
+
+def sentences_of(sample: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a sample, long ones in parts."""
+    for piece in sample:
+        for line in piece.decode().split("\n"):
+            yield from (line[i : i + SENTENCE_CHARS] for i in range(0, len(line), SENTENCE_CHARS))
 
 
 def rare_characters(characters: Counter[str], vocab_size: int) -> str:
@@ -176,11 +284,21 @@ def _reason(error: Exception) -> str:
     return words.strip().rstrip(".") or str(error)
 
 
-def _record(settings: TrainingSettings, documents: Sequence[Document], digests: Sequence[str]) -> dict[str, object]:
-    """All that decides the model."""
-    corpus = [[d.name, d.n_bytes, digest] for d, digest in zip(documents, digests, strict=True)]
-    decisive = {k: v for k, v in asdict(settings).items() if k in ("vocab_size", "model_type", "max_bytes", "seed")}
-    return {**decisive, "input_sha256": hashlib.sha256(json.dumps(corpus).encode()).hexdigest()}
+def _record(settings: TrainingSettings, files: Sequence[InputFile], sample: Sequence[bytes]) -> dict[str, object]:
+    """All that decides the model, which is the sample and the settings; and what shows why a sample is another.
+
+    Content that was not sampled is not compared: it made no difference to the model.
+    """
+    names = ("vocab_size", "model_type", "max_bytes", "seed")
+    names_and_sizes = json.dumps([[file.name, file.n_bytes] for file in files])
+    return {
+        **{name: value for name, value in vars(settings).items() if name in names},
+        "text": settings.text.model_dump(mode="json"),
+        "n_files": len(files),
+        "n_bytes": sum(file.n_bytes for file in files),
+        "files_sha256": hashlib.sha256(names_and_sizes.encode()).hexdigest(),
+        "sample_sha256": hashlib.sha256(b"\0".join(sample)).hexdigest(),
+    }
 
 
 def _check_same(output: Path, record: dict[str, object]) -> None:

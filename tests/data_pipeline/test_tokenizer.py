@@ -3,7 +3,6 @@
 import hashlib
 import io
 import random
-from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -14,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline import tokenizer as tokenizer_module
+from data_pipeline.blocks import BLOCK_BYTES
+from data_pipeline.config import TextSettings
+from data_pipeline.documents import Reading, Span, plan_tasks, read_parts
 from data_pipeline.errors import DataError
-from data_pipeline.sources import find_documents, plan_tasks, read_blocks
+from data_pipeline.files import find_files
 from data_pipeline.tokenizer import cut_pieces, load_tokenizer, token_dtype
-from data_pipeline.training import TrainingSettings, rare_characters, record_path, sample_sentences, train_tokenizer
 
 TEXT = st.text(max_size=60) | st.text(alphabet="\u2581 \t\r\n\0ab가\ufeff\u0301", max_size=60)
 
@@ -162,23 +163,23 @@ def test_pieces_are_the_text_and_end_at_newlines() -> None:
     assert pieces[0].endswith("\n")
 
 
-@pytest.mark.parametrize("content", ["word word\n" * 3000, "word " * 6000, "가나다 " * 3000])
-def test_ranges_give_the_ids_of_the_whole(content: str, tmp_path: Path, tokenizer_file: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(content.encode())
-    document = find_documents([tmp_path])[0]
+@pytest.mark.parametrize("text", ["word word\n", "word " * 9, "가나다 "])
+def test_spans_give_the_ids_of_the_whole(text: str, tmp_path: Path, tokenizer_file: Path) -> None:
+    content = (text * (BLOCK_BYTES * 5 // 4 // len(text.encode()))).encode()
+    (tmp_path / "a.txt").write_bytes(content)
+    files = find_files([str(tmp_path)], (), arrays=False)
+    reading = Reading(TextSettings(), "sentencepiece")
     tokenizer = load_tokenizer(str(tokenizer_file))
-    block_bytes = 1000
 
-    def encode(start: int, stop: int) -> list[int]:
-        blocks = read_blocks(document, start, stop, block_bytes)
+    def encode(span: Span) -> list[int]:
+        blocks = chain.from_iterable(part.blocks for part in read_parts(files[0], span, reading))
         return np.concatenate([tokenizer.encode(block) for block in blocks]).tolist()
 
-    whole = encode(0, document.n_bytes)
-    assert tokenizer.decode(np.array(whole)) == content.encode()
-    for task_bytes in (1000, 3000, 7000):
-        tasks = plan_tasks([document.n_bytes], block_bytes, task_bytes)
-        parts = [encode(span.start, span.stop) for task in tasks for span in task]
-        assert list(chain.from_iterable(parts)) == whole
+    whole = encode(Span(0, 0, len(content)))
+    assert tokenizer.decode(np.array(whole)) == content
+    spans = list(chain.from_iterable(plan_tasks(files, reading.text, BLOCK_BYTES)))
+    assert len(spans) > 1
+    assert list(chain.from_iterable(map(encode, spans))) == whole
 
 
 def lossy_model(**changes: object) -> bytes:
@@ -211,82 +212,3 @@ def test_a_file_that_is_no_model_is_refused(content: bytes, tmp_path: Path) -> N
     path.write_bytes(content)
     with pytest.raises(DataError, match="is not a SentencePiece model"):
         load_tokenizer(str(path))
-
-
-def settings(corpus: Path, output: Path, **changes: object) -> TrainingSettings:
-    return TrainingSettings(**{"inputs": (corpus,), "output": output, "vocab_size": 530, **changes})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-def test_training_is_reproducible(model_type: str, corpus: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one.model", tmp_path / "two.model"
-    assert train_tokenizer(settings(corpus, one, model_type=model_type))
-    assert train_tokenizer(settings(corpus, two, model_type=model_type, workers=2))
-    assert one.read_bytes() == two.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "one.model",
-        "one.model.json",
-        "two.model",
-        "two.model.json",
-    ]
-
-
-def test_training_again_is_no_work_and_otherwise_is_refused(corpus: Path, tmp_path: Path) -> None:
-    output = tmp_path / "a.model"
-    train_tokenizer(settings(corpus, output))
-    before = output.stat().st_mtime_ns
-    assert not train_tokenizer(settings(corpus, output))
-    assert output.stat().st_mtime_ns == before
-    with pytest.raises(DataError, match=r"vocab_size 530 -> 540.*another --output, or delete it"):
-        train_tokenizer(settings(corpus, output, vocab_size=540))
-    output.unlink()  # the way out; the record that it leaves behind is no obstacle
-    assert train_tokenizer(settings(corpus, output, vocab_size=540))
-    record_path(output).write_text("[]")
-    with pytest.raises(DataError, match=r"vocab_size None -> 530"):
-        train_tokenizer(settings(corpus, output))
-    record_path(output).unlink()
-    with pytest.raises(DataError, match="does not say how it was made"):
-        train_tokenizer(settings(corpus, output))
-
-
-def test_more_characters_than_the_vocabulary_holds_are_spelled_in_bytes(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(400)]
-    text = "".join(f"{rng.choice(words)} {rng.choice(words)}{chr(0x4E00 + i % 3000)}" for i in range(9_000)) + "\n"
-    (tmp_path / "chinese.txt").write_text(text, encoding="utf-8")
-    train_tokenizer(settings(tmp_path / "chinese.txt", tmp_path / "a.model", vocab_size=600))
-    tokenizer = load_tokenizer(str(tmp_path / "a.model"))
-    assert tokenizer.vocab_size == 600
-    assert tokenizer.decode(tokenizer.encode(text.encode())) == text.encode()
-
-
-def test_no_character_is_rare_where_the_frequent_ones_fit() -> None:
-    assert rare_characters(Counter("abc" * 1000), 530) == ""
-    assert rare_characters(Counter({"a": 3, "]": 2, "c": 1, "-": 1}), 256 + 6 + 2) == "]c-"
-
-
-def test_a_model_of_text_without_spaces_keeps_spaces(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("道可道非常道名可名" * 50)
-    train_tokenizer(settings(tmp_path, tmp_path / "a.model", vocab_size=268))
-    tokenizer = load_tokenizer(str(tmp_path / "a.model"))
-    assert len(tokenizer.encode(b" ")) == 1
-    assert tokenizer.decode(tokenizer.encode(b" a  b ")) == b" a  b "
-
-
-def test_the_sample_is_bounded_seeded_and_cut(tmp_path: Path) -> None:
-    for name in "abcdef":
-        (tmp_path / f"{name}.txt").write_bytes(f"{name} a line\n".encode() * 40_000)
-    (tmp_path / "long.txt").write_bytes("가".encode() * 50_000)
-    documents = find_documents([tmp_path])
-
-    def sample(max_bytes: int, seed: int = 0) -> list[str]:
-        return list(sample_sentences(documents, max_bytes, seed))
-
-    everything = sample(10**9)
-    assert sum(len(line.encode()) for line in everything) == 6 * 40_000 * 8 + 150_000
-    assert max(len(line.encode()) for line in everything) <= 4_192
-    some = sample(500_000)
-    assert 300_000 < sum(len(line.encode()) + 1 for line in some) < 600_000
-    assert len({line[:1] for line in some}) > 2
-    assert sample(500_000) == some
-    assert sample(500_000, seed=1) != some
