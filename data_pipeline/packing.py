@@ -65,12 +65,17 @@ def _pack_book(lengths: Array, seq_len: int, stride: int) -> Segments:
 
 
 def _pack_stream(lengths: Array, seq_len: int) -> Segments:
-    document_offsets = np.concatenate(([0], np.cumsum(lengths)))
-    total = document_offsets[-1]
-    cuts = np.union1d(document_offsets, np.arange(0, total, seq_len))
-    begin, length = cuts[:-1], np.diff(cuts)
-    document = np.searchsorted(document_offsets, begin, side="right") - 1
-    return Segments(begin // seq_len, begin % seq_len, length, document, begin - document_offsets[document])
+    end = np.cumsum(lengths)
+    begin = end - lengths
+    first_row = begin // seq_len
+    n_rows = np.where(lengths > 0, (end - 1) // seq_len - first_row + 1, 0)
+    document = np.repeat(np.arange(len(lengths)), n_rows)
+    row = np.arange(len(document)) + (first_row - np.cumsum(n_rows) + n_rows)[document]
+    segment_begin = np.maximum(row * seq_len, begin[document])
+    segment_end = np.minimum((row + 1) * seq_len, end[document])
+    return Segments(
+        row, segment_begin - row * seq_len, segment_end - segment_begin, document, segment_begin - begin[document]
+    )
 
 
 def _pack_bestfit(lengths: Array, seq_len: int) -> Segments:
