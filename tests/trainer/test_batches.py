@@ -1,10 +1,14 @@
-"""Every sample of a step goes to exactly one rank, in plain integers."""
+"""What a run trains on, and that every row of an evaluation goes to exactly one rank, in plain integers."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from data_pipeline.dataset import IGNORED_LABEL, Sample
-from trainer.batches import blank, collate, evaluation_shares
+from trainer.batches import blank, collate, evaluation_shares, training_samples
+from trainer.config import DataConfig
 
 
 @pytest.mark.parametrize("n_rows", [1, 4, 5, 7])
@@ -16,6 +20,32 @@ def test_evaluation_uses_every_row_once_and_all_ranks_equally(n_rows: int, micro
     rows = [row for part in parts for share in part for row in share]
     assert sorted(row for row in rows if row is not None) == list(range(n_rows))
     assert len(rows) - n_rows < micro * world_size
+
+
+def fake_store(name: str) -> Any:
+    return SimpleNamespace(manifest=SimpleNamespace(fingerprint=f"hash of {name}"), split_rows=lambda _: [(0, 5)])
+
+
+def test_one_store_is_trained_on_as_it_is() -> None:
+    samples = training_samples(DataConfig(store="a"), fake_store("a"), {}, seed=3)
+    assert samples.identity == {"store": "hash of a", "split": "train", "seed": 3}
+
+
+def test_a_mixture_takes_the_place_of_the_store() -> None:
+    mixture = {"books": {"store": "b", "weight": 3}, "web": {"store": "w", "weight": 1, "split": "all"}}
+    data = DataConfig(store="a", mixture=mixture, train_split="most")
+    samples = training_samples(data, fake_store("a"), {"books": fake_store("b"), "web": fake_store("w")}, seed=3)
+    assert samples.identity == {
+        "seed": 3,
+        "books.store": "hash of b",
+        "books.split": "most",
+        "books.seed": 3,
+        "books.per_thousand": 750,
+        "web.store": "hash of w",
+        "web.split": "all",
+        "web.seed": 3,
+        "web.per_thousand": 250,
+    }
 
 
 def test_collate_counts_what_is_to_be_predicted() -> None:

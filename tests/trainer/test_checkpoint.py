@@ -68,6 +68,10 @@ def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"store_fingerprint": "xyz"}, "store_fingerprint was 'abc' and is 'xyz' now"),
+        (
+            {"store_fingerprint": {"books.per_thousand": 1000}},
+            "store_fingerprint.books.per_thousand was None and is 1000",
+        ),
         ({"world_size": 1}, "world_size was 2 and is 1 now"),
         ({"train_batch_size": 8}, "train_batch_size was 4 and is 8 now"),
         ({"model": {"n_layers": 3, "axial_shape": [2, 4]}}, "model.n_layers was 2 and is 3 now"),

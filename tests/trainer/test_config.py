@@ -83,6 +83,39 @@ def test_errors_name_the_value_and_the_way_out(config: Path, overrides: list[str
         load(config, overrides)
 
 
+MIXTURE = """
+[data.mixture]
+books = {store = "data/books", weight = 7}
+web = {store = "data/web", weight = 2.5, split = "all"}
+"""
+
+
+def test_a_mixture_of_stores(config: Path) -> None:
+    config.write_text(TOML + MIXTURE)
+    data = load(config, ["data.mixture.web.weight=3"])[0].data
+    assert data.store == Path("data/store")
+    assert {name: source.model_dump() for name, source in data.mixture.items()} == {
+        "books": {"store": Path("data/books"), "weight": 7.0, "split": None},
+        "web": {"store": Path("data/web"), "weight": 3.0, "split": "all"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.mixture.web.weight=0", r"\[data\] \[mixture.web\] 'weight': input should be greater than 0.*got 0"),
+        ("data.mixture.web.weight=inf", r"\[data\] \[mixture.web\] 'weight': input should be a finite number"),
+        ("data.mixture.web.wieght=1", r"\[data\] \[mixture.web\] unknown key 'wieght': did you mean 'weight'"),
+        ("data.mixture.more.store=x", r"\[data\] \[mixture.more\] 'weight' is missing: give it a value"),
+        ("data.on_damage=ignore", r"\[data\] 'on_damage'.*got 'ignore'"),
+    ],
+)
+def test_what_is_wrong_with_a_mixture_is_named(config: Path, override: str, message: str) -> None:
+    config.write_text(TOML + MIXTURE)
+    with pytest.raises(ConfigError, match=message):
+        load(config, [override])
+
+
 def test_unreadable_files_are_named(config: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.toml: No such file"):
         load(tmp_path / "nowhere.toml")
