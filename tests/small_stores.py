@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipeline import layout
 from data_pipeline.manifest import (
+    MANIFEST_NAME,
     DocumentRecord,
     InputRecord,
     Manifest,
@@ -85,7 +86,7 @@ def write_store(
         input_sha256=hash_input([(*record, False) for record in inputs]),
         splits={name: _split_record(name, rows, documents, segments) for name, rows in split_rows.items()},
         problems={name: counts.count(name) for name in counts},
-        files={name: layout.record_file(path / name) for name in layout.list_files(path)},
+        files={name: layout.record_file(path / name) for name in layout.list_files(path) if name != MANIFEST_NAME},
         parts={},
         library_versions={},
     )

@@ -1,0 +1,165 @@
+"""Writing a store: every file appears whole, whoever is killed and whoever writes the same."""
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from small_stores import store_settings, write_store
+
+from data_pipeline import store
+from data_pipeline.manifest import ProblemRecord
+from data_pipeline.packing import pack
+from data_pipeline.store import Store
+from data_pipeline.tokenizer import ByteTokenizer, IntegerTokenizer
+from data_pipeline.verify import verify
+
+ROWS = np.arange(6 * 16, dtype=np.uint16).reshape(6, 16)
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from data_pipeline import store
+os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+store.write_shard(Path(sys.argv[1]), 0, np.arange(6 * 16, dtype=np.uint16).reshape(6, 16)[:4])
+"""
+
+
+def begin(path: Path) -> Path:
+    store.create_tokens(path, store_settings(ByteTokenizer()), 6)
+    return path
+
+
+def test_plain_zarr_reads_it(tmp_path: Path) -> None:
+    path = begin(tmp_path / "s")
+    names = [store.write_shard(path, first_row, ROWS[first_row : first_row + 4])[0] for first_row in (4, 0)]
+    assert names == ["tokens/c/1/0", "tokens/c/0/0"]
+    tokens = zarr.open_group(path, mode="r")["tokens"]
+    assert np.array_equal(tokens[:], ROWS)
+    assert (tokens.chunks, tokens.shards, tokens.dtype) == ((1, 16), (4, 16), np.uint16)
+
+
+def test_the_record_is_that_of_the_file(tmp_path: Path) -> None:
+    path = begin(tmp_path / "s")
+    name, record = store.write_shard(path, 0, ROWS[:4])
+    assert record == store.record_file(path / name)
+
+
+@pytest.mark.parametrize("stop", ["os.fsync", "pathlib.Path.rename"])
+def test_a_write_that_ends_early_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+    path = begin(tmp_path / "s")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(stop, fail)
+    with pytest.raises(OSError, match="no space left"):
+        store.write_shard(path, 0, ROWS[:4])
+    assert store.list_files(path) == ["tokens/zarr.json", "zarr.json"]
+
+
+def test_a_killed_writer_leaves_no_shard_and_the_end_of_a_build_removes_its_rest(tmp_path: Path) -> None:
+    path = begin(tmp_path / "s")
+    killed = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(path)])
+    assert killed.returncode == -signal.SIGKILL
+    (leftover,) = set(store.list_files(path)) - {"tokens/zarr.json", "zarr.json"}
+    assert leftover.endswith(".partial")
+    assert zarr.open_group(path, mode="r")["tokens"][:4].min() == np.iinfo(np.uint16).max  # which is no token
+    store.write_shard(path, 0, ROWS[:4])
+    store.write_sidecars(path, pack(np.array([96]), 16, "stream"), 6, ByteTokenizer(), [], [], [])
+    assert not [name for name in store.list_files(path) if name.endswith(".partial")]
+    assert np.array_equal(zarr.open_group(path, mode="r")["tokens"][:4], ROWS[:4])
+
+
+def test_writers_of_one_shard_do_not_meet(tmp_path: Path) -> None:
+    """At any time there is the whole shard."""
+    path = begin(tmp_path / "s")
+    name, record = store.write_shard(path, 0, ROWS[:4])
+    stop = threading.Event()
+    failures = []
+
+    def write() -> None:
+        while not stop.is_set():
+            try:
+                assert store.write_shard(path, 0, ROWS[:4]) == (name, record)
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for _ in range(200):
+        assert store.record_file(path / name) == record
+    stop.set()
+    for writer in writers:
+        writer.join()
+    assert not failures
+    assert store.list_files(path) == ["tokens/c/0/0", "tokens/zarr.json", "zarr.json"]
+
+
+def test_everything_may_be_written_twice(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    contents = {"a": b"some text", "b": bytes(range(256))}
+    write_store(path, contents)
+    once = {name: (path / name).read_bytes() for name in store.list_files(path)}
+    write_store(path, contents)
+    assert {name: (path / name).read_bytes() for name in store.list_files(path)} == once
+    assert verify(path) == []
+
+
+def test_starting_again_keeps_shards(tmp_path: Path) -> None:
+    path = begin(tmp_path / "s")
+    name, record = store.write_shard(path, 0, ROWS[:4])
+    begin(path)
+    assert store.record_file(path / name) == record
+
+
+@pytest.mark.parametrize(("n_values", "dtype"), [(256, np.uint16), (65_533, np.uint16), (65_534, np.uint32)])
+def test_integers_in_the_smallest_type_that_has_a_number_to_spare(
+    tmp_path: Path, n_values: int, dtype: np.dtype
+) -> None:
+    size = 1 if n_values == 256 else 2
+    values = np.array([0, 1, n_values - 1] * 9, f"<u{size}")
+    write_store(tmp_path / "s", {"image.npy/0": values.tobytes()}, IntegerTokenizer(n_values))
+    opened = Store.open(tmp_path / "s")
+    assert opened.read_row(0).dtype == dtype
+    assert opened.read_row(0)[:4].tolist() == [n_values, 0, 1, n_values - 1]
+    assert opened.token_bytes[[0, n_values - 1, n_values, n_values + 1]].tolist() == [size, size, 0, 0]
+    assert opened.tokenizer.vocab_size == n_values + 2
+    assert verify(tmp_path / "s") == []
+
+
+def test_a_store_without_rows(tmp_path: Path) -> None:
+    """What an append of documents that come to no token makes."""
+    write_store(tmp_path / "s", {"empty.txt": b""}, bos=False, eos=False)
+    opened = Store.open(tmp_path / "s")
+    assert (opened.n_rows, len(opened.documents), opened.split_rows("train")) == (0, 1, [(0, 0)])
+    assert verify(tmp_path / "s") == []
+
+
+def test_the_tables(tmp_path: Path) -> None:
+    problems = [ProblemRecord("b.txt", "encoding", "replaced", 'byte 7: "\u2028"\n')]
+    write_store(tmp_path / "s", {"a.txt": b"a", "\u592a\u521d.txt": b"bc"}, problems=problems, val=["a.txt"])
+    opened = Store.open(tmp_path / "s")
+    assert [(d.id, d.name, d.n_bytes, d.split, d.tokens) for d in opened.documents] == [
+        (0, "a.txt", 1, "val", 3),
+        (1, "\u592a\u521d.txt", 2, "train", 4),
+    ]
+    assert [(record.name, record.n_bytes) for record in opened.inputs] == [("a.txt", 1), ("\u592a\u521d.txt", 2)]
+    assert opened.problems == problems
+    assert opened.manifest.problems == {"encoding/replaced": 1}
+
+
+def test_rows_longer_than_a_chunk_are_read_in_slices(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).integers(0, 256, 2 * 131_072, np.uint8).tobytes()
+    write_store(tmp_path / "s", {"a": content}, seq_len=131_072, stride=131_072, packing="stream")
+    opened = Store.open(tmp_path / "s")
+    assert zarr.open_group(tmp_path / "s", mode="r")["tokens"].chunks == (1, 65_536)
+    assert np.array_equal(opened.read_row(1, 70_000, 131_072), opened.read_row(1)[70_000:])
+    assert opened.read_row(0, 1, 100).astype(np.uint8).tobytes() == content[:99]
