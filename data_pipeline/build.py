@@ -27,6 +27,7 @@ from data_pipeline.files import find_files
 from data_pipeline.inputs import check_same_input, new_files
 from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, StoreSettings, settings_differences
 from data_pipeline.progress import Progress
+from data_pipeline.scratch import RECORD_SUFFIX
 from data_pipeline.stages import Work
 from data_pipeline.staging import partial_path
 from data_pipeline.store import Store, part_path
@@ -56,24 +57,23 @@ def build(settings: BuildSettings) -> BuildResult:
     """
     team = find_team(os.environ)
     decisive = store_settings(settings, load_tokenizer(settings.tokenizer, settings.vocab_size))
-    if (existing := _finished(settings, decisive)) is not None:
-        return BuildResult(existing, True, (), team)
     folder = partial_path(settings.output)
-    with jobs.membership(folder, team.job, settings.output), _explained(folder):
-        if (existing := _finished(settings, decisive)) is not None:  # by others, in the meantime
-            jobs.finish(folder)
+    if (existing := _finished(settings, decisive)) is not None and not folder.exists():
+        return BuildResult(existing, True, (), team)
+    published = False
+
+    def keep() -> bool:
+        return not published and any((folder / "tokens").glob(f"*{RECORD_SUFFIX}"))
+
+    with jobs.membership(folder, team.job, settings.output, keep), _explained(folder):
+        if (existing := _finished(settings, decisive)) is not None:  # by others, or before we were killed
+            published = True
             return BuildResult(existing, True, (), team)
         work = _describe(settings, decisive, folder)
-        if team.size > 1:
-            zarr.config.set(_ONE_CODEC_THREAD)
         with Progress(work, shown=team.rank == 0):
-            stages.begin(work)
-            if settings.workers == 1:
-                stages.go_through(work)
-            else:
-                _go_through_in_processes(work, settings.workers)
+            _go_through(work, team)
         notes = stages.read_json(folder / "plan" / f"{jobs.record_name(0)}.json")["notes"]
-        jobs.finish(folder)
+        published = True
     return BuildResult(Store.open(settings.output), False, tuple(notes), team)
 
 
@@ -145,6 +145,16 @@ def _explained(folder: Path) -> Iterator[None]:
             f"no room is left on the disk of {folder.parent} ({error.strerror}): make room and run the same command "
             "again. What is done is kept"
         ) from error
+
+
+def _go_through(work: Work, team: Team) -> None:
+    stages.begin(work)  # here, so that what is wrong with the input is known before processes start
+    if work.settings.workers > 1:
+        _go_through_in_processes(work, work.settings.workers)
+        return
+    if team.size > 1:
+        zarr.config.set(_ONE_CODEC_THREAD)
+    stages.go_through(work)
 
 
 def _go_through_in_processes(work: Work, workers: int) -> None:

@@ -185,7 +185,7 @@ def parse_split(text: str) -> dict[str, float]:
             split[name] = float(fraction)
         except ValueError:
             raise DataError(
-                f"--split holds {name}={fraction!r}: expected NAME=FRACTION, such as val=0.01,test=0.01"
+                f"--split holds '{name}={fraction}': expected NAME=FRACTION, such as val=0.01,test=0.01"
             ) from None
     return split
 

@@ -27,14 +27,27 @@ _HASHING_THREADS = 8
 """Hashing leaves Python's lock alone, and waits for files for the rest."""
 
 
+_PLAN_SETTINGS = ("seq_len", "packing", "stride", "split", "rows_per_shard", "near_threshold")
+"""What may change as long as nothing is planned: the tokens of documents do not depend on it."""
+
+
 def compare_with_snapshot(
-    folder: Path, output: Path, before: Mapping[str, Any], settings: StoreSettings, files: Sequence[InputFile]
+    folder: Path,
+    output: Path,
+    before: Mapping[str, Any],
+    settings: StoreSettings,
+    files: Sequence[InputFile],
+    planned: bool,
 ) -> None:
     """Raises DataError when the unfinished build in `folder` began with other settings or other files.
 
-    `before`: the settings of that build, and its files by name, as `snapshot` gives them.
+    `before`: the settings of that build, and its files by name, as `snapshot` gives them. `planned`: whether it has
+    decided where everything goes.
     """
-    differences = settings_differences(StoreSettings.model_validate(before["settings"]), settings)
+    old_settings = StoreSettings.model_validate(before["settings"])
+    if not planned:
+        old_settings = old_settings.model_copy(update={name: getattr(settings, name) for name in _PLAN_SETTINGS})
+    differences = settings_differences(old_settings, settings)
     old = {name: tuple(facts) for name, facts in before["files"].items()}
     differences += document_differences(old, snapshot(files))
     if differences:

@@ -148,11 +148,11 @@ class _Claims:
 
 
 @contextmanager
-def membership(work: Path, job: str, what: Path) -> Iterator[None]:
+def membership(work: Path, job: str, what: Path, keep: Callable[[], bool]) -> Iterator[None]:
     """Being one of the processes of `job` in the directory `work`, which makes `what`.
 
     The first one of a job that comes finds nobody there, and removes the claims and leftovers of those who were
-    killed. Raises DataError when another job is there. The last one to leave removes `work` if `finished(work)`.
+    killed. Raises DataError when another job is there. The last one to leave removes `work`, unless `keep()`.
     """
     work.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
@@ -163,7 +163,7 @@ def membership(work: Path, job: str, what: Path) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError, DataError), _door(work, what):
-                if finished(work) and _locks(members, fcntl.LOCK_EX):
+                if not keep() and _locks(members, fcntl.LOCK_EX):
                     shutil.rmtree(work)
 
 
@@ -218,16 +218,6 @@ def _locks(file: BinaryIO, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def finish(work: Path) -> None:
-    """Says that what `work` is for is published: whoever leaves last may remove it."""
-    (work / "finished").touch()
-
-
-def finished(work: Path) -> bool:
-    """Whether what `work` is for is published."""
-    return (work / "finished").exists()
 
 
 def forget_start(work: Path) -> None:

@@ -20,6 +20,7 @@ from data_pipeline.tokenizer import token_dtype
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_SUFFIXES = {"tokens": RECORD_SUFFIX, "shards": ".json"}
 _LINE_EVERY_S = 30.0
 """From one line to the next in a log file."""
 
@@ -29,6 +30,8 @@ class Progress:
 
     def __init__(self, work: Work, shown: bool) -> None:
         self._work = work
+        self._before = {stage: _done(work.folder / stage, suffix) for stage, suffix in _SUFFIXES.items()}
+        """Done by a run that was killed."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True) if shown else None
 
@@ -47,20 +50,18 @@ class Progress:
         if not self._wait_for(folder / "start" / f"{record_name(0)}.json"):
             return
         sizes = [sum(span.stop - span.start for span in task) for task in self._work.tasks]
-        self._show("tokenize", folder / "tokens", RECORD_SUFFIX, sizes, self._tokens_of)
+        self._show("tokenize", "tokens", sizes, self._tokens_of)
         if not self._wait_for(folder / "plan" / f"{record_name(0)}.json"):
             return
         n_rows, settings = self._work.n_rows, self._work.decisive
         bounds = [min(row, n_rows) for row in range(0, n_rows + settings.rows_per_shard, settings.rows_per_shard)]
         tokens = [(stop - start) * settings.seq_len for start, stop in pairwise(bounds)]
         itemsize = token_dtype(settings.vocab_size).itemsize
-        self._show("write", folder / "shards", ".json", [n * itemsize for n in tokens], tokens.__getitem__)
+        self._show("write", "shards", [n * itemsize for n in tokens], tokens.__getitem__)
 
-    def _show(
-        self, stage: str, records: Path, suffix: str, sizes: Sequence[int], tokens_of: Callable[[int], int]
-    ) -> None:
+    def _show(self, stage: str, records: str, sizes: Sequence[int], tokens_of: Callable[[int], int]) -> None:
         """Follows a stage to its end: `sizes` of its tasks in bytes, and what each of them is in tokens."""
-        seen = done_tasks(records, suffix) if records.exists() else set()
+        seen = set(self._before[records])
         resumed = sum(sizes[task] for task in seen)
         tokens, begun = 0, time.monotonic()
         next_line = begun + _LINE_EVERY_S
@@ -68,7 +69,7 @@ class Progress:
         with bar:
             while len(seen) < len(sizes):
                 closed = self._closed.wait(_POLL_S)
-                fresh = done_tasks(records, suffix) - seen if records.exists() else set()
+                fresh = _done(self._work.folder / records, _SUFFIXES[records]) - seen
                 seen |= fresh
                 tokens += sum(map(tokens_of, fresh))
                 elapsed = time.monotonic() - begun
@@ -99,3 +100,7 @@ def _line(done: int, resumed: int, total: int, elapsed: float) -> str:
     left = (total - done) * elapsed / (done - resumed) if done > resumed else 0.0
     size = f"{tqdm.format_sizeof(done)}B of {tqdm.format_sizeof(total)}B"
     return f"{size}, {tqdm.format_interval(left)} left" if left else size
+
+
+def _done(records: Path, suffix: str) -> set[int]:
+    return done_tasks(records, suffix) if records.exists() else set()

@@ -141,7 +141,8 @@ def start(work: Work, number: int) -> None:
     job = work.folder / "job.json"
     if job.exists():
         before = read_json(job)
-        compare_with_snapshot(work.folder, settings.output, before, work.decisive, files)
+        planned = (work.folder / "plan" / f"{record_name(0)}.json").exists()
+        compare_with_snapshot(work.folder, settings.output, before, work.decisive, files, planned)
         if before["policies"] != work.policies:
             _forget_tasks_with_problems(work)
     with publishing(work.folder / "files.jsonl") as output:

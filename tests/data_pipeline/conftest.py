@@ -51,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, odd_documents: dict[str, by
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     output = tmp_path_factory.mktemp("tokenizer") / "small.model"
-    train_tokenizer(TrainingSettings(inputs=(corpus,), output=output, vocab_size=540))
+    train_tokenizer(TrainingSettings(inputs=(str(corpus),), output=output, vocab_size=540))
     return output
 
 
@@ -61,7 +61,7 @@ def make_store(tmp_path: Path, corpus: Path, tokenizer_file: Path) -> Callable[.
 
     def make(**changes: object) -> Store:
         settings = {
-            "inputs": (corpus,),
+            "inputs": (str(corpus),),
             "tokenizer": str(tokenizer_file),
             "output": tmp_path / "store.zarr",
             "seq_len": 256,
