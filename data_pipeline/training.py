@@ -185,16 +185,15 @@ def _part_texts(part: Part, file: InputFile, reading: Reading, met: Counter[tupl
 
 
 def join_small(texts: Iterable[str]) -> Iterator[bytes]:
-    """Texts in UTF-8, in pieces of PIECE_CHARS to 2 * PIECE_CHARS characters: cut, or several joined by newlines."""
+    """Texts in UTF-8, in pieces of at most PIECE_CHARS characters: cut, or several together with newlines between."""
     held: list[str] = []
     n_chars = 0
-    for text in texts:
-        for piece in cut_pieces(text):
-            held.append(piece)
-            n_chars += len(piece) + 1
-            if n_chars > PIECE_CHARS:
-                yield "\n".join(held).encode()
-                held, n_chars = [], 0
+    for piece in (piece for text in texts for piece in cut_pieces(text)):
+        if n_chars + len(piece) > PIECE_CHARS and held:
+            yield "\n".join(held).encode()
+            held, n_chars = [], 0
+        held.append(piece)
+        n_chars += len(piece) + 1
     if any(held):
         yield "\n".join(held).encode()
 
