@@ -13,8 +13,8 @@ import zstandard
 
 from data_pipeline.errors import BadDocument
 
-FEED_BYTES = 1 << 12
-"""Compressed bytes to expand at a time. zstd makes 128 KB of 4 bytes, so that more could be any amount of memory."""
+FEED_BYTES = 1 << 10
+"""Compressed bytes to expand at a time. zstd makes 128 KB of 4 bytes, so that these may come to 32 MB."""
 
 _DECODERS: dict[str, tuple[Callable[[], Any], bytes]] = {
     ".gz": (lambda: zlib.decompressobj(wbits=31), b"\0"),

@@ -77,7 +77,7 @@ def _listing(names: Iterable[str], most: int = 20) -> str:
 
 
 def parquet_values(stream: BinaryIO, column: str) -> Iterator[bytes | None]:
-    """The values of a column of strings or bytes, row by row, in batches of bounded memory.
+    """The values of a column of strings or bytes, row by row. In memory are a page of the file and a batch of values.
 
     Raises BadDocument("unreadable") for what is not a Parquet file or has no such column, and ("truncated") for one
     whose end is missing; DataError where pyarrow is not installed.
@@ -89,12 +89,15 @@ def parquet_values(stream: BinaryIO, column: str) -> Iterator[bytes | None]:
         raise DataError("Parquet files need pyarrow: pip install 'longhand[corpus]'") from error
     try:
         file = _open_parquet(stream, column, pyarrow)
-        for batch in file.iter_batches(_batch_rows(file, column), columns=[column]):
-            values = batch.column(0)
-            if pyarrow.types.is_dictionary(values.type):
-                values = values.dictionary_decode()
-            for value in values.cast(pyarrow.large_binary()):
-                yield value.as_py()
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(_batch_rows(file, group, column), row_groups=[group], columns=[column]):
+                values = batch.column(0)
+                if pyarrow.types.is_dictionary(values.type):
+                    values = values.dictionary_decode()
+                for value in values.cast(pyarrow.large_binary()):
+                    yield value.as_py()
+    except MemoryError:  # says nothing of the file
+        raise
     except (pyarrow.ArrowException, OSError) as error:  # OSError: pages that are corrupt
         raise BadDocument("unreadable", f"is not a Parquet file, or is damaged ({error})") from error
 
@@ -120,11 +123,9 @@ def _open_parquet(stream: BinaryIO, column: str, pyarrow: Any) -> Any:
     return file
 
 
-def _batch_rows(file: Any, column: str) -> int:
-    """Rows whose values come to about _BATCH_BYTES, by the average over the row groups."""
-    metadata = file.metadata
-    n_bytes = 0
-    for group in range(metadata.num_row_groups):
-        chunks = (metadata.row_group(group).column(number) for number in range(metadata.num_columns))
-        n_bytes += sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
-    return max(1, min(_MAX_BATCH_ROWS, metadata.num_rows * _BATCH_BYTES // max(n_bytes, 1)))
+def _batch_rows(file: Any, number: int, column: str) -> int:
+    """Rows of a row group whose values come to about _BATCH_BYTES, by their average."""
+    group = file.metadata.row_group(number)
+    chunks = (group.column(place) for place in range(group.num_columns))
+    n_bytes = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+    return max(1, min(_MAX_BATCH_ROWS, group.num_rows * _BATCH_BYTES // max(n_bytes, 1)))

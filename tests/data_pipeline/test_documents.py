@@ -2,9 +2,11 @@
 
 import gzip
 import io
+import itertools
 import json
 import lzma
 import math
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -34,6 +36,7 @@ from data_pipeline.documents import (
 )
 from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, find_files
+from data_pipeline.records import split_lines
 
 Outcome = bytes | tuple[str, str]
 """A document's bytes, or the problem for which there are none and its detail."""
@@ -316,10 +319,9 @@ def test_normalisation_does_not_depend_on_chunks(
         assert list(part.blocks) == expected_blocks(expected, 20, 8)
 
 
-@pytest.mark.parametrize("length", range(1, 13))
+@pytest.mark.parametrize("length", range(1, 12))
 def test_a_truncated_file_is_kept_up_to_its_last_whole_character(tmp_path: Path, length: int) -> None:
     text = "ab가\U0001f642é"
-    compressed = lzma.compress(text.encode())
     compressor = zstandard.ZstdCompressor().compressobj()
     started = compressor.compress(text.encode()[:length]) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     file = save(tmp_path / "a.txt.zst", started)
@@ -329,10 +331,6 @@ def test_a_truncated_file_is_kept_up_to_its_last_whole_character(tmp_path: Path,
     assert [one.problem for one in found] == ["truncated"]
     assert f"ends early, after {length} bytes" in found[0].detail
     assert read_one(file, reading("bytes", {"truncated": "replace"}))[0] == text.encode()[:length]
-    assert read_one(save(tmp_path / "b.txt.xz", compressed[:-20]))[0] == (
-        "truncated",
-        "ends early, after 0 bytes of content",
-    )
 
 
 def test_a_truncated_file_of_another_encoding_is_kept_likewise(tmp_path: Path) -> None:
@@ -422,7 +420,7 @@ def test_json_text_that_is_no_text(tmp_path: Path) -> None:
     lines = [b'{"text": "a\\ud800b\\udc00"}', b'{"text": "\\ud83d\\ude42"}', b'{"text": "a\xffb"}']
     file = save(tmp_path / "a.jsonl", b"\n".join(lines))
     assert [(record, problem) for record, problem, _ in problems(file)] == [(0, "encoding"), (2, "encoding")]
-    assert "is not valid utf-8 at byte 65 " in problems(file)[1][2]
+    assert "is not valid utf-8 at byte 63 " in problems(file)[1][2]
     replaced = read(file, reading(policies={"encoding": "replace"}))
     assert [result for _, result, _ in replaced] == [
         "a\ufffdb\ufffd".encode(),
@@ -444,18 +442,15 @@ def test_an_oversized_line_is_never_held(tmp_path: Path) -> None:
     ]
 
 
-def test_a_line_larger_than_memory_would_be_skipped(tmp_path: Path) -> None:
-    import tracemalloc
-
-    data = zstandard.ZstdCompressor().compress(b"x" * (100 << 20) + b'\n{"text": "end"}')
-    file = save(tmp_path / "a.jsonl.zst", data)
+def test_a_line_larger_than_memory_is_skipped_in_pieces() -> None:
+    chunks = itertools.chain((bytes(1 << 20) for _ in range(200)), [b"\nend"])
     tracemalloc.start()
-    results = [problem for _, problem, _ in read(file, reading(max_record_bytes=1000))]
+    long, end = split_lines(chunks, 0, 1000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert isinstance(results[0], tuple)
-    assert results[1] == b"end"
-    assert peak < 50 << 20
+    assert long == (0, 200 << 20, bytes(1000))
+    assert end == ((200 << 20) + 1, 3, b"end")
+    assert peak < 8 << 20
 
 
 @pytest.mark.parametrize("encoding", ["cp949", "utf-16", "utf-16-le"])
@@ -473,7 +468,7 @@ def test_truncated_json_lines_lose_the_record_in_which_they_end(tmp_path: Path) 
     for policy in ("strict", "skip", "replace"):
         results = read(file, reading(policies={"truncated": policy}))
         assert results == [(0, b"one", []), (1, ("truncated", f"ends early, after {len(data)} bytes of content"), [])]
-    assert problems(save(tmp_path / "b.jsonl.gz", b""))[0][:2] == (-1, "truncated")
+    assert problems(save(tmp_path / "b.jsonl.gz", gzip.compress(data)[:5]))[0][:2] == (-1, "truncated")
 
 
 # Parquet
@@ -541,7 +536,7 @@ def test_damaged_pages_of_parquet(tmp_path: Path) -> None:
     assert len(read(file)) == 2000
     ((record, problem, _),) = problems(damaged)
     assert problem == "unreadable"
-    assert 0 < record <= 1000
+    assert record == 1000
     assert all(isinstance(result, bytes) for number, result, _ in read(damaged) if number < record)
 
 
@@ -557,7 +552,9 @@ def test_parquet_values_have_policies_too(tmp_path: Path) -> None:
 
 def test_large_row_groups_are_read_in_batches(tmp_path: Path) -> None:
     values = pa.array(["x" * (1 << 20)] * 64)
-    file = write_parquet(tmp_path / "a.parquet", {"text": values}, use_dictionary=False, compression="none")
+    file = write_parquet(
+        tmp_path / "a.parquet", {"text": values}, use_dictionary=False, compression="none", write_batch_size=4
+    )
     pool = pa.default_memory_pool()
     del values
     before = pool.bytes_allocated()
@@ -565,7 +562,7 @@ def test_large_row_groups_are_read_in_batches(tmp_path: Path) -> None:
     for part in read_parts(file, whole(file), reading()):
         most = max(most, pool.bytes_allocated() - before)
         assert len(b"".join(part.blocks)) == 1 << 20
-    assert most < 24 << 20
+    assert most < 16 << 20
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path) -> None:
@@ -704,14 +701,13 @@ def test_an_array_larger_than_memory_is_streamed(tmp_path: Path) -> None:
     with (tmp_path / "a.npy").open("wb") as file:
         file.write(header.getvalue())
         file.truncate(len(header.getvalue()) + 8 * math.prod(shape))  # 64 GB that take no room
-    (part,) = read_parts(only(tmp_path / "a.npy", arrays=True), Span(0, 0, 0), integers(10))
-    assert next(part.blocks) == bytes(BLOCK_BYTES)
+    parts = read_parts(only(tmp_path / "a.npy", arrays=True), Span(0, 0, 0), integers(10))
+    assert next(next(parts).blocks) == bytes(BLOCK_BYTES)
 
 
 def test_a_part_that_was_left_early_does_not_disturb_the_next(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
         np.save(file, np.arange(3 * 5_000_000).reshape(3, -1) % 251)
-    starts = []
-    for part in read_parts(only(tmp_path / "a.npz", arrays=True), Span(0, 0, 0), integers(256)):
-        starts.append(next(part.blocks)[0])
+    parts = read_parts(only(tmp_path / "a.npz", arrays=True), Span(0, 0, 0), integers(256))
+    starts = [next(part.blocks)[0] for part in parts]
     assert starts == [0, 5_000_000 % 251, 10_000_000 % 251]
