@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.order import permute
+
 
 def messages(run) -> int:
     return sum(line.startswith("error: ") for line in run.errors.splitlines())
@@ -45,21 +47,38 @@ def test_a_missing_shard(train, store: Path, tmp_path: Path):
     assert not run.dir.exists()
 
 
-def test_a_damaged_shard_found_while_training(train, store: Path, tmp_path: Path):
-    """Its size is right, so only its checksum tells, in the step that reads it; nothing may hang then either."""
-    damaged = tmp_path / "store"
-    shutil.copytree(store, damaged)
-    shard = next(path for path in (damaged / "tokens" / "c").rglob("*") if path.is_file())
+@pytest.fixture
+def damaged(store: Path, tmp_path: Path) -> Path:
+    """The store with a flipped bit in its first row: sizes are right, so only the checksum tells when it is read."""
+    path = tmp_path / "store"
+    shutil.copytree(store, path)
+    shard = path / "tokens/c/0/0"
     content = bytearray(shard.read_bytes())
     content[20] ^= 1
     shard.write_bytes(content)
+    return path
+
+
+def test_a_damaged_shard_found_while_training(train, damaged: Path, tmp_path: Path):
+    """In the step that reads it; nothing may hang then either."""
     run = train(2, tmp_path / "run", f"data.store={damaged}", "run.save_every=0")
     assert run.code != 0
     assert messages(run) == 1
-    assert "is damaged" in run.errors
+    assert f"row 0 of {damaged} is damaged in shard {damaged / 'tokens/c/0/0'}" in run.errors
     assert "Traceback" not in run.errors
     assert run.seconds < 60
     assert not any((run.dir / "checkpoints").glob("step_*"))
+
+
+def test_a_damaged_row_may_be_left_out(train, damaged: Path, tmp_path: Path):
+    """Of 14 rows in 16 samples, whichever rank has it; all of them count."""
+    changes = ["data.on_damage=skip", "run.eval_every=0", "run.save_every=0"]
+    run = train(2, tmp_path / "run", f"data.store={damaged}", *changes)
+    assert run.code == 0, run.errors
+    steps = [i // 4 for i in range(16) if permute(i % 14, 14, seed=0, epoch=i // 14) == 0]
+    assert run.column("data/skipped_rows") == [sum(step <= done for step in steps) for done in range(4)]
+    assert run.errors.count(f"left out: row 0 of {damaged} is damaged in shard") == len(steps) >= 1
+    assert None not in run.column("train/loss")
 
 
 def test_an_error_that_only_one_rank_has_is_not_lost(train_by_srun, tmp_path: Path):

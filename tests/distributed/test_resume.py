@@ -1,6 +1,7 @@
 """A run that stopped and continued equals one that did not, bit for bit; what cannot continue is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nvme
@@ -47,6 +48,22 @@ def test_resumed_equals_uninterrupted(train, tmp_path: Path, ranks: int, changes
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     for tag in ("eval/loss", *DIAGNOSTICS):
         assert [event.step for event in events.Scalars(tag)] == [0, 4]
+
+
+def test_a_mixture_is_continued_where_it_was_and_by_no_other(train, store: Path, other_store: Path, tmp_path: Path):
+    mixture = [f"data.mixture.{name}.store={path}" for name, path in (("one", store), ("two", other_store))]
+    changes = [*mixture, "data.mixture.one.weight=2", "data.mixture.two.weight=1", "run.eval_every=0"]
+    run = train(1, tmp_path / "run", *changes)
+    assert run.code == 0, run.errors
+    whole = [[line[tag] for tag in ("step", "train/loss", "train/grad_norm")] for line in run.metrics]
+    assert json.loads((run.dir / "run.json").read_text())["samples"]["one.per_thousand"] == 667
+    shutil.rmtree(run.dir / "checkpoints" / "step_00000004")
+    other = train(1, run.dir, "--resume", *changes, "data.mixture.two.weight=2")
+    assert other.code == 2
+    assert "store_fingerprint.one.per_thousand was 667 and is 500 now" in other.errors
+    again = train(1, run.dir, "--resume", *changes)
+    assert again.code == 0, again.errors
+    assert [[line[tag] for tag in ("step", "train/loss", "train/grad_norm")] for line in again.metrics] == whole
 
 
 @pytest.fixture(scope="module")
