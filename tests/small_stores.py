@@ -95,8 +95,8 @@ def write_store(
 
 
 def _tokens(content: bytes, tokenizer: Tokenizer, settings: StoreSettings) -> np.ndarray:
-    ids = tokenizer.encode(content).tolist()
-    return np.array([tokenizer.bos_id] * settings.bos + ids + [tokenizer.eos_id] * settings.eos, np.int64)
+    marks = np.array([tokenizer.bos_id, tokenizer.eos_id], token_dtype(settings.vocab_size))
+    return np.concatenate([marks[: int(settings.bos)], tokenizer.encode(content), marks[2 - int(settings.eos) :]])
 
 
 def _pack(
