@@ -11,7 +11,6 @@ In the order things happen:
     files.py         which files are the input, and their bytes
     compression.py   .gz, .zst and .xz expanded, to the last byte that can be had
     documents.py     documents out of files; where a huge one may be cut
-    sources.py       documents out of files; where a huge one may be cut
     tokenizer.py     bytes <-> token ids, exactly (SentencePiece, or plain bytes)
     training.py      a SentencePiece model out of a sample of the corpus
     splits.py        which document is held out
@@ -29,7 +28,6 @@ In the order things happen:
     layout.py        the Zarr layout: the only file that knows it
     store.py         a store and what was appended to it, as one
     staging.py       nothing half-written is ever taken for whole
-    parallel.py      the same map over one process or many
     verify.py        is every byte still what was built?
     decode.py        the exact text back
     report.py        statistics for people

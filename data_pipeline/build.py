@@ -20,8 +20,8 @@ from pathlib import Path
 import zarr
 
 from data_pipeline import jobs, stages
+from data_pipeline.blocks import BLOCK_BYTES
 from data_pipeline.config import BuildSettings
-from data_pipeline.documents import BLOCK_BYTES
 from data_pipeline.errors import DataError
 from data_pipeline.files import find_files
 from data_pipeline.inputs import check_same_input, new_files

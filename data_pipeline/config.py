@@ -137,8 +137,8 @@ class BuildSettings:
             raise DataError(f"--stride is {self.stride}: expected 1 to --seq-len {self.seq_len} tokens")
         if self.duplicates not in DUPLICATES:
             raise DataError(f"--duplicates is {self.duplicates!r}: expected one of {', '.join(DUPLICATES)}")
-        if not 0 < self.near_threshold <= 1:
-            raise DataError(f"--near-threshold is {self.near_threshold}: expected more than 0, at most 1")
+        if not 0.5 <= self.near_threshold <= 1:
+            raise DataError(f"--near-threshold is {self.near_threshold}: expected 0.5 to 1")
         if self.rows_per_shard is not None and self.rows_per_shard < 1:
             raise DataError(f"--rows-per-shard is {self.rows_per_shard}: expected at least 1")
         if self.workers < 1:

@@ -106,7 +106,7 @@ class StoreSettings(_Frozen):
     duplicates: Literal["keep", "drop", "near"]
     near_threshold: float
     block_bytes: int
-    """Where documents are cut into blocks: `sources.BLOCK_BYTES`."""
+    """Where documents are cut into blocks: `blocks.BLOCK_BYTES`."""
     piece_chars: int
     """Where blocks are cut into pieces: `tokenizer.PIECE_CHARS`."""
 

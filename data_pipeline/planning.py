@@ -82,9 +82,9 @@ def merge_parts(columns: Columns) -> Documents:
     first_of_file = np.searchsorted(file, file)
     record = np.where(columns.record[starts] < 0, -1, np.arange(len(starts)) - first_of_file)
     offsets = np.cumsum(columns.n_tokens) - columns.n_tokens
-    minhash = columns.minhash[starts]
-    if minhash.size:
-        minhash = np.minimum.reduceat(columns.minhash, starts, axis=0)
+    minhash = columns.minhash
+    if minhash.size and len(starts) < len(minhash):
+        minhash = np.minimum.reduceat(minhash, starts, axis=0)
 
     def total(column: np.ndarray) -> np.ndarray:
         return np.add.reduceat(column, starts) if len(starts) else column
@@ -139,7 +139,9 @@ def _find_duplicates(
     same[candidates] = _renumber(duplicates.exact(documents.sha256[candidates], known), candidates)
     if settings.duplicates == "near":
         candidates = candidates[same[candidates] == -1]
-        found = duplicates.near(documents.minhash[candidates], settings.near_threshold)
+        every = len(candidates) == len(good)  # then without a copy: 512 MB for a million documents
+        minhash = documents.minhash if every else documents.minhash[candidates]
+        found = duplicates.near(minhash, settings.near_threshold)
         near[candidates] = _renumber(found, candidates)
     return same, near
 

@@ -121,7 +121,7 @@ def tokenize(task: TokenizeTask) -> None:
     with publishing(task.folder / (record_name(task.number) + RECORD_SUFFIX)) as record:
         np.savez(
             record,
-            **{f"column.{name}": column for name, column in _stack(rows)._asdict().items()},
+            **{f"column.{name}": column for name, column in _stack(rows, task.near)._asdict().items()},
             problems=np.frombuffer(json.dumps(problems).encode(), np.uint8),
             input_file=np.array([number for number, _ in inputs], np.int64),
             input_sha256=np.frombuffer(b"".join(digest for _, digest in inputs), np.uint8).reshape(-1, 32),
@@ -239,11 +239,11 @@ def _document_hash(file: InputFile, number: int, reading: Reading) -> bytes:
     return digest.digest()
 
 
-def _stack(rows: Sequence[_Row]) -> Columns:
+def _stack(rows: Sequence[_Row], near: bool) -> Columns:
     def column(name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(row, name) for row in rows], dtype)
 
-    signatures = [row.minhash for row in rows if row.minhash is not None]
+    signatures = [row.minhash for row in rows] if near else []
     return Columns(
         file=column("file", np.int64),
         first=column("first", bool),
@@ -254,7 +254,7 @@ def _stack(rows: Sequence[_Row]) -> Columns:
         bad=column("bad", np.int8),
         replaced=column("replaced", np.int8),
         sha256=np.frombuffer(b"".join(row.sha256 for row in rows), np.uint8).reshape(-1, 32),
-        minhash=np.array(signatures, np.uint32).reshape(len(rows), N_PERMUTATIONS if signatures else 0),
+        minhash=np.array(signatures, np.uint32).reshape(len(rows), N_PERMUTATIONS if near else 0),
     )
 
 

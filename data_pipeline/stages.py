@@ -322,7 +322,7 @@ def _write_sidecars(work: Work, content: Path) -> None:
         problems=count_problems(problems),
         parts={},
         files=dict(sorted(records.items())),
-        library_versions=_library_versions(),
+        library_versions=_library_versions(settings.duplicates == "near"),
     )
     store.write_manifest(content, manifest)
 
@@ -359,6 +359,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_bytes()))
 
 
-def _library_versions() -> dict[str, str]:
-    libraries = ("numcodecs", "numpy", "sentencepiece", "zarr")
+def _library_versions(near: bool) -> dict[str, str]:
+    libraries = ("numcodecs", "numpy", "sentencepiece", "zarr", *(["datasketch"] if near else []))
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in libraries}}

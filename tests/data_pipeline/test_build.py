@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import zarr
 
+from data_pipeline import blocks, documents, scratch, stages
 from data_pipeline import build as build_module
-from data_pipeline import documents, scratch, stages
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
 from data_pipeline.layout import chunk_tokens
@@ -40,8 +40,9 @@ def test_huge_documents_are_cut_the_same_way(
     make_store: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small blocks and tasks, so that the corpus is a corpus of huge documents."""
-    for module in (build_module, documents):
+    for module in (blocks, build_module, documents):
         monkeypatch.setattr(module, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(blocks, "BOUNDARY_REACH_BYTES", 100)
     one = make_store(output=tmp_path / "one.zarr")
     monkeypatch.setattr(stages, "TASK_BYTES", (1024, 1024))
     other = make_store(output=tmp_path / "other.zarr")

@@ -169,7 +169,7 @@ BAD_SETTINGS = [
     (("--on-bad", "encoding"), ("--on-bad holds 'encoding'", "PROBLEM=POLICY")),
     (("--on-bad", "encoding=ignore"), ("encoding=ignore", "expected strict or replace or skip")),
     (("--on-bad", "smell=skip"), ("--on-bad names 'smell'",)),
-    (("--near-threshold", 0), ("--near-threshold is 0",)),
+    (("--near-threshold", 0.4), ("--near-threshold is 0.4", "0.5 to 1")),
     (("--max-record-bytes", 0), ("--max-record-bytes is 0",)),
     (("--field", ""), ("--field is empty",)),
     (("--append",), ("--append:", "does not exist")),

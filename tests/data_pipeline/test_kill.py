@@ -1,4 +1,4 @@
-"""A build that is killed leaves nothing that is taken for whole, and the next run starts afresh."""
+"""A build that is killed leaves nothing that is taken for whole, and the same command finishes its work."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough for each half of a build to take a while."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(8):
-        (folder / f"{number}.txt").write_text(f"{number} and some words of a line\n" * 25_000)
+        (folder / f"{number}.txt").write_text(f"{number} and some words of a line\n" * 100_000)
     return folder
 
 
@@ -37,12 +37,14 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("moment", ["content/scratch", "content/scratch/00000001.tokens", "content/tokens/c/9/0"])
+@pytest.mark.parametrize(
+    "moment", ["start/00000000.json", "tokens/00000001.npz", "plan/00000000.json", "shards/00000009.json"]
+)
 def test_sigkill_at_any_moment(moment: str, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "store.zarr"
-    partial = partial_path(output)
+    work = partial_path(output)
     process = subprocess.Popen(command(corpus, output, 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (partial / moment).exists():
+    while not (work / moment).exists():
         assert process.poll() is None
         time.sleep(0.001)
     workers = psutil.Process(process.pid).children(recursive=True)
@@ -54,9 +56,19 @@ def test_sigkill_at_any_moment(moment: str, corpus: Path, undisturbed: Path, tmp
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive, "workers outlive their parent"
 
-    result = subprocess.run(command(corpus, output, 1), check=True, capture_output=True, text=True)
-    assert f"removing {partial}, left by a run that was killed" in result.stderr
-    assert not partial.exists()
+    done = {path: path.stat().st_mtime_ns for path in (*work.glob("tokens/*.npz"), *work.glob("content/tokens/c/*/0"))}
+    recorded = {path for path in done if path.suffix == ".npz"}
+    recorded |= {work / "content/tokens/c" / str(int(path.stem)) / "0" for path in work.glob("shards/*.json")}
+    kept: dict[Path, int] = {}
+    rerun = subprocess.Popen(command(corpus, output, 1), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while rerun.poll() is None:
+        for path in recorded:
+            if path.exists():
+                kept[path] = path.stat().st_mtime_ns
+        time.sleep(0.01)
+    assert rerun.returncode == 0, rerun.stderr.read() if rerun.stderr else ""
+    assert all(done[path] == time_ns for path, time_ns in kept.items()), "what was done is done again"
+    assert not work.exists()
     assert list_files(output) == list_files(undisturbed)
     for name in list_files(undisturbed):
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
