@@ -55,7 +55,8 @@ class InputFile:
 
 
 def _compression(path: str) -> str:
-    return next((suffix for suffix in COMPRESSIONS if path.endswith(suffix)), "")
+    suffix = posixpath.splitext(path)[1]
+    return suffix if suffix in COMPRESSIONS else ""
 
 
 class _Found(NamedTuple):
@@ -334,7 +335,7 @@ def read_content(file: InputFile, start: int = 0) -> Iterator[bytes]:
         if file.compression:
             yield from expand(_chunks(stream, FEED_BYTES), file.compression)
         else:
-            yield from _chunks(stream, _CHUNK_BYTES)
+            yield from _chunks(stream, min(_CHUNK_BYTES, file.n_bytes + 1))  # room for more takes time to get
 
 
 def _chunks(stream: BinaryIO, n_bytes: int) -> Iterator[bytes]:
