@@ -88,7 +88,8 @@ class RowDataset(Dataset[Sample]):
     def blank_of(self, position: int, part: int, n_parts: int) -> Sample:
         """What stands in for `slice_of` where the row cannot be read: all EOS, segments as in the row, no labels."""
         start, stop = part_bounds(self.store.seq_len, part, n_parts)
-        segment_ids = _segment_ids(self.store.segments_of(self._row_at(position)), start, stop)
+        edges = _segment_edges(self.store.segments_of(self._row_at(position)), start, stop)
+        segment_ids = _segment_ids(edges, stop - start)
         tokens = torch.full((stop - start,), self.store.manifest.eos_id)
         return Sample(tokens, torch.full_like(tokens, IGNORED_LABEL), torch.from_numpy(segment_ids))
 
@@ -133,17 +134,25 @@ def make_sample(tokens: np.ndarray, segments: np.ndarray, start: int = 0, stop: 
     row's, as `Store.segments_of` gives them.
     """
     n_tokens = len(tokens) if stop is None else stop - start
-    segment_ids = _segment_ids(segments, start, start + len(tokens))
+    edges = _segment_edges(segments, start, start + len(tokens))
     tokens = tokens.astype(np.int64)
     labels = np.full(n_tokens, IGNORED_LABEL)
-    follows = (segment_ids[1:] == segment_ids[:-1]) & (segment_ids[1:] != 0)
-    labels[: len(follows)][follows] = tokens[1:][follows]
-    return Sample(*(torch.from_numpy(values[:n_tokens]) for values in (tokens, labels, segment_ids)))
+    n_labels = max(edges[-1] - 1, 0)
+    labels[:n_labels] = tokens[1 : n_labels + 1]
+    last = edges[1:] - 1
+    labels[last[(last >= 0) & (last < n_labels)]] = IGNORED_LABEL
+    segment_ids = _segment_ids(edges, n_tokens)
+    return Sample(torch.from_numpy(tokens[:n_tokens]), torch.from_numpy(labels), torch.from_numpy(segment_ids))
 
 
-def _segment_ids(segments: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """int32 [stop - start]: the number of the segment of each token [start:stop] of a row, from 1 on; 0 for padding."""
-    edges = np.clip(np.concatenate([[0], segments[:, 1].cumsum()]), start, stop)
-    segment_ids = np.zeros(stop - start, np.int32)
-    segment_ids[: edges[-1] - start] = np.repeat(np.arange(1, len(segments) + 1, dtype=np.int32), np.diff(edges))
+def _segment_edges(segments: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """int64 [n + 1]: where the segments of a row begin and the last one ends, within its tokens [start:stop]."""
+    return np.clip(np.concatenate([[0], segments[:, 1].cumsum()]), start, stop) - start
+
+
+def _segment_ids(edges: np.ndarray, n_tokens: int) -> np.ndarray:
+    """int32 [n_tokens]: the number of each token's segment, from 1 on; 0 for padding."""
+    lengths = np.diff(np.minimum(edges, n_tokens))
+    segment_ids = np.zeros(n_tokens, np.int32)
+    segment_ids[: lengths.sum()] = np.repeat(np.arange(1, len(edges), dtype=np.int32), lengths)
     return segment_ids

@@ -29,6 +29,27 @@ def test_a_full_row_has_no_label_at_its_end() -> None:
     assert sample.labels.tolist() == [6, 7, IGNORED_LABEL]
 
 
+def test_random_rows_token_by_token() -> None:
+    """Against the definition, in every equal part: segments of any length, with and without padding."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lengths = rng.integers(1, rng.integers(2, 14), size=20)
+        lengths = lengths[: np.searchsorted(lengths.cumsum(), 24, side="right")]
+        tokens = rng.integers(0, 9, size=24).astype(np.uint16)
+        segments = np.stack([np.concatenate([[0], lengths.cumsum()[:-1]]), lengths, lengths, lengths], axis=1)
+        ids = [i + 1 for i, length in enumerate(lengths) for _ in range(length)]
+        ids += [0] * (24 - len(ids))
+        labels = [
+            int(tokens[i + 1]) if i < 23 and ids[i] and ids[i] == ids[i + 1] else IGNORED_LABEL for i in range(24)
+        ]
+        for n_parts in (1, 2, 3, 24):
+            for start, stop in (part_bounds(24, part, n_parts) for part in range(n_parts)):
+                part = make_sample(tokens[start : stop + 1], segments, start, stop)
+                assert part.tokens.tolist() == tokens[start:stop].tolist()
+                assert part.labels.tolist() == labels[start:stop]
+                assert part.segment_ids.tolist() == ids[start:stop]
+
+
 @pytest.mark.parametrize("packing", ["bestfit", "stream"])
 def test_rows_follow_their_documents(make_store: Callable[..., Store], packing: str) -> None:
     store = make_store(packing=packing)
