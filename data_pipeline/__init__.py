@@ -10,7 +10,10 @@ In the order things happen:
     config.py        what a build is asked to do, checked
     files.py         which files are the input, and their bytes
     compression.py   .gz, .zst and .xz expanded, to the last byte that can be had
-    documents.py     documents out of files; where a huge one may be cut
+    documents.py     documents out of files, and what is wrong with them; the work cut into tasks
+    records.py       JSON lines and Parquet
+    arrays.py        .npy and .npz of integers
+    blocks.py        from bytes as they come to UTF-8 in blocks that depend on the document alone
     tokenizer.py     bytes <-> token ids, exactly (SentencePiece, or plain bytes)
     training.py      a SentencePiece model out of a sample of the corpus
     splits.py        which document is held out
