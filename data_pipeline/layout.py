@@ -113,8 +113,10 @@ class StorePart:
 
     def documents(self) -> Iterator[DocumentRecord]:
         """The document table, line by line. Raises DataError when its file is damaged."""
-        for document in self._read_records(_DOCUMENTS_NAME, DocumentRecord):
-            yield document._replace(id=document.id + self.first_document)
+        documents = self._read_records(_DOCUMENTS_NAME, DocumentRecord)
+        if not self.first_document:
+            return documents
+        return (document._replace(id=document.id + self.first_document) for document in documents)
 
     def inputs(self) -> Iterator[InputRecord]:
         """The files that were read. Raises DataError when the list is damaged."""
@@ -219,7 +221,7 @@ class StorePart:
 
     def _read_records(self, name: str, kind: Callable[..., Record]) -> Iterator[Record]:
         self._check_content(name)
-        with (self.path / name).open("rb") as file:
+        with (self.path / name).open(encoding="utf-8", newline="\n") as file:
             for line in file:
                 yield kind(**json.loads(line))
 

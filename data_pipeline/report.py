@@ -1,12 +1,13 @@
 """What a store holds, in figures: the summary of a build, and `inspect`, for people and as JSON."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import nsmallest
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.manifest import SplitRecord
+from data_pipeline.manifest import DocumentRecord, FileRecord, SplitRecord
 from data_pipeline.store import Store
 
 _BAR_WIDTH = 40
@@ -17,8 +18,8 @@ def summary(store: Store) -> dict[str, Any]:
     """The figures of a store as JSON has them. Shares are fractions of 1; a share of nothing is 0."""
     manifest = store.manifest
     splits = manifest.splits
-    lengths = np.fromiter((document.tokens for part in store.parts for document in part.documents()), np.int64)
-    stored = sum(record.n_bytes for part in store.parts for record in _token_files(part.manifest.files))
+    lengths, longest = _read_documents(store)
+    stored = sum(_token_file_bytes(part.manifest.files) for part in store.parts)
     tokens = sum(split.tokens for split in splits.values())
     return {
         "store": str(store.path),
@@ -33,11 +34,26 @@ def summary(store: Store) -> dict[str, Any]:
         "splits": {name: _figures([split], store.seq_len) for name, split in splits.items()},
         "problems": manifest.problems,
         "length_histogram": length_histogram(lengths),
+        "longest": [{"name": one.name, "split": one.split, "tokens": one.tokens} for one in longest],
     }
 
 
-def _token_files(files: dict[str, Any]) -> list[Any]:
-    return [record for name, record in files.items() if name.startswith("tokens/")]
+def _read_documents(store: Store) -> tuple[np.ndarray, list[DocumentRecord]]:
+    """The length of each document in tokens, and the longest documents: one reading of a long table."""
+    lengths = array("q")
+
+    def documents() -> Iterator[DocumentRecord]:
+        for part in store.parts:
+            for document in part.documents():
+                lengths.append(document.tokens)
+                yield document
+
+    longest = nsmallest(_LONGEST_SHOWN, documents(), key=lambda document: (-document.tokens, document.name))
+    return np.array(lengths, np.int64), longest
+
+
+def _token_file_bytes(files: Mapping[str, FileRecord]) -> int:
+    return sum(record.n_bytes for name, record in files.items() if name.startswith("tokens/"))
 
 
 def _figures(splits: Sequence[SplitRecord], seq_len: int) -> dict[str, float]:
@@ -81,11 +97,6 @@ def summarize(store: Store) -> str:
 def inspect(store: Store) -> str:
     """`summarize`, a histogram of the documents' lengths, and the longest documents."""
     figures = summary(store)
-    longest = nsmallest(
-        _LONGEST_SHOWN,
-        (document for part in store.parts for document in part.documents()),
-        key=lambda document: (-document.tokens, document.name),
-    )
     return "\n".join(
         [
             _summarize(figures),
@@ -94,7 +105,7 @@ def inspect(store: Store) -> str:
             *_bars(figures["length_histogram"]),
             "",
             "longest documents:",
-            *(f"  {document.tokens:>14,} tokens  {document.split:<6} {document.name}" for document in longest),
+            *(f"  {one['tokens']:>14,} tokens  {one['split']:<6} {one['name']}" for one in figures["longest"]),
         ]
     )
 
@@ -102,10 +113,10 @@ def inspect(store: Store) -> str:
 def _summarize(figures: dict[str, Any]) -> str:
     header = ("split", "documents", "bytes", "tokens", "bytes/token", "rows", "padding", "mixed rows")
     packing = figures["packing"] + (f" with stride {figures['stride']:,}" if figures["packing"] == "book" else "")
-    appended = f", {figures['parts'] - 1} appended parts" if figures["parts"] > 1 else ""
+    parts = f", in {figures['parts']} parts" if figures["parts"] > 1 else ""
     lines = [
         f"{figures['store']}: {figures['rows']:,} rows of {figures['seq_len']:,} tokens, packing {packing}, "
-        f"{figures['tokenizer']} tokenizer of {figures['vocab_size']:,}{appended}",
+        f"{figures['tokenizer']} tokenizer of {figures['vocab_size']:,}{parts}",
         _table([header, *(_split_row(name, split) for name, split in figures["splits"].items())]),
         f"all: {figures['bytes']:,} bytes, {figures['tokens']:,} tokens, {figures['bytes_per_token']:.3f} bytes per "
         f"token, {figures['byte_fallback_share']:.3%} byte fallback, {figures['padding_share']:.2%} padding, "

@@ -37,6 +37,10 @@ def test_figures(tmp_path: Path) -> None:
     assert figures["problems"] == {"encoding/dropped": 1, "duplicate/kept": 1}
     stored = sum(path.stat().st_size for path in (tmp_path / "s" / "tokens").rglob("*") if path.is_file())
     assert figures["stored_bytes_per_token"] == stored / 63
+    assert figures["longest"][:2] == [
+        {"name": "v", "split": "val", "tokens": 32},
+        {"name": "a", "split": "train", "tokens": 16},
+    ]
     assert figures["splits"]["val"]["tokens"] == 32
     assert figures["splits"]["train"]["padding_share"] == 1 / 32
     assert figures["length_histogram"] == [
@@ -59,7 +63,7 @@ def test_appended_parts_count(tmp_path: Path) -> None:
     list_part(tmp_path / "s", "0001")
     figures = summary(Store.open(tmp_path / "s"))
     assert (figures["documents"], figures["tokens"], figures["rows"], figures["parts"]) == (2, 48, 3, 2)
-    assert ", 1 appended parts" in summarize(Store.open(tmp_path / "s"))
+    assert ", in 2 parts" in summarize(Store.open(tmp_path / "s"))
 
 
 def test_what_people_read(tmp_path: Path, tokenizer_file: Path) -> None:
