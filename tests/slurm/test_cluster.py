@@ -1,4 +1,4 @@
-"""The cluster of these tests is one: two nodes, steps and arrays on both, jobs that are cancelled and requeued."""
+"""The cluster of these tests is one: two nodes, steps and arrays, and nothing that outlives its job or its tests."""
 
 import shutil
 import subprocess
@@ -26,16 +26,6 @@ def test_an_array_of_which_one_fails(cluster: Cluster, tmp_path: Path) -> None:
     fails = script(tmp_path / "job", "exit $((SLURM_ARRAY_TASK_ID == 1))")
     job = cluster.submit("--array=0-2", "--output=/dev/null", fails)
     assert cluster.wait(job) == ["COMPLETED", "FAILED", "COMPLETED"]
-
-
-def test_a_requeued_job_starts_again(cluster: Cluster, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    lines = ("echo run ${SLURM_RESTART_COUNT:-0}", "[ ${SLURM_RESTART_COUNT:-0} = 1 ] || sleep 60")
-    job = cluster.submit("--open-mode=append", f"--output={log}", script(tmp_path / "job", *lines))
-    wait_until(lambda: log.exists() and log.read_text(), "the job runs", 20, cluster.show)
-    cluster.run("scontrol", "requeue", job)
-    wait_until(lambda: "run 1" in log.read_text(), "the job runs again", 30, cluster.show)
-    assert cluster.wait(job) == ["COMPLETED"]
 
 
 def test_a_cancelled_job_leaves_no_process(cluster: Cluster, tmp_path: Path) -> None:
