@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from slurm.cluster import Cluster, wait_until
 
+from data_pipeline.cli import make_parser
 from data_pipeline.store import list_files
 from data_pipeline.verify import verify
 
@@ -83,15 +86,16 @@ def claims(store: Path) -> list[Path]:
     return list(store.with_name(f".{store.name}.partial").glob("*/*.claim"))
 
 
-def test_one_node(cluster: Cluster, tmp_path: Path) -> None:
+def test_one_node(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
     """From text to a store that is sound, the tokenizer included."""
-    (tmp_path / "text").mkdir()
-    for number in range(5):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} green bottles hanging on the wall\n" * 100)
+    text, store = tmp_path / "text", tmp_path / "store"
+    text.mkdir()
+    for path in corpus.iterdir():
+        (text / path.name).write_text(path.read_text()[:20_000])
     options = ("--chdir", ROOT, "--cpus-per-task=2", f"--output={tmp_path / 'log'}")
-    job = cluster.submit(*options, SLURM / "preprocess.sbatch", tmp_path / "text", tmp_path / "store", "280")
+    job = cluster.submit(*options, SLURM / "preprocess.sbatch", text, store, "400")
     assert cluster.wait(job) == ["COMPLETED"], (tmp_path / "log").read_text()
-    assert f"{tmp_path / 'store'}: sound" in (tmp_path / "log").read_text()
+    assert f"{store}: sound" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
@@ -153,3 +157,13 @@ def test_wrong_usage(script: str, cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("--chdir", ROOT, f"--output={tmp_path / 'log'}", "--array=0-0", SLURM / script)
     assert cluster.wait(job) == ["FAILED"]
     assert "usage: sbatch " in (tmp_path / "log").read_text()
+
+
+def test_what_the_readme_submits() -> None:
+    """Where the arguments are those of `build`, they are understood."""
+    lines = re.findall(
+        r"^sbatch .*launch/slurm/preprocess_\w+\.sbatch (.*)", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(lines) == 2
+    for line in lines:
+        make_parser().parse_args(["build", *shlex.split(line)])
