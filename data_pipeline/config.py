@@ -145,6 +145,11 @@ class BuildSettings:
             raise DataError(f"--workers is {self.workers}: expected at least 1")
         if self.tokenizer == "integers" and self.duplicates == "near":
             raise DataError("--duplicates near compares words, which integers are not: use drop")
+        if self.tokenizer in ("bytes", "integers") and (self.text.encoding != "utf-8" or self.text.normalize):
+            raise DataError(
+                f"--tokenizer {self.tokenizer} takes {self.tokenizer} as they are: leave out --encoding and "
+                "--normalize, or use a SentencePiece model"
+            )
         check_policies(self.policies)
         _check_split(self.split)
         if self.val_inputs and "val" in self.split:
