@@ -7,20 +7,26 @@ its source. Memory does not grow with the text: rows are read one at a time, and
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.config import POLICIES
 from data_pipeline.decode import decode_tokens, fresh_stretches
+from data_pipeline.documents import Reading, Span, read_parts
 from data_pipeline.errors import DataError
-from data_pipeline.files import find_files, hash_file
+from data_pipeline.files import BadDocument, InputFile, find_files, hash_file
 from data_pipeline.layout import StorePart
 from data_pipeline.manifest import Manifest
 from data_pipeline.packing import Segments
 from data_pipeline.store import Store, part_path, read_part
+
+_EMPTY = np.frombuffer(hashlib.sha256().digest(), np.uint8)
+_UNREADABLE = "0" * 64
+"""Recorded as the sha256 of an input file that could not be read, where it was allowed to leave such files out."""
 
 
 class Documents(NamedTuple):
@@ -38,7 +44,7 @@ def verify(path: Path, quick: bool = False, sources: Sequence[str] = ()) -> list
     """The problems of a store, a line each; none when it is sound.
 
     Quick: the manifests are whole, every file is there and has its size. `sources` are inputs as the build's --input
-    has them: files found there are compared with those that the store was made of.
+    has them: files found there are compared with those that the store was made of and, unless `quick`, read anew.
     Raises DataError when there is no store, or nothing in `sources` that it was made of.
     """
     if not path.exists():
@@ -60,26 +66,50 @@ def verify(path: Path, quick: bool = False, sources: Sequence[str] = ()) -> list
         unknown = {path / name for name in store.unknown_files()} - damaged
         problems += [f"{file} is no part of the store" for file in sorted(unknown)]
         problems += [problem for part in store.parts for problem in check_part(part)]
-    return problems + (check_sources(store, sources) if sources else [])
+    return [*problems, *(check_sources(store, sources, quick) if sources else ())]
 
 
-def check_sources(store: Store, sources: Sequence[str]) -> list[str]:
-    """Compares files with what the store was made of, by name. Raises DataError when none was part of that."""
+def check_sources(store: Store, sources: Sequence[str], quick: bool = False) -> Iterator[str]:
+    """Compares files with what the store was made of, by name, and unless `quick` their documents with the store's.
+
+    Raises DataError when none of the files was part of that.
+    """
     try:
-        recorded = {record.name: record for record in store.inputs}
+        recorded = {record.name: record.sha256 for record in store.inputs}
+        documents = {} if quick else {document.name: document.sha256 for document in store.documents}
     except DataError as error:
-        return [str(error)]
+        yield str(error)
+        return
     found = find_files(sources, (), arrays=store.manifest.tokenizer_kind == "integers")
     files = [file for file in found if file.name in recorded]
     if not files:
         raise DataError(
             f"{store.path} was made of none of the files in {', '.join(sources)}: give --source what --input was given"
         )
-    return [
-        f"{file.location} is not what the store was made of under the name {file.name!r}: its sha256 is another"
-        for file in tqdm(files, desc="compare sources", unit="file", disable=None)
-        if hash_file(file) != recorded[file.name].sha256
-    ]
+    for file in tqdm(files, desc="compare sources", unit="file", disable=None):
+        try:
+            if recorded[file.name] not in (_UNREADABLE, hash_file(file)):
+                yield f"{file.location} is not what the store was made of under the name {file.name!r}"
+            elif not quick:
+                yield from _compare_documents(store.manifest, file, documents)
+        except DataError as error:  # it cannot be read
+            yield str(error)
+
+
+def _compare_documents(manifest: Manifest, file: InputFile, documents: Mapping[str, str]) -> Iterator[str]:
+    """Reads the documents of a file anew; `documents` has the sha256 (hex) of those in the store, by name."""
+    policies = {problem: "replace" for problem, allowed in POLICIES.items() if "replace" in allowed}
+    reading = Reading(manifest.text, manifest.tokenizer_kind, manifest.vocab_size - 2, policies)
+    for part in read_parts(file, Span(0, 0, file.n_bytes), reading):
+        name = file.name if part.record < 0 else f"{file.name}/{part.record}"
+        digest = hashlib.sha256()
+        try:
+            for block in part.blocks:
+                digest.update(block)
+        except BadDocument:
+            continue  # and so it was when the store was built, which lists what became of it
+        if documents.get(name, digest.hexdigest()) != digest.hexdigest():
+            yield f"document {name!r} is not what {file.location} holds"
 
 
 def check_part(part: StorePart) -> list[str]:
@@ -226,9 +256,6 @@ def _check_content(part: StorePart, segments: Segments, documents: Documents) ->
             else:
                 hashes[stretch.document] = digest
     yield from _name_documents(part, wrong | (sizes != documents.n_bytes), "does not decode to its source")
-
-
-_EMPTY = np.frombuffer(hashlib.sha256().digest(), np.uint8)
 
 
 def _check_marks(

@@ -1,6 +1,8 @@
 """`verify` on sound stores of every kind, on what a wrong build would make, and against the input files."""
 
 import gzip
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import pytest
 from small_stores import write_store
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import InputFile
 from data_pipeline.layout import list_files, record_file, write_manifest, write_sidecars
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, SplitRecord
 from data_pipeline.packing import Segments
@@ -188,6 +191,40 @@ def test_a_source_that_is_compressed_now(tmp_path: Path, sources: Path) -> None:
     (sources / "b.txt.gz").write_bytes(gzip.compress(b"another"))
     (problem,) = verify(tmp_path / "s", sources=[str(sources)])
     assert "b.txt.gz is not what the store was made of" in problem
+
+
+def test_a_document_that_is_not_what_its_file_holds(tmp_path: Path, sources: Path) -> None:
+    """The store is sound in itself, and the file is the one that was read: read wrong, then."""
+    records = tmp_path / "records"
+    records.mkdir()
+    (records / "r.jsonl").write_text('{"text": "right"}\n{"text": "also right"}\n')
+    shutil.rmtree(tmp_path / "s")
+    write_store(tmp_path / "s", {"r.jsonl/0": b"wrong", "r.jsonl/1": b"also right"})
+    recorded = record_file(records / "r.jsonl")
+    line = {"name": "r.jsonl", "n_bytes": recorded.n_bytes, "sha256": recorded.sha256}
+    (tmp_path / "s" / "inputs.jsonl").write_text(json.dumps(line) + "\n")
+    sign(tmp_path / "s", Manifest.read(tmp_path / "s"))
+    assert verify(tmp_path / "s", quick=True, sources=[str(records)]) == []
+    message = f"document 'r.jsonl/0' is not what {records}/r.jsonl holds"
+    assert verify(tmp_path / "s", sources=[str(records)]) == [message]
+
+
+def test_a_source_that_could_not_be_read_then(tmp_path: Path, sources: Path) -> None:
+    table = tmp_path / "s" / "inputs.jsonl"
+    table.write_text(table.read_text().replace(record_file(sources / "a.txt").sha256, "0" * 64))
+    sign(tmp_path / "s", Manifest.read(tmp_path / "s"))
+    assert verify(tmp_path / "s", sources=[str(sources)]) == []
+
+
+def test_a_source_that_cannot_be_read(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: InputFile) -> str:
+        raise DataError(f"cannot read {file.location}: Input/output error")
+
+    monkeypatch.setattr("data_pipeline.verify.hash_file", fail)
+    problems = verify(tmp_path / "s", sources=[str(sources)])
+    assert [problem.split(":")[0] for problem in problems] == [
+        f"cannot read {sources}/{name}" for name in ("a.txt", "b.txt", "deep/c.txt")
+    ]
 
 
 def test_sources_of_something_else(tmp_path: Path, sources: Path) -> None:
