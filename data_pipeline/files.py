@@ -279,6 +279,16 @@ def _describe(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
+def _unreadable(error: Exception) -> BadDocument:
+    if isinstance(error, MemoryError):  # says nothing of the file
+        raise error
+    return BadDocument("unreadable", f"cannot be read: {_describe(error)}")
+
+
+def _changed(file: InputFile) -> DataError:
+    return DataError(f"{file.location} changed while it was being read: run the command again")
+
+
 @contextmanager
 def open_raw(file: InputFile) -> Iterator[BinaryIO]:
     """The file's bytes as stored, seekable.
@@ -292,10 +302,10 @@ def open_raw(file: InputFile) -> Iterator[BinaryIO]:
     except DataError:
         raise
     except Exception as error:  # storage clients raise errors of their own
-        raise BadDocument("unreadable", f"cannot be read: {_describe(error)}") from error
+        raise _unreadable(error) from error
     with stream:
         if (n_bytes, mtime_ns) != (file.n_bytes, file.mtime_ns):
-            raise DataError(f"{file.location} changed while it was being read: run the command again")
+            raise _changed(file)
         yield stream
 
 
@@ -317,9 +327,13 @@ def open_seekable(file: InputFile) -> Iterator[BinaryIO]:
             yield stream
         return
     with tempfile.TemporaryFile() as expanded:
-        for chunk in read_content(file):
-            expanded.write(chunk)
-        expanded.seek(0)
+        try:
+            expanded.writelines(read_content(file))
+            expanded.seek(0)
+        except OSError as error:
+            raise DataError(
+                f"cannot expand {file.location} in {tempfile.gettempdir()}: {error.strerror}. Make room, or set TMPDIR"
+            ) from error
         yield expanded
 
 
@@ -330,23 +344,10 @@ def read_content(file: InputFile, start: int = 0) -> Iterator[bytes]:
     `open_raw`, and BadDocument("unreadable") when reading fails.
     """
     with open_raw(file) as stream:
-        if start:
-            stream.seek(start)
         if file.compression:
-            yield from expand(_chunks(stream, FEED_BYTES), file.compression)
+            yield from expand(_chunks(file, stream, FEED_BYTES), file.compression)
         else:
-            yield from _chunks(stream, min(_CHUNK_BYTES, file.n_bytes + 1))  # room for more takes time to get
-
-
-def _chunks(stream: BinaryIO, n_bytes: int) -> Iterator[bytes]:
-    while True:
-        try:
-            chunk = stream.read(n_bytes)
-        except Exception as error:  # storage clients raise errors of their own
-            raise BadDocument("unreadable", f"cannot be read: {_describe(error)}") from error
-        if not chunk:
-            return
-        yield chunk
+            yield from _chunks(file, stream, _CHUNK_BYTES, start)
 
 
 def hash_file(file: InputFile) -> str:
@@ -354,8 +355,24 @@ def hash_file(file: InputFile) -> str:
     digest = hashlib.sha256()
     try:
         with open_raw(file) as stream:
-            for chunk in _chunks(stream, _CHUNK_BYTES):
+            for chunk in _chunks(file, stream, _CHUNK_BYTES):
                 digest.update(chunk)
     except BadDocument as problem:
         raise DataError(f"{file.location} {problem}") from problem
     return digest.hexdigest()
+
+
+def _chunks(file: InputFile, stream: BinaryIO, most: int, start: int = 0) -> Iterator[bytes]:
+    """The stored bytes from `start` on, up to `most` at a time."""
+    most = min(most, file.n_bytes + 1)  # room for more than there is would take time to get
+    place = start
+    try:
+        if start:
+            stream.seek(start)
+        while chunk := stream.read(most):
+            yield chunk
+            place += len(chunk)
+    except Exception as error:  # storage clients raise errors of their own
+        raise _unreadable(error) from error
+    if place != file.n_bytes:
+        raise _changed(file)

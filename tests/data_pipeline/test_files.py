@@ -5,9 +5,10 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import fsspec
 import numpy as np
@@ -249,6 +250,17 @@ def test_a_file_of_the_same_size_but_another_time_is_noticed(tmp_path: Path) -> 
         pass
 
 
+@pytest.mark.parametrize("after", [b"", b"x" * 40_000])
+def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path: Path, after: bytes) -> None:
+    path = write(tmp_path, "a.txt", b"x" * 30_000)
+    chunks = read_content(only(path))
+    with patch("data_pipeline.files._CHUNK_BYTES", 10_000):
+        assert len(next(chunks)) == 10_000
+    path.write_bytes(after)
+    with pytest.raises(DataError, match=r"a\.txt changed while it was being read"):
+        list(chunks)
+
+
 def test_a_file_that_cannot_be_read_is_a_bad_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = only(write(tmp_path, "a.txt", b"text"))
 
@@ -292,6 +304,17 @@ def test_members_are_read_to_the_last(tmp_path: Path, suffix: str) -> None:
     with open_seekable(file) as stream:
         stream.seek(-7, os.SEEK_END)
         assert stream.read() == b"the end"
+
+
+def test_no_room_to_expand_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def writelines(self, lines: Iterable[Any]) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    file = only(write(tmp_path, "a.parquet.gz", gzip.compress(b"content")))
+    with pytest.raises(DataError, match=r"cannot expand .*a\.parquet\.gz in .*: No space left on device.*TMPDIR"):
+        open_seekable(file).__enter__()
 
 
 def test_zstd_frames_to_skip_are_skipped() -> None:
