@@ -159,7 +159,7 @@ def prepare(folder: Path, n_bytes: int, modes: Sequence[str], tokenizer: str) ->
     return target
 
 
-def kill_at_random(process: psutil.Popen, watch: Watch, rng: random.Random, horizon_s: float) -> Kill | None:
+def kill_at_random(process: psutil.Popen, watch: Watch, rng: random.Random, mode: str, horizon_s: float) -> Kill | None:
     """Kills a process of the job or all of it, and waits for the rest. None if the job had ended before."""
     moment = rng.uniform(0, horizon_s)
     everyone = rng.random() < 0.5
@@ -167,30 +167,32 @@ def kill_at_random(process: psutil.Popen, watch: Watch, rng: random.Random, hori
         return None
     job = [process, *process.children(recursive=True)]
     victims = job if everyone else [rng.choice(job)]
-    names = [name_of(victim, process) for victim in victims]
-    for victim in victims:
+    victim = "all" if everyone else name_of(victims[0], process, mode)
+    for member in victims:
         with suppress(psutil.NoSuchProcess):
-            victim.kill()
+            member.kill()
     watch.look()
-    lost = watch.under_way()
+    done = (watch.count("tokens"), watch.count("shards"))
+    kill = Kill(moment, victim, watch.stage(), *done, watch.under_way(), "")
     code = wait(process, watch, PATIENCE_S)
-    for member in job:
-        with suppress(psutil.NoSuchProcess):
-            if code is None:
+    if code is None:
+        for member in job:
+            with suppress(psutil.NoSuchProcess):
                 member.kill()
-    then = {None: "hung", 0: "finished", -9: "was killed"}.get(code, "stopped")
-    victim = names[0] if len(names) == 1 else "all"
-    return Kill(moment, victim, watch.stage(), watch.count("tokens"), watch.count("shards"), lost, then)
+    kill.then = {None: "hung", 0: "finished", -9: "was killed"}.get(code, "stopped")
+    return kill
 
 
-def name_of(process: psutil.Process, job: psutil.Process) -> str:
-    """What a process is in its job."""
+def name_of(process: psutil.Process, job: psutil.Process, mode: str) -> str:
+    """What a process is in its job: the "mpirun" or "build" that was started, or what that started."""
+    if process == job:
+        return "mpirun" if mode == "mpirun" else "build"
     with suppress(psutil.NoSuchProcess):
         words = " ".join(process.cmdline())
-        for sign, name in {"resource_tracker": "tracker", "spawn_main": "worker", "mpirun": "mpirun"}.items():
-            if sign in words.partition("data_pipeline")[0]:
+        for sign, name in {"resource_tracker": "tracker", "spawn_main": "worker", "data_pipeline": "rank"}.items():
+            if sign in words:
                 return name
-    return "build" if process == job else "rank"
+    return "other"
 
 
 def run_trial(mode: str, target: Target, folder: Path, rng: random.Random) -> Trial:
@@ -200,7 +202,7 @@ def run_trial(mode: str, target: Target, folder: Path, rng: random.Random) -> Tr
     trial, watch = Trial(mode), Watch(folder / ".store.partial")
     for _ in range(rng.choice((1, 1, 2, 3))):
         if not output.exists():
-            kill = kill_at_random(start(words, log), watch, rng, target.seconds[mode])
+            kill = kill_at_random(start(words, log), watch, rng, mode, target.seconds[mode])
             trial.kills += [kill] if kill else []
     while (code := wait(process := start(words, log), watch, PATIENCE_S)) and trial.refused < 10:
         if "by another process" not in log.read_text():
