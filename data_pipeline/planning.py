@@ -218,8 +218,8 @@ def problem_records(
         return document_name(files, int(documents.file[index]), int(documents.record[index]))
 
     found: dict[tuple[int, str], ProblemRecord] = {}
-    for index, problem, policy, detail in problems:  # one of each kind: a document may be in many parts
-        action = "dropped" if policy == "skip" else "replaced"
+    for index, problem, _, detail in problems:  # one of each kind: a document may be in many parts
+        action = "dropped" if documents.bad[index] else "replaced"
         found.setdefault((index, problem), ProblemRecord(name(index), problem, action, detail))
     action = "dropped" if drops_duplicates else "kept"
     for kind, originals in (("duplicate", plan.duplicate_of), ("near-duplicate", plan.near_duplicate_of)):

@@ -147,10 +147,10 @@ class _PartWriter:
         special = self.tokenizer
         if self.part.first and self.task.bos:
             self._put(np.array([special.bos_id]))
-        found = self._body()
+        found, lost = self._body()
         if self.part.last and self.task.eos:
             self._put(np.array([special.eos_id]))
-        return [(problem, self._apply(problem, detail), detail) for problem, detail in found]
+        return [(problem, self._apply(problem, detail, lost), detail) for problem, detail in found]
 
     @property
     def row(self) -> _Row:
@@ -171,15 +171,16 @@ class _PartWriter:
             minhash=self.signature.value() if self.signature else None,
         )
 
-    def _body(self) -> list[tuple[str, str]]:
+    def _body(self) -> tuple[list[tuple[str, str]], bool]:
+        """What was wrong: (problem, detail) of each; and whether nothing can be kept because of it."""
         try:
             for block in self.part.blocks:
                 self._encode(block)
         except BadDocument as bad:
-            return [*self.part.found, (bad.problem, bad.detail)]
+            return [*self.part.found, (bad.problem, bad.detail)], True
         if self.part.first and self.part.last and self.n_bytes == 0 and not self.part.found:
-            return [("empty", "holds no text")]
-        return list(self.part.found)
+            return [("empty", "holds no text")], False
+        return list(self.part.found), False
 
     def _encode(self, block: bytes) -> None:
         try:
@@ -197,8 +198,8 @@ class _PartWriter:
         self.output.write(tokens.astype(token_dtype(self.tokenizer.vocab_size), copy=False).tobytes())
         self.n_tokens += len(tokens)
 
-    def _apply(self, problem: str, detail: str) -> str:
-        """What is done about a problem. Raises DataError when it is to stop the build."""
+    def _apply(self, problem: str, detail: str, lost: bool) -> str:
+        """The policy for a problem, applied. Raises DataError when it is to stop the build."""
         policy = self.task.reading.policies.get(problem, POLICIES[problem][0])
         if policy == "strict":
             others = " or ".join(f"{problem}={other}" for other in POLICIES[problem] if other != "strict")
@@ -208,7 +209,7 @@ class _PartWriter:
                 "is done so far is kept"
             )
         number = PROBLEMS.index(problem) + 1
-        if policy == "skip":
+        if policy == "skip" or lost:
             self.bad = self.bad or number
         else:
             self.replaced = self.replaced or number

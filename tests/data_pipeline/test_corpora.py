@@ -127,8 +127,12 @@ def test_integer_arrays(tmp_path: Path) -> None:
     assert texts["images.npz/3"] == images[3].tobytes()
     assert texts["melody.npy/0"] == melody.astype(np.uint8).tobytes()
     assert verify(store.path) == []
-    with pytest.raises(DataError, match=r"melody.npy.*127"):
+    with pytest.raises(DataError, match=r"melody.npy.*has the value 100 at place 100: expected 0 to 99"):
         make(tmp_path / "other", tmp_path / "melody.npy", tokenizer="integers", vocab_size=100)
+    policies = {"encoding": "replace"}  # there is nothing to put in its place
+    rest = make(tmp_path / "rest", tmp_path, tokenizer="integers", vocab_size=128, policies=policies)
+    assert list(texts_of(rest)) == ["melody.npy/0"]
+    assert rest.manifest.problems == {"encoding/dropped": 5}
 
 
 def test_bad_documents(tmp_path: Path, tokenizer_file: Path) -> None:
