@@ -51,6 +51,11 @@ class Array:
                 )
                 raise BadDocument("truncated", f"{what} ({error})" if error else what)
 
+    def is_followed(self) -> bool:
+        """Whether the stream goes on after the array."""
+        self._stream.seek(self._start + self.n_items * self._item_values * self._dtype.itemsize)
+        return bool(self._stream.read(1))
+
     def _read(self, place: int, n_values: int) -> tuple[np.ndarray, Exception | None]:
         """The values [<= n_values] at a place of the stream, and why there are no more if that is known."""
         error = None
@@ -86,7 +91,10 @@ def open_arrays(stream: BinaryIO, is_archive: bool, member: str | None) -> Itera
     for a file that is no such file.
     """
     if not is_archive:
-        yield _open_array(stream, "")
+        array = _open_array(stream, "")
+        yield array
+        if isinstance(array, Array) and array.is_followed():
+            raise BadDocument("unreadable", "goes on after its array: save arrays in files of their own, or in an .npz")
         return
     head = stream.read(4)
     stream.seek(0)

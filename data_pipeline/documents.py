@@ -75,7 +75,7 @@ class Part:
     last: bool = True
     """Whether the document ends in this span. Only text files are ever cut."""
     blocks: Iterator[bytes] = field(default_factory=lambda: iter(()))
-    """The document's bytes. Raises BadDocument for a problem that is not replaced, or that leaves nothing to keep."""
+    """The document's bytes. Raises BadDocument for a problem that is not to be replaced, or that cannot be."""
     found: list[Found] = field(default_factory=list)
     """What was replaced, filled while the blocks are consumed."""
     offset: int = 0
@@ -211,7 +211,7 @@ def _json_parts(file: InputFile, span: Span, reading: Reading) -> Iterator[Part]
     for line in split_lines(chunks, begin, limit):
         if line.offset >= span.stop and span.stop < file.n_bytes:
             return
-        if line.offset < span.start or not line.content.strip():
+        if line.offset < span.start or (line.n_bytes <= limit and not line.content.strip()):
             continue
         part = Part()
         part.blocks = _json_blocks(part, line, encoding, reading)

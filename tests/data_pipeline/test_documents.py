@@ -433,12 +433,12 @@ def test_json_text_that_is_no_text(tmp_path: Path) -> None:
 def test_an_oversized_line_is_never_held(tmp_path: Path) -> None:
     long = b'{"text": "' + b"x" * 100 + b'"}'
     fits = b'{"text": "' + b"x" * 88 + b'"}'
-    file = save(tmp_path / "a.jsonl", b"\n".join([long, fits, long, b'{"text": "end"}']))
+    file = save(tmp_path / "a.jsonl", b"\n".join([long, fits, b" " * 101 + fits, b" " * 9, b'{"text": "end"}']))
     how = reading(max_record_bytes=100)
     assert [result for _, result, _ in read(file, how) if isinstance(result, bytes)] == [b"x" * 88, b"end"]
     assert problems(file, how) == [
         (0, "oversized", "the line at byte 0 has 112 bytes, more than --max-record-bytes 100"),
-        (2, "oversized", "the line at byte 214 has 112 bytes, more than --max-record-bytes 100"),
+        (2, "oversized", "the line at byte 214 has 201 bytes, more than --max-record-bytes 100"),
     ]
 
 
@@ -662,6 +662,15 @@ def test_arrays_that_are_not_read(tmp_path: Path) -> None:
         ((record, problem, _),) = problems(only(tmp_path / name, arrays=True), integers(10))
         assert problem == "unreadable"
         assert record <= 0
+
+
+def test_a_second_array_in_a_file_is_not_lost_in_silence(tmp_path: Path) -> None:
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.save(file, np.arange(6).reshape(2, 3))
+        np.save(file, np.arange(3))
+    ((record, problem, detail),) = problems(only(tmp_path / "a.npy", arrays=True), integers(10))
+    assert (record, problem) == (2, "unreadable")
+    assert "goes on after its array" in detail
 
 
 def test_a_truncated_array_ends_with_the_item_in_which_it_ends(tmp_path: Path) -> None:
