@@ -10,7 +10,8 @@ the model and takes steps (forward and backward) for a few seconds, the first of
 where that is long. Rounds go through all peers in turn. The table has medians with the smallest and largest, the peak
 memory and what of it the process had used once it had imported its libraries, multiples of ours, and the growth from
 the length before as if that were four times shorter. The JSON file is written after every length, and has every step of
-every measurement. `memory` is described in launch/benchmark_memory.py.
+every measurement. `memory` and `pipeline` are described in launch/benchmark_memory.py and
+launch/benchmark_pipeline.py.
 
 Lengths are measured from short to long. What the shorter ones say would take longer than the budget or more than
 the allowed share of the machine's memory is left out, and a measurement is stopped at the budget: the table says so.
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import benchmark_memory
+import benchmark_pipeline
 import torch
 from benchmark_peers import PEERS, Peer, Sizes, Step, positive
 from benchmark_process import (
@@ -64,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
         )
         add_options(command, rounds="measurements of each")
     benchmark_memory.add_command(commands)
+    benchmark_pipeline.add_command(commands)
     return parser.parse_args()
 
 
@@ -180,6 +183,8 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.what == "memory":
         return benchmark_memory.main(arguments)
+    if arguments.what == "pipeline":
+        return benchmark_pipeline.main(arguments)
     if arguments.worker:
         peer = PEERS[arguments.what][arguments.worker]
         sizes = sizes_of(arguments, arguments.seq_len[0])
