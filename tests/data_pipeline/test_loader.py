@@ -4,13 +4,17 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import data_pipeline
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader, MicroBatch
@@ -55,7 +59,7 @@ def global_batches(loaders: list[Loader], n: int) -> list[int]:
     """The next n global batches as one sequence: what each rank gets, put where its ids say."""
     sequence = []
     for _ in range(n):
-        placed = {}
+        placed: dict[int, int] = {}
         for batch in map(next, loaders):
             for ids, samples in batch:
                 placed |= dict(zip(ids, (int(sample.tokens[0]) for sample in samples), strict=True))
@@ -220,3 +224,10 @@ def test_a_damaged_shard_is_named_or_skipped(
     assert int(blank.segment_ids.max()) == len(dataset.store.segments_of(0))
     others = {tuple(sample.tokens.tolist()) for sample in epoch if sample is not blank}
     assert others <= {tuple(dataset[i].tokens.tolist()) for i in range(1, n)}
+
+
+def test_nothing_but_the_data_set_and_the_loader_needs_torch() -> None:
+    names = {path.stem for path in Path(data_pipeline.__file__).parent.glob("*.py")} - {"dataset", "loader"}
+    imports = "; ".join(f"import data_pipeline.{name}" for name in sorted(names) if not name.startswith("__"))
+    assert "data_pipeline.mixture" in imports
+    subprocess.run([sys.executable, "-c", f"import sys; sys.modules['torch'] = None; {imports}"], check=True)
