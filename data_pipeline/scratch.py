@@ -140,6 +140,7 @@ class _PartWriter:
         self.n_bytes = self.n_tokens = self.n_byte_fallback = 0
         self.bad = self.replaced = 0
         self.digest = hashlib.sha256()
+        self.sha256 = b"\0" * 32
         self.signature = Signature() if task.near else None
 
     def write(self) -> list[tuple[str, str, str]]:
@@ -150,14 +151,15 @@ class _PartWriter:
         found, lost = self._body()
         if self.part.last and self.task.eos:
             self._put(np.array([special.eos_id]))
+        if self.part.first and self.part.last:
+            self.sha256 = self.digest.digest()
+        elif self.part.first:
+            self.sha256, seen, lost_later = _hash_document(self.file, self.span.file, self.task.reading)
+            found, lost = [*found, *seen], lost or lost_later
         return [(problem, self._apply(problem, detail, lost), detail) for problem, detail in found]
 
     @property
     def row(self) -> _Row:
-        sha256 = b"\0" * 32
-        if self.part.first and not self.bad:
-            whole = self.part.last
-            sha256 = self.digest.digest() if whole else _document_hash(self.file, self.span.file, self.task.reading)
         return _Row(
             file=self.span.file,
             first=self.part.first,
@@ -167,7 +169,7 @@ class _PartWriter:
             n_byte_fallback=self.n_byte_fallback,
             bad=self.bad,
             replaced=self.replaced,
-            sha256=sha256,
+            sha256=self.sha256,
             minhash=self.signature.value() if self.signature else None,
         )
 
@@ -205,8 +207,9 @@ class _PartWriter:
             others = " or ".join(f"{problem}={other}" for other in POLICIES[problem] if other != "strict")
             record = "" if self.part.record < 0 else f", record {self.part.record} from byte {self.span.start} on,"
             raise DataError(
-                f"{self.file.location}{record} {detail}: mend it, leave it out, or build with --on-bad {others}. What "
-                "is done so far is kept"
+                f"{self.file.location}{record} {detail}: mend it, leave it out, "
+                f"{'name its --encoding, ' if problem == 'encoding' else ''}or build with --on-bad {others}. What is "
+                "done so far is kept"
             )
         number = PROBLEMS.index(problem) + 1
         if policy == "skip" or lost:
@@ -228,16 +231,26 @@ def _input_hash(file: InputFile, reading: Reading, span: Span, rows: list[_Row])
         return b"\0" * 32
 
 
-def _document_hash(file: InputFile, number: int, reading: Reading) -> bytes:
-    """The sha256 of a document that several tasks tokenize, as all of them read it."""
+def _hash_document(file: InputFile, number: int, reading: Reading) -> tuple[bytes, list[tuple[str, str]], bool]:
+    """The sha256 of a document that several tasks tokenize, as all of them read it; and what `_body` returns of it.
+
+    What is wrong further on must be known here: the hash depends on what is done about it.
+    """
     digest = hashlib.sha256()
-    try:
-        for part in read_parts(file, Span(number, 0, file.n_bytes), reading):
+    found: list[tuple[str, str]] = []
+    for part in read_parts(file, Span(number, 0, file.n_bytes), reading):
+        try:
             for block in part.blocks:
+                if reading.kind == "sentencepiece":
+                    block.decode()
                 digest.update(block)
-    except BadDocument:  # the task that gets there says so
-        return b"\0" * 32
-    return digest.digest()
+        except UnicodeDecodeError as error:
+            bad = invalid_utf8(error, part.offset)
+            return digest.digest(), [*part.found, (bad.problem, bad.detail)], True
+        except BadDocument as bad:
+            return digest.digest(), [*part.found, (bad.problem, bad.detail)], True
+        found += part.found
+    return digest.digest(), found, False
 
 
 def _stack(rows: Sequence[_Row], near: bool) -> Columns:

@@ -1,0 +1,185 @@
+"""Work shared through a directory: every task is done, mostly once, whoever dies; and one job at a time."""
+
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import jobs
+from data_pipeline.errors import DataError
+from data_pipeline.jobs import membership, publishing, record_name, run_stage
+from data_pipeline.team import default_workers, find_team
+
+
+def finish(records: Path, task: int, log: list[int] | None = None) -> None:
+    if log is not None:
+        log.append(task)
+    with publishing(records / f"{record_name(task)}.json") as file:
+        file.write(str(task).encode())
+
+
+def test_every_task_is_done_once_by_many(tmp_path: Path) -> None:
+    records, log = tmp_path / "stage", []
+
+    def do(task: int) -> None:
+        time.sleep(0.001)
+        finish(records, task, log)
+
+    workers = [threading.Thread(target=run_stage, args=(records, ".json", range(200), do)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(log) == list(range(200))
+    assert sorted(path.name for path in records.iterdir()) == [f"{task:08d}.json" for task in range(200)]
+
+
+def test_what_has_a_record_is_not_done_again(tmp_path: Path) -> None:
+    records, log = tmp_path / "stage", []
+    run_stage(records, ".json", range(5), lambda task: finish(records, task, log))
+    (records / "00000002.json").unlink()
+    run_stage(records, ".json", range(5), lambda task: finish(records, task, log))
+    assert log == [0, 1, 2, 3, 4, 2]
+
+
+def test_an_error_frees_the_task(tmp_path: Path) -> None:
+    records, log = tmp_path / "stage", []
+
+    def fail(task: int) -> None:
+        raise DataError("bad")
+
+    with pytest.raises(DataError):
+        run_stage(records, ".json", [0], fail)
+    run_stage(records, ".json", [0], lambda task: finish(records, task, log))
+    assert log == [0]
+
+
+def test_a_claim_of_one_who_died_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "EXPIRY_S", 0.3)
+    monkeypatch.setattr(jobs, "BEAT_S", 0.05)
+    records, log = tmp_path / "stage", []
+    records.mkdir()
+    (records / "00000001.claim").touch()
+    slow = threading.Thread(  # alive: it holds its claim for longer than the expiry
+        target=run_stage, args=(records, ".json", [0], lambda task: (time.sleep(1), finish(records, task, log)))
+    )
+    slow.start()
+    time.sleep(0.1)
+    begun = time.monotonic()
+    run_stage(records, ".json", range(2), lambda task: finish(records, task, log))
+    slow.join()
+    assert sorted(log) == [0, 1]
+    assert log[0] == 1
+    assert time.monotonic() - begun > 0.2
+
+
+def test_it_stops_when_asked(tmp_path: Path) -> None:
+    log: list[int] = []
+    run_stage(tmp_path / "s", ".json", range(9), lambda task: finish(tmp_path / "s", task, log), lambda: len(log) == 3)
+    assert log == [0, 1, 2]
+
+
+def test_what_is_published_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), publishing(tmp_path / "a") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with publishing(tmp_path / "a") as file:
+        file.write(b"whole")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+def test_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_PATIENCE_S", 0.1)
+    work, what = tmp_path / "work", tmp_path / "store"
+    with membership(work, "one", what, keep=lambda: True):
+        with membership(work, "one", what, keep=lambda: True):  # another process of the same job
+            pass
+        with (
+            pytest.raises(DataError, match="store is being built by another process"),
+            membership(work, "two", what, keep=lambda: True),
+        ):
+            pass
+    (work / "tokens").mkdir()
+    (work / "tokens" / "00000003.claim").touch()
+    (work / "tokens" / "x.partial").touch()
+    with membership(work, "two", what, keep=lambda: False):
+        assert list((work / "tokens").iterdir()) == [], "what the dead have left is removed"
+    assert not work.exists()
+
+
+def test_the_last_to_leave_removes_the_work(tmp_path: Path) -> None:
+    work, what = tmp_path / "work", tmp_path / "store"
+    with membership(work, "one", what, keep=lambda: False):
+        with membership(work, "one", what, keep=lambda: False):
+            pass
+        assert work.exists()
+    assert not work.exists()
+
+
+def hold(work: Path, ready: str) -> None:
+    with membership(work, "one", work, keep=lambda: True):
+        Path(ready).touch()
+        time.sleep(60)
+
+
+def test_a_killed_job_lets_the_next_one_in(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path / "work", str(tmp_path / "in")))
+    process.start()
+    while not (tmp_path / "in").exists():
+        time.sleep(0.01)
+    process.kill()
+    with membership(tmp_path / "work", "two", tmp_path, keep=lambda: True):  # waits for it to disappear
+        assert (tmp_path / "work" / "job").read_text() == "two"
+
+
+ARRAY = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "1"}, ("slurm-array-5", 0, 3, "SLURM array")),
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "3", "SLURM_PROCID": "0"}, ("slurm-array-5", 2, 3, "SLURM array")),
+        ({**ARRAY, "SLURM_ARRAY_TASK_ID": "1", "OMPI_COMM_WORLD_RANK": "1"}, ("slurm-array-5", 1, 3, "SLURM array")),
+        (STEP, ("slurm-7.2.0", 3, 4, "srun")),
+        ({**STEP, "SLURM_RESTART_COUNT": "1"}, ("slurm-7.2.1", 3, 4, "srun")),
+        ({**STEP, "PMI_SIZE": "4"}, ("slurm-7.2.0", 3, 4, "srun")),
+    ],
+)
+def test_teams_under_slurm(environ: dict[str, str], expected: tuple) -> None:
+    assert find_team(environ) == expected
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # the batch script of a job of several tasks
+        {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # an interactive shell
+        {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_COUNT": "1", "SLURM_ARRAY_TASK_ID": "0"},
+    ],
+)
+def test_alone(environ: dict[str, str]) -> None:
+    one, other = find_team(environ), find_team(environ)
+    assert one[1:] == (0, 1, "this process")
+    assert one.job != other.job
+
+
+def test_an_mpi_that_mpi4py_does_not_see() -> None:
+    with pytest.raises(DataError, match="mpirun started 2 processes, but mpi4py sees 1"):
+        find_team({"OMPI_COMM_WORLD_SIZE": "2"})
+
+
+def test_default_workers() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert default_workers({}) == cores
+    assert default_workers({"OMPI_COMM_WORLD_SIZE": "4"}) == 1
+    assert default_workers({"SLURM_STEP_NUM_TASKS": "4"}) == 1
+    assert default_workers({"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_PER_TASK": "1"}) == 1
+    assert default_workers({"SLURM_CPUS_PER_TASK": "1000"}) == cores

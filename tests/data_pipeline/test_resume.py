@@ -1,0 +1,200 @@
+"""An unfinished build goes on, and refuses what would make it another one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline import scratch, stages
+from data_pipeline.build import build
+from data_pipeline.config import BuildSettings
+from data_pipeline.errors import DataError
+from data_pipeline.jobs import membership
+from data_pipeline.staging import partial_path
+from data_pipeline.store import Store, list_files
+
+
+class Interrupted(Exception):
+    """In place of a SIGKILL."""
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    """Three tasks: a good one, one with an invalid byte, a good one."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_bytes(f"line {number}\n".encode() * 150_000)
+    with (folder / "1.txt").open("ab") as file:
+        file.write(b"\xff\n")
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path: Path, books: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Store]:
+    monkeypatch.setattr(stages, "TASK_BYTES", (1 << 20, 1 << 20))
+    settings = {
+        "inputs": (str(books),),
+        "tokenizer": str(tokenizer_file),
+        "output": tmp_path / "store",
+        "seq_len": 1 << 15,
+        "rows_per_shard": 8,
+        "policies": {"encoding": "replace"},
+    }
+
+    def make_store(**changes: Any) -> Store:
+        return build(BuildSettings(**{**settings, **changes})).store
+
+    return make_store
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Makes a stage stop before its task number n, once."""
+
+    def at(stage: str, number: int) -> None:
+        real = getattr(stages, stage)
+
+        def stop(work: stages.Work, task: int) -> None:
+            if task == number:
+                monkeypatch.setattr(stages, stage, real)
+                raise Interrupted
+            real(work, task)
+
+        monkeypatch.setattr(stages, stage, stop)
+
+    return at
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in list_files(folder)}
+
+
+STAGES = [("tokenize_task", 2), ("plan", 0), ("write_shard", 3), ("finish", 0)]
+
+
+@pytest.mark.parametrize(("stage", "number"), STAGES)
+def test_it_goes_on_and_ends_the_same(
+    make: Callable[..., Store], interrupt: Callable[[str, int], None], tmp_path: Path, stage: str, number: int
+) -> None:
+    undisturbed = content(make(output=tmp_path / "undisturbed").path)
+    interrupt(stage, number)
+    with pytest.raises(Interrupted):
+        make()
+    assert not (tmp_path / "store").exists()
+    assert content(make().path) == undisturbed
+    assert not partial_path(tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 512}, "seq_len: 32768 -> 512"),
+        ({"tokenizer": "bytes"}, "tokenizer_kind: sentencepiece -> bytes"),
+        ({"duplicates": "drop"}, "duplicates: keep -> drop"),
+        ({"eos": False}, "eos: True -> False"),
+    ],
+)
+def test_other_settings_are_refused(
+    make: Callable[..., Store], interrupt: Callable[[str, int], None], changes: dict[str, Any], message: str
+) -> None:
+    interrupt("write_shard", 3)
+    with pytest.raises(Interrupted):
+        make()
+    with pytest.raises(DataError, match=rf"holds an unfinished build of .*{message}.*to start afresh"):
+        make(**changes)
+    make()
+
+
+def test_other_inputs_are_refused(
+    make: Callable[..., Store], interrupt: Callable[[str, int], None], books: Path
+) -> None:
+    interrupt("write_shard", 3)
+    with pytest.raises(Interrupted):
+        make()
+    old = (books / "2.txt").read_bytes()
+    (books / "2.txt").write_bytes(old + b"more\n")
+    (books / "3.txt").touch()
+    with pytest.raises(DataError, match=r"1 documents added: 3.txt; 1 documents changed: 2.txt"):
+        make()
+
+
+def test_the_plan_may_change_until_it_is_made(
+    make: Callable[..., Store], interrupt: Callable[[str, int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt("plan", 0)
+    with pytest.raises(Interrupted):
+        make()
+
+    def fail(*_: object) -> None:
+        raise AssertionError("tokenized again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "tokenize", fail)
+        changed = make(seq_len=1 << 14, packing="stream", rows_per_shard=8)
+    assert content(changed.path) == content(
+        make(output=tmp_path / "other", seq_len=1 << 14, packing="stream", rows_per_shard=8).path
+    )
+
+
+def test_a_policy_may_change_and_only_what_it_applies_to_is_done_again(
+    make: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match=r"1.txt is not valid utf-8 at byte 1050000"):
+        make(policies={})
+    done: list[int] = []
+    real = scratch.tokenize
+    monkeypatch.setattr(stages, "tokenize", lambda task: (done.append(task.number), real(task)))
+    with pytest.raises(DataError, match=r"1.txt is not valid"):
+        make(policies={"empty": "skip"})
+    done.clear()
+    replaced = content(make(policies={"encoding": "replace"}).path)
+    assert 0 not in done, "the tokens of 0.txt were good"
+    assert replaced == content(make(output=tmp_path / "other").path)
+
+
+def test_policies_of_a_build_that_was_planned(
+    make: Callable[..., Store], interrupt: Callable[[str, int], None], tmp_path: Path
+) -> None:
+    interrupt("write_shard", 3)
+    with pytest.raises(Interrupted):
+        make(policies={"encoding": "replace"})
+    skipped = make(policies={"encoding": "skip"})
+    assert [document.name for document in skipped.documents] == ["0.txt", "2.txt"]
+    assert content(skipped.path) == content(make(output=tmp_path / "other", policies={"encoding": "skip"}).path)
+
+
+def test_a_second_builder_is_refused(make: Callable[..., Store], tmp_path: Path) -> None:
+    output = tmp_path / "store"
+    with (
+        membership(partial_path(output), "another", output, keep=lambda: True),
+        pytest.raises(DataError, match=r"store is being built by another process: wait for it to end, or stop it"),
+    ):
+        make()
+    make()
+
+
+def test_leftovers_of_a_build_that_was_killed_after_its_last_step(make: Callable[..., Store], tmp_path: Path) -> None:
+    built = content(make().path)
+    work = partial_path(tmp_path / "store")
+    (work / "tokens").mkdir(parents=True)
+    (work / "tokens" / "00000000.npz").touch()
+    assert content(make().path) == built
+    assert not work.exists()
+
+
+def test_an_append_that_was_killed(
+    make: Callable[..., Store], interrupt: Callable[[str, int], None], books: Path, tmp_path: Path
+) -> None:
+    before = make()
+    (books / "3.txt").write_text("new\n" * 1000)
+    (books / "4.txt").write_text("newer\n" * 1000)
+    for stage, number in STAGES[1:]:
+        interrupt(stage, 0 if stage == "write_shard" else number)
+        with pytest.raises(Interrupted):
+            make(append=True)
+        assert Store.open(before.path).n_rows == before.n_rows
+    after = make(append=True)
+    assert [document.name for document in after.documents[3:]] == ["3.txt", "4.txt"]
+    assert not partial_path(tmp_path / "store").exists()
