@@ -261,6 +261,7 @@ def kills(times: int, seed: int, n_bytes: int, modes: Sequence[str] = tuple(WORK
             folder = Path(name) / f"trial-{len(trials)}"
             folder.mkdir()
             trials.append(run_trial(modes[len(trials) % len(modes)], target, folder, rng))
-            print(kills_table(trials[-1]), flush=True)
+            if trials[-1].kills:
+                print(kills_table(trials[-1]), flush=True)
             shutil.rmtree(folder)
     return trials
