@@ -24,8 +24,8 @@ from data_pipeline.errors import DataError
 PIECE_CHARS = 1 << 16
 """Characters that SentencePiece is given at once. Part of every store's manifest."""
 
-MAX_VALUES = 2**31
-"""Different values that integers may have: with BOS and EOS, all ids fit uint32."""
+MAX_VALUES = 2**24
+"""Different values that integers may have: a table of as many entries is part of the store."""
 
 TokenizerKind = Literal["sentencepiece", "bytes", "integers"]
 
