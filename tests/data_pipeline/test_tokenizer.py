@@ -80,7 +80,7 @@ def test_tokenizers_of_integers_are_told_apart() -> None:
     ("name", "vocab_size", "message"),
     [
         ("integers", None, "integers needs --vocab-size"),
-        ("integers", 0, "--vocab-size is 0: expected 1 to 2147483648"),
+        ("integers", 0, "--vocab-size is 0: expected 1 to 16777216"),
         ("integers", 2**24 + 1, "--vocab-size is 16777217: expected 1 to 16777216"),
         ("bytes", 256, "--vocab-size 256 is for --tokenizer integers"),
         ("some.model", 256, "--tokenizer some.model has a vocabulary of its own: leave it out"),
