@@ -1,120 +1,27 @@
-"""Documents out of every kind of file: the right bytes, in blocks that depend on nothing else, or what is wrong."""
+"""Documents out of text files: the right bytes, in blocks that depend on nothing else, or what is wrong."""
 
 import gzip
-import io
-import itertools
-import json
 import lzma
-import math
-import tracemalloc
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
 import fsspec
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from read_documents import blocks_of, expected_blocks, only, problems, read_one, reading, save, whole
 
 from data_pipeline.config import TextSettings
-from data_pipeline.documents import (
-    BLOCK_BYTES,
-    Found,
-    Part,
-    Reading,
-    Span,
-    invalid_utf8,
-    plan_tasks,
-    read_parts,
-)
-from data_pipeline.errors import BadDocument, DataError
-from data_pipeline.files import InputFile, find_files
-from data_pipeline.records import split_lines
-
-Outcome = bytes | tuple[str, str]
-"""A document's bytes, or the problem for which there are none and its detail."""
-
-
-def only(path: object, arrays: bool = False) -> InputFile:
-    return find_files([str(path)], [], arrays)[0]
-
-
-def save(path: Path, content: bytes) -> InputFile:
-    path.write_bytes(content)
-    return only(path)
-
-
-def reading(kind: str = "sentencepiece", policies: Mapping[str, str] | None = None, **text: object) -> Reading:
-    return Reading(TextSettings.model_validate(text), kind, policies=policies or {})
-
-
-def whole(file: InputFile) -> Span:
-    return Span(0, 0, file.n_bytes)
-
-
-def outcome(part: Part) -> Outcome:
-    try:
-        return b"".join(part.blocks)
-    except BadDocument as problem:
-        return problem.problem, problem.detail
-
-
-def read(file: InputFile, how: Reading | None = None) -> list[tuple[int, Outcome, list[Found]]]:
-    """(record, outcome, what was replaced) of every document of a file."""
-    return [(part.record, outcome(part), part.found) for part in read_parts(file, whole(file), how or reading())]
-
-
-def read_one(file: InputFile, how: Reading | None = None) -> tuple[Outcome, list[Found]]:
-    ((record, result, found),) = read(file, how)
-    assert record == -1
-    return result, found
-
-
-def problems(file: InputFile, how: Reading | None = None) -> list[tuple[int, str, str]]:
-    return [(record, *result) for record, result, _ in read(file, how) if not isinstance(result, bytes)]
-
-
-@contextmanager
-def blocks_of(n_bytes: int, reach: int = 8) -> Iterator[None]:
-    """Small blocks, so that small documents have many."""
-    with ExitStack() as stack:
-        for module in ("blocks", "documents", "arrays"):
-            stack.enter_context(patch(f"data_pipeline.{module}.BLOCK_BYTES", n_bytes))
-        stack.enter_context(patch("data_pipeline.blocks.BOUNDARY_REACH_BYTES", reach))
-        yield
-
-
-def expected_blocks(data: bytes, n_bytes: int, reach: int) -> list[bytes]:
-    """The definition, with the whole document at hand."""
-    cuts = [0]
-    for nominal in range(n_bytes, len(data), n_bytes):
-        stretch = data[nominal : nominal + reach]
-        cut = nominal
-        if b"\n" in stretch:
-            cut += stretch.index(b"\n") + 1
-        else:
-            while cut < len(data) and cut < nominal + 4 and data[cut] & 0xC0 == 0x80:
-                cut += 1
-            if cut == nominal + 4:
-                cut = nominal
-        cuts.append(cut)
-    return [data[one:other] for one, other in pairwise([*cuts, len(data)]) if other > one]
-
-
-# Plain text, spans, tasks
-
+from data_pipeline.documents import BLOCK_BYTES, invalid_utf8, plan_tasks, read_parts
+from data_pipeline.files import InputFile
 
 texts = st.text(alphabet=st.sampled_from("ab\n\r가\U0001f642"), max_size=150).map(str.encode)
 documents = st.one_of(texts, st.binary(max_size=150), st.binary(max_size=12).map(lambda data: data * 12))
 
 
+@settings(deadline=None)  # files take the time they take
 @given(data=documents, n_bytes=st.integers(9, 40), reach=st.integers(4, 9), kind=st.sampled_from(["bytes", "text"]))
 def test_blocks_depend_on_the_bytes_alone(
     data: bytes, n_bytes: int, reach: int, kind: str, tmp_path_factory: pytest.TempPathFactory
@@ -151,6 +58,7 @@ def test_blocks_depend_on_the_bytes_alone(
         assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
+@settings(deadline=None)  # files take the time they take
 @given(text=texts, n_bytes=st.integers(9, 40))
 def test_blocks_of_text_hold_whole_characters(
     text: bytes, n_bytes: int, tmp_path_factory: pytest.TempPathFactory
@@ -169,6 +77,7 @@ def test_blocks_are_of_bounded_size(tmp_path: Path) -> None:
     assert lengths[:3] == [BLOCK_BYTES] * 3
 
 
+@settings(deadline=None)  # files take the time they take
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 100), st.sampled_from([".txt", ".txt.gz"])), min_size=1, max_size=20),
     n_bytes=st.integers(1, 30),
@@ -213,9 +122,6 @@ def test_many_empty_files_are_many_tasks() -> None:
 def test_what_can_be_read_from_the_middle_is_cut(name: str, text: dict, n_spans: int) -> None:
     tasks = plan_tasks([InputFile("a", name, 5 << 20, 0, False)], TextSettings(**text), 2 << 20)
     assert sum(map(len, tasks)) == n_spans
-
-
-# Encodings, what is not valid, normalisation
 
 
 @pytest.mark.parametrize("before", [0, 5, 2**20 - 1, 2**20, 2**20 + 3])
@@ -303,6 +209,7 @@ def test_marks_and_line_ends_stay_unless_asked(tmp_path: Path) -> None:
         assert read_one(file, normal) == ("one\ntwo\nthree\n\ufeff\n".encode(), [])
 
 
+@settings(deadline=None)  # files take the time they take
 @given(
     text=st.text(alphabet=st.sampled_from("a\r\n\ufeff가"), max_size=60),
     chunk_bytes=st.integers(1, 9),
@@ -341,382 +248,3 @@ def test_a_truncated_file_of_another_encoding_is_kept_likewise(tmp_path: Path) -
     result, found = read_one(file, reading(encoding="cp949", policies={"truncated": "replace"}))
     assert result == content.decode("cp949", errors="ignore").encode()
     assert [one.problem for one in found] == ["truncated"]
-
-
-# JSON lines
-
-
-def json_lines(*records: object) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def test_json_lines_are_documents(tmp_path: Path) -> None:
-    data = json_lines({"text": "one", "id": 1}, {"text": ""}, {"id": 3, "text": "세\r\n\U0001f642"})
-    file = save(
-        tmp_path / "a.jsonl", "\ufeff".encode() + data.replace(b"\n", b"\r\n", 1) + b"\n \n" + data.rstrip(b"\n")
-    )
-    one, two, three = b"one", b"", "세\r\n\U0001f642".encode()
-    assert [result for _, result, _ in read(file)] == [one, two, three] * 2
-    assert [record for record, _, _ in read(file)] == list(range(6))
-    assert [part.first and part.last for part in read_parts(file, whole(file), reading())] == [True] * 6
-    assert read(file, reading(normalize=("newlines",)))[2][1] == "세\n\U0001f642".encode()
-    assert [problem for _, problem, _ in problems(file, reading(field="id"))] == ["unreadable"] * 6
-
-
-lines_of_json = st.lists(
-    st.one_of(
-        st.text(alphabet=st.sampled_from('ab\n"가\U0001f642'), max_size=40).map(
-            lambda text: json.dumps({"text": text}, ensure_ascii=len(text) % 2 == 0).encode()
-        ),
-        st.sampled_from([b"", b"   ", b"{bad", b'{"text": 1}']),
-    ),
-    max_size=12,
-)
-
-
-@given(lines=lines_of_json, n_bytes=st.integers(9, 60), end=st.sampled_from([b"", b"\n"]))
-def test_a_line_belongs_to_the_span_in_which_it_begins(
-    lines: list[bytes], n_bytes: int, end: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    data = b"\n".join([*lines, b'{"text": "last"}']) + end
-    folder = tmp_path_factory.mktemp("json")
-    file = save(folder / "a.jsonl", data)
-    expected = [result for _, result, _ in read(file)]
-    assert len(expected) == sum(bool(line.strip()) for line in lines) + 1
-    assert [result for _, result, _ in read(save(folder / "b.jsonl.gz", gzip.compress(data)))] == expected
-    with blocks_of(n_bytes):
-        parts = []
-        for task in plan_tasks([file], TextSettings(), n_bytes):
-            for span in task:
-                of_span = [(part.record, outcome(part)) for part in read_parts(file, span, reading())]
-                assert [record for record, _ in of_span] == list(range(len(of_span)))
-                parts += of_span
-    assert [result for _, result in parts] == expected
-
-
-@pytest.mark.parametrize(
-    ("line", "detail"),
-    [
-        (b"not json", "line at byte 14 is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"1" * 5000, "is not JSON"),
-        (b'["text"]', "is not a JSON object but an array"),
-        (b'{"a": 1, "b": 2}', "has no field 'text' but 'a', 'b': name one with --field"),
-        (b"{}", "has no field 'text' but none"),
-        (b'{"text": null}', "has in field 'text' no string but null"),
-        (b'{"text": ["a"]}', "no string but an array"),
-        (b'{"text": "a', "is not JSON"),
-    ],
-)
-def test_lines_that_hold_no_text(tmp_path: Path, line: bytes, detail: str) -> None:
-    file = save(tmp_path / "a.jsonl", b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
-    assert [result for record, result, _ in read(file) if record != 1] == [b"a", b"b"]
-    ((record, problem, said),) = problems(file)
-    assert (record, problem) == (1, "unreadable")
-    assert detail in said
-
-
-def test_json_text_that_is_no_text(tmp_path: Path) -> None:
-    lines = [b'{"text": "a\\ud800b\\udc00"}', b'{"text": "\\ud83d\\ude42"}', b'{"text": "a\xffb"}']
-    file = save(tmp_path / "a.jsonl", b"\n".join(lines))
-    assert [(record, problem) for record, problem, _ in problems(file)] == [(0, "encoding"), (2, "encoding")]
-    assert "is not valid utf-8 at byte 63 " in problems(file)[1][2]
-    replaced = read(file, reading(policies={"encoding": "replace"}))
-    assert [result for _, result, _ in replaced] == [
-        "a\ufffdb\ufffd".encode(),
-        "\U0001f642".encode(),
-        "a\ufffdb".encode(),
-    ]
-    assert [len(found) for _, _, found in replaced] == [1, 0, 1]
-
-
-def test_an_oversized_line_is_never_held(tmp_path: Path) -> None:
-    long = b'{"text": "' + b"x" * 100 + b'"}'
-    fits = b'{"text": "' + b"x" * 88 + b'"}'
-    file = save(tmp_path / "a.jsonl", b"\n".join([long, fits, b" " * 101 + fits, b" " * 9, b'{"text": "end"}']))
-    how = reading(max_record_bytes=100)
-    assert [result for _, result, _ in read(file, how) if isinstance(result, bytes)] == [b"x" * 88, b"end"]
-    assert problems(file, how) == [
-        (0, "oversized", "the line at byte 0 has 112 bytes, more than --max-record-bytes 100"),
-        (2, "oversized", "the line at byte 214 has 201 bytes, more than --max-record-bytes 100"),
-    ]
-
-
-def test_a_line_larger_than_memory_is_skipped_in_pieces() -> None:
-    chunks = itertools.chain((bytes(1 << 20) for _ in range(200)), [b"\nend"])
-    tracemalloc.start()
-    long, end = split_lines(chunks, 0, 1000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert long == (0, 200 << 20, bytes(1000))
-    assert end == ((200 << 20) + 1, 3, b"end")
-    assert peak < 8 << 20
-
-
-@pytest.mark.parametrize("encoding", ["cp949", "utf-16", "utf-16-le"])
-def test_json_lines_in_another_encoding(tmp_path: Path, encoding: str) -> None:
-    text = json.dumps({"text": "천지"}, ensure_ascii=False) + "\n"
-    file = save(tmp_path / "a.jsonl", (text * 2).encode(encoding))
-    assert [result for _, result, _ in read(file, reading(encoding=encoding))] == ["천지".encode()] * 2
-
-
-def test_truncated_json_lines_lose_the_record_in_which_they_end(tmp_path: Path) -> None:
-    compressor = zstandard.ZstdCompressor().compressobj()
-    data = json_lines({"text": "one"}, {"text": "two"})[:-5]
-    started = compressor.compress(data) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-    file = save(tmp_path / "a.jsonl.zst", started)
-    for policy in ("strict", "skip", "replace"):
-        results = read(file, reading(policies={"truncated": policy}))
-        assert results == [(0, b"one", []), (1, ("truncated", f"ends early, after {len(data)} bytes of content"), [])]
-    assert problems(save(tmp_path / "b.jsonl.gz", gzip.compress(data)[:5]))[0][:2] == (-1, "truncated")
-
-
-# Parquet
-
-
-def write_parquet(path: Path, columns: Mapping[str, object], **options: object) -> InputFile:
-    pq.write_table(pa.table(columns), path, **options)
-    return only(path)
-
-
-VALUES = ["one", "", None, "네\U0001f642"]
-
-
-@pytest.mark.parametrize("suffix", ["", ".zst"])
-@pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.binary(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
-)
-def test_parquet_rows_are_documents(tmp_path: Path, kind: pa.DataType, suffix: str) -> None:
-    encoded = [value.encode() if value is not None and pa.types.is_binary(kind) else value for value in VALUES]
-    column = pa.array(encoded, kind.value_type if pa.types.is_dictionary(kind) else kind)
-    if pa.types.is_dictionary(kind):
-        column = column.dictionary_encode()
-    file = write_parquet(tmp_path / "a.parquet", {"id": [1, 2, 3, 4], "body": column}, row_group_size=3)
-    if suffix:
-        file = save(tmp_path / "b.parquet.zst", zstandard.compress((tmp_path / "a.parquet").read_bytes()))
-    results = read(file, reading(field="body"))
-    assert results == [(0, b"one", []), (1, b"", []), (2, b"", []), (3, "네\U0001f642".encode(), [])]
-
-
-def test_parquet_by_url(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", {"text": ["one", "two"]})
-    fsspec.filesystem("memory").pipe("/parquet/a.parquet", (tmp_path / "a.parquet").read_bytes())
-    assert [result for _, result, _ in read(only("memory://parquet"))] == [b"one", b"two"]
-
-
-def test_parquet_that_has_no_text(tmp_path: Path) -> None:
-    file = write_parquet(tmp_path / "a.parquet", {"id": [1], "body": ["text"], "list": [["text"]]})
-    for field, detail in [
-        ("text", "has no column 'text' but 'id', 'body', 'list': name one with --field"),
-        ("id", "has in column 'id' no text but values of type int64"),
-        ("list", "no text but values of type list"),
-    ]:
-        ((record, problem, said),) = problems(file, reading(field=field))
-        assert (record, problem) == (-1, "unreadable")
-        assert detail in said
-
-
-def test_parquet_files_that_are_none(tmp_path: Path) -> None:
-    good = write_parquet(tmp_path / "a.parquet", {"text": ["one", "two"]})
-    data = (tmp_path / "a.parquet").read_bytes()
-    assert problems(save(tmp_path / "b.parquet", data[:-20]))[0][:2] == (-1, "truncated")
-    assert problems(save(tmp_path / "c.parquet", b"x" * 100))[0][:2] == (-1, "unreadable")
-    assert problems(good) == []
-
-
-def test_damaged_pages_of_parquet(tmp_path: Path) -> None:
-    file = write_parquet(
-        tmp_path / "a.parquet", {"text": [f"{i} {i * 7919 % 1009}" * 50 for i in range(2000)]}, row_group_size=500
-    )
-    data = bytearray((tmp_path / "a.parquet").read_bytes())
-    group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(2).column(0)
-    place = group.data_page_offset
-    data[place : place + 1000] = b"\xff" * 1000
-    damaged = save(tmp_path / "b.parquet", bytes(data))
-    assert len(read(file)) == 2000
-    ((record, problem, _),) = problems(damaged)
-    assert problem == "unreadable"
-    assert record == 1000
-    assert all(isinstance(result, bytes) for number, result, _ in read(damaged) if number < record)
-
-
-def test_parquet_values_have_policies_too(tmp_path: Path) -> None:
-    file = write_parquet(tmp_path / "a.parquet", {"text": [b"a\xff", b"x" * 11, b"\xef\xbb\xbfa\r\n"]})
-    how = reading(policies={"encoding": "replace"}, max_record_bytes=10, normalize=("bom", "newlines"))
-    results = read(file, how)
-    assert results[0][1] == "a\ufffd".encode()
-    assert results[0][2][0].problem == "encoding"
-    assert results[1][1] == ("oversized", "the value has 11 bytes, more than --max-record-bytes 10")
-    assert results[2][1] == b"a\n"
-
-
-def test_large_row_groups_are_read_in_batches(tmp_path: Path) -> None:
-    values = pa.array(["x" * (1 << 20)] * 64)
-    file = write_parquet(
-        tmp_path / "a.parquet", {"text": values}, use_dictionary=False, compression="none", write_batch_size=4
-    )
-    pool = pa.default_memory_pool()
-    del values
-    before = pool.bytes_allocated()
-    most = 0
-    for part in read_parts(file, whole(file), reading()):
-        most = max(most, pool.bytes_allocated() - before)
-        assert len(b"".join(part.blocks)) == 1 << 20
-    assert most < 16 << 20
-
-
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path) -> None:
-    file = write_parquet(tmp_path / "a.parquet", {"text": ["one"]})
-    with (
-        patch.dict("sys.modules", {"pyarrow": None}),
-        pytest.raises(DataError, match=r"pip install 'longhand\[corpus\]'"),
-    ):
-        read(file)
-
-
-# Arrays
-
-
-def integers(vocab_size: int, field: str = "text", **policies: str) -> Reading:
-    return Reading(TextSettings(field=field), "integers", vocab_size, policies)
-
-
-def save_array(path: Path, array: np.ndarray) -> InputFile:
-    np.save(path, array)
-    return only(path, arrays=True)
-
-
-@pytest.mark.parametrize("dtype", ["u1", "i1", "<u2", ">u2", "<i4", ">i8", "<u8"])
-@pytest.mark.parametrize(("vocab_size", "stored"), [(100, "<u1"), (256, "<u1"), (257, "<u2"), (70_000, "<u4")])
-def test_items_of_an_array_are_documents(tmp_path: Path, dtype: str, vocab_size: int, stored: str) -> None:
-    array = np.arange(2 * 3 * 4, dtype=dtype).reshape(2, 3, 4)
-    results = read(save_array(tmp_path / "a.npy", array), integers(vocab_size))
-    assert results == [(0, array[0].astype(stored).tobytes(), []), (1, array[1].astype(stored).tobytes(), [])]
-    flat = read(save_array(tmp_path / "b.npy", array.reshape(-1)), integers(vocab_size))
-    assert flat == [(0, array.astype(stored).tobytes(), [])]
-
-
-@given(
-    length=st.integers(0, 60), n_bytes=st.integers(4, 40), dtype=st.sampled_from(["u1", ">i8"]), vocab_size=st.just(300)
-)
-def test_blocks_of_an_array_depend_on_its_values_alone(
-    length: int, n_bytes: int, dtype: str, vocab_size: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    array = np.arange(3 * length, dtype=dtype).reshape(3, length)
-    file = save_array(tmp_path_factory.mktemp("array") / "a.npy", array)
-    data = array.astype("<u2")
-    with blocks_of(n_bytes):
-        items = [list(part.blocks) for part in read_parts(file, whole(file), integers(vocab_size))]
-    step = n_bytes // 2
-    assert items == [[row[i : i + step].tobytes() for i in range(0, length, step)] for row in data]
-
-
-@pytest.mark.parametrize("savez", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_arrays_of_an_archive_follow_each_other(tmp_path: Path, savez: Callable[..., None], suffix: str) -> None:
-    plain = tmp_path / "a.npz"
-    savez(plain, zeros=np.zeros((2, 3), np.uint8), names=np.array(["a" * 58]), one=np.array([1, 2]), f=np.ones(2))
-    path = tmp_path / f"b.npz{suffix}"
-    path.write_bytes(gzip.compress(plain.read_bytes()) if suffix else plain.read_bytes())
-    file = only(path, arrays=True)
-    results = read(file, integers(10))
-    assert [record for record, _, _ in results] == [0, 1, 2, 3, 4]
-    assert [results[i][1] for i in (0, 1, 3)] == [bytes(3), bytes(3), bytes([1, 2])]
-    assert results[2][1] == (
-        "unreadable",
-        "its array names holds values of type <U58, not integers: name the one to read with --field",
-    )
-    assert "float64" in str(results[4][1])
-    assert [result for _, result, _ in read(file, integers(10, field="one"))] == [bytes([1, 2])]
-    ((record, problem, detail),) = problems(file, integers(10, field="nope"))
-    assert (record, problem) == (-1, "unreadable")
-    assert "has no array 'nope' but zeros, names, one, f" in detail
-
-
-def test_arrays_by_url(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", x=np.arange(6).reshape(2, 3))
-    fsspec.filesystem("memory").pipe("/arrays/a.npz", (tmp_path / "a.npz").read_bytes())
-    file = only("memory://arrays", arrays=True)
-    assert [result for _, result, _ in read(file, integers(10))] == [bytes([0, 1, 2]), bytes([3, 4, 5])]
-
-
-@pytest.mark.parametrize(("value", "dtype"), [(-1, np.int8), (10, np.uint8), (2**40, np.int64), (-(2**40), np.int64)])
-def test_values_outside_the_vocabulary(tmp_path: Path, value: int, dtype: type) -> None:
-    array = np.zeros((3, 4), dtype)
-    array[1, 2] = value
-    file = save_array(tmp_path / "a.npy", array)
-    for policy in ("strict", "skip", "replace"):  # there is no value to replace it by
-        results = read(file, integers(10, encoding=policy))
-        assert [results[i][1] for i in (0, 2)] == [bytes(4)] * 2
-        assert results[1][1] == ("encoding", f"has the value {value} at place 2: expected 0 to 9")
-
-
-def test_arrays_that_are_not_read(tmp_path: Path) -> None:
-    fortran = save_array(tmp_path / "a.npy", np.asfortranarray(np.zeros((3, 4), int)))
-    assert "Fortran order: save numpy.ascontiguousarray(array)" in problems(fortran, integers(10))[0][2]
-    np.save(tmp_path / "b.npy", np.array([{}, []], dtype=object), allow_pickle=True)
-    objects = only(tmp_path / "b.npy", arrays=True)
-    assert "holds Python objects, not integers" in problems(objects, integers(10))[0][2]
-    for name, content in (("c.npy", b"not an array"), ("d.npz", b"not an archive"), ("e.npy", b"\x93NUMPY\x01\x00")):
-        (tmp_path / name).write_bytes(content)
-        ((record, problem, _),) = problems(only(tmp_path / name, arrays=True), integers(10))
-        assert problem == "unreadable"
-        assert record <= 0
-
-
-def test_a_second_array_in_a_file_is_not_lost_in_silence(tmp_path: Path) -> None:
-    with (tmp_path / "a.npy").open("wb") as file:
-        np.save(file, np.arange(6).reshape(2, 3))
-        np.save(file, np.arange(3))
-    ((record, problem, detail),) = problems(only(tmp_path / "a.npy", arrays=True), integers(10))
-    assert (record, problem) == (2, "unreadable")
-    assert "goes on after its array" in detail
-
-
-def test_a_truncated_array_ends_with_the_item_in_which_it_ends(tmp_path: Path) -> None:
-    save_array(tmp_path / "a.npy", np.ones((1000, 4), ">u2"))
-    data = (tmp_path / "a.npy").read_bytes()
-    (tmp_path / "a.npy").write_bytes(data[: len(data) - 997 * 8 - 3])
-    file = only(tmp_path / "a.npy", arrays=True)
-    results = read(file, integers(10))
-    assert [result for _, result, _ in results[:2]] == [bytes([1] * 4)] * 2
-    assert results[2:] == [
-        (2, ("truncated", "ends early or is corrupt: 2 values are there instead of 4"), []),
-    ]
-    kept = read(file, integers(10, truncated="replace"))
-    assert kept[2][1] == bytes([1] * 2)
-    assert kept[2][2][0].problem == "truncated"
-    assert len(kept) == 3
-
-
-def test_a_damaged_archive(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).integers(0, 10, (4, 1000), np.uint8)
-    np.savez(tmp_path / "a.npz", x=values, y=values)
-    data = bytearray((tmp_path / "a.npz").read_bytes())
-    data[data.index(values[3].tobytes()) + 5] ^= 1
-    (tmp_path / "b.npz").write_bytes(data)
-    results = read(only(tmp_path / "b.npz", arrays=True), integers(10, truncated="skip"))
-    assert [record for record, result, _ in results if not isinstance(result, bytes)] == [3]
-    assert "truncated" in str(results[3][1]) and "CRC" in str(results[3][1])
-    assert [result for _, result, _ in results[4:]] == [row.tobytes() for row in values]
-    (tmp_path / "c.npz").write_bytes(data[:-30])
-    assert problems(only(tmp_path / "c.npz", arrays=True), integers(10))[0][:2] == (-1, "truncated")
-
-
-def test_an_array_larger_than_memory_is_streamed(tmp_path: Path) -> None:
-    header = io.BytesIO()
-    shape = (1 << 33,)
-    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": shape})
-    with (tmp_path / "a.npy").open("wb") as file:
-        file.write(header.getvalue())
-        file.truncate(len(header.getvalue()) + 8 * math.prod(shape))  # 64 GB that take no room
-    parts = read_parts(only(tmp_path / "a.npy", arrays=True), Span(0, 0, 0), integers(10))
-    assert next(next(parts).blocks) == bytes(BLOCK_BYTES)
-
-
-def test_a_part_that_was_left_early_does_not_disturb_the_next(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
-        np.save(file, np.arange(3 * 5_000_000).reshape(3, -1) % 251)
-    parts = read_parts(only(tmp_path / "a.npz", arrays=True), Span(0, 0, 0), integers(256))
-    starts = [next(part.blocks)[0] for part in parts]
-    assert starts == [0, 5_000_000 % 251, 10_000_000 % 251]

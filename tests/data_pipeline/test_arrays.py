@@ -1,0 +1,165 @@
+"""Documents out of arrays of integers."""
+
+import gzip
+import io
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from read_documents import blocks_of, only, problems, read, whole
+
+from data_pipeline.config import TextSettings
+from data_pipeline.documents import BLOCK_BYTES, Reading, Span, read_parts
+from data_pipeline.files import InputFile
+
+
+def integers(vocab_size: int, field: str = "text", **policies: str) -> Reading:
+    return Reading(TextSettings(field=field), "integers", vocab_size, policies)
+
+
+def save_array(path: Path, array: np.ndarray) -> InputFile:
+    np.save(path, array)
+    return only(path, arrays=True)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "<u2", ">u2", "<i4", ">i8", "<u8"])
+@pytest.mark.parametrize(("vocab_size", "stored"), [(100, "<u1"), (256, "<u1"), (257, "<u2"), (70_000, "<u4")])
+def test_items_of_an_array_are_documents(tmp_path: Path, dtype: str, vocab_size: int, stored: str) -> None:
+    array = np.arange(2 * 3 * 4, dtype=dtype).reshape(2, 3, 4)
+    results = read(save_array(tmp_path / "a.npy", array), integers(vocab_size))
+    assert results == [(0, array[0].astype(stored).tobytes(), []), (1, array[1].astype(stored).tobytes(), [])]
+    flat = read(save_array(tmp_path / "b.npy", array.reshape(-1)), integers(vocab_size))
+    assert flat == [(0, array.astype(stored).tobytes(), [])]
+
+
+@settings(deadline=None)  # files take the time they take
+@given(
+    length=st.integers(0, 60), n_bytes=st.integers(4, 40), dtype=st.sampled_from(["u1", ">i8"]), vocab_size=st.just(300)
+)
+def test_blocks_of_an_array_depend_on_its_values_alone(
+    length: int, n_bytes: int, dtype: str, vocab_size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    array = np.arange(3 * length, dtype=dtype).reshape(3, length)
+    file = save_array(tmp_path_factory.mktemp("array") / "a.npy", array)
+    data = array.astype("<u2")
+    with blocks_of(n_bytes):
+        items = [list(part.blocks) for part in read_parts(file, whole(file), integers(vocab_size))]
+    step = n_bytes // 2
+    assert items == [[row[i : i + step].tobytes() for i in range(0, length, step)] for row in data]
+
+
+@pytest.mark.parametrize("savez", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_arrays_of_an_archive_follow_each_other(tmp_path: Path, savez: Callable[..., None], suffix: str) -> None:
+    plain = tmp_path / "a.npz"
+    savez(plain, zeros=np.zeros((2, 3), np.uint8), names=np.array(["a" * 58]), one=np.array([1, 2]), f=np.ones(2))
+    path = tmp_path / f"b.npz{suffix}"
+    path.write_bytes(gzip.compress(plain.read_bytes()) if suffix else plain.read_bytes())
+    file = only(path, arrays=True)
+    results = read(file, integers(10))
+    assert [record for record, _, _ in results] == [0, 1, 2, 3, 4]
+    assert [results[i][1] for i in (0, 1, 3)] == [bytes(3), bytes(3), bytes([1, 2])]
+    assert results[2][1] == (
+        "unreadable",
+        "its array names holds values of type <U58, not integers: name the one to read with --field",
+    )
+    assert "float64" in str(results[4][1])
+    assert [result for _, result, _ in read(file, integers(10, field="one"))] == [bytes([1, 2])]
+    ((record, problem, detail),) = problems(file, integers(10, field="nope"))
+    assert (record, problem) == (-1, "unreadable")
+    assert "has no array 'nope' but zeros, names, one, f" in detail
+
+
+def test_arrays_by_url(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.arange(6).reshape(2, 3))
+    fsspec.filesystem("memory").pipe("/arrays/a.npz", (tmp_path / "a.npz").read_bytes())
+    file = only("memory://arrays", arrays=True)
+    assert [result for _, result, _ in read(file, integers(10))] == [bytes([0, 1, 2]), bytes([3, 4, 5])]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(-1, np.int8), (10, np.uint8), (2**40, np.int64), (-(2**40), np.int64)])
+def test_values_outside_the_vocabulary(tmp_path: Path, value: int, dtype: type) -> None:
+    array = np.zeros((3, 4), dtype)
+    array[1, 2] = value
+    file = save_array(tmp_path / "a.npy", array)
+    for policy in ("strict", "skip", "replace"):  # there is no value to replace it by
+        results = read(file, integers(10, encoding=policy))
+        assert [results[i][1] for i in (0, 2)] == [bytes(4)] * 2
+        assert results[1][1] == ("encoding", f"has the value {value} at place 2: expected 0 to 9")
+
+
+def test_arrays_that_are_not_read(tmp_path: Path) -> None:
+    fortran = save_array(tmp_path / "a.npy", np.asfortranarray(np.zeros((3, 4), int)))
+    assert "Fortran order: save numpy.ascontiguousarray(array)" in problems(fortran, integers(10))[0][2]
+    np.save(tmp_path / "b.npy", np.array([{}, []], dtype=object), allow_pickle=True)
+    objects = only(tmp_path / "b.npy", arrays=True)
+    assert "holds Python objects, not integers" in problems(objects, integers(10))[0][2]
+    for name, content in (("c.npy", b"not an array"), ("d.npz", b"not an archive"), ("e.npy", b"\x93NUMPY\x01\x00")):
+        (tmp_path / name).write_bytes(content)
+        ((record, problem, _),) = problems(only(tmp_path / name, arrays=True), integers(10))
+        assert problem == "unreadable"
+        assert record <= 0
+
+
+def test_a_second_array_in_a_file_is_not_lost_in_silence(tmp_path: Path) -> None:
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.save(file, np.arange(6).reshape(2, 3))
+        np.save(file, np.arange(3))
+    ((record, problem, detail),) = problems(only(tmp_path / "a.npy", arrays=True), integers(10))
+    assert (record, problem) == (2, "unreadable")
+    assert "goes on after its array" in detail
+
+
+def test_a_truncated_array_ends_with_the_item_in_which_it_ends(tmp_path: Path) -> None:
+    save_array(tmp_path / "a.npy", np.ones((1000, 4), ">u2"))
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data[: len(data) - 997 * 8 - 3])
+    file = only(tmp_path / "a.npy", arrays=True)
+    results = read(file, integers(10))
+    assert [result for _, result, _ in results[:2]] == [bytes([1] * 4)] * 2
+    assert results[2:] == [
+        (2, ("truncated", "ends early or is corrupt: 2 values are there instead of 4"), []),
+    ]
+    kept = read(file, integers(10, truncated="replace"))
+    assert kept[2][1] == bytes([1] * 2)
+    assert kept[2][2][0].problem == "truncated"
+    assert len(kept) == 3
+
+
+def test_a_damaged_archive(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 10, (4, 1000), np.uint8)
+    np.savez(tmp_path / "a.npz", x=values, y=values)
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[data.index(values[3].tobytes()) + 5] ^= 1
+    (tmp_path / "b.npz").write_bytes(data)
+    results = read(only(tmp_path / "b.npz", arrays=True), integers(10, truncated="skip"))
+    assert [record for record, result, _ in results if not isinstance(result, bytes)] == [3]
+    assert "truncated" in str(results[3][1]) and "CRC" in str(results[3][1])
+    assert [result for _, result, _ in results[4:]] == [row.tobytes() for row in values]
+    (tmp_path / "c.npz").write_bytes(data[:-30])
+    assert problems(only(tmp_path / "c.npz", arrays=True), integers(10))[0][:2] == (-1, "truncated")
+
+
+def test_an_array_larger_than_memory_is_streamed(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    shape = (1 << 33,)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    with (tmp_path / "a.npy").open("wb") as file:
+        file.write(header.getvalue())
+        file.truncate(len(header.getvalue()) + 8 * math.prod(shape))  # 64 GB that take no room
+    parts = read_parts(only(tmp_path / "a.npy", arrays=True), Span(0, 0, 0), integers(10))
+    assert next(next(parts).blocks) == bytes(BLOCK_BYTES)
+
+
+def test_a_part_that_was_left_early_does_not_disturb_the_next(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
+        np.save(file, np.arange(3 * 5_000_000).reshape(3, -1) % 251)
+    parts = read_parts(only(tmp_path / "a.npz", arrays=True), Span(0, 0, 0), integers(256))
+    starts = [next(part.blocks)[0] for part in parts]
+    assert starts == [0, 5_000_000 % 251, 10_000_000 % 251]
