@@ -33,10 +33,12 @@ class Flip:
 
 
 def read_all(path: Path) -> list[np.ndarray]:
-    """Every row and what belongs to it. Raises DataError, and nothing else, where that cannot be had."""
+    """Every row and every table. Raises DataError, and nothing else, where one cannot be had."""
     store = Store.open(path)
     rows = [store.read_row(row) for row in range(store.n_rows)]
-    return [*rows, store.valid_tokens, *store.segments, np.array([str(d) for d in store.documents])]
+    tables = [store.valid_tokens, *store.segments, store.token_bytes, store.tokenizer.token_bytes]
+    records = (*store.documents, *store.inputs, *store.problems)
+    return [*rows, *tables, np.array([str(record) for record in records])]
 
 
 def small_store(folder: Path) -> Path:

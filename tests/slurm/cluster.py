@@ -43,7 +43,7 @@ ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
+SelectTypeParameters=CR_CPU,CR_LLN
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 JobRequeue=1
 KillWait=2

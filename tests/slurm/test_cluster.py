@@ -26,6 +26,7 @@ def test_an_array_of_which_one_fails(cluster: Cluster, tmp_path: Path) -> None:
     fails = script(tmp_path / "job", "exit $((SLURM_ARRAY_TASK_ID == 1))")
     job = cluster.submit("--array=0-2", "--output=/dev/null", fails)
     assert cluster.wait(job) == ["COMPLETED", "FAILED", "COMPLETED"]
+    assert {element["NodeList"] for element in cluster.jobs(job)} == set(NODES)
 
 
 def test_a_cancelled_job_leaves_no_process(cluster: Cluster, tmp_path: Path) -> None:
