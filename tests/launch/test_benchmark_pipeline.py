@@ -22,10 +22,8 @@ import pipeline_workers  # noqa: E402
 sys.path.pop(0)
 
 BUDGET_S = 300
-TOY = (
-    "--rounds 1 --vocab-size 400 --seq-len 256 --documents 30 --steps 2 --scale-documents 50 --tokenize-mb 0.05 "
-    "--document-mb 0.05 --scale-tb 0.0001"
-).split()
+SIZES = """--rounds 1 --vocab-size 400 --seq-len 256 --documents 30 --steps 2 --scale-documents 50 --tokenize-mb 0.05
+    --document-mb 0.05 --scale-tb 0.0001"""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def main(monkeypatch: pytest.MonkeyPatch, work: Path, *words: str | Path) -> int:
-    command = ["launch/benchmark.py", "pipeline", *TOY, "--work", str(work), *map(str, words)]
+    command = ["launch/benchmark.py", "pipeline", *SIZES.split(), "--work", str(work), *map(str, words)]
     monkeypatch.setattr(sys, "argv", command)
     return benchmark.main()
 
@@ -70,7 +68,7 @@ def test_speed_size_and_reading(
 ) -> None:
     file, nowhere = tmp_path / "result.json", tmp_path / "no-such-python"
     monkeypatch.setattr(pipeline_tokenize, "find_spec", lambda name: None)
-    options = ["--parts", "tokenize", "size", "read", "--corpus", corpus, "--workers", "1", "2"]
+    options: list[str | Path] = ["--parts", "tokenize", "size", "read", "--corpus", corpus, "--workers", "1", "2"]
     assert main(monkeypatch, tmp_path / "work", *options, "--mds-python", nowhere, "--json", file) == 0
     record = json.loads(file.read_text())
     assert record["what"] == "pipeline" and {"numpy", "sentencepiece", "zarr"} <= set(record["versions"])
@@ -100,7 +98,18 @@ def test_memory_stall_and_scale(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "result.json"
-    options = ["--parts", "memory", "stall", "scale", "--corpus", corpus, "--workers", "1", "--json", file]
+    options: list[str | Path] = [
+        "--parts",
+        "memory",
+        "stall",
+        "scale",
+        "--corpus",
+        corpus,
+        "--workers",
+        "1",
+        "--json",
+        file,
+    ]
     assert main(monkeypatch, tmp_path / "work", *options) == 0
     record = json.loads(file.read_text())
     assert [(result["corpus"], result["command"]) for result in of(record, part="memory")] == [
@@ -129,7 +138,7 @@ def test_what_fails_is_a_result_and_the_rest_goes_on(
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "words.txt").write_text("far too little text for a vocabulary\n")
     file = tmp_path / "result.json"
-    options = ["--parts", "size", "scale", "--corpus", tmp_path / "few", "--json", file]
+    options: list[str | Path] = ["--parts", "size", "scale", "--corpus", tmp_path / "few", "--json", file]
     assert main(monkeypatch, tmp_path / "work", *options) == 1
     record = json.loads(file.read_text())
     (failed,) = of(record, part="size")
