@@ -50,9 +50,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--mds-python",
         type=Path,
-        default=HERE.parent / ".venv-mds" / "bin" / "python",
+        default=HERE.parent / ".venv" / "mds" / "bin" / "python",
         metavar="FILE",
-        help="the Python of an environment with launch/mosaicml.txt (default: .venv-mds/bin/python)",
+        help="the Python of an environment with launch/mosaicml.txt (default: .venv/mds/bin/python)",
     )
     workers = sorted({1, min(2, n_cores())})
     parser.add_argument("--workers", type=positive, nargs="+", default=workers, help="(default: 1 2, if there are two)")

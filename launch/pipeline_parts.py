@@ -84,7 +84,7 @@ def read(bench: Bench) -> None:
     active = list(READERS)
     if not (mds_version := version_in(python, "mosaicml-streaming")):
         active.remove("mds")
-        way = "python -m venv .venv-mds && .venv-mds/bin/python -m pip install -r launch/mosaicml.txt"
+        way = "python -m venv .venv/mds && .venv/mds/bin/python -m pip install -r launch/mosaicml.txt"
         reason = f"mosaicml-streaming is not installed in {python}: {way}, or name its Python with --mds-python"
         bench.keep({"part": "read", "peer": "mds", "left_out": reason})
     else:
