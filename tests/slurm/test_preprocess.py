@@ -20,7 +20,7 @@ from data_pipeline.verify import verify
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "launch" / "slurm"
-OPTIONS = ("--seq-len", "1024", "--rows-per-shard", "32", "--split", "val=0.2")
+OPTIONS = ("--seq-len", "1024", "--rows-per-shard", "64", "--split", "val=0.2")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 Submit = Callable[..., str]
 
