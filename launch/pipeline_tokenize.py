@@ -120,6 +120,7 @@ def encode(model: Path, corpus: Path, workers: int, kind: str, budget_s: int) ->
             process.communicate()
     return {
         "stage_s": max(one["stage_s"] for one in found),
+        "cpu_s": sum(one["cpu_s"] for one in found),
         "bytes": sum(one["bytes"] for one in found),
         "tokens": sum(one["tokens"] for one in found),
     }

@@ -50,9 +50,10 @@ def encode(model: str, corpus: str, index: str, count: str, kind: str) -> Result
     to_ids("once")  # so that the clock does not see the import of NumPy
     print("ready", flush=True)
     sys.stdin.readline()
-    begun = time.perf_counter()
+    begun, begun_cpu = time.perf_counter(), time.process_time()
     n_tokens = sum(len(to_ids(piece)) for piece in pieces)
-    return {"stage_s": time.perf_counter() - begun, "bytes": n_bytes, "tokens": n_tokens}
+    seconds, cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
+    return {"stage_s": seconds, "cpu_s": cpu_s, "bytes": n_bytes, "tokens": n_tokens}
 
 
 def datatrove(tokenizer: str, jsonl: str, output: str, count: str) -> Result:
