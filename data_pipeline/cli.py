@@ -26,7 +26,7 @@ from data_pipeline.config import (
 )
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
-from data_pipeline.report import inspect, summarize, summary
+from data_pipeline.report import inspect, summary
 from data_pipeline.store import Store
 from data_pipeline.team import default_workers
 from data_pipeline.tokenizer import load_tokenizer
@@ -179,7 +179,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
         return 0
     if result.already_built:
         print(f"{settings.output} is already built from this input with these settings")
-    print(summarize(result.store))
+    print(inspect(result.store))
     for note in result.notes:
         print(f"note: {note}")
     _write_summary(result.store, arguments.json)
