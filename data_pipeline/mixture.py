@@ -28,6 +28,8 @@ class Mixture:
     """
 
     def __init__(self, sources: "Mapping[str, Samples]", weights: Mapping[str, float], seed: int = 0) -> None:
+        if different := sorted(sources.keys() ^ weights.keys()):
+            raise DataError(f"a mixture needs a source and a weight of each name: one lacks {', '.join(different)}")
         self.counts = block_counts(weights)
         self.seed = seed
         self._names = sorted(self.counts)

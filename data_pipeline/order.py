@@ -31,7 +31,13 @@ def shares(batch_size: int, micro_batch_size: int, rank: int, world_size: int) -
 
     The global batch is dealt out in order: first micro-batch to rank 0, next to rank 1, and round again. So it is the
     same on any number of ranks. Where these do not divide it, the last micro-batches are smaller or missing.
+    Raises ValueError for sizes below 1 and for a rank that is not one of `world_size`.
     """
+    if batch_size < 1 or micro_batch_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank {rank} of {world_size} with a batch of {batch_size} in micro-batches of {micro_batch_size}: "
+            "expected sizes of at least 1 and a rank from 0 to below the number of ranks"
+        )
     starts = range(rank * micro_batch_size, batch_size, world_size * micro_batch_size)
     return [range(start, min(start + micro_batch_size, batch_size)) for start in starts]
 

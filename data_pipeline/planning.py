@@ -148,7 +148,7 @@ def _find_duplicates(
 
 def _renumber(found: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """Numbers among the candidates as numbers among all documents; negative ones as they are."""
-    return np.where(found < 0, found, candidates[found]) if len(candidates) else found
+    return np.where(found < 0, found, candidates[np.maximum(found, 0)]) if len(candidates) else found
 
 
 def _assign(

@@ -22,7 +22,12 @@ _LOCK = "lock"
 
 
 def partial_path(output: Path) -> Path:
-    """Where `output` is written before it is complete: in the same folder, so that a rename is one step."""
+    """Where `output` is written before it is complete: in the same folder, so that a rename is one step.
+
+    Raises DataError for "." and the like, which no rename can put in place.
+    """
+    if not output.name:
+        raise DataError(f"--output {output} has no name of its own: give one, such as {output / 'output'}")
     return output.with_name(f".{output.name}.partial")
 
 

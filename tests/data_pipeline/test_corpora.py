@@ -249,6 +249,21 @@ def test_append(folder: Path, tmp_path: Path) -> None:
     assert len({document.split for document in before.documents}) == 2
 
 
+@pytest.mark.parametrize("fresh", ["", "fresh text"])
+def test_append_of_a_single_copy(folder: Path, tmp_path: Path, fresh: str) -> None:
+    before = make(tmp_path / "store", folder, duplicates="drop")
+    added = tmp_path / "added"
+    added.mkdir()
+    (added / "copy.txt").write_text(TEXTS[1])
+    with pytest.raises(DataError, match="no document is left of the 1 that were found"):
+        make(tmp_path / "store", added, duplicates="drop", append=True)
+    (added / "fresh.txt").write_text(fresh)
+    after = make(tmp_path / "store", added, duplicates="drop", append=True)
+    assert texts_of(after) == {**texts_of(before), "fresh.txt": fresh.encode()}
+    assert ("copy.txt", "dropped") in [(problem.document, problem.action) for problem in after.problems]
+    assert verify(after.path) == []
+
+
 def test_documents_stay_in_their_split_when_others_come(folder: Path, tmp_path: Path) -> None:
     few = make(tmp_path / "few", *sorted(folder.iterdir())[::2], split={"val": 0.3})
     all_of_them = make(tmp_path / "all", folder, split={"val": 0.3})

@@ -63,6 +63,13 @@ def test_weights_that_cannot_be_followed(weights: dict[str, float], message: str
         make_mixture(weights)
 
 
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0}])
+def test_a_source_without_a_weight_or_the_reverse(weights: dict[str, float]) -> None:
+    (name,) = weights.keys() ^ {"a", "b"}
+    with pytest.raises(DataError, match=f"a source and a weight of each name: one lacks {name}"):
+        Mixture({"a": Counted("a"), "b": Counted("b")}, weights)  # type: ignore[dict-item]
+
+
 def test_every_block_is_exact_and_no_source_skips_or_repeats_a_sample() -> None:
     mixture = make_mixture({"a": 0.7, "b": 0.299, "c": 0.001})
     samples = [mixture.at(position)[:2] for position in range(4 * BLOCK_SAMPLES)]

@@ -70,3 +70,11 @@ def test_shares_cover_a_batch_that_does_not_divide(batch: int, micro: int, world
     parts = [shares(batch, micro, rank, world_size) for rank in range(world_size)]
     assert sorted(i for part in parts for share in part for i in share) == list(range(batch))
     assert all(1 <= len(share) <= micro for part in parts for share in part)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "rank", "world_size"), [(0, 1, 0, 1), (8, 0, 0, 1), (8, -1, 0, 1), (8, 1, 2, 2), (8, 1, -1, 2)]
+)
+def test_shares_that_would_leave_out_samples_or_repeat_them(batch: int, micro: int, rank: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match=f"rank {rank} of {world_size} with a batch of {batch}"):
+        shares(batch, micro, rank, world_size)
