@@ -15,7 +15,6 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, hash_file
 from data_pipeline.layout import StorePart
 from data_pipeline.manifest import (
-    MANIFEST_NAME,
     InputRecord,
     StoreSettings,
     document_differences,
@@ -99,7 +98,8 @@ def new_files(files: Sequence[InputFile], parts: Sequence[StorePart]) -> list[In
 
 def _hashes(part: StorePart, old: Mapping[str, InputRecord], files: Sequence[InputFile]) -> list[str]:
     """The sha256 of each file: as recorded where it has its size and was not modified since the part was built."""
-    built_ns = (part.path / MANIFEST_NAME).stat().st_mtime_ns
+    # Written when all inputs had been read, and never again, as the manifest is by each append.
+    built_ns = (part.path / "tokens" / "zarr.json").stat().st_mtime_ns
 
     def known(file: InputFile) -> bool:
         unmodified = file.mtime_ns is not None and file.mtime_ns < built_ns

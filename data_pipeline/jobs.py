@@ -32,6 +32,8 @@ _POLL_S = (0.02, 1.0)
 """Between two looks for something to do: at first, and after a while."""
 _PATIENCE_S = 3.0
 """How long processes of a build that was killed may take to disappear."""
+_OWNER = "job"
+"""File in the work directory with the name of the job that is or was last there."""
 
 
 @contextmanager
@@ -164,11 +166,12 @@ def membership(work: Path, job: str, what: Path, keep: Callable[[], bool]) -> It
         finally:
             with contextlib.suppress(OSError, DataError), _door(work, what):
                 if not keep() and _locks(members, fcntl.LOCK_EX):
+                    (work / _OWNER).unlink()  # first: see `_enter`
                     shutil.rmtree(work)
 
 
 def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
-    owner = work / "job"
+    owner = work / _OWNER
     deadline = time.monotonic() + _PATIENCE_S
     while not (alone := _locks(members, fcntl.LOCK_EX)):
         if owner.read_text() == job:
@@ -177,6 +180,8 @@ def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
             raise DataError(f"{what} is being built by another process: wait for it to end, or stop it")
         time.sleep(0.05)
     if alone:
+        if not owner.exists():  # the last to leave was killed while it removed the directory
+            _clear(work)
         for pattern in ("*/*.claim", "*/*.partial", "*/*.expired", "*/*.probe"):
             for leftover in work.glob(pattern):
                 leftover.unlink()
@@ -185,6 +190,14 @@ def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
     # Nobody can come in between: the door is ours.
     if not _locks(members, fcntl.LOCK_SH):
         raise DataError(f"{what} is being built by another process: wait for it to end, or stop it")
+
+
+def _clear(work: Path) -> None:
+    for entry in work.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name not in ("door", "members"):
+            entry.unlink()
 
 
 def join(work: Path) -> BinaryIO:

@@ -12,6 +12,7 @@ it lies in one work directory beside the output:
     content/                the store that grows; renamed to its final place
 """
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -32,7 +33,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, find_files
 from data_pipeline.inputs import compare_with_snapshot, new_files, snapshot
 from data_pipeline.jobs import done_tasks, publishing, record_name, run_stage
-from data_pipeline.manifest import FileRecord, InputRecord, Manifest, StoreSettings, hash_input
+from data_pipeline.manifest import FileRecord, InputRecord, Manifest, StoreSettings, hash_input, settings_differences
 from data_pipeline.packing import Segments
 from data_pipeline.planning import (
     Documents,
@@ -59,6 +60,8 @@ TASK_BYTES = (4 << 20, 256 << 20)
 """Input that a task of the tokenize stage covers, from small corpora to large: a second or so of work, so that the
 last tasks keep nobody waiting, but not so many of them that their records become a burden to the file system."""
 _TASKS = 16_384
+_OF_THE_PLAN = ("plan", "shards", "content", "finish")
+"""What is void without a plan, and must not outlive it: the plan goes first."""
 _SEGMENTS = (*Segments._fields, "source")
 """Columns of the plan that lie in files of their own, of which a worker maps the part that it needs."""
 
@@ -125,8 +128,23 @@ def go_through(work: Work, stopped: Callable[[], bool] = lambda: False) -> None:
 
 
 def begin(work: Work) -> None:
-    """The stage `start`: finds the inputs, or compares them with what this build began with."""
+    """The stage `start`: finds the inputs, or compares them with what this build began with.
+
+    Raises DataError when this process would build something else than whoever went through the stage.
+    """
     run_stage(work.folder / "start", ".json", [0], partial(start, work))
+    job = read_json(work.folder / "job.json")
+    differences = settings_differences(StoreSettings.model_validate(job["settings"]), work.decisive)
+    if job["policies"] != work.policies:
+        differences.append(f"--on-bad: {job['policies']} -> {work.policies}")
+    tokenizer = load_tokenizer(work.settings.tokenizer, work.settings.vocab_size)
+    if tokenizer.sha256 != work.decisive.tokenizer_sha256:  # in a process that has only now read the file
+        differences.append("the file of the tokenizer is another")
+    if differences:
+        raise DataError(
+            f"the processes that build {work.settings.output} disagree: {'; '.join(differences)}. Start all of them by "
+            "the same command, with the same tokenizer"
+        )
 
 
 def start(work: Work, number: int) -> None:
@@ -139,17 +157,26 @@ def start(work: Work, number: int) -> None:
     if work.append_to is not None:
         files = new_files(files, store.Store.open(work.append_to).parts)
     job = work.folder / "job.json"
+    if _is_planned(work) and not (work.folder / "content").exists() and not work.target.exists():
+        job.unlink(missing_ok=True)  # it was published, and whoever did that was killed before all was cleared away
     if job.exists():
         before = read_json(job)
-        planned = (work.folder / "plan" / f"{record_name(0)}.json").exists()
-        compare_with_snapshot(work.folder, settings.output, before, work.decisive, files, planned)
+        compare_with_snapshot(work.folder, settings.output, before, work.decisive, files, _is_planned(work))
         if before["policies"] != work.policies:
             _forget_tasks_with_problems(work)
+    else:
+        _forget(work, "plan", "tokens")
+    if not _is_planned(work):
+        _forget(work, *_OF_THE_PLAN)
     with publishing(work.folder / "files.jsonl") as output:
         output.writelines(json.dumps([*asdict(file).values()]).encode() + b"\n" for file in files)
     facts = {"settings": work.decisive.model_dump(mode="json"), "policies": work.policies, "files": snapshot(files)}
     write_json(job, facts)
     write_json(work.folder / "start" / f"{record_name(number)}.json", {})
+
+
+def _is_planned(work: Work) -> bool:
+    return (work.folder / "plan" / f"{record_name(0)}.json").exists()
 
 
 def _forget_tasks_with_problems(work: Work) -> None:
@@ -161,10 +188,17 @@ def _forget_tasks_with_problems(work: Work) -> None:
         if any(work.policies[problem] != policy for _, problem, policy, _ in read_record(record).problems):
             outdated.append(record)
     if outdated:
-        for later in ("plan", "shards", "content"):
-            shutil.rmtree(work.folder / later, ignore_errors=True)
+        _forget(work, *_OF_THE_PLAN)
         for record in outdated:
             record.unlink()
+
+
+def _forget(work: Work, *folders: str) -> None:
+    """Removes parts of the work directory, each at once: one that was half removed would be taken for a whole."""
+    for name in folders:
+        gone = work.folder / f"{name}.{uuid.uuid4().hex}.gone"
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree((work.folder / name).rename(gone))
 
 
 def tokenize_task(work: Work, number: int) -> None:

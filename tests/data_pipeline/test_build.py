@@ -220,6 +220,21 @@ def test_other_inputs_are_refused(make_store: Callable[..., Store], corpus: Path
         assert difference in str(error.value)
 
 
+def test_what_changed_is_noticed_after_an_append(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    """An append writes the manifest anew: its time is not that at which the inputs were read."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(name)
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    make_store(inputs=(old,), split={})
+    (tmp_path / "old" / "old.txt").write_text("OLD")
+    make_store(inputs=(new,), split={}, append=True)
+    with pytest.raises(DataError, match=r"built from other input: 1 documents changed: old.txt"):
+        make_store(inputs=(old,), split={})
+    with pytest.raises(DataError, match=r"old.txt is not what the store was built from"):
+        make_store(inputs=(old, new), split={}, append=True)
+
+
 def test_a_failed_build_leaves_nothing(
     make_store: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,18 +1,24 @@
 """An unfinished build goes on, and refuses what would make it another one."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from data_pipeline import scratch, stages
+from data_pipeline import jobs, scratch, stages
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings
 from data_pipeline.errors import DataError
 from data_pipeline.jobs import membership
 from data_pipeline.staging import partial_path
 from data_pipeline.store import Store, list_files
+from data_pipeline.tokenizer import ByteTokenizer
+from data_pipeline.verify import verify
 
 
 class Interrupted(Exception):
@@ -198,3 +204,112 @@ def test_an_append_that_was_killed(
     after = make(append=True)
     assert [document.name for document in after.documents[3:]] == ["3.txt", "4.txt"]
     assert not partial_path(tmp_path / "store").exists()
+
+
+def test_a_store_that_was_begun_but_not_planned_may_get_other_rows(
+    make: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = stages.write_json
+
+    def stop(path: Path, facts: Any) -> None:
+        if path.parent.name == "plan":
+            raise Interrupted
+        real(path, facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "write_json", stop)
+        with pytest.raises(Interrupted):
+            make()
+    changed = content(make(seq_len=1 << 14).path)
+    assert changed == content(make(output=tmp_path / "other", seq_len=1 << 14).path)
+
+
+@pytest.fixture
+def keep_work() -> Iterator[Callable[[str], None]]:
+    """Makes the end of a build, or the removal of its work directory, stop before the entry of this name, once."""
+    patch = pytest.MonkeyPatch()
+
+    def at(last: str) -> None:
+        def remove(work: Path) -> None:
+            patch.undo()
+            for entry in sorted(work.iterdir()):
+                if entry.name == last:
+                    raise OSError
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+        def write_json(path: Path, facts: Any) -> None:
+            if path.parent.name == last:
+                patch.undo()
+                raise OSError
+            real(path, facts)
+
+        real = stages.write_json
+        patch.setattr(stages, "write_json", write_json)
+        patch.setattr(jobs, "shutil", SimpleNamespace(rmtree=remove))
+
+    yield at
+    patch.undo()
+
+
+@pytest.mark.parametrize("last", ["finish", "job.json", "tokens"])
+def test_what_was_left_of_a_finished_append_is_not_taken_for_the_next(
+    make: Callable[..., Store], keep_work: Callable[[str], None], books: Path, tmp_path: Path, last: str
+) -> None:
+    for book in books.iterdir():
+        book.write_text(book.name)
+    make()
+    (books / "3.txt").write_text("new\n" * 1000)
+    keep_work(last)
+    with contextlib.suppress(OSError):
+        make(append=True)
+    assert (partial_path(tmp_path / "store") / "tokens").exists()
+    (books / "4.txt").write_text("newer\n" * 1000)
+    after = make(append=True)
+    assert [document.name for document in after.documents[3:]] == ["3.txt", "4.txt"]
+    assert verify(after.path, sources=[str(books)]) == []
+
+
+@pytest.mark.parametrize("last", ["finish", "tokens"])
+def test_a_store_that_was_removed_is_built_again(
+    make: Callable[..., Store], keep_work: Callable[[str], None], books: Path, tmp_path: Path, last: str
+) -> None:
+    for book in books.iterdir():
+        book.write_text(book.name)
+    for text in ("the same", "another"):
+        keep_work(last)
+        with contextlib.suppress(OSError):
+            make()
+        shutil.rmtree(tmp_path / "store")
+        (books / "2.txt").write_text(text)
+        assert content(make().path) == content(make(output=tmp_path / text).path)
+        shutil.rmtree(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decisive": {"seq_len": 64}}, "seq_len: 64 -> 32768"),
+        ({"settings": {"policies": {"encoding": "skip"}}}, "--on-bad: .*'encoding': 'skip'"),
+    ],
+)
+def test_processes_that_disagree_are_stopped(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch, changes: dict[str, dict[str, Any]], message: str
+) -> None:
+    real = stages.start
+
+    def start(work: stages.Work, number: int) -> None:
+        """As by another of the same job, that was started with other options."""
+        decisive = work.decisive.model_copy(update=changes.get("decisive"))
+        settings = dataclasses.replace(work.settings, **changes.get("settings", {}))
+        real(dataclasses.replace(work, decisive=decisive, settings=settings), number)
+
+    monkeypatch.setattr(stages, "start", start)
+    with pytest.raises(DataError, match=rf"store disagree: {message}.*Start all of them by the same command"):
+        make()
+
+
+def test_a_tokenizer_that_is_replaced_is_noticed(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker process reads the model anew, perhaps on another node."""
+    monkeypatch.setattr(stages, "load_tokenizer", lambda *_: ByteTokenizer())
+    with pytest.raises(DataError, match=r"store disagree: the file of the tokenizer is another"):
+        make()
