@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -56,6 +56,8 @@ def build(settings: BuildSettings) -> BuildResult:
     when another job is building it.
     """
     team = find_team(os.environ)
+    if settings.output.is_symlink():  # which a rename cannot put a store in place of
+        settings = replace(settings, output=settings.output.resolve())
     decisive = store_settings(settings, load_tokenizer(settings.tokenizer, settings.vocab_size))
     folder = partial_path(settings.output)
     if (existing := _finished(settings, decisive)) is not None and not folder.exists():

@@ -174,6 +174,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
         rows_per_shard=arguments.rows_per_shard,
         workers=arguments.workers,
     )
+    _check_summary(arguments.json)
     result = build(settings)
     if result.team.rank != 0:
         return 0
@@ -184,6 +185,12 @@ def _run_build(arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     _write_summary(result.store, arguments.json)
     return 0
+
+
+def _check_summary(path: Path | None) -> None:
+    """Before hours of work. Raises DataError when the summary cannot be written to `path`."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise DataError(f"--json {path} cannot be written: expected the name of a file in a folder that exists")
 
 
 def _write_summary(store: Store, path: Path | None) -> None:

@@ -23,6 +23,7 @@ import fsspec
 
 from data_pipeline.compression import COMPRESSIONS, FEED_BYTES, expand
 from data_pipeline.errors import BadDocument, DataError
+from data_pipeline.manifest import MANIFEST_NAME
 
 _KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".npy": "array", ".npz": "array"}
 _CHUNK_BYTES = 1 << 20
@@ -72,8 +73,8 @@ def find_files(inputs: Sequence[str], held_out_inputs: Sequence[str], arrays: bo
     """All files of the inputs, sorted by name.
 
     An input is a file, a folder, a glob, `@LIST` (a text file with an input on each line), or an fsspec URL of a file,
-    folder or glob. A folder is searched for text (.txt, .jsonl, .parquet), or with `arrays` for .npy and .npz; a file
-    that is named, or that a glob matches, counts whatever its suffix.
+    folder or glob. A folder is searched for text (.txt, .jsonl, .parquet), or with `arrays` for .npy and .npz, but not
+    for what is hidden or in a store; a file that is named, or that a glob matches, counts whatever its suffix.
 
     Raises DataError for an input that is missing or unreadable or holds no such file, for a name that occurs twice, for
     text where arrays are wanted or the reverse, and for inputs without a single byte.
@@ -107,6 +108,15 @@ def _check_names(files: Sequence[InputFile]) -> None:
                 f"two files are named {one.name!r}: {one.location} and {other.location}. Names are paths below the "
                 "folder given, without the suffix of a compression; give a folder that holds both, or rename one"
             )
+    holders = {file.name for file in files if file.kind != "text"}
+    for file in files:
+        folder = file.name
+        while folder := folder.rpartition("/")[0]:
+            if folder in holders:
+                raise DataError(
+                    f"{file.location} lies in a folder that is named as another input is, {folder!r}, whose documents "
+                    f"are named {folder}/0, {folder}/1, ...: rename one of them"
+                )
 
 
 def _check_kind(file: InputFile, arrays: bool) -> None:
@@ -178,6 +188,8 @@ def _find_in_folder(folder: Path, arrays: bool) -> Iterator[_Found]:
             entries = list(os.scandir(location))
         except OSError as error:
             raise DataError(f"cannot read folder {location}: {error.strerror}") from error
+        if {"zarr.json", MANIFEST_NAME} <= {entry.name for entry in entries}:
+            continue  # a store, perhaps the one that is built: its tables are no documents
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -256,6 +268,8 @@ def _is_input(below: str, arrays: bool) -> bool:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
+    if url.startswith(("http://", "https://")) and "?" in url:
+        raise DataError(f"{url} has a query, so that it does not say what kind of file it is: download the file first")
     if "::" in url:
         raise DataError(f"{url} is a chain of URLs: give the URL of a file, a folder or a glob alone")
     try:

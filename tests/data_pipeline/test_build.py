@@ -235,6 +235,18 @@ def test_what_changed_is_noticed_after_an_append(make_store: Callable[..., Store
         make_store(inputs=(old, new), split={}, append=True)
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_may_lead_to_the_output(make_store: Callable[..., Store], tmp_path: Path, exists: bool) -> None:
+    (tmp_path / "link").symlink_to("elsewhere")
+    if exists:
+        (tmp_path / "elsewhere").mkdir()
+    store = make_store(output=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert content(tmp_path / "elsewhere") == content(store.path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "link"]
+    assert content(make_store(output=tmp_path / "link").path) == content(store.path)
+
+
 def test_a_failed_build_leaves_nothing(
     make_store: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

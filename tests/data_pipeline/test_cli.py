@@ -203,6 +203,13 @@ def test_an_empty_folder_may_become_a_store(run: Run, corpus: Path, tmp_path: Pa
     assert run("build", "--input", corpus, "--tokenizer", "bytes", "--output", tmp_path / "out").code == 0
 
 
+def test_a_summary_that_cannot_be_written_is_refused_at_once(run: Run, corpus: Path, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none" / "summary.json"):
+        options = ("--input", corpus, "--tokenizer", "bytes", "--output", tmp_path / "o", "--json", path)
+        fails(run("build", *options), f"--json {path} cannot be written", "a file in a folder that exists")
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_shard_is_no_larger_than_the_store(run: Run, corpus: Path, tmp_path: Path) -> None:
     options = ["--seq-len", 1000, "--tokenizer", "bytes", "--rows-per-shard", 10**12, "--output", tmp_path / "s"]
     assert run("build", "--input", corpus, *options).code == 0

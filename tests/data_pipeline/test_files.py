@@ -122,6 +122,23 @@ def test_lists_that_make_no_sense(
         names("@nowhere")
 
 
+def test_a_store_in_the_folder_is_no_input(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", b"a")
+    for name in ("zarr.json", "manifest.json", "documents.jsonl", "parts/0001/documents.jsonl"):
+        write(tmp_path / "store", name, b"{}\n")
+    write(tmp_path, "b/manifest.json", b"")
+    write(tmp_path, "b/b.txt", b"b")
+    assert names(tmp_path) == ["a.txt", "b/b.txt"]
+
+
+def test_documents_of_one_name_are_refused(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", "corpus.jsonl.gz", b"")
+    write(tmp_path / "two", "corpus.jsonl/deep/0", b"x")
+    with pytest.raises(DataError, match=r"deep/0 lies in a folder that is named as another input is, 'corpus.jsonl'"):
+        names(one, f"{tmp_path}/two/**")
+    assert names(f"{tmp_path}/two/**") == ["corpus.jsonl/deep/0"]
+
+
 def test_a_link_to_a_folder_is_not_left_out_in_silence(tmp_path: Path) -> None:
     write(tmp_path, "corpus/a.txt", b"a")
     write(tmp_path, "elsewhere/b.txt", b"b")
@@ -387,3 +404,8 @@ def test_zeros_do_not_fill_memory(suffix: str, megabytes: int) -> None:
     lengths = [len(content) for content in expand(feed(data), suffix)]
     assert sum(lengths) == megabytes << 20
     assert max(lengths) <= min(megabytes << 19, FEED_BYTES << 15)
+
+
+def test_a_url_with_a_query_is_refused() -> None:
+    with pytest.raises(DataError, match="has a query, so that it does not say what kind of file it is"):
+        names("https://example.org/a.jsonl.gz?version=1")
