@@ -25,7 +25,8 @@ class PlanSettings(NamedTuple):
     packing: str
     stride: int
     split: Mapping[str, float]
-    fill_empty_splits: bool
+    appends: bool
+    """Whether the documents are added to a store, which has its splits."""
     duplicates: str
     near_threshold: float
 
@@ -72,7 +73,7 @@ class Plan(NamedTuple):
 
     @property
     def n_rows(self) -> int:
-        return int(self.segments.row[-1]) + 1
+        return int(self.segments.row[-1]) + 1 if len(self.segments.row) else 0
 
 
 def merge_parts(columns: Columns) -> Documents:
@@ -110,7 +111,7 @@ def make_plan(documents: Documents, held_out: np.ndarray, known: np.ndarray, set
     """Decides which documents are kept, in which split, and where in which row.
 
     held_out bool [n_files]; known uint8 [m, 32]: hashes of documents that the store holds already. Raises DataError
-    when no document is left, or a split cannot be made.
+    when a split cannot be made, or no document is left; but for what is appended, which may be nothing new.
     """
     good = documents.bad == 0
     same, near = _find_duplicates(documents, good, known, settings)
@@ -118,7 +119,7 @@ def make_plan(documents: Documents, held_out: np.ndarray, known: np.ndarray, set
     if settings.duplicates != "keep":
         dropped |= (same != -1) | (near != -1)
     kept = np.flatnonzero(~dropped)
-    if not len(kept):
+    if not len(kept) and not settings.appends:
         raise DataError(
             f"no document is left of the {len(good)} that were found: {int((~good).sum())} cannot be used and the "
             "others are duplicates. Change --on-bad or --duplicates, or add documents"
@@ -159,7 +160,7 @@ def _assign(
     names = ["train"]
     notes: list[str] = []
     if settings.split and not held_out.all():
-        codes[~held_out], names, notes = assign_splits(sha256[~held_out], settings.split, settings.fill_empty_splits)
+        codes[~held_out], names, notes = assign_splits(sha256[~held_out], settings.split, not settings.appends)
     if held_out.any():
         names = [*names, "val"]  # which --split cannot name as well
         codes[held_out] = len(names) - 1
@@ -179,6 +180,8 @@ def _pack_splits(
         parts.append(part._replace(row=part.row + first_row, document=members[part.document]))
         split_rows[name] = (first_row, int(parts[-1].row[-1]) + 1)
         first_row = split_rows[name][1]
+    if not parts and settings.appends:
+        return pack(lengths[:0], settings.seq_len, settings.packing, settings.stride), {}
     if not parts:
         raise DataError("the documents hold no tokens at all: leave out --no-bos or --no-eos, or add text")
     return Segments(*map(np.concatenate, zip(*parts, strict=True))), split_rows

@@ -153,6 +153,7 @@ class _PartWriter:
             self._put(np.array([special.eos_id]))
         if self.part.first and self.part.last:
             self.sha256 = self.digest.digest()
+            lost = lost or self.n_tokens == 0  # an empty one, without BOS and EOS
         elif self.part.first:
             self.sha256, seen, lost_later = _hash_document(self.file, self.span.file, self.task.reading)
             found, lost = [*found, *seen], lost or lost_later

@@ -261,7 +261,7 @@ def plan_settings(work: Work) -> PlanSettings:
         packing=decisive.packing,
         stride=decisive.stride,
         split=decisive.split,
-        fill_empty_splits=work.append_to is None,
+        appends=work.append_to is not None,
         duplicates=decisive.duplicates,
         near_threshold=decisive.near_threshold,
     )

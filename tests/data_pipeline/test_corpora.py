@@ -262,6 +262,32 @@ def test_append_of_a_single_copy(folder: Path, tmp_path: Path, fresh: str) -> No
     assert verify(after.path) == []
 
 
+def test_append_of_nothing_new(folder: Path, tmp_path: Path) -> None:
+    """Copies alone are not read again with the next append, nor do they stand in its way."""
+    before = make(tmp_path / "store", folder, duplicates="drop")
+    added = tmp_path / "added"
+    added.mkdir()
+    (added / "copy.txt").write_text(TEXTS[1])
+    after = make(tmp_path / "store", added, duplicates="drop", append=True)
+    assert (after.n_rows, texts_of(after)) == (before.n_rows, texts_of(before))
+    assert [(problem.document, problem.action) for problem in after.problems[-1:]] == [("copy.txt", "dropped")]
+    (added / "fresh.txt").write_text("fresh text")
+    last = make(tmp_path / "store", added, duplicates="drop", append=True)
+    assert texts_of(last) == {**texts_of(before), "fresh.txt": b"fresh text"}
+    assert verify(last.path, sources=[str(folder), str(added)]) == []
+
+
+@pytest.mark.parametrize("split", [{}, {"val": 0.5}])
+def test_documents_of_no_tokens_are_left_out(folder: Path, tmp_path: Path, split: dict[str, float]) -> None:
+    """An empty one has no place in any row, and would make a split of no rows."""
+    for number in range(10):
+        (folder / f"corpus{number}.jsonl").write_text('{"text": ""}\n' * 2)
+    store = make(tmp_path / "store", folder, bos=False, eos=False, split=split)
+    assert all(texts_of(store).values())
+    assert store.manifest.problems == {"empty/dropped": 20}
+    assert verify(store.path) == []
+
+
 def test_documents_stay_in_their_split_when_others_come(folder: Path, tmp_path: Path) -> None:
     few = make(tmp_path / "few", *sorted(folder.iterdir())[::2], split={"val": 0.3})
     all_of_them = make(tmp_path / "all", folder, split={"val": 0.3})
