@@ -322,7 +322,7 @@ def write_sidecars(
             file.writelines(json.dumps(record._asdict(), ensure_ascii=False).encode() + b"\n" for record in records)
     if isinstance(tokenizer, SentencePieceTokenizer):
         with publishing(path / _TOKENIZER_NAME) as file:
-            file.write(tokenizer.path.read_bytes())
+            file.write(tokenizer.model)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -30,7 +30,8 @@ MAX_VALUES = 2**24
 TokenizerKind = Literal["sentencepiece", "bytes", "integers"]
 
 # What common normalisers change: runs of spaces, a leading space, ligatures, combining marks, wide spaces, CRLF.
-_PROBE = "  a\t b\r\n\n\0 \ufb01 e\u0301 \u00a0\u3000\u2581 \u200b\ufeff \U0001f642\uac00 "
+_CHANGES = "  a\t b\r\n\n\0 \ufb01 e\u0301 \u00a0\u3000\u2581 \u200b\ufeff \U0001f642\uac00 "
+_PROBE = (_CHANGES + "".join(map(chr, (*range(0xD800), *range(0xE000, 0x10000))))).encode()  # and each character
 _SPACE = "\u2581"  # SentencePiece writes a space this way inside pieces
 
 
@@ -158,9 +159,10 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        model = _read_model(path)
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._processor = _parse_model(model, path)
+        self.model = _read_model(path)
+        """The file as it was when it was read."""
+        self.sha256 = hashlib.sha256(self.model).hexdigest()
+        self._processor = _parse_model(self.model, path)
         self.vocab_size = self._processor.vocab_size()
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
@@ -168,7 +170,7 @@ class SentencePieceTokenizer:
         self._pieces = [self._bytes_of(token) for token in range(self.vocab_size)]
         self.token_bytes = np.array([len(piece) for piece in self._pieces], np.uint16)
         self.is_byte_fallback = np.array([self._processor.is_byte(i) for i in range(self.vocab_size)])
-        if self.is_byte_fallback.sum() < 256 or self.decode(self.encode(_PROBE.encode())) != _PROBE.encode():
+        if self.is_byte_fallback.sum() < 256 or self.decode(self.encode(_PROBE)) != _PROBE:
             raise self._loses_text()
 
     def encode(self, data: bytes) -> np.ndarray:

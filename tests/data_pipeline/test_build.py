@@ -16,6 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.layout import chunk_tokens
 from data_pipeline.manifest import Manifest
 from data_pipeline.store import Store, list_files
+from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.verify import verify
 
 
@@ -245,6 +246,16 @@ def test_a_link_may_lead_to_the_output(make_store: Callable[..., Store], tmp_pat
     assert content(tmp_path / "elsewhere") == content(store.path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "link"]
     assert content(make_store(output=tmp_path / "link").path) == content(store.path)
+
+
+def test_the_tokenizer_is_stored_as_it_was_when_it_was_read(
+    make_store: Callable[..., Store], tokenizer_file: Path, tmp_path: Path
+) -> None:
+    model = shutil.copy(tokenizer_file, tmp_path / "a.model")
+    load_tokenizer(str(model))
+    model.write_bytes(b"another")
+    store = make_store(tokenizer=str(model))
+    assert store.tokenizer.sha256 == store.manifest.tokenizer_sha256
 
 
 def test_a_failed_build_leaves_nothing(

@@ -212,3 +212,13 @@ def test_a_file_that_is_no_model_is_refused(content: bytes, tmp_path: Path) -> N
     path.write_bytes(content)
     with pytest.raises(DataError, match="is not a SentencePiece model"):
         load_tokenizer(str(path))
+
+
+def test_a_model_that_lowers_capitals_is_refused(tmp_path: Path) -> None:
+    """Of all that SentencePiece's own rules change, this changes nothing, not even a length."""
+    (tmp_path / "rules.tsv").write_text("41\t61\n")  # A becomes a
+    path = tmp_path / "lossy.model"
+    rules = {"normalization_rule_tsv": str(tmp_path / "rules.tsv"), "add_dummy_prefix": False}
+    path.write_bytes(lossy_model(vocab_size=300, byte_fallback=True, remove_extra_whitespaces=False, **rules))
+    with pytest.raises(DataError, match="does not keep text exactly"):
+        load_tokenizer(str(path))
