@@ -156,18 +156,37 @@ def membership(work: Path, job: str, what: Path, keep: Callable[[], bool]) -> It
     The first one of a job that comes finds nobody there, and removes the claims and leftovers of those who were
     killed. Raises DataError when another job is there. The last one to leave removes `work`, unless `keep()`.
     """
-    work.parent.mkdir(parents=True, exist_ok=True)
-    work.mkdir(exist_ok=True)
-    with (work / "members").open("ab") as members:
-        with _door(work, what):
-            _enter(work, members, job, what)
+    members = _come(work, job, what)
+    with members:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError, DataError), _door(work, what):
+            with contextlib.suppress(OSError, _Gone), _door(work):
                 if not keep() and _locks(members, fcntl.LOCK_EX):
-                    (work / _OWNER).unlink()  # first: see `_enter`
-                    shutil.rmtree(work)
+                    # At once: whoever comes meanwhile must find all of it, or nothing.
+                    gone = work.rename(work.with_name(f"{work.name}.{uuid.uuid4().hex}.gone"))
+                    shutil.rmtree(gone)
+
+
+class _Gone(Exception):
+    """The last to leave removed the work directory while another came."""
+
+
+def _come(work: Path, job: str, what: Path) -> BinaryIO:
+    """Comes in, again where the directory was removed meanwhile. Returns the lock of a member."""
+    while True:
+        with contextlib.suppress(_Gone, FileNotFoundError), contextlib.ExitStack() as stack:
+            try:
+                work.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                if work.exists():
+                    raise
+            members = stack.enter_context((work / "members").open("ab"))
+            with _door(work):
+                _enter(work, members, job, what)
+                stack.pop_all()
+                return members
+        time.sleep(_POLL_S[0])
 
 
 def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
@@ -180,8 +199,8 @@ def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
             raise DataError(f"{what} is being built by another process: wait for it to end, or stop it")
         time.sleep(0.05)
     if alone:
-        if not owner.exists():  # the last to leave was killed while it removed the directory
-            _clear(work)
+        for gone in work.parent.glob(f"{work.name}.*.gone"):  # its last was killed while it removed it
+            shutil.rmtree(gone, ignore_errors=True)
         for pattern in ("*/*.claim", "*/*.partial", "*/*.expired", "*/*.probe"):
             for leftover in work.glob(pattern):
                 leftover.unlink()
@@ -192,14 +211,6 @@ def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
         raise DataError(f"{what} is being built by another process: wait for it to end, or stop it")
 
 
-def _clear(work: Path) -> None:
-    for entry in work.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name not in ("door", "members"):
-            entry.unlink()
-
-
 def join(work: Path) -> BinaryIO:
     """The lock of a process that works for one that is a member: as long as it lives, nobody else can begin."""
     members = (work / "members").open("ab")
@@ -208,7 +219,7 @@ def join(work: Path) -> BinaryIO:
 
 
 @contextmanager
-def _door(work: Path, what: Path) -> Iterator[None]:
+def _door(work: Path) -> Iterator[None]:
     """One process at a time comes or goes."""
     path = work / "door"
     with path.open("ab") as door:
@@ -221,7 +232,7 @@ def _door(work: Path, what: Path) -> Iterator[None]:
             ) from error
         # Whoever was the last to leave removed it with the rest, perhaps after we opened it.
         if not path.exists() or not os.path.samestat(os.fstat(door.fileno()), path.stat()):
-            raise DataError(f"{what} was just finished by another process: run the command again")
+            raise _Gone
         yield
 
 
@@ -231,6 +242,14 @@ def _locks(file: BinaryIO, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time, for what must not be done twice at once: unlike a claim, never taken from the living."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def forget_start(work: Path) -> None:

@@ -121,6 +121,26 @@ def test_the_last_to_leave_removes_the_work(tmp_path: Path) -> None:
     assert not work.exists()
 
 
+def test_coming_while_the_last_one_leaves(tmp_path: Path) -> None:
+    work, failures = tmp_path / "work", []
+
+    def come_and_go() -> None:
+        try:
+            for _ in range(100):
+                with membership(work, "one", work, keep=lambda: False):
+                    pass
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def hold(work: Path, ready: str) -> None:
     with membership(work, "one", work, keep=lambda: True):
         Path(ready).touch()
