@@ -172,10 +172,17 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     """One line for each value in FIXED that is not what it was."""
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
     return [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r} now: set it back, or start anew in another run.dir"
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r} now: {_way_back(name)}, "
+        "or start anew in another run.dir"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name) and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
     ]
+
+
+def _way_back(name: str) -> str:
+    if re.fullmatch(r"store_fingerprint(\..*\.store)?", name):
+        return "it is another store, or was added to (--append), which changes the order; continue on that of before"
+    return "set it back"
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> None:

@@ -67,7 +67,8 @@ def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"store_fingerprint": "xyz"}, "store_fingerprint was 'abc' and is 'xyz' now"),
+        ({"store_fingerprint": "xyz"}, r"'abc' and is 'xyz' now: it is another store, or was added to \(--append\)"),
+        ({"store_fingerprint": {"books.store": "xyz"}}, r"books.store was None and is 'xyz' now: it is another store"),
         (
             {"store_fingerprint": {"books.per_thousand": 1000}},
             "store_fingerprint.books.per_thousand was None and is 1000",
