@@ -32,7 +32,7 @@ from data_pipeline.documents import Reading, Span, plan_tasks
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, find_files
 from data_pipeline.inputs import compare_with_snapshot, new_files, snapshot
-from data_pipeline.jobs import done_tasks, publishing, record_name, run_stage
+from data_pipeline.jobs import alone, done_tasks, publishing, record_name, run_stage
 from data_pipeline.manifest import FileRecord, InputRecord, Manifest, StoreSettings, hash_input, settings_differences
 from data_pipeline.packing import Segments
 from data_pipeline.planning import (
@@ -303,22 +303,27 @@ def write_shard(work: Work, number: int) -> None:
 
 def finish(work: Work, number: int) -> None:
     """Writes all but the tokens, and publishes the store by one rename; a part of a store becomes part of it."""
-    content = work.folder / "content"
-    if content.exists():
-        _remove_all_but_tokens(content)
-        _write_sidecars(work, content)
-        if work.append_to is not None and work.target.exists():
-            shutil.rmtree(work.target)  # of an append that was killed, and whose work directory was removed
-        work.target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            content.rename(work.target)
-        except OSError as error:
-            raise DataError(
-                f"{work.target} appeared while it was being written here: remove it and run again"
-            ) from error
-    if work.append_to is not None:
-        store.list_part(work.append_to, work.target.name)
-    write_json(work.folder / "finish" / f"{record_name(number)}.json", {})
+    record = work.folder / "finish" / f"{record_name(number)}.json"
+    with alone(record.with_suffix(".lock")):
+        if record.exists():
+            return
+        if (work.folder / "content").exists():
+            _publish(work, work.folder / "content")
+        if work.append_to is not None:
+            store.list_part(work.append_to, work.target.name)
+        write_json(record, {})
+
+
+def _publish(work: Work, content: Path) -> None:
+    _remove_all_but_tokens(content)
+    _write_sidecars(work, content)
+    if work.append_to is not None and work.target.exists():
+        shutil.rmtree(work.target)  # of an append that was killed, and whose work directory was removed
+    work.target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        content.rename(work.target)
+    except OSError as error:
+        raise DataError(f"{work.target} appeared while it was being written here: remove it and run again") from error
 
 
 def _remove_all_but_tokens(content: Path) -> None:
