@@ -3,27 +3,41 @@
 import numpy as np
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset
+from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from data_pipeline.store import Store
+from trainer.batches import open_sources
 from trainer.config import DataConfig
 from trainer.evaluate import Score
 
 
 def unigram_score(store: Store, data: DataConfig, n_rows: int) -> Score:
-    """Token frequencies of the training split (one added to each), scored on the first n_rows held-out rows.
+    """Token frequencies of what is trained on (one added to each), scored on the first n_rows held-out rows.
 
-    Reads all of the training split once. Raises DataError when a split is missing or a row is damaged.
+    The sources of a mixture count as often as it draws them. Reads all training rows once. Raises DataError when a
+    split is missing or a row is damaged.
     """
-    counts = np.ones(store.vocab_size, dtype=np.int64)
-    train, held_out = RowDataset(store, data.train_split), RowDataset(store, data.eval_split)
-    for row in range(len(train)):
-        counts += _label_counts(train, row, store.vocab_size)
+    counts = np.ones(store.vocab_size)
+    held_out = RowDataset(store, data.eval_split)
+    for train, often in _training_rows(store, data):
+        for row in range(len(train)):
+            counts += often * _label_counts(train, row, store.vocab_size)
     nats = np.log(counts.sum()) - np.log(counts)
-    targets = np.zeros_like(counts)
+    targets = np.zeros(store.vocab_size, dtype=np.int64)
     for row in range(min(n_rows, len(held_out))):
         targets += _label_counts(held_out, row, store.vocab_size)
     return Score(
         nll=float(targets @ nats), n_tokens=float(targets.sum()), n_bytes=float(targets @ store.token_bytes.astype(int))
     )
+
+
+def _training_rows(store: Store, data: DataConfig) -> list[tuple[RowDataset, float]]:
+    """What is trained on, and how often a row of it is drawn, 1 on average."""
+    if not data.mixture:
+        return [(RowDataset(store, data.train_split), 1.0)]
+    stores, shares = open_sources(data), block_counts({name: one.weight for name, one in data.mixture.items()})
+    rows = {name: RowDataset(stores[name], one.split or data.train_split) for name, one in data.mixture.items()}
+    n_rows = sum(map(len, rows.values()))
+    return [(rows[name], shares[name] / BLOCK_SAMPLES * n_rows / len(rows[name])) for name in rows]
 
 
 def _label_counts(rows: RowDataset, row: int, vocab_size: int) -> np.ndarray:

@@ -41,6 +41,26 @@ def test_unigram_score_by_hand(store: Path) -> None:
     assert score.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / len(HELD_OUT), rel=1e-12)
 
 
+def test_unigram_score_of_a_mixture_by_hand(store: Path, tmp_path: Path) -> None:
+    """The sources count as often as they are drawn, whatever splits the evaluated store has."""
+    (tmp_path / "other").mkdir()
+    contents = {"a.txt": b"cab" * 33, "b.txt": b"bag" * 33}  # cut so that each fills a row with its BOS and EOS
+    for name, text in contents.items():
+        (tmp_path / "other" / name).write_bytes(text[:98])
+    other = tmp_path / "other_store"
+    inputs = ["--input", str(tmp_path / "other"), "--output", str(other)]
+    assert data_pipeline(["build", *inputs, "--tokenizer", "bytes", "--seq-len", "100", "--workers", "1"]) == 0
+    eos, vocab_size = 257, 258
+    counts = dict.fromkeys(range(vocab_size), 1.0)
+    for often, rows in ((0.25 * 3 / 1, [TRAIN]), (0.75 * 3 / 2, [text[:98] for text in contents.values()])):
+        for token in (token for row in rows for token in [*row, eos]):
+            counts[token] += often
+    nats = [-math.log(counts[token] / sum(counts.values())) for token in [*HELD_OUT, eos]]
+    mixture = {"one": {"store": store, "weight": 1.0, "split": "train"}, "two": {"store": other, "weight": 3.0}}
+    data = DataConfig(store=store, mixture=mixture)
+    assert unigram_score(Store.open(store), data, n_rows=5).nll == pytest.approx(sum(nats), rel=1e-12)
+
+
 def lsh(*recovered: float) -> dict[str, float]:
     """What an evaluation says of LSH layers 1, 3, …"""
     masses = {f"lsh/layer{2 * i + 1:02d}/recovered_mass": mass for i, mass in enumerate(recovered)}
