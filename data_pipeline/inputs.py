@@ -56,6 +56,25 @@ def compare_with_snapshot(
         )
 
 
+def compare_with_others(
+    output: Path, job: Mapping[str, Any], settings: StoreSettings, policies: Mapping[str, str], tokenizer_sha256: str
+) -> None:
+    """Raises DataError when this process would build something else than `job` says, by which the others go.
+
+    tokenizer_sha256: of the tokenizer as this process has read it, perhaps later than the settings, or on another node.
+    """
+    differences = settings_differences(StoreSettings.model_validate(job["settings"]), settings)
+    if job["policies"] != policies:
+        differences.append(f"--on-bad: {job['policies']} -> {policies}")
+    if tokenizer_sha256 != settings.tokenizer_sha256:
+        differences.append("the file of the tokenizer is another")
+    if differences:
+        raise DataError(
+            f"the processes that build {output} disagree: {'; '.join(differences)}. Start all of them by the same "
+            "command, with the same tokenizer"
+        )
+
+
 def snapshot(files: Sequence[InputFile]) -> dict[str, tuple[int, int | None, bool]]:
     """What identifies each file while a build lasts, by its name."""
     return {file.name: (file.n_bytes, file.mtime_ns, file.held_out) for file in files}

@@ -7,7 +7,9 @@ A store that was added to has a manifest of its own for each part; the first nam
 """
 
 import hashlib
+import importlib.metadata
 import json
+import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -250,3 +252,9 @@ def _show(value: object) -> str:
 def _shorten(names: list[str], shown: int = 3) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def library_versions(near: bool) -> dict[str, str]:
+    """Of what has a part in the bytes of a store, with near-duplicates or without."""
+    libraries = ("numcodecs", "numpy", "sentencepiece", "zarr", *(["datasketch"] if near else []))
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in libraries}}

@@ -13,9 +13,7 @@ it lies in one work directory beside the output:
 """
 
 import contextlib
-import importlib.metadata
 import json
-import platform
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -31,9 +29,16 @@ from data_pipeline.config import POLICIES, BuildSettings
 from data_pipeline.documents import Reading, Span, plan_tasks
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, find_files
-from data_pipeline.inputs import compare_with_snapshot, new_files, snapshot
+from data_pipeline.inputs import compare_with_others, compare_with_snapshot, new_files, snapshot
 from data_pipeline.jobs import alone, done_tasks, publishing, record_name, run_stage
-from data_pipeline.manifest import FileRecord, InputRecord, Manifest, StoreSettings, hash_input, settings_differences
+from data_pipeline.manifest import (
+    FileRecord,
+    InputRecord,
+    Manifest,
+    StoreSettings,
+    hash_input,
+    library_versions,
+)
 from data_pipeline.packing import Segments
 from data_pipeline.planning import (
     Documents,
@@ -133,18 +138,10 @@ def begin(work: Work) -> None:
     Raises DataError when this process would build something else than whoever went through the stage.
     """
     run_stage(work.folder / "start", ".json", [0], partial(start, work))
-    job = read_json(work.folder / "job.json")
-    differences = settings_differences(StoreSettings.model_validate(job["settings"]), work.decisive)
-    if job["policies"] != work.policies:
-        differences.append(f"--on-bad: {job['policies']} -> {work.policies}")
     tokenizer = load_tokenizer(work.settings.tokenizer, work.settings.vocab_size)
-    if tokenizer.sha256 != work.decisive.tokenizer_sha256:  # in a process that has only now read the file
-        differences.append("the file of the tokenizer is another")
-    if differences:
-        raise DataError(
-            f"the processes that build {work.settings.output} disagree: {'; '.join(differences)}. Start all of them by "
-            "the same command, with the same tokenizer"
-        )
+    compare_with_others(
+        work.settings.output, read_json(work.folder / "job.json"), work.decisive, work.policies, tokenizer.sha256
+    )
 
 
 def start(work: Work, number: int) -> None:
@@ -361,7 +358,7 @@ def _write_sidecars(work: Work, content: Path) -> None:
         problems=count_problems(problems),
         parts={},
         files=dict(sorted(records.items())),
-        library_versions=_library_versions(settings.duplicates == "near"),
+        library_versions=library_versions(settings.duplicates == "near"),
     )
     store.write_manifest(content, manifest)
 
@@ -396,8 +393,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads one back."""
     return dict(json.loads(path.read_bytes()))
-
-
-def _library_versions(near: bool) -> dict[str, str]:
-    libraries = ("numcodecs", "numpy", "sentencepiece", "zarr", *(["datasketch"] if near else []))
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in libraries}}
