@@ -166,7 +166,8 @@ def _go_through_in_processes(work: Work, workers: int) -> None:
     stop = context.Event()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work.folder, stop))
     try:
-        running = [pool.submit(_work_through, work) for _ in range(workers)]
+        # A copy to send: what this process has cached of the work is large, and another thread may be caching it now.
+        running = [pool.submit(_work_through, replace(work)) for _ in range(workers)]
         done, _ = wait(running, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()

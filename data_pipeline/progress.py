@@ -19,7 +19,9 @@ from data_pipeline.tokenizer import token_dtype
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.5
+_POLL_S = 0.1
+_LOOKING_SHARE = 0.05
+"""Of the time, at most, may go to looking: a large build has thousands of records."""
 _SUFFIXES = {"tokens": RECORD_SUFFIX, "shards": ".json"}
 _LINE_EVERY_S = 30.0
 """From one line to the next in a log file."""
@@ -61,17 +63,19 @@ class Progress:
 
     def _show(self, stage: str, records: str, sizes: Sequence[int], tokens_of: Callable[[int], int]) -> None:
         """Follows a stage to its end: `sizes` of its tasks in bytes, and what each of them is in tokens."""
-        seen = set(self._before[records])
+        seen = self._before[records] & _done(self._work.folder / records, _SUFFIXES[records])
         resumed = sum(sizes[task] for task in seen)
-        tokens, begun = 0, time.monotonic()
+        tokens, begun, looking_s = 0, time.monotonic(), 0.0
         next_line = begun + _LINE_EVERY_S
         bar = tqdm(desc=stage, total=sum(sizes), initial=resumed, unit="B", unit_scale=True, disable=None)
         with bar:
             while len(seen) < len(sizes):
-                closed = self._closed.wait(_POLL_S)
+                closed = self._closed.wait(max(_POLL_S, looking_s / _LOOKING_SHARE))
+                looked = time.monotonic()
                 fresh = _done(self._work.folder / records, _SUFFIXES[records]) - seen
                 seen |= fresh
                 tokens += sum(map(tokens_of, fresh))
+                looking_s = time.monotonic() - looked
                 elapsed = time.monotonic() - begun
                 bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
                 bar.update(sum(sizes[task] for task in fresh))

@@ -208,6 +208,7 @@ def put(place: tuple[int, ...] | int, value: int) -> Callable[[np.ndarray], None
         ("tokens", put((0, 5), 30), "does not decode to its source"),
         ("tokens", put((0, 5), 1), "row 0 .* does not mark where documents begin and end"),
         ("tokens", put((0, 5), 60_000), "row 0 .* is missing from shard"),
+        ("tokens", put((0, 5), 540), "row 0 .* is missing from shard"),
         ("tokens", put((-1, -1), 30), "is not padded with EOS"),
         ("valid_tokens", put(0, 7), "the segments of row 0 .* do not cover its valid tokens"),
         ("segments/start", put(0, 1), "the segments of row 0 .* leave gaps or overlap"),
@@ -218,6 +219,7 @@ def put(place: tuple[int, ...] | int, value: int) -> Callable[[np.ndarray], None
         ("segments/row_offsets", put(1, 0), "the segments of row"),
         ("segments/row_offsets", put(2, 0), "row_offsets does not fit"),
         ("segments/row_offsets", put(-1, 1), "row_offsets does not fit"),
+        ("segments/row_offsets", lambda values: np.add.at(values, -1, -1), "row_offsets does not fit"),
     ],
 )
 def test_content_that_does_not_fit_together(

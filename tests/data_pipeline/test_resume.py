@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from data_pipeline import build as build_module
 from data_pipeline import jobs, scratch, stages
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings
@@ -314,3 +316,19 @@ def test_a_tokenizer_that_is_replaced_is_noticed(make: Callable[..., Store], mon
     monkeypatch.setattr(stages, "load_tokenizer", lambda *_: ByteTokenizer())
     with pytest.raises(DataError, match=r"store disagree: the file of the tokenizer is another"):
         make()
+
+
+def test_workers_are_sent_only_what_was_asked_for(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the lists of files and tasks, which a thread of the main process may be making at that moment."""
+    sent = []
+
+    class Pool(ProcessPoolExecutor):
+        def submit(self, function: Any, /, *arguments: Any, **options: Any) -> Any:
+            sent.append(set(vars(arguments[0])))
+            return super().submit(function, *arguments, **options)
+
+    monkeypatch.setattr(build_module, "ProcessPoolExecutor", Pool)
+    real = stages.begin
+    monkeypatch.setattr(stages, "begin", lambda work: (real(work), work.files, work.tasks))
+    make(workers=2)
+    assert sent == [{field.name for field in dataclasses.fields(stages.Work)}] * 2
