@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -160,17 +160,18 @@ def _go_through(work: Work, team: Team) -> None:
 
 
 def _go_through_in_processes(work: Work, workers: int) -> None:
-    """Goes through the stages in `workers` processes. Raises what one of them raised; the others stop then."""
+    """Goes through the stages in this process and `workers` - 1 more. Raises what one of them raised; all stop then."""
     # spawn: a forked child would inherit Zarr's threads as dead locks
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work.folder, stop))
+    pool = ProcessPoolExecutor(workers - 1, mp_context=context, initializer=_start_worker, initargs=(work.folder, stop))
+    zarr.config.set(_ONE_CODEC_THREAD)
     try:
         # A copy to send: what this process has cached of the work is large, and another thread may be caching it now.
-        running = [pool.submit(_work_through, replace(work)) for _ in range(workers)]
-        done, _ = wait(running, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
+        others = [pool.submit(_work_through, replace(work)) for _ in range(workers - 1)]
+        stages.go_through(work, lambda: any(other.done() and other.exception() for other in others))
+        for other in others:
+            other.result()
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process was killed, perhaps because memory ran out: run the same command again, with fewer "

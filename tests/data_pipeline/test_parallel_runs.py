@@ -103,7 +103,7 @@ def test_a_disk_that_is_full(target: pipeline_kills.Target, small_disk: Path) ->
     expected = Store.open(target.expected)
     scratch = 2 * sum(document.tokens for document in expected.documents)
     stored = sum(file.n_bytes for file in expected.manifest.files.values())
-    for n_bytes, stage in ((scratch // 2, "tokens"), (scratch + stored // 2, "shards")):
+    for n_bytes, stage in ((9 * scratch // 10, "tokens"), (scratch + stored // 2, "shards")):
         resize(small_disk, n_bytes)
         result = build("processes", target, output)
         assert result.returncode == 2

@@ -330,5 +330,5 @@ def test_workers_are_sent_only_what_was_asked_for(make: Callable[..., Store], mo
     monkeypatch.setattr(build_module, "ProcessPoolExecutor", Pool)
     real = stages.begin
     monkeypatch.setattr(stages, "begin", lambda work: (real(work), work.files, work.tasks))
-    make(workers=2)
+    make(workers=3)
     assert sent == [{field.name for field in dataclasses.fields(stages.Work)}] * 2
