@@ -17,13 +17,14 @@ demo: install
 	$(BIN)/python launch/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
 
 # The README's comparison: a training step of ours and of its peers by length, 5 minutes for each at each at most; and
-# what it takes in memory, by length and by depth, 10 minutes for each at each at most.
+# what it takes in memory, by length and by depth, 10 minutes for each at each at most. Then the pipeline's figures.
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python launch/benchmark.py model --seq-len 1024 4096 16384 65536 262144 1048576 --budget-s 300 \
 		--json benchmarks/model-cpu.json
 	$(BIN)/python launch/benchmark_plot.py benchmarks/model-cpu.json --output docs/model-cpu.png
 	$(BIN)/python launch/benchmark.py memory --json benchmarks/memory-cpu.json --plot docs/memory-cpu.png
+	$(BIN)/python launch/benchmark.py pipeline --json benchmarks/pipeline-cpu.json $(if $(CORPUS),--corpus '$(CORPUS)')
 
 # On a machine with a GPU, with whatever Python has a CUDA build of torch there. Nothing is installed: launch/gpu_check.py
 # says what it needs.
