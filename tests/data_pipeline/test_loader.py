@@ -166,9 +166,13 @@ def test_an_interrupted_wait_ends_the_threads() -> None:
                 time.sleep(0.2)
             return super().slice_of(position, part, n_parts)
 
-    with pytest.raises(KeyboardInterrupt), Loader(Interrupting(), BATCH, ahead=1) as loader:
-        for _ in range(1000):
-            next(loader)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), Loader(Interrupting(), BATCH, ahead=1) as loader:
+            for _ in range(1000):
+                next(loader)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_closed_loader_delivers_nothing() -> None:
