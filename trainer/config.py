@@ -76,6 +76,26 @@ class LoopConfig(StrictConfig):
     """Steps from one checkpoint to the next, besides the one at the end; 0: only that one."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones are removed."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps that are a multiple of this are never removed; 0: none is kept for its step."""
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that finds no room does to the run; the ones before it are untouched in either case."""
+    max_nonfinite: int = Field(default=10, ge=1)
+    """A step whose loss or gradient norm is not finite changes nothing; so many of them in a row stop the run."""
+    spike_deviations: float = Field(default=6.0, ge=0.0, allow_inf_nan=False)
+    """A loss so many standard deviations above the mean of the last 100 is reported as a spike; 0: none is."""
+    watchdog_factor: float = Field(default=20.0, ge=0.0, allow_inf_nan=False)
+    """A part of a step that lasts so many times longer than the longest of its kind so far is a hang; 0: nothing is."""
+    watchdog_min_s: float = Field(default=300.0, gt=0.0, allow_inf_nan=False)
+    """What lasts less than this many seconds is no hang."""
+    profile_steps: str | None = Field(default=None, pattern=r"^\d+\.\.\d+$")
+    """Steps to profile, as in "10..12": their trace is written to the folder `profile` of the run."""
+    histogram_every: int = Field(default=0, ge=0)
+    """Steps from one histogram of the gradients of each parameter to the next; 0: none at all."""
+    sample_tokens: int = Field(default=64, ge=0)
+    """Tokens by which an evaluation continues a held-out text, for TensorBoard to show; 0: none."""
+    ablation_rows: int = Field(default=2, ge=0)
+    """Held-out rows that an evaluation also scores with the LSH layers' attention left out; 0: none."""
 
 
 class RunConfig(StrictConfig):
