@@ -1,0 +1,39 @@
+"""A signal that asks the run to stop for now: noted when it arrives, acted upon when a step has ended.
+
+What is special: the handler only sets a number. Whoever owns the loop agrees on it with the other ranks, saves and
+exits with PREEMPTED, which launch/slurm's files take for "requeue me". A script whose imports take seconds can block
+the signals before them (`signal.pthread_sigmask`): they wait, and are delivered when a Preemption is entered.
+"""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+PREEMPTED = 75
+"""The exit code of a run that was asked to stop, has saved a checkpoint and wants to go on: EX_TEMPFAIL of C."""
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+"""What clusters send before they take a node away, or before the time of a job is over."""
+
+
+class Preemption:
+    """Between enter and exit, notes the signals of SIGNALS instead of ending the process. In the main thread only."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        """The number of the last such signal that this process received, 0 for none."""
+
+    def __enter__(self) -> Self:
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
+        for number, handler in self._handlers.items():
+            # None stands for a handler that was not set by Python, which Python cannot set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
