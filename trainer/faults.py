@@ -1,0 +1,145 @@
+"""Faults that show in a run's numbers: steps that are not finite, losses that jump, ranks that hold the others up.
+
+What is special: these are functions of numbers that all ranks share, so all of them come to the same decision without
+asking each other; and what they remember is a few plain numbers that a checkpoint keeps, so a run that was interrupted
+reports, counts and stops as one that was not.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, median_low
+from typing import Any, Self
+
+from trainer import checkpoint
+from trainer.config import ConfigError, LoopConfig
+
+WINDOW = 100
+"""Finite losses that a new one is compared with, at most."""
+MIN_WINDOW = 20
+"""And at least: the first losses of a run say nothing about the next."""
+MIN_DEVIATION = 1e-3
+"""The least that the standard deviation counts for, as a part of the mean: a loss that stood still may move again."""
+SLOW = 1.5
+"""A rank that was busy for so many times the median of all ranks holds them up."""
+
+
+class Diverged(ConfigError):
+    """Too many steps in a row whose loss or gradient norm is not finite."""
+
+
+@dataclass
+class Health:
+    """What is remembered of the steps so far. All of it goes through JSON and back unchanged."""
+
+    recent_losses: list[float] = field(default_factory=list)
+    """The last finite losses in nats, oldest first, WINDOW at most; spikes among them."""
+    skipped_steps: int = 0
+    """Steps that changed nothing because their loss or gradient norm was not finite."""
+    nonfinite_in_row: int = 0
+    """Those of them that followed each other up to now."""
+    spikes: int = 0
+    """Losses far above those before them."""
+
+    def observe(self, step: int, loss: float, norm: float, skipped: bool, plan: LoopConfig) -> list[str]:
+        """Take note of a step and return what there is to say about it, in lines.
+
+        step: its number, from 1; loss: of the global batch, in nats; norm: of the gradient; skipped: whether it changed
+        nothing. Raises Diverged after plan.max_nonfinite in a row that are not finite.
+        """
+        if skipped or not (math.isfinite(loss) and math.isfinite(norm)):
+            return self._nonfinite(step, loss, norm, plan)
+        self.nonfinite_in_row = 0
+        lines = self._spike(step, loss, plan.spike_deviations)
+        self.recent_losses = [*self.recent_losses, loss][-WINDOW:]
+        return lines
+
+    def _nonfinite(self, step: int, loss: float, norm: float, plan: LoopConfig) -> list[str]:
+        self.skipped_steps += 1
+        self.nonfinite_in_row += 1
+        what = f"step {step} has a loss of {loss:.4g} and a gradient norm of {norm:.4g}"
+        if self.nonfinite_in_row >= plan.max_nonfinite:
+            raise Diverged(f"{what}, {_in_row(self.nonfinite_in_row)}: training diverged. {_ways_out(plan)}")
+        if not _worth_saying(self.skipped_steps):
+            return []
+        mean = f"; the last finite losses have a mean of {fmean(self.recent_losses):.4f}" if self.recent_losses else ""
+        return [
+            f"{what}: it changes nothing. {_in_row(self.nonfinite_in_row)}, {plan.max_nonfinite} stop the run; "
+            f"{self.skipped_steps} skipped in all{mean}"
+        ]
+
+    def _spike(self, step: int, loss: float, deviations: float) -> list[str]:
+        recent = self.recent_losses
+        if not deviations or len(recent) < MIN_WINDOW:
+            return []
+        mean = fmean(recent)
+        # The distance by math.dist does not overflow, whatever the losses.
+        deviation = math.dist(recent, [mean] * len(recent)) / math.sqrt(len(recent))
+        deviation = max(deviation, MIN_DEVIATION * abs(mean))
+        if loss <= mean + deviations * deviation:
+            return []
+        self.spikes += 1
+        if not _worth_saying(self.spikes):
+            return []
+        above = f"{(loss - mean) / deviation:.1f} standard deviations above" if deviation else "above"
+        return [
+            f"step {step} has a loss of {loss:.4f}, a spike: {above} {mean:.4f}, the mean of the last {len(recent)}; "
+            f"{self.spikes} in all"
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For state.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """What state_dict() returned, before or after JSON."""
+        return cls(**{**state, "recent_losses": list(state["recent_losses"])})
+
+
+def _worth_saying(count: int) -> bool:
+    """1 to 10, 20, 30 … 100, 200 …: a fault that comes back for days does not fill the log."""
+    return count % 10 ** (len(str(count)) - 1) == 0
+
+
+def _in_row(count: int) -> str:
+    return "the first in a row" if count == 1 else f"{count} in a row"
+
+
+def _ways_out(plan: LoopConfig) -> str:
+    saved = checkpoint.published(plan.dir)
+    newest = saved[-1].path if saved else "none yet"
+    return (
+        "Lower deepspeed.optimizer.params.lr, warm up for longer (run.warmup_steps) or clip the gradient "
+        f"(deepspeed.gradient_clipping). The newest checkpoint: {newest}; no step since then that was not finite "
+        "changed the weights"
+    )
+
+
+@dataclass(frozen=True)
+class Slowest:
+    """The rank that was busy for the longest."""
+
+    rank: int
+    over_median: float
+    """Its time by the median of all ranks; for an even number of ranks the median is the lower of the middle two."""
+    line: str | None
+    """What to say if it holds the others up."""
+
+
+def slow_ranks(busy_s: Sequence[float], hosts: Sequence[str]) -> Slowest:
+    """Which rank is slowest, and by how much.
+
+    busy_s: seconds by rank, of its own data and forward passes over the same steps; hosts: their names, by rank.
+
+    Only what a rank does by itself tells it apart. Backward passes and updates wait for each other, and under ZeRO-3
+    forward passes do too, layer by layer: they last equally long on all ranks, and what is left to be seen is a rank
+    that is slow with its data. There, a ratio near 1 does not say that no rank computes slowly.
+    """
+    rank = max(range(len(busy_s)), key=busy_s.__getitem__)
+    typical = median_low(busy_s)
+    ratio = busy_s[rank] / typical if typical > 0 else 1.0
+    if ratio <= SLOW:
+        return Slowest(rank, ratio, None)
+    times = f"busy for {busy_s[rank]:.3g} s where the median is {typical:.3g} s"
+    return Slowest(rank, ratio, f"rank {rank} on {hosts[rank]} is slow: {times} ({ratio:.1f} times)")
