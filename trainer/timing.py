@@ -1,0 +1,64 @@
+"""Where the time of the steps goes: seconds by part, without making the device wait.
+
+What is special: on GPUs a part is timed by events on the device's own clock, which are looked at when they are asked
+for. The host runs ahead of the device, so its clock would blame whichever part comes to wait for it. The time of
+the part "data" is then that for which the device had nothing to do, and the parts add up to the step. On CPUs, where
+a call returns when its work is done, the host's clock says the same.
+"""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.profiler import record_function
+
+
+class Stopwatch:
+    """Seconds by part, on one rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what is done inside; a profile (profiling.py) shows it under the same name.
+
+        Parts may follow each other in any order and as often as they like, and a part counts if it ends in an error.
+        """
+        with record_function(name):
+            if self._device.type == "cuda":
+                begin = self._mark()
+                try:
+                    yield
+                finally:
+                    self._pending.append((name, begin, self._mark()))
+                    self._settle()
+            else:
+                begun = time.perf_counter()
+                try:
+                    yield
+                finally:
+                    self._seconds[name] += time.perf_counter() - begun
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part since the last time that this was called; waits for the device to be through with them."""
+        if self._pending:
+            self._pending[-1][2].synchronize()
+        self._settle()
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _settle(self) -> None:
+        """Count what the device is through with, so that no more events are kept than it is behind the host."""
+        while self._pending and self._pending[0][2].query():
+            name, begin, end = self._pending.popleft()
+            self._seconds[name] += begin.elapsed_time(end) / 1000.0
