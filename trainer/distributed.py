@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -173,6 +173,14 @@ def all_sum(values: Iterable[float | torch.Tensor], device: torch.device) -> lis
 def all_max(value: float, device: torch.device) -> float:
     """The largest of a number over all processes."""
     return _all_reduce([value], device, dist.ReduceOp.MAX)[0]
+
+
+def all_gather(values: Sequence[float], device: torch.device) -> list[list[float]]:
+    """The numbers of every process, by rank, in float64; each has equally many."""
+    own = torch.tensor(values, dtype=torch.float64, device=device)
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    return [tensor.tolist() for tensor in found]
 
 
 def together(action: Callable[[], T], launch: Launch, device: torch.device) -> T:
