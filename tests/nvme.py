@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
-from trainer.check import missing_for
+from trainer.extensions import missing_for
 
 
 def why_not() -> str:

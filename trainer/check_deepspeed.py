@@ -1,0 +1,154 @@
+"""What DeepSpeed's JSON may say: its keys, the batch, the precision, the ZeRO stage. Pure functions to problems.
+
+What is special: DeepSpeed ignores top-level keys that it does not know, so the keys that this trainer passes on are
+listed here, and those that would change what the training loop relies on are refused with the reason. Each function
+returns one line for each problem: the value, what was expected and the way out.
+"""
+
+import math
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, TypeGuard
+
+from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+
+from reformer.config import explain
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+ALLOWED = {
+    *BATCH_KEYS,
+    "optimizer",
+    "gradient_clipping",
+    "bf16",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "aio",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "steps_per_print",
+}
+"""Top-level keys of DeepSpeed's JSON that work here."""
+
+TABLES = {"optimizer", "bf16", "data_types", "zero_optimization", "aio"}
+"""Those of them that hold keys and values of their own."""
+
+REFUSED = {
+    "scheduler": "the learning rate's course belongs to [run]: run.warmup_steps, run.decay, run.final_lr_ratio",
+    "fp16": "the trainer runs in fp32 or bf16; use bf16",
+    "gradient_allreduce_op": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
+    "managed_gradient_accumulation": "the loss is scaled for DeepSpeed's default; leave it out",
+    "activation_checkpointing": "reversible layers keep no activations to checkpoint; leave it out",
+    "tensorboard": "the trainer writes TensorBoard events to run.dir; leave it out",
+}
+"""Keys of DeepSpeed's that contradict this trainer, with the way out."""
+
+SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
+"""Tables in which DeepSpeed refuses unknown keys, and what they are parsed by."""
+
+
+def keys(deepspeed: Mapping[str, Any]) -> list[str]:
+    """Top-level keys are known and not refused, and tables are tables."""
+    problems = []
+    for key in deepspeed:
+        if key in REFUSED and deepspeed[key] != {"enabled": False}:
+            problems.append(f"deepspeed.{key}: {REFUSED[key]}")
+        elif key not in ALLOWED and key not in REFUSED:
+            problems.append(f"deepspeed.{key}: {nearest(key, ALLOWED)}")
+        elif key in TABLES and not isinstance(deepspeed[key], Mapping):
+            problems.append(f"deepspeed.{key}: this is a table of keys and values (got {deepspeed[key]!r})")
+    return problems
+
+
+def batch(deepspeed: Mapping[str, Any], world_size: int) -> list[str]:
+    """The global batch must be micro-batch * accumulation * ranks; DeepSpeed works out what is left out."""
+    given = {name: deepspeed[name] for name in BATCH_KEYS if name in deepspeed}
+    if wrong := [
+        f"deepspeed.{name}={value!r}: give a number >= 1" for name, value in given.items() if not _is_count(value)
+    ]:
+        return wrong
+    total, micro, _ = BATCH_KEYS
+    size = given.pop(total, None)
+    if size is None:
+        return [] if micro in given else [f"deepspeed: give {total} (sequences per step) or {micro}"]
+    each = math.prod(given.values()) * world_size
+    if size == each or (size % each == 0 and len(given) < 2):
+        return []
+    parts = " times ".join([*(f"{name}={value}" for name, value in given.items()), f"{world_size} ranks"])
+    if len(given) == 2:
+        return [f"deepspeed.train_batch_size={size} is not {parts}: {each} would be, or leave one of them out"]
+    near = sorted({max(each, size // each * each), (size // each + 1) * each})
+    return [f"deepspeed.train_batch_size={size} is not divisible by {parts}: {' or '.join(map(str, near))} would do"]
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 1
+
+
+def precision(deepspeed: Mapping[str, Any]) -> list[str]:
+    """Gradients are accumulated in a type that the ZeRO stage can accumulate in."""
+    zero, bf16, types = (table(deepspeed, key) for key in ("zero_optimization", "bf16", "data_types"))
+    weights = "bf16" if bf16.get("enabled") else "fp32"
+    accumulate = types.get("grad_accum_dtype", weights)
+    if accumulate not in ("fp32", "bf16"):
+        return [f"deepspeed.data_types.grad_accum_dtype={accumulate!r}: give 'fp32' or 'bf16'"]
+    if zero.get("stage", 0) == 0 and accumulate != weights:
+        return [
+            f"deepspeed.data_types.grad_accum_dtype={accumulate!r} with weights in {weights} needs ZeRO: "
+            "set deepspeed.zero_optimization.stage to 1, 2 or 3, or leave it out"
+        ]
+    return []
+
+
+def clipping(deepspeed: Mapping[str, Any]) -> list[str]:
+    """The gradient's largest norm is a number."""
+    limit = deepspeed.get("gradient_clipping", 0.0)
+    if isinstance(limit, float | int) and limit >= 0:
+        return []
+    return [f"deepspeed.gradient_clipping={limit!r}: give the largest gradient norm as a number, or 0 for any"]
+
+
+def zero_stage(deepspeed: Mapping[str, Any]) -> list[str]:
+    """DeepSpeed would take text and true for a stage too, and the relations to it are those of numbers."""
+    stage = table(deepspeed, "zero_optimization").get("stage", 0)
+    if type(stage) is int and 0 <= stage <= 3:
+        return []
+    return [f"deepspeed.zero_optimization.stage={stage!r}: give one of the numbers 0, 1, 2 and 3"]
+
+
+def objections(deepspeed: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed itself would say to its configuration; without a process group it assumes one rank."""
+    problems = []
+    for key, section in SECTIONS.items():
+        try:
+            section(**deepspeed.get(key, {}))
+        except ValidationError as error:
+            problems += [f"deepspeed.{key}: {line}" for line in explain(error, section).splitlines()]
+    if problems:
+        return problems
+    try:
+        # Batch sizes have been checked, for the real number of ranks.
+        DeepSpeedConfig({k: v for k, v in deepspeed.items() if k not in BATCH_KEYS} | {"train_batch_size": 1})
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
+        return [f"deepspeed: {error}"]
+    return []
+
+
+def table(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The table `key`; an empty one where there is none, or a value that keys() complains of."""
+    value = parent.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def nearest(key: str, known: set[str]) -> str:
+    """What to say to an unknown key."""
+    close = get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown key; did you mean '{close[0]}'?" if close else "not a key that this trainer passes to DeepSpeed"

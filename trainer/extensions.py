@@ -1,0 +1,39 @@
+"""DeepSpeed's C++ parts, which it compiles on the first use: what this machine lacks for one of them."""
+
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
+from torch.utils import cpp_extension
+
+STALE_LOCK_S = 3600
+"""Age at which the lock of a compilation is one that nobody holds any more."""
+
+
+def missing_for(builder_name: str) -> str:
+    """What a C++ part of DeepSpeed needs that this machine lacks to compile and load it; empty if nothing."""
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None:
+        return f"its version for {get_accelerator().device_name()}"
+    if installed_ops.get(builder.name):
+        return ""
+    if not cpp_extension.is_ninja_available():
+        return "ninja"
+    if not shutil.which(cpp_extension.get_cxx_compiler()):
+        return f"the C++ compiler {cpp_extension.get_cxx_compiler()}"
+    if not builder.is_compatible():
+        return "libaio with its headers (Debian: libaio-dev)" if builder.name == "async_io" else builder.name
+    # Loading async_io compiles and loads pin_memory first.
+    for name in (builder.name, "pin_memory") if builder.name == "async_io" else (builder.name,):
+        try:
+            # Whoever finds a lock here waits until somebody removes it, for ever if nobody does.
+            lock = Path(cpp_extension._get_build_directory(name, verbose=False)) / "lock"
+        except OSError as error:
+            return f"a folder that can be written to, to compile in: {error}"
+        with suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+                return f"the removal of {lock}, which a compilation that was stopped has left behind"
+    return ""
