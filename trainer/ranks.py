@@ -1,0 +1,176 @@
+"""What every rank of a run says about itself, and which of them holds the others up.
+
+What is special: files are all that is needed, so it can be read when collectives do not work, and from outside. Which
+rank is to blame is a pure function of them.
+
+RUN/ranks/rank_00003.json, written every few seconds by that rank's watchdog: one JSON object with RankState's fields.
+"""
+
+import contextlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+PARTS = ("start", "data", "forward", "backward", "optimizer", "log", "evaluate", "save", "between")
+"""The parts of a step, in their order."""
+SHOWN = 8
+"""Ranks that a message describes, at most."""
+_COLLECTIVES = ("torch.distributed", "deepspeed.comm", "trainer.distributed")
+"""Modules in whose code a rank waits for others: on GPUs in the last, where the result is asked for."""
+_OURS = ("trainer", "reformer", "data_pipeline", "__main__")
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Where a rank is, as plain JSON values."""
+
+    rank: int
+    world_size: int
+    host: str
+    pid: int
+    step: int
+    """Counted from 1."""
+    micro_batch: int
+    """Forward passes of that step that it has begun."""
+    part: str
+    """One of PARTS."""
+    in_part_s: float
+    """How long it has been there."""
+    limit_s: float | None
+    """How long it may be; None: for ever."""
+    at: str
+    """The line of code."""
+    waiting: bool
+    """Whether that is inside a collective, where it waits for other ranks."""
+    time: float
+    """Unix time by its own clock; clocks of nodes may differ."""
+    stacks_written: bool = False
+    """Whether it has written its stacks because of a hang."""
+    ended: str | None = None
+    """None while it runs; then "finished", "preempted" or "failed: …"."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by itself, and not well."""
+        return (self.ended or "").startswith("failed") and not self.stacks_written
+
+    @property
+    def overdue(self) -> bool:
+        return self.failed or (self.limit_s is not None and self.in_part_s > self.limit_s)
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        return f"in {self.part!r} of step {self.step}, at {self.at}"
+
+
+def state_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "ranks" / f"rank_{rank:05d}.json"
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace a file at once: readers find the former content or this one. Raises OSError."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values), encoding="utf-8")
+    partial.replace(path)
+
+
+def write_state(run_dir: Path, state: RankState) -> None:
+    """Raises OSError."""
+    write_json(state_path(run_dir, state.rank), asdict(state))
+
+
+def parse_state(content: bytes) -> RankState | None:
+    """None for what is no state."""
+    try:
+        return RankState(**json.loads(content))
+    except (ValueError, TypeError):
+        return None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; nothing where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+def read_states(run_dir: Path, world_size: int) -> list[RankState]:
+    """What ranks 0 … world_size - 1 said last, in order; without those that said nothing."""
+    states = (parse_state(read_bytes(state_path(run_dir, rank))) for rank in range(world_size))
+    return [state for state in states if state is not None]
+
+
+def holding_up(states: Sequence[RankState], silent: Collection[int]) -> list[RankState]:
+    """The ranks that the others wait for: those that failed or are `silent`; or else those that are furthest back.
+
+    Among equals it is those that do not wait in a collective themselves; all of them where all do.
+    """
+    if gone := [state for state in states if state.failed or state.rank in silent]:
+        return gone
+    running = [state for state in states if state.ended is None or state.stacks_written]
+    last = min((_progress(state) for state in running), default=None)
+    equals = [state for state in running if _progress(state) == last]
+    return [state for state in equals if not state.waiting] or equals
+
+
+def _progress(state: RankState) -> tuple[int, int, int]:
+    part = PARTS.index(state.part) if state.part in PARTS else len(PARTS)
+    return state.step, state.micro_batch, part
+
+
+def judge(states: Sequence[RankState], silent: Collection[int]) -> str:
+    """What to tell people about a hang: a line that names the ranks to blame, and one on where each of them is."""
+    guilty = holding_up(states, silent)
+    names = ", ".join(state.name for state in guilty[:SHOWN])
+    more = f" and {len(guilty) - SHOWN} more" if len(guilty) > SHOWN else ""
+    if len(states) == 1 and not silent:
+        first = f"the run hangs: {names}"
+    elif len(guilty) == len(states):
+        first = f"the run hangs: no rank is behind the others: {names}{more}"
+    else:
+        first = f"the run hangs: the others wait for {names}{more}"
+    return "\n".join([first, *(f"  rank {state.rank} {_symptom(state, silent)}" for state in guilty[:SHOWN])])
+
+
+def _symptom(state: RankState, silent: Collection[int]) -> str:
+    if state.failed:
+        return f"has ended ({state.ended}) {state.place}"
+    if state.rank in silent:
+        return (
+            "gives no sign of life: its process was stopped or killed, cannot run any Python code, or its node is "
+            f"gone; last seen {state.place}"
+        )
+    limit = f" (at most {state.limit_s:,.0f} s)" if state.limit_s is not None else ""
+    return f"has been {state.in_part_s:,.0f} s{limit} {state.place}{', waiting for others' if state.waiting else ''}"
+
+
+def is_waiting(frame: FrameType) -> bool:
+    """Whether a thread, of which this is the innermost frame, is inside a collective."""
+    return _module(frame).startswith(_COLLECTIVES)
+
+
+def line_of_code(frame: FrameType) -> str:
+    """The innermost line of this project's code under which a thread is; the innermost of all if there is none."""
+    ours: FrameType | None = frame
+    while ours is not None and _module(ours).partition(".")[0] not in _OURS:
+        ours = ours.f_back
+    code, line = (ours or frame).f_code, (ours or frame).f_lineno
+    return f"{'/'.join(Path(code.co_filename).parts[-2:])}:{line} in {code.co_name}"
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def ending(error: BaseException) -> str:
+    """What a rank says about its end by an error."""
+    text = str(error).strip().splitlines()
+    return f"failed: {type(error).__name__}{': ' + text[0] if text else ''}"
