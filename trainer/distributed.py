@@ -1,15 +1,17 @@
 """Who we are among the processes of a run: found in the environment, then joined to the others.
 
 What is special: `detect` is a pure function from an environment to a `Launch`, so every launcher (none, DeepSpeed's,
-torchrun's, srun) is tested without starting one. A single process joins itself through memory: no port, no address.
+torchrun's, srun, mpirun) is tested without starting one. A single process joins itself through memory: no port, no
+address. Under mpirun, MPI says where rank 0 is, and does nothing else.
 """
 
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -30,6 +32,16 @@ COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """How long a collective waits: a step on a million tokens, an evaluation or a checkpoint may take many minutes."""
 
 
+MPIRUN = "mpirun"
+MPI_VARIABLES = {
+    "OMPI_COMM_WORLD_LOCAL_RANK": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MV2_COMM_WORLD_LOCAL_RANK": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    "MPI_LOCALRANKID": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
+}
+"""Rank on the node -> rank, processes, processes on the node: Open MPI's, MVAPICH's, and those of MPICH and Intel MPI.
+The first of each is set by mpirun alone; srun may set PMI's too."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """The place of this process in the run, in plain integers."""
@@ -40,15 +52,18 @@ class Launch:
     local_rank: int = 0
     local_world_size: int = 1
     master_addr: str = ""
+    """Where rank 0 listens. Of mpirun's processes only MPI knows it, which `start` asks."""
     master_port: int = 0
 
     def __str__(self) -> str:
-        place = f" at {self.master_addr}:{self.master_port}" if self.world_size > 1 else ""
+        place = f" at {self.master_addr}:{self.master_port}" if self.world_size > 1 and self.master_addr else ""
         return f"{self.launcher}: {_count(self.world_size, 'process')}, {self.local_world_size} on this node{place}"
 
 
 def detect(environ: Mapping[str, str]) -> Launch:
-    """Find the launcher's variables: DeepSpeed's and torchrun's first, since they may run inside a SLURM job."""
+    """The launcher whose variables are there. DeepSpeed's and torchrun's first, then MPI's, since these may run inside
+    a SLURM job. Raises ConfigError for variables that contradict each other or are missing.
+    """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         world_size = _number(environ, "WORLD_SIZE")
         local_sizes = [name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if name in environ]
@@ -61,25 +76,64 @@ def detect(environ: Mapping[str, str]) -> Launch:
             master_addr=environ.get("MASTER_ADDR", ""),
             master_port=_number(environ, "MASTER_PORT"),
         )
-    if "SLURM_PROCID" in environ:
-        return Launch(
-            launcher=f"SLURM job {environ.get('SLURM_JOB_ID', '?')}",
-            rank=_number(environ, "SLURM_PROCID"),
-            world_size=_number(environ, "SLURM_NTASKS"),
-            local_rank=_number(environ, "SLURM_LOCALID"),
-            local_world_size=_slurm_local_tasks(environ),
-            master_addr=first_host(environ.get("SLURM_JOB_NODELIST", "localhost")),
-            # Every rank must arrive at the same free port by itself: the job id is what they share.
-            master_port=20_000 + _number(environ, "SLURM_JOB_ID") % 10_000,
+    in_step = "SLURM_STEP_ID" in environ
+    for local_rank in MPI_VARIABLES:
+        if local_rank in environ or (MPI_VARIABLES[local_rank][0] in environ and not in_step):
+            return _mpi_launch(environ, local_rank)
+    if in_step:
+        return _slurm_launch(environ)
+    if "SLURM_PROCID" in environ and _number(environ, "SLURM_NTASKS") > 1:
+        raise ConfigError(
+            f"this is the batch shell of SLURM job {environ.get('SLURM_JOB_ID')}, beside its "
+            f"{environ['SLURM_NTASKS']} tasks: put srun before the command, as launch/slurm/train.sbatch does"
         )
     return Launch(launcher="no launcher")
+
+
+def rank_hint(environ: Mapping[str, str]) -> int:
+    """The rank that the environment tells of, for who reports an error; 0 where `detect` itself finds one."""
+    try:
+        return detect(environ).rank
+    except ConfigError:
+        return 0
+
+
+def _mpi_launch(environ: Mapping[str, str], local_rank: str) -> Launch:
+    rank, size, local_size = MPI_VARIABLES[local_rank]
+    return Launch(
+        launcher=MPIRUN,
+        rank=_number(environ, rank),
+        world_size=_number(environ, size),
+        local_rank=_number(environ, local_rank),
+        local_world_size=_number(environ, local_size),
+    )
+
+
+def _slurm_launch(environ: Mapping[str, str]) -> Launch:
+    """What srun says of the step; MASTER_ADDR and MASTER_PORT, if set, say where rank 0 listens."""
+    # Every rank must arrive at the same free port by itself: the numbers of job, step and restart are what they share.
+    # Jobs on one node differ in the first, steps that run side by side in the second; a job that was requeued does not
+    # meet what is left of its former self. Below 32768, where systems begin to give ports away.
+    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+    restart = _number(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+    port = 20_000 + (job + 1009 * step + 101 * restart) % 10_000
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
+    return Launch(
+        launcher=f"SLURM job {job}",
+        rank=_number(environ, "SLURM_PROCID"),
+        world_size=_number(environ, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_world_size=_slurm_local_tasks(environ),
+        master_addr=environ.get("MASTER_ADDR") or first_host(nodes),
+        master_port=_number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else port,
+    )
 
 
 def first_host(nodelist: str) -> str:
     """The first host of SLURM's compressed list: `n[01-03,07],m2` is n01, n02, n03, n07, m2."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     if first is None:
-        raise ConfigError(f"SLURM_JOB_NODELIST='{nodelist}' names no host")
+        raise ConfigError(f"SLURM's list of nodes, '{nodelist}', names no host")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
@@ -98,12 +152,18 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     except (KeyError, ValueError):
         value = environ.get(name)
         raise ConfigError(
-            f"the launcher set {name}={value!r}, which should be a number: start with deepspeed, srun, or neither"
+            f"the launcher set {name}={value!r}, which should be a number: start with deepspeed, torchrun, srun, "
+            "mpirun, or none"
         ) from None
 
 
 def start(launch: Launch) -> torch.device:
-    """Join the other processes; afterwards collectives work. Returns the device of this process."""
+    """Join the other processes; afterwards collectives work. Returns the device of this process.
+
+    Raises ConfigError when the processes cannot find each other.
+    """
+    if launch.launcher == MPIRUN and launch.world_size > 1:
+        launch = _located_by_mpi(launch)
     device = _claim_device(launch)
     # DeepSpeed asks the environment, whoever launched us. It takes LOCAL_RANK for the number of the device.
     os.environ.update(
@@ -113,10 +173,7 @@ def start(launch: Launch) -> torch.device:
         MASTER_ADDR=launch.master_addr,
         MASTER_PORT=str(launch.master_port),
     )
-    if launch.world_size == 1:
-        store: dist.Store = dist.HashStore()
-    else:
-        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    store = dist.HashStore() if launch.world_size == 1 else _meet(launch)
     # DeepSpeed communicates through groups of its own, which it makes with torch's default of 10 or 30 minutes.
     distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
     distributed_c10d.default_pg_nccl_timeout = COLLECTIVE_TIMEOUT
@@ -129,6 +186,76 @@ def start(launch: Launch) -> torch.device:
         device_id=device if device.type == "cuda" and launch.world_size > 1 else None,
     )
     return device
+
+
+def _located_by_mpi(launch: Launch) -> Launch:
+    """With the address and a free port of rank 0's node. Collective; MPI has ended afterwards.
+
+    Raises ConfigError when mpi4py does not see what mpirun started.
+    """
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    if world.size != launch.world_size:
+        raise ConfigError(
+            f"mpirun started {launch.world_size} processes, but mpi4py sees {world.size}: it was built for another MPI "
+            f"than this mpirun's ({MPI.Get_library_version().splitlines()[0]}). Reinstall mpi4py with this MPI, or use "
+            "srun or torchrun"
+        )
+    hosts = world.allgather(socket.gethostname())
+    place = (local_address(hosts), _free_port()) if launch.rank == 0 else None
+    address, port = world.bcast(place, root=0)
+    # Left to mpi4py, MPI would end with the process: one that fails would wait for the others, which wait for it.
+    MPI.Finalize()
+    return replace(launch, master_addr=address, master_port=port)
+
+
+def local_address(hosts: Sequence[str]) -> str:
+    """An address of this host, the first, that the others reach: that from which a packet to one of them would leave.
+
+    What a host's own name stands for is often an address that only this host reaches.
+    """
+    others = [host for host in hosts if host != hosts[0]]
+    if not others:
+        return "127.0.0.1"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(others[0], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # of a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError:
+        return hosts[0]
+
+
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _meet(launch: Launch) -> dist.Store:
+    """The store at rank 0 through which the ranks learn of each other."""
+    place = f"{launch.master_addr}:{launch.master_port}"
+    try:
+        socket.getaddrinfo(launch.master_addr, launch.master_port)
+    except OSError as error:
+        raise ConfigError(
+            f"rank {launch.rank} finds no address for '{launch.master_addr}', the node of rank 0 ({error.strerror}): "
+            "set MASTER_ADDR to an address that all nodes reach"
+        ) from None
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        if launch.rank == 0 and "EADDRINUSE" in reason:
+            raise ConfigError(
+                f"port {launch.master_port} of rank 0's node is taken by another program: start again with another one "
+                "in MASTER_PORT (deepspeed: --master_port; in a SLURM job it follows from the job's number)"
+            ) from None
+        raise ConfigError(
+            f"rank {launch.rank} of {launch.world_size} did not meet the others at {place}: {reason}. Has every one of "
+            "them started, and do all nodes reach that address? MASTER_ADDR can name another"
+        ) from None
+    return store
 
 
 def _claim_device(launch: Launch) -> torch.device:
@@ -144,8 +271,9 @@ def _claim_device(launch: Launch) -> torch.device:
 
 
 def describe(launch: Launch, device: torch.device) -> str:
-    """One line on what was found."""
-    return f"{launch}; {device_name(device)}, {dist.get_backend()}"
+    """One line on what was found. Collective: the nodes are counted."""
+    nodes = int(all_sum([launch.local_rank == 0], device)[0])
+    return f"{launch}, {_count(nodes, 'node')} in all; {device_name(device)}, {dist.get_backend()}"
 
 
 def device_name(device: torch.device) -> str:

@@ -124,7 +124,8 @@ def train_by_srun(config: Path) -> Train:
 
     def launch(tasks: int, run_dir: Path, *arguments: str) -> Run:
         job = {"SLURM_JOB_ID": str(free_port(20_000, 30_000)), "SLURM_JOB_NODELIST": "localhost"}
-        job |= {"SLURM_NTASKS": str(tasks), "SLURM_TASKS_PER_NODE": str(tasks), "SLURM_NODEID": "0"}
+        job |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_NODEID": "0"}
+        job |= {"SLURM_NTASKS": str(tasks), "SLURM_TASKS_PER_NODE": str(tasks)}
         ranks = [job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(tasks)]
         command = [sys.executable, *script(config, run_dir), *arguments]
         return run([command] * tasks, run_dir, ranks)
