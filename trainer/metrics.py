@@ -1,84 +1,166 @@
-"""What a run reports: TensorBoard events, the same numbers as lines of JSON, and a line on the terminal.
+"""What a run reports: TensorBoard events, and the same numbers as lines of JSON.
 
-What is special: after a resume, what was reported beyond the checkpoint is taken back, so every curve is continuous.
+What is special: nothing of a step that was reported is lost when the process is killed, and after a resume, what was
+reported beyond the checkpoint is taken back, so every curve is continuous. All scalars of a report are one record of
+the event file and one line of the other, handed to the system before `write` returns. A new start takes the lines
+behind its checkpoint out of metrics.jsonl, and tells TensorBoard to forget those steps.
 
 RUN/metrics.jsonl: one JSON object a line. `step` is the number of optimizer steps done; the other keys are the tags
 of TensorBoard, floats in full precision, null for what is no finite number:
 
     train/loss, train/bits_per_byte     of that step's global batch: nats per token, bits per byte of its text
+    train/bits_per_token                the same loss in bits
+    train/perplexity                    exp of it
     train/lr, train/grad_norm           of that step; the norm is that before clipping
+    train/param_norm                    of all weights after that step
+    train/skipped_steps, train/spikes   so far: steps that were not finite and changed nothing, losses that jumped
     speed/tokens_per_s, speed/step_s    since the line before, without evaluation and checkpoints; tokens to predict
+    speed/sequences_per_s               likewise
+    speed/data_s, …/forward_s, …        seconds of a step by part, on rank 0 (timing.py): data, forward, backward,
+                                        optimizer
     speed/data_stall                    share of step_s that the slowest rank spent on its data: waiting for rows that
                                         are read in the background, and making batches of them
+    speed/save_s, speed/save_share      the newest checkpoint's seconds; all checkpoints' share of this start's time
+    speed/mfu                           share of the devices' peak that the model's mathematics needs (flops.py,
+                                        peaks.py); only where the peak is known
+    speed/slowest_rank                  the rank that was busy for the longest since the line before, and by what
+    speed/slowest_over_median           factor longer than the median
     data/skipped_rows                   with data.on_damage="skip": damaged rows left out since the run was started or
                                         resumed, on all ranks
-    memory/peak_gib                     the largest of all ranks so far: device memory on GPUs, resident on CPUs
-    eval/loss, eval/bits_per_byte       on a line of their own, from step 0 on
+    memory/allocated_gib                the largest of all ranks: of the device now
+    memory/peak_gib                     so far: device memory on GPUs, resident on CPUs
+    memory/host_gib                     resident on the host now
+    eval/loss, eval/bits_per_byte, …    on a line of their own, from step 0 on
     lsh/layer01/…                       on the same line, of the first held-out row, each LSH layer; from layer 0 on
       largest_bucket_over_mean          tokens in the largest bucket of any round and head; 1 where all are even
       empty_buckets                     share of the buckets that are empty
       recovered_mass                    share of dense attention that LSH attention reaches, mean of sampled queries
     reversible/reconstruction_error     how far the backward's inputs of the stack are from the forward's: max / rms
 
-RUN/run.json: one object, written before the first step.
-
-    started, resumed_from_step          ISO time; null unless resumed
-    config, deepspeed                   the resolved TOML side {model, data, run} and DeepSpeed's JSON
-    store                               of data.store: {fingerprint, seq_len, vocab_size, rows: {split: number},
-                                        tokenizer_sha256}
-    samples                             what the order of the samples follows from: seed, and store (its fingerprint)
-                                        and split; of a mixture NAME.store, … and NAME.per_thousand of each source
-    launch                              {launcher, world_size, local_world_size, device}
-    n_parameters                        of the model
-    versions, git_commit                {package: version}; null outside of a git checkout
+TensorBoard alone has texts (run/…, see record.py), figures, and, every run.histogram_every steps, gradients/NAME:
+the histogram of each parameter's gradient before clipping.
 """
 
 import json
 import math
-import platform
-import re
-import resource
-import subprocess
-from collections.abc import Mapping
-from importlib.metadata import version
+import os
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import FileWriter, SummaryWriter
+from torch.utils.tensorboard import summary as summaries
 
-PACKAGES = ("longhand", "torch", "deepspeed", "numpy", "zarr", "sentencepiece")
+from trainer.memory import peak_gib  # noqa: F401
+from trainer.record import environment  # noqa: F401
+from trainer.terminal import duration, eval_line, train_line  # noqa: F401
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COMPARED = ("eval/loss", "eval/bits_per_byte", "train/loss", "train/bits_per_byte", "speed/tokens_per_s")
+"""Scalars by which TensorBoard's table HPARAMS compares runs, always by their newest values."""
+EVENT_FILES = "events.out.tfevents.*"
+_EDGES = torch.tensor([1e-12 * 1.1**i for i in range(774)], dtype=torch.float32)
+_BUCKETS = torch.cat([-_EDGES.flip(0), torch.zeros(1), _EDGES, torch.tensor([torch.finfo(torch.float32).max])])
+"""Upper limits of a histogram's buckets: every tenth part from 1e-12 to 1e20, on both sides of zero."""
+_AT_ONCE = 2**22
+"""Elements that are sorted into buckets at a time; it bounds the memory that this takes."""
 
 
 class Metrics:
-    """The reports of rank 0."""
+    """The reports of rank 0. All methods raise OSError when the disk does not take what they write."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
-        """Continue the reports of a run after `step` steps; 0 begins them."""
+        """Continue the reports of a run after `step` steps, those of its checkpoint; 0 begins them anew."""
         run_dir.mkdir(parents=True, exist_ok=True)
+        self.first_step = step + 1 if step else 0
+        """The first that may be reported; anything reported from it on is forgotten."""
         self._path = run_dir / "metrics.jsonl"
-        _keep_until(self._path, step if step else -1)
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
+        _keep_before(self._path, self.first_step)
+        self._folder = run_dir / "tensorboard"
+        if not step:
+            for file in self._folder.glob(EVENT_FILES):
+                file.unlink()
+        _put_in_the_past(sorted(self._folder.glob(EVENT_FILES)))
+        self._writer = SummaryWriter(str(self._folder), purge_step=self.first_step)
+        self._events: FileWriter = self._writer.file_writer  # type: ignore[assignment]  # set by the constructor
+        self._events.flush()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Report values of one step, by tag."""
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
+        scalars = (summaries.scalar(tag, value).value for tag, value in values.items())
+        self._events.add_summary(Summary(value=[value for some in scalars for value in some]), step)
+        self._events.flush()
+        numbers = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         with self._path.open("a", encoding="utf-8") as lines:
-            numbers = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
             lines.write(json.dumps({"step": step, **numbers}) + "\n")
 
-    def close(self) -> None:
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Show a text in TensorBoard."""
+        self._writer.add_text(tag, markdown, step)
+        self._events.flush()
+
+    def figure(self, step: int, tag: str, figure: "Figure") -> None:
+        """Show a matplotlib figure in TensorBoard as a picture."""
+        self._writer.add_figure(tag, figure, step)
+        self._events.flush()
+
+    def histogram(self, step: int, tag: str, tensor: torch.Tensor) -> None:
+        """Show how the finite elements of a tensor are distributed; any shape, any floating dtype, any device."""
+        if found := _histogram(tensor):
+            self._writer.add_histogram_raw(tag, **found, global_step=step)
+            self._events.flush()
+
+    def hparams(self, hparams: Mapping[str, Any], metrics: Iterable[str] = COMPARED) -> None:
+        """Make the run a row of TensorBoard's table HPARAMS; of a run that is continued, it is one already.
+
+        The table shows the newest values of the scalars `metrics`, so it is right while the run goes on and at its end.
+        """
+        if self.first_step:
+            return
+        plain = {name: _plain(value) for name, value in hparams.items() if value is not None}
+        experiment, begin, _ = summaries.hparams(plain, dict.fromkeys(metrics, 0.0))
+        for summary in (experiment, begin):
+            self._events.add_summary(summary)
+        self._events.flush()
+
+    def sync(self) -> None:
+        """Wait until the disk itself has what was written: before a checkpoint says that these steps are done."""
+        for path in (self._path, *self._folder.glob(EVENT_FILES)):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def close(self, finished: bool = False) -> None:
+        """finished: the run has done all its steps, which the table HPARAMS then shows as a success."""
+        if finished:
+            self._events.add_summary(summaries.hparams({}, {})[2])
         self._writer.close()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`; a line that a crash cut short goes with them."""
+def _put_in_the_past(files: list[Path]) -> None:
+    """Rename event files, in order, whose seconds are not before now: TensorBoard reads files in the order of names.
+
+    A restart within the second, or on a host whose clock is behind, would come before what it continues.
+    """
+    now = int(time.time())
+    for i, file in enumerate(files):
+        *kind, seconds, rest = file.name.split(".", 4)
+        latest = now - (len(files) - i)
+        if int(seconds) > latest:
+            file.rename(file.with_name(".".join([*kind, f"{latest:010d}", rest])))
+
+
+def _keep_before(path: Path, step: int) -> None:
+    """Drop the lines from `step` on; a line that a crash cut short goes with them."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if (step_of := _step_of(line)) is not None and step_of <= step]
+    kept = [line for line in lines if (step_of := _step_of(line)) is not None and step_of < step]
     shorter = path.with_suffix(".partial")
     shorter.write_text("".join(kept), encoding="utf-8")
     shorter.replace(path)
@@ -92,60 +174,34 @@ def _step_of(line: str) -> int | None:
         return None
 
 
-def peak_gib(device: torch.device) -> float:
-    """The most memory that this process has used so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux's high-water mark; getrusage would count what the launcher used before this program was loaded.
-    status = Path("/proc/self/status")
-    if status.exists() and (mark := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(mark[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def _plain(value: Any) -> str | float | bool:
+    """A value as the table HPARAMS can show it."""
+    return value if isinstance(value, (str, int, float)) else json.dumps(value)
 
 
-def environment() -> dict[str, Any]:
-    """Versions and git commit, for run.json."""
-    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
-    return {"versions": versions, "git_commit": _git_commit()}
-
-
-def _git_commit() -> str | None:
-    """The commit of this code, marked if the tree has changes; None outside of a git checkout."""
-    here = Path(__file__).parent
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
+def _histogram(tensor: torch.Tensor) -> dict[str, Any] | None:
+    """What SummaryWriter.add_histogram_raw takes, computed where the tensor is; None of nothing finite."""
+    edges = _BUCKETS.to(tensor.device)
+    counts = torch.zeros(len(edges), dtype=torch.int64, device=tensor.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=tensor.device)
+    least, most = math.inf, -math.inf
+    for part in tensor.detach().flatten().split(_AT_ONCE):
+        x = part.float()
+        x = x[x.isfinite()]
+        if x.numel():
+            counts += torch.bincount(torch.bucketize(x, edges), minlength=len(edges))
+            totals += torch.stack([x.double().sum(), x.double().square().sum()])
+            least, most = min(least, float(x.min())), max(most, float(x.max()))
+    if not (n := int(counts.sum())):
         return None
-    return result.stdout.strip()
-
-
-def train_line(step: int, steps: int, values: Mapping[str, float]) -> str:
-    """One dense line on a step."""
-    left = duration((steps - step) * values["speed/step_s"])
-    return (
-        f"step {step:>{len(str(steps))}}/{steps}  loss {values['train/loss']:.4f}  "
-        f"bits/byte {values['train/bits_per_byte']:.4f}  lr {values['train/lr']:.2e}  "
-        f"grad {values['train/grad_norm']:.3g}  {values['speed/tokens_per_s']:,.0f} tokens/s  "
-        f"{values['memory/peak_gib']:.2f} GiB  {left} left"
-    )
-
-
-def eval_line(step: int, steps: int, values: Mapping[str, float], n_rows: int) -> str:
-    """One line on an evaluation."""
-    return (
-        f"eval {step:>{len(str(steps))}}/{steps}  loss {values['eval/loss']:.4f}  "
-        f"bits/byte {values['eval/bits_per_byte']:.4f}  on {n_rows} held-out rows"
-    )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, s = divmod(round(seconds), 60)
-    h, m = divmod(minutes, 60)
-    return f"{h}:{m:02d}:{s:02d}"
+    filled = counts.nonzero().flatten()
+    used = slice(max(int(filled[0]) - 1, 0), int(filled[-1]) + 1)  # from the bucket before the first that is not empty
+    return {
+        "min": least,
+        "max": most,
+        "num": n,
+        "sum": float(totals[0]),
+        "sum_squares": float(totals[1]),
+        "bucket_limits": edges[used].double().tolist(),
+        "bucket_counts": counts[used].tolist(),
+    }

@@ -1,0 +1,143 @@
+"""Plain lines in a pipe; on a terminal (a real one) the same lines, and below them a bar that is gone at the end."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from trainer.terminal import Summary, Terminal, duration, eval_line, train_line
+
+VALUES = {
+    "train/loss": 2.5,
+    "train/bits_per_byte": 3.25,
+    "train/lr": 3e-4,
+    "train/grad_norm": 1.25,
+    "speed/tokens_per_s": 26_000.0,
+    "speed/step_s": 10.0,
+    "memory/peak_gib": 1.5,
+}
+LINE = "step  3/10  loss 2.5000  bits/byte 3.2500  lr 3.00e-04  grad 1.25  26,000 tokens/s  1.50 GiB  0:01:10 left"
+RUN = f"""
+from trainer.terminal import Terminal
+with Terminal(steps=10, done=2) as terminal:
+    terminal.step(3, {VALUES})
+    terminal.line("saved it")
+    for done in range(4, 11):
+        terminal.step(done)
+    terminal.close("all done")
+"""
+
+
+def test_the_line_of_a_step() -> None:
+    assert train_line(3, 10, VALUES) == LINE
+    more = train_line(3, 10, {**VALUES, "speed/mfu": 0.4567, "train/skipped_steps": 2.0})
+    assert "  45.7% MFU  " in more and "  2 skipped  " in more
+    assert "skipped" not in train_line(3, 10, {**VALUES, "train/skipped_steps": 0.0})
+
+
+def test_the_line_of_an_evaluation() -> None:
+    values = {"eval/loss": 2.0, "eval/bits_per_byte": 3.0}
+    assert eval_line(3, 10, values, 7) == "eval  3/10  loss 2.0000  bits/byte 3.0000  on 7 held-out rows"
+    assert "  LSH gains 0.1250  on" in eval_line(3, 10, {**values, "eval/lsh_gain": 0.125}, 7)
+
+
+def test_duration() -> None:
+    assert [duration(seconds) for seconds in (0.4, 61, 3600 * 30 + 59.6)] == ["0:00:00", "0:01:01", "30:01:00"]
+
+
+def test_plain_lines_in_a_pipe() -> None:
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [LINE, "saved it", "all done"]
+    assert done.stderr == ""
+
+
+def on_a_terminal(program: str) -> str:
+    """What a program writes to a terminal of its own."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (40, 120))
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=slave, stderr=slave)
+    os.close(slave)
+    written = bytearray()
+    while True:
+        try:
+            written += os.read(master, 65_536)
+        except OSError:  # the program has closed its side
+            break
+    os.close(master)
+    assert process.wait() == 0
+    return written.decode()
+
+
+def screen(written: str) -> list[str]:
+    """The lines that are left on the screen: a carriage return starts over what is written there."""
+    lines = []
+    for written_line in written.replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for part in written_line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_a_bar_on_a_terminal() -> None:
+    written = on_a_terminal(RUN)
+    assert re.search(r"20% \|#* *[█▏▎▍▌▋▊▉]* *\| step 2/10, ", written), written
+    assert "step 3/10, " in written  # it moves, whether or not a line is printed
+    assert [line for line in screen(written) if line] == [LINE, "saved it", "all done"]  # and is gone at the end
+
+
+def test_an_error_finds_the_bar_gone() -> None:
+    program = """
+from trainer.terminal import Terminal
+try:
+    with Terminal(steps=10, done=2):
+        raise ValueError
+except ValueError:
+    print("error: it failed")
+"""
+    assert [line for line in screen(on_a_terminal(program)) if line] == ["error: it failed"]
+
+
+def test_no_thread_looks_after_the_bar() -> None:
+    program = """
+import threading
+from trainer.terminal import Terminal
+with Terminal(steps=10, done=2) as terminal:
+    terminal.step(3)
+    assert threading.active_count() == 1, threading.enumerate()
+"""
+    on_a_terminal(program)
+
+
+def test_closing_twice_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(steps=1, done=0)
+    terminal.close("the end")
+    terminal.close()
+    assert capsys.readouterr().out == "the end\n"
+
+
+def test_the_summary() -> None:
+    newest = {"train/loss": 2.5, "train/bits_per_byte": 3.25, "eval/loss": 2.75, "eval/bits_per_byte": 3.5}
+    newest |= {"train/skipped_steps": 1.0, "train/spikes": 2.0}
+    summary = Summary(
+        Path("runs/x"), steps=10, first_step=4, done=10, n_tokens=6e6, seconds=100.0, save_s=2.5, newest=newest
+    )
+    first, scores, checkpoints, run, curves = summary.text().splitlines()
+    assert (
+        first == "finished: 10 of 10 steps (4 of them before this start), 6,000,000 tokens in 0:01:40, 60,000 tokens/s"
+    )
+    assert "last batch: 2.5000 nats per token, 3.2500 bits per byte" in scores
+    assert "held out: 2.7500 nats per token, 3.5000 bits per byte" in scores
+    assert checkpoints == "checkpoints took 2.5% of the time; 1 step skipped, 2 spikes of the loss"
+    assert run.endswith("python launch/report.py runs/x")
+    assert curves.endswith("tensorboard --logdir runs/x/tensorboard")
+
+
+def test_the_summary_of_a_run_that_was_stopped_before_it_did_anything() -> None:
+    summary = Summary(Path("x"), steps=10, first_step=0, done=0, n_tokens=0, seconds=0.0, save_s=0.0, newest={})
+    assert summary.text().startswith("stopped: 0 of 10 steps, 0 tokens in 0:00:00, 0 tokens/s\ncheckpoints took 0.0%")

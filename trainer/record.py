@@ -1,0 +1,100 @@
+"""What a run is, for those who look at it later: RUN/run.json, and the same in TensorBoard.
+
+RUN/run.json: one object, written before the first step.
+
+    started, resumed_from_step          ISO time; null unless resumed
+    config, deepspeed                   the resolved TOML side {model, data, run} and DeepSpeed's JSON
+    store                               of data.store: {fingerprint, seq_len, vocab_size, rows: {split: number},
+                                        tokenizer_sha256}
+    samples                             what the order of the samples follows from: seed, and store (its fingerprint)
+                                        and split; of a mixture NAME.store, … and NAME.per_thousand of each source
+    launch                              {launcher, world_size, local_world_size, device}
+    n_parameters                        of the model
+    versions, git_commit                {package: version}; null outside of a git checkout
+
+In TensorBoard it is the texts run/config, run/deepspeed and run/environment (all the rest), and a row of the table
+HPARAMS, whose columns are the two configurations and the newest values of metrics.COMPARED.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer import distributed
+from trainer.check import StoreFacts
+from trainer.config import flatten
+
+if TYPE_CHECKING:
+    from trainer.loop import Job
+    from trainer.metrics import Metrics
+
+PACKAGES = ("longhand", "torch", "deepspeed", "numpy", "zarr", "sentencepiece")
+
+
+def write_record(job: "Job", device: torch.device, metrics: "Metrics", n_parameters: int) -> None:
+    """Write RUN/run.json and show it in TensorBoard."""
+    record = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resumed_from_step": metrics.first_step - 1 if metrics.first_step else None,
+        "config": job.config.model_dump(mode="json"),
+        "deepspeed": job.deepspeed,
+        "store": {"fingerprint": job.store.manifest.fingerprint, **asdict(StoreFacts.of(job.store))},
+        "samples": dict(job.samples.identity),
+        "launch": {
+            "launcher": job.launch.launcher,
+            "world_size": job.launch.world_size,
+            "local_world_size": job.launch.local_world_size,
+            "device": distributed.device_name(device),
+        },
+        "n_parameters": n_parameters,
+        **environment(),
+    }
+    (job.config.run.dir / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    show(metrics, record)
+
+
+def show(metrics: "Metrics", record: Mapping[str, Any]) -> None:
+    """Put the object of run.json into TensorBoard.
+
+    The texts belong to the first step that is reported next, so that a resume takes them back with that step's numbers.
+    """
+    sides = {"config": record["config"], "deepspeed": record["deepspeed"]}
+    environment = {key: value for key, value in record.items() if key not in sides}
+    for name, tree in {**sides, "environment": environment}.items():
+        metrics.text(metrics.first_step, f"run/{name}", fenced(tree))
+    metrics.hparams(flatten({**record["config"], "deepspeed": record["deepspeed"]}))
+
+
+def fenced(tree: Mapping[str, Any]) -> str:
+    """JSON as markdown shows it word for word."""
+    return f"```json\n{json.dumps(tree, indent=2, ensure_ascii=False)}\n```"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and git commit, for run.json."""
+    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    return {"versions": versions, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, marked if the tree has changes; None outside of a git checkout."""
+    here = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,146 @@
+"""What rank 0 prints: a dense line for each step that is logged, a bar below them, and a summary at the end.
+
+What is special: the bar is only there when standard output is a terminal. In a file, a pipe or SLURM's log there are
+the same lines and nothing else, so that they can be searched, and followed with `tail -f`.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+BAR = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left"
+
+
+class Terminal:
+    """Standard output of a run. A context manager, so that an error finds the bar gone."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        """steps: of the whole run; done: of them, those before this start."""
+        self._steps = steps
+        self._bar: tqdm | None = None
+        if sys.stdout.isatty():
+            self._bar = _Bar(
+                total=steps, initial=done, file=sys.stdout, dynamic_ncols=True, leave=False, bar_format=BAR
+            )
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bar."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(self, done: int, values: Mapping[str, float] | None = None) -> None:
+        """After `done` steps: move the bar, and print the step's line if there are values (those of metrics.py)."""
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+        if values is not None:
+            self.line(train_line(done, self._steps, values))
+
+    def close(self, summary: str | None = None) -> None:
+        """Take the bar away, and print a summary if there is one. May be called again."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if summary is not None:
+            print(summary, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Bar(tqdm):
+    monitor_interval = 0
+    """No thread that looks after bars which are rarely updated: ours are updated after every step."""
+
+
+def train_line(step: int, steps: int, values: Mapping[str, float]) -> str:
+    """One dense line on a step."""
+    left = duration((steps - step) * values["speed/step_s"])
+    utilisation = f"{values['speed/mfu']:.1%} MFU  " if "speed/mfu" in values else ""
+    skipped = f"{values['train/skipped_steps']:.0f} skipped  " if values.get("train/skipped_steps") else ""
+    return (
+        f"step {step:>{len(str(steps))}}/{steps}  loss {values['train/loss']:.4f}  "
+        f"bits/byte {values['train/bits_per_byte']:.4f}  lr {values['train/lr']:.2e}  "
+        f"grad {values['train/grad_norm']:.3g}  {skipped}{values['speed/tokens_per_s']:,.0f} tokens/s  "
+        f"{utilisation}{values['memory/peak_gib']:.2f} GiB  {left} left"
+    )
+
+
+def eval_line(step: int, steps: int, values: Mapping[str, float], n_rows: int) -> str:
+    """One line on an evaluation."""
+    gain = f"LSH gains {values['eval/lsh_gain']:.4f}  " if "eval/lsh_gain" in values else ""
+    return (
+        f"eval {step:>{len(str(steps))}}/{steps}  loss {values['eval/loss']:.4f}  "
+        f"bits/byte {values['eval/bits_per_byte']:.4f}  {gain}on {n_rows} held-out rows"
+    )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What there is to say when a run ends, or stops on the way."""
+
+    run_dir: Path
+    steps: int
+    """Of the whole run."""
+    first_step: int
+    """Steps that had been done before this start."""
+    done: int
+    """Steps that are done now."""
+    n_tokens: float
+    """Tokens to predict in the steps of this start."""
+    seconds: float
+    """Since the first of these steps, with evaluations and checkpoints."""
+    save_s: float
+    """Those of the seconds that checkpoints took."""
+    newest: Mapping[str, float]
+    """The newest value of each tag of metrics.py."""
+
+    def text(self) -> str:
+        state = "finished" if self.done >= self.steps else "stopped"
+        before = f" ({self.first_step} of them before this start)" if self.first_step else ""
+        speed = self.n_tokens / self.seconds if self.seconds else 0.0
+        scores = "   ".join(
+            f"{name}: {self.newest[f'{split}/loss']:.4f} nats per token, "
+            f"{self.newest[f'{split}/bits_per_byte']:.4f} bits per byte"
+            for split, name in (("train", "last batch"), ("eval", "held out"))
+            if f"{split}/loss" in self.newest
+        )
+        skipped, spikes = (int(self.newest.get(f"train/{name}", 0)) for name in ("skipped_steps", "spikes"))
+        lines = [
+            f"{state}: {self.done} of {self.steps} steps{before}, {self.n_tokens:,.0f} tokens in "
+            f"{duration(self.seconds)}, {speed:,.0f} tokens/s",
+            *([scores] if scores else []),
+            f"checkpoints took {self.save_s / self.seconds if self.seconds else 0.0:.1%} of the time; "
+            f"{_count(skipped, 'step')} skipped, {_count(spikes, 'spike')} of the loss",
+            f"the run lies in {self.run_dir}; how it went: python launch/report.py {self.run_dir}",
+            f"see its curves: {see_curves(self.run_dir)}",
+        ]
+        return "\n".join(lines)
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+
+
+def see_curves(run_dir: Path) -> str:
+    """The command that shows a run's curves."""
+    return f"{Path(sys.executable).parent / 'tensorboard'} --logdir {run_dir / 'tensorboard'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02d}:{s:02d}"
