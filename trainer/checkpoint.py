@@ -1,31 +1,51 @@
-"""Checkpoints: complete or absent, and refused where they would not continue the same run.
+"""Checkpoints: complete, verified, and readable by any number of ranks under any ZeRO stage.
 
 What is special: everything is written into `.partial-step_…`, and when every rank has finished, the folder is
-published by renaming it. `state.json` says what the checkpoint belongs to and is read before any process group
-starts. The rest of the folder is a DeepSpeed checkpoint of its own, for DeepSpeed's tools too.
+published by renaming it. Who continues checks every byte, by all ranks together, and where a checkpoint is damaged
+puts it aside as `damaged-step_…` and takes the one before.
+
+RUN/checkpoints/step_00000100/:
+
+    rank_00000.safetensors …   slices of weights and optimizer state, one file a rank that wrote: see state.py
+    state.json                 {format, step, world_size, shapes: {parameter: shape}, run: see `identity`,
+                                progress: what the run had counted, see loop.py}
+    SHA256SUMS                 of all other files; `sha256sum -c SHA256SUMS` reads it
 """
 
+import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
-from reformer.config import ConfigError
-from trainer.config import RunConfig, flatten
-from trainer.distributed import Launch, barrier
+from data_pipeline.errors import DataError
+from reformer.config import ConfigError, ReformerConfig
+from trainer import state
+from trainer.config import LoopConfig, RunConfig, flatten
+from trainer.distributed import Launch, all_gather, all_max, all_sum
 
-TAG = "deepspeed"
-"""Subfolder of DeepSpeed's files in a checkpoint."""
+T = TypeVar("T")
+
+FORMAT = 2
+SUMS = "SHA256SUMS"
+SPARE_BYTES = 2**20
+"""Room that a checkpoint needs besides its tensors: their names, state.json, the folder."""
 
 FIXED = (
     "store_fingerprint",
-    "world_size",
     "model",
     "data.train_split",
     "run.seed",
@@ -33,12 +53,8 @@ FIXED = (
     "deepspeed.optimizer",
     "deepspeed.bf16",
     "deepspeed.data_types",
-    "deepspeed.zero_optimization.stage",
 )
-"""What must be the same when a run continues: the model, the order of the data, the layout of the optimizer's state."""
-
-ON_NVME = "deepspeed.zero_optimization.{}.device='nvme'"
-"""How a part of the state is said to live on NVMe: offload_optimizer, offload_param."""
+"""What must be the same when a run continues: the model, the order of the data, what the optimizer computes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,10 @@ class Checkpoint:
     path: Path
     step: int
     """Optimizer steps that it is the result of."""
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the ones before it are untouched, and nothing of it is left."""
 
 
 def identity(
@@ -62,7 +82,6 @@ def identity(
     )
     return {
         "store_fingerprint": store_fingerprint,
-        "world_size": world_size,
         "train_batch_size": deepspeed_config.get("train_batch_size", micro * accumulation * world_size),
         **config.model_dump(mode="json"),
         "deepspeed": dict(deepspeed_config),
@@ -76,100 +95,92 @@ def published(run_dir: Path) -> list[Checkpoint]:
     return sorted((Checkpoint(path, int(match[1])) for match, path in steps), key=lambda found: found.step)
 
 
-def starting_point(run_dir: Path, current: Mapping[str, Any], resume: bool) -> Checkpoint | None:
-    """Where to start from: a checkpoint or, as None, the beginning. A ConfigError if that is not possible."""
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself, its state.json. Raises DataError where that is not what was written."""
+    try:
+        if sha256(path / "state.json") != _read_sums(path)["state.json"]:
+            raise DataError(f"{path}/state.json is not what was written")
+        found: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}/state.json cannot be read: {error!r}") from None
+    return found
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, fp32 on the CPU, by parameter. Raises DataError where they cannot be read."""
+    with state.SavedSlices.open(path) as saved:
+        return saved.weights()
+
+
+def problems(path: Path, share: int = 0, n_shares: int = 1) -> list[str]:
+    """What is wrong with a checkpoint's files, a line for each; every byte is read. Empty if it is sound.
+
+    Of `n_shares` callers, each with its `share`, all look at the names and each at the bytes of its files.
+    """
+    try:
+        sums = _read_sums(path)
+        names = sorted(entry.name for entry in os.scandir(path) if entry.name != SUMS)
+    except (OSError, ValueError) as error:
+        return [f"{SUMS} cannot be read: {error}"]
+    missing = [f"{name} is missing" for name in sorted(sums.keys() - set(names))]
+    unknown = [f"{name} does not belong there" for name in names if name not in sums]
+    if not {"state.json", "rank_00000.safetensors"} <= sums.keys():
+        unknown.append(f"{SUMS} does not name what every checkpoint has")
+    shared = [name for name in names if name in sums][share::n_shares]
+    return missing + unknown + [line for name in shared for line in _differs(path / name, sums[name])]
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    """The SHA-256 of each file by name. Raises OSError or ValueError."""
+    lines = (path / SUMS).read_bytes().decode("ascii").splitlines()
+    return {name: digest for digest, name in (line.split("  ") for line in lines)}
+
+
+def _differs(path: Path, digest: str) -> list[str]:
+    try:
+        found = sha256(path)
+    except OSError as error:
+        return [f"{path.name} cannot be read: {error.strerror}"]
+    return [] if found == digest else [f"{path.name} is not what was written ({path.stat().st_size:,} bytes)"]
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> None:
+    """Raise a ConfigError where `current` cannot be begun or continued in this folder; before any process joins.
+
+    new: whether the run is to be a new one.
+    """
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
-    found = published(run_dir)
-    if not found:
-        return None
-    newest = found[-1]
-    if not resume:
-        raise ConfigError(
-            f"{run_dir} already holds a run up to step {newest.step}: "
-            "continue it with --resume, or choose another folder with run.dir=…"
-        )
-    saved, sizes = _read_state(newest)
-    _refuse_nvme(newest, saved, current)
-    _refuse_damage(newest, sizes)
-    if differences := _differences(saved, current):
-        raise ConfigError("\n".join([f"cannot continue from {newest.path}:", *differences]))
-    return newest
-
-
-def nvme_note(deepspeed_config: Mapping[str, Any]) -> str:
-    """What to say when a run starts about how it could be continued; empty if that goes without saying."""
-    parts = _on_nvme(deepspeed_config)
-    if "offload_optimizer" in parts:
-        return (
-            f"note: with {ON_NVME.format('offload_optimizer')} this run cannot be continued with --resume, since "
-            "DeepSpeed does not restore an optimizer from NVMe. If it may have to be, set the device to 'cpu'"
-        )
-    if parts:
-        return (
-            f"note: with {ON_NVME.format('offload_param')}, set the device to 'cpu' to continue this run with "
-            "--resume, since DeepSpeed does not restore parameters to NVMe"
-        )
-    return ""
-
-
-def _on_nvme(deepspeed_config: Mapping[str, Any]) -> list[str]:
-    """The parts of the state that DeepSpeed would not restore.
-
-    Of an optimizer on NVMe, its load_checkpoint() skips the file with everything but the moments, and copies these to
-    where the swapper does not know of them. Into parameters on NVMe it writes as if they were in memory, and fails
-    with an AttributeError for those beyond max_in_cpu; but their checkpoint is whole, and goes on from the CPU.
-    """
-    zero = deepspeed_config.get("zero_optimization") or {}
-    return [name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "nvme"]
-
-
-def _refuse_nvme(checkpoint: Checkpoint, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    was, now = (_on_nvme(run.get("deepspeed") or {}) for run in (saved, current))
-    if "offload_optimizer" in was:
-        raise ConfigError(
-            f"cannot continue from {checkpoint.path}: it is of a run with {ON_NVME.format('offload_optimizer')}, and "
-            "DeepSpeed does not restore an optimizer from NVMe: start anew in another run.dir, with device 'cpu' if "
-            "that run may have to be continued"
-        )
-    if now:
-        settings = " and ".join(ON_NVME.format(name) for name in now)
-        raise ConfigError(
-            f"cannot continue from {checkpoint.path} with {settings}: DeepSpeed does not restore what lives on NVMe; "
-            "set the device to 'cpu'"
-        )
-
-
-def _read_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, int]]:
-    """What a checkpoint says about its run, and how many bytes each of its files has."""
-    try:
-        state = json.loads((checkpoint.path / "state.json").read_text(encoding="utf-8"))
-        run, sizes = dict(state["run"]), dict(state["n_bytes"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _damaged(checkpoint, f"state.json: {error!r}") from None
-    return run, sizes
-
-
-def _refuse_damage(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
-    for name, n_bytes in sizes.items():
-        path = checkpoint.path / TAG / name
-        if not path.is_file():
-            raise _damaged(checkpoint, f"{TAG}/{name} is missing")
-        if path.stat().st_size != n_bytes:
-            raise _damaged(checkpoint, f"{TAG}/{name} has {path.stat().st_size} bytes instead of {n_bytes}")
-
-
-def _damaged(checkpoint: Checkpoint, problem: str) -> ConfigError:
-    return ConfigError(
-        f"the checkpoint {checkpoint.path} is damaged: {problem}. Remove that folder, and --resume continues from the "
-        "one before it"
-    )
+    for checkpoint in reversed(published(run_dir)):
+        if new:
+            raise ConfigError(
+                f"{run_dir} already holds a run up to step {checkpoint.step}: "
+                "leave out --new to continue it, or choose another folder with run.dir=…"
+            )
+        if (checkpoint.path / "deepspeed").is_dir():
+            raise ConfigError(
+                f"{checkpoint.path} was written by an older version, as DeepSpeed's own files: continue it with that "
+                "version, or start anew in another run.dir"
+            )
+        with suppress(DataError):  # a damaged one: `sound_start` will see to it
+            saved = read_state(checkpoint.path)
+            if differences := _differences(saved["run"], current):
+                raise ConfigError("\n".join([f"cannot continue from {checkpoint.path}:", *differences]))
+            return
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One line for each value in FIXED that is not what it was."""
+    with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
+        saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
     return [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r} now: {_way_back(name)}, "
@@ -185,49 +196,147 @@ def _way_back(name: str) -> str:
     return "set it back"
 
 
+def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is what was written; None if there is none at all. All ranks call this.
+
+    What is damaged is put aside and reported. Raises ConfigError where all checkpoints are.
+    """
+    newest = published(run_dir)[::-1] if launch.rank == 0 else []
+    for number in range(int(all_max(len(newest), device))):
+        step = int(all_max(newest[number].step if newest else -1, device))
+        checkpoint = Checkpoint(run_dir / "checkpoints" / _name(step), step)
+        found = problems(checkpoint.path, launch.rank, launch.world_size)
+        for problem in found:
+            print(f"damaged checkpoint {checkpoint.path}: {problem}", flush=True)
+        if not all_max(len(found), device):
+            return checkpoint
+        aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
+        if launch.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.path.rename(aside)
+        say(f"put aside as {aside}; trying the checkpoint before it")
+    if damaged := sorted((run_dir / "checkpoints").glob("damaged-step_*")):
+        raise ConfigError(
+            f"no checkpoint of {run_dir} is sound: {', '.join(path.name for path in damaged)} are damaged. Remove them "
+            "to start this run anew, or choose another run.dir"
+        )
+    return None
+
+
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> None:
-    """Bring weights, optimizer and schedule to where they were."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint.path), tag=TAG)
-    if loaded is None:
-        raise _damaged(checkpoint, "DeepSpeed finds no state in it")
+    """Bring weights and optimizer to where they were. All ranks call this."""
+    with state.SavedSlices.open(checkpoint.path) as saved:
+        state.restore(engine, saved)
 
 
 def save(
     engine: deepspeed.DeepSpeedEngine,
-    run_dir: Path,
+    plan: LoopConfig,
     step: int,
     run: Mapping[str, Any],
-    keep_last: int,
+    progress: Mapping[str, Any],
     launch: Launch,
     device: torch.device,
-) -> Path:
-    """Write the state after `step` steps, publish it, and remove what is older than `keep_last`."""
-    name = f"step_{step:08d}"
-    partial, final = run_dir / "checkpoints" / f".partial-{name}", run_dir / "checkpoints" / name
-    engine.save_checkpoint(str(partial), tag=TAG)
-    # Rank 0 may publish only what every rank has finished, and none may go on before it is published.
-    barrier(device)
-    if launch.rank == 0:
-        # DeepSpeed makes folders in its folder, for what is on NVMe.
-        files = [path for path in sorted((partial / TAG).rglob("*")) if path.is_file()]
-        sizes = {path.relative_to(partial / TAG).as_posix(): path.stat().st_size for path in files}
-        state = {"step": step, "run": run, "n_bytes": sizes}
-        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        partial.rename(final)
-        for old in published(run_dir)[:-keep_last]:
+) -> Checkpoint:
+    """Write the state after `step` steps, publish it, and remove what need not be kept. All ranks call this.
+
+    Raises SaveError, on all ranks, where one of them cannot write; then nothing has changed.
+    """
+    final = plan.dir / "checkpoints" / _name(step)
+    folder = final.with_name(f".partial-{final.name}")
+    slices, shapes = state.local_slices(engine), state.shapes(engine)
+    n_bytes = int(all_sum([sum(each.nbytes for each in slices.values())], device)[0])
+    facts = {"format": FORMAT, "step": step, "world_size": launch.world_size, "shapes": shapes}
+    facts |= {"run": run, "progress": progress}
+    leads, name = launch.rank == 0, f"rank_{launch.rank:05d}.safetensors"
+    try:
+        _on_all(partial(_make_room, folder, n_bytes), leads, device)
+        digest = _on_all(partial(_write_slices, folder / name, slices), bool(slices), device)
+        digests = _gather_digests(digest, device)
+        _on_all(partial(_publish, folder, final, facts, digests), leads, device)
+    except SaveError as error:
+        if leads:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise SaveError(f"cannot save {final}, of {n_bytes:,} bytes: {error}") from None
+    if leads:
+        _retain(plan)
+    all_sum([0], device)  # none goes on, and perhaps ends, before rank 0 has done this
+    return Checkpoint(final, step)
+
+
+def _on_all(action: Callable[[], T], acts: bool, device: torch.device) -> T | None:
+    """Do something on the ranks that act. Where one fails, all raise SaveError, which says why where it failed."""
+    result, problem = None, ""
+    try:
+        result = action() if acts else None
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+        print(f"error while saving: {problem}", file=sys.stderr, flush=True)
+    if all_max(bool(problem), device):
+        raise SaveError(problem or "another rank failed")
+    return result
+
+
+def _make_room(folder: Path, n_bytes: int) -> None:
+    """An empty folder, where there is room for so many bytes and a little more."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    needed, free = n_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder.parent} has {free:,} bytes left, and {needed:,} are needed: make room there")
+
+
+def _write_slices(path: Path, slices: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 of what is on the disk then."""
+    save_file(dict(slices), path)
+    _sync(path)
+    return sha256(path)
+
+
+def _gather_digests(digest: str | None, device: torch.device) -> dict[str, str]:
+    """The digest of each rank's file by name; of none where a rank has nothing to write."""
+    values = [float(byte) for byte in bytes.fromhex(digest)] if digest else [-1.0] * 32
+    found = enumerate(all_gather(values, device))
+    return {f"rank_{rank:05d}.safetensors": bytes(map(int, each)).hex() for rank, each in found if each[0] >= 0}
+
+
+def _publish(folder: Path, final: Path, facts: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    (folder / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    sums = {**digests, "state.json": sha256(folder / "state.json")}
+    (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="ascii")
+    for path in (folder / "state.json", folder / SUMS, folder):
+        _sync(path)
+    folder.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _retain(plan: LoopConfig) -> None:
+    for old in published(plan.dir)[: -plan.keep_last]:
+        if not (plan.keep_every and old.step % plan.keep_every == 0):
             _remove(old)
-    barrier(device)
-    return final
 
 
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what an interrupted save left behind."""
     for leftover in (run_dir / "checkpoints").glob(".partial-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(checkpoint: Checkpoint) -> None:
     """Delete a checkpoint so that, interrupted, it is a leftover and not a damaged checkpoint."""
     doomed = checkpoint.path.with_name(f".partial-{checkpoint.path.name}")
     checkpoint.path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"

@@ -1,0 +1,86 @@
+"""One rank that trains, saves and goes on, case by case, through the trainer's own functions.
+
+    python tests/distributed/state_worker.py PLAN RENDEZVOUS OUTPUT RANK RANKS
+
+PLAN: JSON, a list of {case: fields of zero_matrix.Case, load: folder or null, first: step, steps: number, save: folder or
+null}. OUTPUT of rank 0: JSON, a list of the losses and gradient norms of each, or of the text of an error.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from zero_matrix import BATCH, LR_FACTORS, VOCAB, Case, deepspeed_config, run_config, samples
+
+from data_pipeline.order import shares
+from trainer import checkpoint
+from trainer.batches import collate
+from trainer.distributed import Launch, all_sum
+from trainer.engine import backward, build_engine, forward, optimizer_step, set_learning_rate
+
+CPU = torch.device("cpu")
+PEAK_LR = 0.02
+
+
+def run(task: dict[str, Any], launch: Launch, folder: Path) -> list[list[float]]:
+    case = Case(**task["case"])
+    config, deepspeed = run_config(case), deepspeed_config(case, folder)
+    engine = build_engine(config, deepspeed)
+    try:
+        if task["load"]:
+            checkpoint.load(engine, checkpoint.Checkpoint(Path(task["load"]), task["first"]))
+        seen = [step_of(engine, step, launch) for step in range(task["first"], task["first"] + task["steps"])]
+        if task["save"]:
+            plan = config.run.model_copy(update={"dir": Path(task["save"])})
+            done = task["first"] + task["steps"]
+            checkpoint.save(engine, plan, done, {"deepspeed": deepspeed}, {}, launch, CPU)
+        return seen
+    finally:
+        engine.destroy()
+
+
+def step_of(engine: Any, step: int, launch: Launch) -> list[float]:
+    """Loss and gradient norm of one update."""
+    rows, token_bytes = samples(step), torch.ones(VOCAB, dtype=torch.int64)
+    micro = engine.train_micro_batch_size_per_gpu()
+    batches = [
+        collate([rows[i] for i in ids], ids, token_bytes, CPU)
+        for ids in shares(BATCH, micro, launch.rank, launch.world_size)
+    ]
+    set_learning_rate(engine, PEAK_LR * LR_FACTORS[min(step, len(LR_FACTORS) - 1)])
+    (n_tokens,) = all_sum([sum(batch.n_tokens for batch in batches)], CPU)
+    nll, result = 0.0, None
+    for batch in batches:
+        loss = forward(engine, batch, step)
+        nll += loss.item() * batch.n_tokens
+        backward(engine, loss, batch.n_tokens, n_tokens)
+        result = optimizer_step(engine)
+    assert result is not None and not result.skipped
+    return [all_sum([nll], CPU)[0] / n_tokens, result.norm]
+
+
+def main(plan: str, rendezvous: str, output: str, rank: str, ranks: str) -> None:
+    os.environ.update(RANK=rank, WORLD_SIZE=ranks, LOCAL_RANK=rank, LOCAL_SIZE=ranks)
+    launch = Launch("test", int(rank), int(ranks), int(rank), int(ranks))
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(ranks))
+    results: list[Any] = []
+    for task in json.loads(Path(plan).read_text()):
+        try:
+            results.append(run(task, launch, Path(output).parent))
+        except Exception:
+            results.append(traceback.format_exc())
+        gc.collect()
+        gc.freeze()  # DeepSpeed collects garbage whenever it reports memory
+    if launch.rank == 0:
+        Path(output).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
