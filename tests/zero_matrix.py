@@ -1,13 +1,14 @@
 """The cases of the gradient parity matrix, their data, and the run that each of them must equal.
 
 That run is plain: one process, ordinary autograd through the blocks called one after another, whole logits, the whole
-global batch at once, torch's clipping and AdamW. In bf16 it does what the precision scheme says: the model's weights
-are copies of fp32 masters, gradients come out in bf16, are clipped in fp32 and update the masters.
+global batch at once, torch's clipping and optimizer. In bf16 it does what the precision scheme says: the model's
+weights are copies of fp32 masters, gradients come out in bf16, are clipped in fp32 and update the masters.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ LR_FACTORS = (0.5, 1.0, 1.0)
 CLIP = 0.5
 ADAMW = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1}
 """eps is of the gradients' size, because Adam with a tiny one hides a wrong scale and magnifies rounding to a sign."""
+ADAMW_OF = partial(torch.optim.AdamW, **ADAMW)
 
 BUCKETS = {"reduce_bucket_size": 5_000, "allgather_bucket_size": 5_000}
 """A third of the parameters: each backward fills several."""
@@ -222,19 +224,26 @@ def mean_of_means(model: Reformer, step: int) -> Iterator[Tensor]:
         yield plain_nll(model, step, rows) / sum(N_LABELS[rows]) / RANKS
 
 
-def plain_run(case: Case, starts: Sequence[Parameters] | None = None, loss=whole_batch, clip: float = CLIP) -> Outcome:
+def plain_run(
+    case: Case,
+    starts: Sequence[Parameters] | None = None,
+    loss=whole_batch,
+    clip: float = CLIP,
+    make_optimizer=ADAMW_OF,
+) -> Outcome:
     """The run in one process.
 
     starts: what each step starts from, in place of what the step before ended with.
     loss: parts that add up to it.
     clip: the norm that gradients are clipped to.
+    make_optimizer: of groups of parameters.
     """
     torch.manual_seed(run_config(case).run.seed)
     model = Reformer(run_config(case).model).to(torch.bfloat16 if case.bf16 else torch.float32)
     masters = deepcopy(model).float()
     for master in masters.parameters():
         master.grad = torch.zeros_like(master)
-    optimizer = torch.optim.AdamW(parameter_groups(masters), **ADAMW)
+    optimizer = make_optimizer(parameter_groups(masters))
     outcome = Outcome([], [], [], [])
     for step, factor in enumerate(LR_FACTORS):
         with torch.no_grad():
@@ -253,7 +262,7 @@ def plain_run(case: Case, starts: Sequence[Parameters] | None = None, loss=whole
         norm = torch.nn.utils.get_total_norm([master.grad.double() for master in masters.parameters()])
         torch.nn.utils.clip_grads_with_norm_(masters.parameters(), clip, norm)
         for group in optimizer.param_groups:
-            group["lr"] = factor * ADAMW["lr"]
+            group["lr"] = factor * optimizer.defaults["lr"]
         optimizer.step()
         outcome.losses.append(total)
         outcome.norms.append(norm.item())
