@@ -29,6 +29,14 @@ def test_configurations_load_pass_and_build(path: Path, world_size: int) -> None
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize(
+    "path", [*CONFIGS[0].parent.glob("*.json"), ROOT / "ds_config.json"], ids=lambda path: path.stem
+)
+def test_deepspeed_configurations_go_with_any_other(path: Path) -> None:
+    config, deepspeed = load(ROOT / "launch" / "configs" / "enwik8_64k.toml", (), path)
+    check(config, deepspeed, StoreFacts(2**16, 258, {"train": 100, "val": 10}, ""), world_size=2)
+
+
 def test_weight_decay_is_for_matrices_only() -> None:
     config, _ = load(ROOT / "launch" / "configs" / "demo_cpu.toml")
     with torch.device("meta"):
