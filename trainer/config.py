@@ -7,6 +7,7 @@ How the two files, the data and the number of ranks must fit together is written
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -88,7 +89,7 @@ class LoopConfig(StrictConfig):
     """A part of a step that lasts so many times longer than the longest of its kind so far is a hang; 0: nothing is."""
     watchdog_min_s: float = Field(default=300.0, gt=0.0, allow_inf_nan=False)
     """What lasts less than this many seconds is no hang."""
-    profile_steps: str | None = Field(default=None, pattern=r"^\d+\.\.\d+$")
+    profile_steps: str | None = None
     """Steps to profile, as in "10..12": their trace is written to the folder `profile` of the run."""
     histogram_every: int = Field(default=0, ge=0)
     """Steps from one histogram of the gradients of each parameter to the next; 0: none at all."""
@@ -96,6 +97,23 @@ class LoopConfig(StrictConfig):
     """Tokens by which an evaluation continues a held-out text, for TensorBoard to show; 0: none."""
     ablation_rows: int = Field(default=2, ge=0)
     """Held-out rows that an evaluation also scores with the LSH layers' attention left out; 0: none."""
+
+    @model_validator(mode="after")
+    def _check_profile_steps(self) -> Self:
+        if self.profile_steps is not None:
+            window = profiled_steps(self.profile_steps)
+            if not window or window[0] < 1 or window[-1] > self.steps:
+                raise ValueError(
+                    f"run.profile_steps={self.profile_steps!r} must be a first and a last step from 1 to "
+                    f'run.steps={self.steps}, as in "10..12": change it, or leave it out'
+                )
+        return self
+
+
+def profiled_steps(text: str) -> range:
+    """The steps of run.profile_steps, first and last included; none if it is no such thing."""
+    found = re.fullmatch(r"(\d+)\.\.(\d+)", text, flags=re.ASCII)
+    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
 
 class RunConfig(StrictConfig):
