@@ -2,28 +2,42 @@
 
     python launch/train.py --config launch/configs/demo_cpu.toml                                  one process
     deepspeed --num_accelerators 2 launch/train.py --config launch/configs/demo_cpu.toml          two, one machine
+    mpirun -n 2 python launch/train.py --config launch/configs/demo_cpu.toml                      the same by MPI
     srun python launch/train.py --config launch/configs/books_64k.toml                            a SLURM cluster
 
 Values of the configuration can be changed behind it: run.steps=100 deepspeed.zero_optimization.stage=3
 Everything is checked before the processes join each other, so a mistake ends all of them at once.
+
+The same command again goes on from the newest checkpoint in run.dir that is whole, on any number of processes. SIGUSR1,
+SIGUSR2 and SIGTERM stop the run after the step that it is at, with a checkpoint.
+
+Exit codes: 0 finished, 2 a mistake that is named, 75 stopped by a signal and to be continued, 70 ended by the watchdog.
 """
 
-import argparse
-import os
-import sys
-import time
-from pathlib import Path
+import signal
 
-import torch.distributed as dist
+STOPPING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+# The imports below take seconds. A signal meanwhile waits until the trainer listens to it, instead of ending us.
+signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
-from data_pipeline.errors import DataError
-from data_pipeline.store import Store
-from trainer.batches import open_sources, training_samples
-from trainer.check import StoreFacts, check
-from trainer.checkpoint import identity, starting_point
-from trainer.config import ConfigError, load
-from trainer.distributed import detect
-from trainer.loop import Job, train
+import argparse  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch.distributed as dist  # noqa: E402
+
+from data_pipeline.errors import DataError  # noqa: E402
+from data_pipeline.store import Store  # noqa: E402
+from trainer.batches import open_sources, training_samples  # noqa: E402
+from trainer.check import StoreFacts, check  # noqa: E402
+from trainer.checkpoint import identity, refuse_another_run  # noqa: E402
+from trainer.config import ConfigError, load  # noqa: E402
+from trainer.distributed import detect  # noqa: E402
+from trainer.loop import Job, train  # noqa: E402
+from trainer.presence import hold  # noqa: E402
 
 PATIENCE_S = 10
 """How long another rank than 0 keeps an error to itself before the processes have joined each other."""
@@ -33,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml", help="model, data and run")
     parser.add_argument("--deepspeed_config", type=Path, metavar="FILE.json", help="in place of run.deepspeed_config")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    parser.add_argument("--new", action="store_true", help="refuse to continue: run.dir must not hold a run yet")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment rules
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the files")
     return parser.parse_intermixed_args()
@@ -41,8 +55,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    rank = 0
     try:
         launch = detect(os.environ)
+        rank = launch.rank
         config, deepspeed = load(arguments.config, arguments.overrides, arguments.deepspeed_config)
         store = Store.open(config.data.store)
         sources = open_sources(config.data)
@@ -51,15 +67,15 @@ def main() -> int:
         samples = training_samples(config.data, store, sources, config.run.seed)
         fingerprint = samples.identity if sources else store.manifest.fingerprint
         own = identity(config, deepspeed, fingerprint, launch.world_size)
-        start = starting_point(config.run.dir, own, arguments.resume)
-        train(Job(config, deepspeed, store, samples, launch, own, arguments.resume, start))
+        refuse_another_run(config.run.dir, own, arguments.new)
+        with hold(config.run.dir) if launch.rank == 0 else nullcontext():
+            return train(Job(config, deepspeed, store, samples, launch, own))
     except (ConfigError, DataError) as error:
-        if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0" and not dist.is_initialized():
+        if rank != 0 and not dist.is_initialized():
             # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.
             time.sleep(PATIENCE_S)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

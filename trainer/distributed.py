@@ -293,6 +293,13 @@ def barrier(device: torch.device) -> None:
     all_sum([0], device)
 
 
+def hosts() -> list[str]:
+    """The host's name of each process, by rank. All call this."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, socket.gethostname())
+    return found
+
+
 def all_sum(values: Iterable[float | torch.Tensor], device: torch.device) -> list[float]:
     """The sums of several numbers over all processes, in float64: counts stay exact."""
     return _all_reduce(values, device, dist.ReduceOp.SUM)

@@ -4,22 +4,21 @@ What is special: the loss is scaled so that every update is that of the mean ove
 any number of ranks, with any accumulation, under ZeRO 0 to 3, whichever rank got the rows with more to predict.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from reformer import Reformer
 from trainer.batches import Batch
-from trainer.config import LoopConfig, RunConfig
-from trainer.schedule import lr_factor
+from trainer.config import RunConfig
 
 
 def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deepspeed.DeepSpeedEngine:
@@ -32,12 +31,13 @@ def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deep
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),
-        lr_scheduler=partial(_scheduler, config.run),
         config=_with_plain_linear(deepspeed_config),
     )
     if engine.bfloat16_enabled() and not engine.zero_optimization():
         # Here DeepSpeed has already taken a step, on gradients of zero: weights decayed, Adam counted one too many.
         engine.basic_optimizer.state.clear()
+        for group in engine.basic_optimizer.param_groups:
+            group.pop("step", None)  # where DeepSpeed's own Adam counts
         engine.optimizer.refresh_fp32_params()
     return engine
 
@@ -61,15 +61,10 @@ def _calm_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
 
 
-def _scheduler(run: LoopConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    factor = partial(
-        lr_factor,
-        steps=run.steps,
-        warmup_steps=run.warmup_steps,
-        decay=run.decay,
-        final_ratio=run.final_lr_ratio,
-    )
-    return LambdaLR(optimizer, factor)
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Of the next update; it follows from the step's number alone (schedule.py), so no state has to be kept."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -103,22 +98,50 @@ def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor, n_tokens: in
     DeepSpeed divides by the accumulation steps here and averages over ranks later; both are undone beforehand.
     """
     undo = engine.gradient_accumulation_steps() * engine.world_size
-    engine.backward(loss * (n_tokens * undo / max(global_tokens, 1.0)))
+    # A loss that is not finite can have a gradient that is. Made NaN, that reaches the norm, by which all ranks skip.
+    finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+    engine.backward(loss * (n_tokens * undo / max(global_tokens, 1.0)) * finite)
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """Count a micro-batch; after the last one of a step, update the weights and return the gradient's norm.
+@dataclass(frozen=True)
+class StepResult:
+    """What became of a step; the same on all ranks."""
 
-    The norm is that before clipping.
-    """
+    norm: float
+    """Of the gradient, before clipping."""
+    skipped: bool
+    """Whether the loss or the norm was not finite: then no weight, no moment and no count of the optimizer changed, the
+    gradient is gone, and the norm is inf or NaN, whatever it was."""
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult | None:
+    """Count a micro-batch; after the last one of a step, update the weights, unless it is to be skipped."""
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
-    # Without ZeRO and in fp32, torch's own optimizer steps and no one keeps the norm; the gradients are whole here.
-    unkept = engine.optimizer is engine.basic_optimizer
-    norm = _gradient_norm(engine.module) if unkept else None
+    if engine.optimizer is engine.basic_optimizer:
+        return _plain_step(engine)
     engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    skipped = not engine.was_step_applied()
+    if skipped and engine.zero_optimization_stage() in (1, 2):
+        # With an optimizer on the CPU, DeepSpeed 0.19.8 keeps the gradients of bf16 weights, and adds the next ones to
+        # what is not finite: it would skip every step from then on.
+        for group in engine.optimizer.averaged_gradients:
+            engine.optimizer.averaged_gradients[group] = None
+    return StepResult(float(engine.get_global_grad_norm()), skipped)
+
+
+def _plain_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
+    """Without ZeRO and in fp32: torch's own optimizer steps, and no one keeps the norm or skips anything."""
+    norm = float(_gradient_norm(engine.module))  # the gradients are whole here
+    if math.isfinite(norm):
+        engine.step()
+        return StepResult(norm, skipped=False)
+    # An optimizer leaves parameters without gradients alone. DeepSpeed's clipping, before it, fails without any.
+    hook = engine.optimizer.register_step_pre_hook(lambda *_: engine.zero_grad())
+    engine.step()
+    hook.remove()
+    return StepResult(norm, skipped=True)
 
 
 def _gradient_norm(model: nn.Module) -> torch.Tensor:

@@ -4,15 +4,14 @@ What is special: nothing that decides the next step lives in the loop. A step's 
 learning rate follow from its number, so a run that stopped and continued equals one that did not.
 """
 
-import json
 import logging
 import math
+import signal
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,16 +21,27 @@ import torch
 from data_pipeline.dataset import RowDataset, Samples
 from data_pipeline.loader import Loader
 from data_pipeline.store import Store
-from trainer import checkpoint, distributed
+from trainer import checkpoint, distributed, memory
 from trainer.batches import Batch, collate
-from trainer.check import StoreFacts
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import SaveError
 from trainer.config import ConfigError, RunConfig
-from trainer.diagnostics import diagnosed
-from trainer.distributed import Launch, all_max, all_sum, together
-from trainer.engine import backward, build_engine, forward, optimizer_step
-from trainer.evaluate import Score, evaluate
-from trainer.metrics import Metrics, environment, eval_line, peak_gib, train_line
+from trainer.distributed import Launch, all_gather, all_max, all_sum, together
+from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
+from trainer.evaluate import Score, held_out
+from trainer.figures import figure_by_position
+from trainer.flops import training_flops
+from trainer.gradients import gradients
+from trainer.metrics import Metrics
+from trainer.peaks import mfu, peak_flops
+from trainer.preemption import PREEMPTED, Preemption
+from trainer.profiling import Profiler
+from trainer.record import write_record
+from trainer.reports import Progress, Spent, Step, own_figures, step_values
+from trainer.schedule import learning_rate
+from trainer.state import local_square_sum
+from trainer.terminal import Summary, Terminal, eval_line
+from trainer.timing import Stopwatch
+from trainer.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -47,180 +57,267 @@ class Job:
     launch: Launch
     identity: Mapping[str, Any]
     """What its checkpoints say about it: see checkpoint.identity."""
-    resume: bool
-    """Whether a checkpoint is to be continued, if there is one."""
-    start: Checkpoint | None
-    """That checkpoint; None for the beginning."""
 
 
-def train(job: Job) -> None:
-    """Run a job to its end."""
-    if job.start and job.start.step >= job.config.run.steps:
-        if job.launch.rank == 0:
-            print(f"nothing to do: {job.start.path} is at step {job.start.step}, run.steps={job.config.run.steps}")
-        return
-    device = distributed.start(job.launch)
-    # Without a handler for errors: a rank that fails must not wait for others, which may be waiting for it.
-    Trainer(job, device).run()
-    distributed.stop()
+def train(job: Job) -> int:
+    """Run a job to its end, or to where it is asked to stop; the exit code."""
+    plan, launch = job.config.run, job.launch
+    with Preemption() as preemption, Watchdog(plan.dir, launch, plan.watchdog_factor, plan.watchdog_min_s) as watchdog:
+        device = distributed.start(launch)
+        # Without a handler for errors: a rank that fails must not wait for others, which may be waiting for it.
+        code = Trainer(job, device, preemption, watchdog).run()
+        if code == PREEMPTED:
+            watchdog.outcome = "preempted"
+        distributed.stop()
+    return code
 
 
 class Trainer:
     """A run in progress on one rank."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
-        self.job, self.device = job, device
+    def __init__(self, job: Job, device: torch.device, preemption: Preemption, watchdog: Watchdog) -> None:
+        self.job, self.device, self.preemption, self.watchdog = job, device, preemption, watchdog
         self.launch, self.plan = job.launch, job.config.run
         self.leads = job.launch.rank == 0
+        self.terminal: Terminal | None = None
         self.say(distributed.describe(job.launch, device))
         if self.leads:
             _show_model_messages()
-        data = job.config.data
-        self.eval_rows = RowDataset(job.store, data.eval_split) if self.plan.eval_every else None
-        self.token_bytes = torch.from_numpy(job.store.token_bytes.astype("int64"))
-        self.engine = build_engine(job.config, job.deepspeed)
-        self.first_step = job.start.step if job.start else 0
-        batch_size = self.engine.train_batch_size()
-        self.loader = Loader(
-            job.samples,
-            batch_size,
-            self.engine.train_micro_batch_size_per_gpu(),
-            job.launch.rank,
-            job.launch.world_size,
-            n_consumed=self.first_step * batch_size,
-            on_damage=data.on_damage,
-        )
-        self.spent = Spent()
-        if job.start:
-            checkpoint.load(self.engine, job.start)
-        if self.leads:
-            checkpoint.remove_leftovers(self.plan.dir)
-            self.metrics = Metrics(self.plan.dir, self.first_step)
-            write_record(job, device, sum(parameter_sizes(self.engine)))
+        self.start = checkpoint.sound_start(self.plan.dir, self.launch, device, self.say)
+        self.first_step = self.start.step if self.start else 0
+        self.progress = Progress()
+        self.newest: dict[str, float] = {}  # of each tag
+        self.saved_step = self.first_step
 
     def say(self, line: str) -> None:
         """Print a line, once for all ranks."""
-        if self.leads:
+        if self.leads and self.terminal:
+            self.terminal.line(line)
+        elif self.leads:
             print(line, flush=True)
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Every step to the last, and what comes between them."""
-        with self.loader:  # reads ahead from here on
+        if self.first_step >= self.plan.steps:
+            self.say(f"nothing to do: {self.plan.dir} is at step {self.first_step}, run.steps={self.plan.steps}")
+            return 0
+        self.build()
+        begun, done, code = time.perf_counter(), self.first_step, 0
+        with self.loader, self.profiler:  # the former reads ahead from here on
             self.begin()
-            for step in range(self.first_step, self.plan.steps):
-                self.train_step(step)
+            while done < self.plan.steps:
+                if self.asked_to_stop(done):
+                    code = PREEMPTED
+                    break
+                self.train_step(done)
+                done += 1
+                self.progress.train_s += time.perf_counter() - begun
+                begun = time.perf_counter()
+        self.end(done)
+        return code
+
+    def build(self) -> None:
+        """The engine, brought to where the run was, and whoever serves it."""
+        config, launch, device = self.job.config, self.launch, self.device
+        self.engine = build_engine(config, self.job.deepspeed)
+        if self.start:
+            checkpoint.load(self.engine, self.start)
+            self.progress = Progress.from_state(checkpoint.read_state(self.start.path)["progress"])
+        self.batch_size = self.engine.train_batch_size()
+        self.loader = Loader(
+            self.job.samples,
+            self.batch_size,
+            self.engine.train_micro_batch_size_per_gpu(),
+            launch.rank,
+            launch.world_size,
+            n_consumed=self.first_step * self.batch_size,
+            on_damage=config.data.on_damage,
+        )
+        self.eval_rows = RowDataset(self.job.store, config.data.eval_split) if self.plan.eval_every else None
+        self.token_bytes = torch.from_numpy(self.job.store.token_bytes.astype("int64"))
+        self.before = replace(self.progress)
+        self.stopwatch, self.spent = Stopwatch(device), Spent()
+        precision = "bf16" if self.engine.bfloat16_enabled() else "fp32"
+        self.peak = peak_flops(distributed.device_name(device), precision)
+        self.step_flops = training_flops(config.model, self.job.store.seq_len) * self.batch_size
+        self.profiler = Profiler(self.plan.dir, self.plan.profile_steps, launch.rank)
+        self.hosts = distributed.hosts()
         if self.leads:
-            self.metrics.close()
+            checkpoint.remove_leftovers(self.plan.dir)
+            self.metrics = Metrics(self.plan.dir, self.first_step)
+            write_record(self.job, device, self.metrics, sum(parameter_sizes(self.engine)))
+            self.terminal = Terminal(self.plan.steps, self.first_step)
 
     def begin(self) -> None:
         """Say from where, and how good the weights are that nothing has been learnt by."""
-        if self.job.start:
-            self.say(f"continuing from {self.job.start.path}, after step {self.first_step}")
+        if self.start:
+            self.say(f"continuing from {self.start.path}, after step {self.first_step}")
             return
-        nothing = "no checkpoint to continue from: " if self.job.resume else ""
-        self.say(f"{nothing}starting anew in {self.plan.dir}")
-        if note := checkpoint.nvme_note(self.job.deepspeed):
-            self.say(note)
+        self.say(f"starting anew in {self.plan.dir}")
         self.evaluate(done=0)
 
+    @contextmanager
+    def part(self, step: int, name: str) -> Iterator[None]:
+        """What the watchdog and the stopwatch know a part of a step by."""
+        self.watchdog.mark(step, name)
+        with self.stopwatch.part(name):
+            yield
+        self.watchdog.mark(step, "between")
+
     def train_step(self, step: int) -> None:
-        """A step, and what is due after it."""
+        """A step, and what is due after it; `step` counts those before it."""
         plan, done = self.plan, step + 1
         begun = time.perf_counter()
-        lr = self.engine.get_lr()[0]
-        score, norm = self.step(step)
-        self.spent.add(score.n_tokens, time.perf_counter() - begun)
-        together(partial(self.refuse_divergence, done, score, norm), self.launch, self.device)
+        lr = learning_rate(self.job.deepspeed["optimizer"]["params"]["lr"], step, plan)
+        set_learning_rate(self.engine, lr)
+        with self.profiler.step(done):
+            score, result = self.step(step)
+        self.spent.add(self.batch_size, score.n_tokens, time.perf_counter() - begun)
+        self.progress.n_tokens += score.n_tokens
+        self.watch_health(done, score, result)
+        if self.terminal:
+            self.terminal.step(done)
         if due(plan.log_every, done, plan.steps):
-            self.log(done, score, lr, norm)
-            self.spent = Spent()
+            self.log(done, score, lr, result.norm)
         if due(plan.eval_every, done, plan.steps):
             self.evaluate(done)
         if due(plan.save_every, done, plan.steps) or done == plan.steps:
             self.save(done)
 
-    def step(self, step: int) -> tuple[Score, float]:
-        """One update of the weights; the score of its batch before it, and the gradient's norm."""
-        batches = together(self.read, self.launch, self.device)
+    def step(self, step: int) -> tuple[Score, StepResult]:
+        """One update of the weights; the score of its batch before it, and what became of it."""
+        batches = together(partial(self.read, step), self.launch, self.device)
         # The mean is over the tokens of all ranks, so these are counted before the first backward pass.
         counts = [sum(batch.n_tokens for batch in batches), sum(batch.n_bytes for batch in batches)]
         n_tokens, n_bytes = all_sum(counts, self.device)
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
-        norm = None
+        result = None
         for batch in batches:
-            loss = forward(self.engine, batch, step)
+            with self.part(step, "forward"):
+                loss = forward(self.engine, batch, step)
             nll += loss.detach().double() * batch.n_tokens
-            backward(self.engine, loss, batch.n_tokens, n_tokens)
-            norm = optimizer_step(self.engine)
-        assert norm is not None, "DeepSpeed and shares() disagree on the number of micro-batches"
-        return Score(all_sum([nll], self.device)[0], n_tokens, n_bytes), norm
+            with self.part(step, "backward"):
+                backward(self.engine, loss, batch.n_tokens, n_tokens)
+            if batch is batches[-1] and due(self.plan.histogram_every, step + 1, steps=0):
+                self.draw_gradients(step + 1)
+            with self.part(step, "optimizer"):
+                result = optimizer_step(self.engine)
+        assert result is not None, "DeepSpeed and shares() disagree on the number of micro-batches"
+        return Score(all_sum([nll], self.device)[0], n_tokens, n_bytes), result
 
-    def read(self) -> list[Batch]:
+    def read(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the next step."""
-        begun = time.perf_counter()
-        batches = [collate(samples, ids, self.token_bytes, self.device) for ids, samples in next(self.loader)]
-        self.spent.on_data_s += time.perf_counter() - begun
-        return batches
+        with self.part(step, "data"):
+            return [collate(samples, ids, self.token_bytes, self.device) for ids, samples in next(self.loader)]
 
-    def refuse_divergence(self, done: int, score: Score, norm: float) -> None:
-        """Stop before weights that are no numbers take the place of good checkpoints."""
-        if math.isfinite(score.nll) and math.isfinite(norm):
-            return
-        saved = checkpoint.published(self.plan.dir)
-        raise ConfigError(
-            f"step {done} has a loss of {score.loss} and a gradient norm of {norm}: training diverged. Lower "
-            "deepspeed.optimizer.params.lr, warm up for longer (run.warmup_steps) or clip the gradient "
-            f"(deepspeed.gradient_clipping). The newest checkpoint: {saved[-1].path if saved else 'none yet'}"
-        )
+    def watch_health(self, done: int, score: Score, result: StepResult) -> None:
+        """Report a step that changed nothing or a loss that jumped, and stop before good checkpoints are replaced."""
+        try:
+            lines = self.progress.health.observe(done, score.loss, result.norm, result.skipped, self.plan)
+        except ConfigError as error:
+            self.give_up(error)
+        for line in lines:
+            self.say(line)
+
+    def give_up(self, error: ConfigError) -> None:
+        """Raise an error that all ranks have come to, on one of them."""
+
+        def complain() -> None:
+            raise error
+
+        together(complain, self.launch, self.device)
+
+    def draw_gradients(self, done: int) -> None:
+        """Histograms of the step's gradients before clipping; all ranks take part."""
+        for name, gradient in gradients(self.engine):
+            if self.leads:
+                self.metrics.histogram(done, f"gradients/{name}", gradient)
 
     def log(self, done: int, score: Score, lr: float, norm: float) -> None:
-        """Report a step."""
-        spent = self.spent
-        values = {
-            "train/loss": score.loss,
-            "train/bits_per_byte": score.bits_per_byte,
-            "train/lr": lr,
-            "train/grad_norm": norm,
-            "speed/tokens_per_s": spent.n_tokens / spent.seconds,
-            "speed/step_s": spent.seconds / spent.steps,
-            "speed/data_stall": all_max(spent.on_data_s, self.device) / spent.seconds,
-            "memory/peak_gib": all_max(peak_gib(self.device), self.device),
-        }
+        """Report a step, and the speed since the last report."""
+        self.watchdog.mark(done, "log")
+        own = own_figures(self.stopwatch.read(), memory.memory_gib(self.device), self.loader.n_skipped)
+        everyone = [dict(zip(own, row, strict=True)) for row in all_gather(list(own.values()), self.device)]
+        param_norm = math.sqrt(all_sum([local_square_sum(self.engine)], self.device)[0])
+        step = Step(score, lr, norm, param_norm)
+        values, slowest = step_values(step, self.spent, self.progress, everyone, self.hosts)
+        if (share := mfu(self.step_flops, values["speed/step_s"], self.launch.world_size, self.peak)) is not None:
+            values["speed/mfu"] = share
         if self.job.config.data.on_damage == "skip":
-            values["data/skipped_rows"] = all_sum([self.loader.n_skipped], self.device)[0]
+            values["data/skipped_rows"] = self.before.skipped_rows + sum(each["data/skipped_rows"] for each in everyone)
+        self.newest |= values
         if self.leads:
             self.metrics.write(done, values)
-        self.say(train_line(done, self.plan.steps, values))
+        if self.terminal:
+            self.terminal.step(done, values)
+        if slowest.line:
+            self.say(slowest.line)
+        self.spent = Spent()
 
     def evaluate(self, done: int) -> None:
-        """Report the held-out loss after `done` steps."""
+        """Report how well held-out rows are predicted after `done` steps."""
         if self.eval_rows is None:
             return
-        n_rows = min(self.plan.eval_rows, len(self.eval_rows))
-        watch: AbstractContextManager[dict[str, float]] = nullcontext({})
-        if self.plan.diagnostics:
-            watch = diagnosed(self.engine, self.eval_rows, self.launch, self.device)
-        with watch as diagnostics:
-            score = evaluate(
-                self.engine,
-                self.eval_rows,
-                n_rows,
-                self.token_bytes,
-                self.launch,
-                self.device,
-                self.plan.eval_n_hashes,
-            )
-        values = {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte, **diagnostics}
+        self.watchdog.mark(done, "evaluate")
+        found = held_out(
+            self.engine, self.eval_rows, self.job.config, self.job.store, self.launch, self.device, self.token_bytes
+        )
+        self.newest |= found.values
         if self.leads:
-            self.metrics.write(done, values)
-        self.say(eval_line(done, self.plan.steps, values, n_rows))
+            self.metrics.write(done, found.values)
+            self.metrics.figure(done, "eval/loss_by_position", figure_by_position(found.by_position))
+            if found.sample:
+                self.metrics.text(done, "sample", found.sample)
+        self.say(eval_line(done, self.plan.steps, found.values, found.n_rows))
 
     def save(self, done: int) -> None:
         """Publish a checkpoint of the state after `done` steps."""
-        path = checkpoint.save(
-            self.engine, self.plan.dir, done, self.job.identity, self.plan.keep_last, self.launch, self.device
+        self.watchdog.mark(done, "save")
+        begun = time.perf_counter()
+        skipped = all_sum([self.loader.n_skipped], self.device)[0]
+        self.progress.skipped_rows = self.before.skipped_rows + int(skipped)
+        if self.leads:
+            self.metrics.sync()
+        try:
+            saved = checkpoint.save(
+                self.engine, self.plan, done, self.job.identity, asdict(self.progress), self.launch, self.device
+            )
+        except SaveError as error:
+            if self.plan.on_full_disk == "stop" or done == self.plan.steps:
+                self.give_up(ConfigError(f"{error}. The checkpoints before it are untouched"))
+            self.say(f"{error}; going on without it (run.on_full_disk='continue')")
+            return
+        self.progress.last_save_s = time.perf_counter() - begun
+        self.progress.save_s += self.progress.last_save_s
+        self.saved_step = done
+        self.say(f"saved {saved.path} in {self.progress.last_save_s:.1f} s")
+
+    def asked_to_stop(self, done: int) -> bool:
+        """Whether any rank was, in which case the state is saved; all ranks come to the same answer."""
+        number = int(all_max(self.preemption.signal, self.device))
+        if number:
+            self.say(f"{signal.Signals(number).name} after step {done}: stopping; the same command goes on from here")
+            if done > self.saved_step:
+                self.save(done)
+        return bool(number)
+
+    def end(self, done: int) -> None:
+        """Close the reports, with a summary."""
+        if not (self.leads and self.terminal):
+            return
+        self.metrics.close(finished=done == self.plan.steps)
+        now, before = self.progress, self.before
+        summary = Summary(
+            run_dir=self.plan.dir,
+            steps=self.plan.steps,
+            first_step=self.first_step,
+            done=done,
+            n_tokens=now.n_tokens - before.n_tokens,
+            seconds=now.train_s - before.train_s,
+            save_s=now.save_s - before.save_s,
+            newest=self.newest,
         )
-        self.say(f"saved {path}")
+        self.terminal.close(summary.text())
 
 
 def _show_model_messages() -> None:
@@ -228,22 +325,6 @@ def _show_model_messages() -> None:
     logger = logging.getLogger("reformer")
     logger.handlers = [logging.StreamHandler(sys.stdout)]
     logger.setLevel(logging.INFO)
-
-
-@dataclass
-class Spent:
-    """Time and tokens since the last report."""
-
-    steps: int = 0
-    n_tokens: float = 0.0
-    seconds: float = 0.0
-    on_data_s: float = 0.0
-    """Those of the seconds in which this rank waited for its rows and made batches of them."""
-
-    def add(self, n_tokens: float, seconds: float) -> None:
-        self.steps += 1
-        self.n_tokens += n_tokens
-        self.seconds += seconds
 
 
 def due(every: int, done: int, steps: int) -> bool:
@@ -254,24 +335,3 @@ def due(every: int, done: int, steps: int) -> bool:
 def parameter_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
     """Elements of each parameter; under ZeRO-3 the tensors themselves are empty between uses."""
     return [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()]
-
-
-def write_record(job: Job, device: torch.device, n_parameters: int) -> None:
-    """RUN/run.json; its fields are described in metrics.py."""
-    record = {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "resumed_from_step": job.start.step if job.start else None,
-        "config": job.config.model_dump(mode="json"),
-        "deepspeed": job.deepspeed,
-        "store": {"fingerprint": job.store.manifest.fingerprint, **asdict(StoreFacts.of(job.store))},
-        "samples": dict(job.samples.identity),
-        "launch": {
-            "launcher": job.launch.launcher,
-            "world_size": job.launch.world_size,
-            "local_world_size": job.launch.local_world_size,
-            "device": distributed.device_name(device),
-        },
-        "n_parameters": n_parameters,
-        **environment(),
-    }
-    (job.config.run.dir / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")

@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+from trainer.config import LoopConfig
+
 Decay = Literal["cosine", "linear", "inverse_sqrt", "constant"]
 
 
@@ -24,3 +26,14 @@ def lr_factor(step: int, *, steps: int, warmup_steps: int, decay: Decay, final_r
             return max(final_ratio, math.sqrt(max(1, warmup_steps) / (step + 1)))
         case "constant":
             return 1.0
+
+
+def learning_rate(peak: float, step: int, plan: LoopConfig) -> float:
+    """That of optimizer step `step`, counted from 0, of a run; `peak` is the optimizer's `lr`."""
+    return peak * lr_factor(
+        step,
+        steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
+        decay=plan.decay,
+        final_ratio=plan.final_lr_ratio,
+    )

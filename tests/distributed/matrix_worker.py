@@ -63,14 +63,14 @@ def train_step(engine: deepspeed.DeepSpeedEngine, step: int) -> tuple[float, flo
     """Loss and gradient norm of one update, as Trainer.step computes them."""
     batches = read(engine, step)
     (n_tokens,) = all_sum([sum(batch.n_tokens for batch in batches)], CPU)
-    nll, norm = 0.0, None
+    nll, result = 0.0, None
     for batch in batches:
         loss = forward(engine, batch, step)
         nll += loss.item() * batch.n_tokens
         backward(engine, loss, batch.n_tokens, n_tokens)
-        norm = optimizer_step(engine)
-    assert norm is not None
-    return all_sum([nll], CPU)[0] / n_tokens, norm
+        result = optimizer_step(engine)
+    assert result is not None and not result.skipped
+    return all_sum([nll], CPU)[0] / n_tokens, result.norm
 
 
 def read(engine: deepspeed.DeepSpeedEngine, step: int) -> list[Batch]:

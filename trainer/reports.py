@@ -1,0 +1,100 @@
+"""What a run has counted, and what of it is reported at a step: the numbers behind the lines and curves.
+
+What is special: what is counted over the whole run is a plain value, kept in its checkpoints, so that a run which was
+stopped a dozen times counts as one that was not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from trainer.evaluate import Score
+from trainer.faults import Health, Slowest, slow_ranks
+
+STEP_PARTS = ("data", "forward", "backward", "optimizer")
+"""Parts of a step whose seconds are reported."""
+
+
+@dataclass
+class Progress:
+    """What a run has counted since it was begun, however often it was stopped."""
+
+    health: Health = field(default_factory=Health)
+    train_s: float = 0.0
+    """Seconds of its steps, with evaluations and checkpoints."""
+    save_s: float = 0.0
+    """Those of them that checkpoints took."""
+    last_save_s: float = 0.0
+    """Those of the newest."""
+    n_tokens: float = 0.0
+    """Tokens that were to be predicted."""
+    skipped_rows: int = 0
+    """Damaged rows that trained nothing, on all ranks."""
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """What dataclasses.asdict() made of it, before or after JSON."""
+        return cls(**{**state, "health": Health.from_state(state["health"])})
+
+
+@dataclass
+class Spent:
+    """Time and tokens since the last report."""
+
+    steps: int = 0
+    n_samples: int = 0
+    n_tokens: float = 0.0
+    seconds: float = 0.0
+    """Without evaluations and checkpoints."""
+
+    def add(self, n_samples: int, n_tokens: float, seconds: float) -> None:
+        self.steps += 1
+        self.n_samples += n_samples
+        self.n_tokens += n_tokens
+        self.seconds += seconds
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is reported."""
+
+    score: Score
+    lr: float
+    grad_norm: float
+    param_norm: float
+
+
+def own_figures(seconds: Mapping[str, float], memory_gib: Mapping[str, float], skipped_rows: int) -> dict[str, float]:
+    """What each rank tells the others: seconds by part of a step (timing.py), memory, damaged rows, all by tag."""
+    parts = {f"speed/{part}_s": seconds.get(part, 0.0) for part in STEP_PARTS}
+    return {**parts, **memory_gib, "data/skipped_rows": skipped_rows}
+
+
+def step_values(
+    step: Step, spent: Spent, progress: Progress, figures: Sequence[Mapping[str, float]], hosts: Sequence[str]
+) -> tuple[dict[str, float], Slowest]:
+    """The values of a step by the tags of metrics.py, and the slowest rank. figures: `own_figures` by rank."""
+    most = {tag: max(own[tag] for own in figures) for tag in figures[0]}
+    slowest = slow_ranks([own["speed/data_s"] + own["speed/forward_s"] for own in figures], hosts)
+    values = {
+        "train/loss": step.score.loss,
+        "train/bits_per_byte": step.score.bits_per_byte,
+        "train/bits_per_token": step.score.bits_per_token,
+        "train/perplexity": step.score.perplexity,
+        "train/lr": step.lr,
+        "train/grad_norm": step.grad_norm,
+        "train/param_norm": step.param_norm,
+        "train/skipped_steps": progress.health.skipped_steps,
+        "train/spikes": progress.health.spikes,
+        "speed/tokens_per_s": spent.n_tokens / spent.seconds,
+        "speed/sequences_per_s": spent.n_samples / spent.seconds,
+        "speed/step_s": spent.seconds / spent.steps,
+        **{f"speed/{part}_s": most[f"speed/{part}_s"] / spent.steps for part in STEP_PARTS},
+        "speed/data_stall": most["speed/data_s"] / spent.seconds,
+        "speed/slowest_rank": slowest.rank,
+        "speed/slowest_over_median": slowest.over_median,
+        "speed/save_s": progress.last_save_s,
+        "speed/save_share": progress.save_s / progress.train_s if progress.train_s else 0.0,
+        **{tag: most[tag] for tag in most if tag.startswith("memory/")},
+    }
+    return values, slowest
