@@ -5,7 +5,7 @@ global batch at once, torch's clipping and optimizer. In bf16 it does what the p
 weights are copies of fp32 masters, gradients come out in bf16, are clipped in fp32 and update the masters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,11 @@ LR_FACTORS = (0.5, 1.0, 1.0)
 CLIP = 0.5
 ADAMW = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1}
 """eps is of the gradients' size, because Adam with a tiny one hides a wrong scale and magnifies rounding to a sign."""
-ADAMW_OF = partial(torch.optim.AdamW, **ADAMW)
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "AdamW": ADAMW,
+    "Adafactor": {"lr": 0.02, "eps": (1e-2, 1e-3), "weight_decay": 0.1},
+}
+"""Settings, by the names that torch.optim has for them."""
 
 BUCKETS = {"reduce_bucket_size": 5_000, "allgather_bucket_size": 5_000}
 """A third of the parameters: each backward fills several."""
@@ -75,16 +79,17 @@ class Case:
     variant: str = ""
     large: bool = False
     """Whether the vocabulary is one whose matrices DeepSpeed keeps on a drive: it does from 1 MiB a rank on."""
+    optimizer: str = "AdamW"
 
     def __str__(self) -> str:
         precision, tied = "bf16" if self.bf16 else "fp32", "tied" if self.tied else "untied"
         parts = (f"zero{self.stage}", f"acc{self.accumulation}", precision, f"dropout{self.dropout}", tied)
-        return "-".join([*parts, *filter(None, [self.variant])])
+        return "-".join([*parts, *filter(None, [self.variant, self.optimizer.removeprefix("AdamW")])])
 
     @property
     def plain(self) -> "Case":
         """What decides the plain run: neither ZeRO nor how the batch is cut."""
-        return Case(0, bf16=self.bf16, dropout=self.dropout, tied=self.tied, large=self.large)
+        return Case(0, bf16=self.bf16, dropout=self.dropout, tied=self.tied, large=self.large, optimizer=self.optimizer)
 
 
 MATRIX = [
@@ -168,11 +173,12 @@ def run_config(case: Case) -> RunConfig:
 
 def deepspeed_config(case: Case, folder: Path) -> dict[str, Any]:
     """The DeepSpeed side of a case."""
+    own_adam = {"torch_adam": True, "fused": True} if case.optimizer == "AdamW" else {}
     config = {
         "train_batch_size": BATCH,
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": CLIP,
-        "optimizer": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True, "fused": True}},
+        "optimizer": {"type": case.optimizer, "params": {**OPTIMIZERS[case.optimizer], **own_adam}},
         "zero_optimization": {"stage": case.stage, **BUCKETS, **variants(folder)[case.variant]},
     }
     if case.bf16:
@@ -229,21 +235,22 @@ def plain_run(
     starts: Sequence[Parameters] | None = None,
     loss=whole_batch,
     clip: float = CLIP,
-    make_optimizer=ADAMW_OF,
+    make_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
 ) -> Outcome:
     """The run in one process.
 
     starts: what each step starts from, in place of what the step before ended with.
     loss: parts that add up to it.
     clip: the norm that gradients are clipped to.
-    make_optimizer: of groups of parameters.
+    make_optimizer: of groups of parameters, in place of the case's own.
     """
     torch.manual_seed(run_config(case).run.seed)
     model = Reformer(run_config(case).model).to(torch.bfloat16 if case.bf16 else torch.float32)
     masters = deepcopy(model).float()
     for master in masters.parameters():
         master.grad = torch.zeros_like(master)
-    optimizer = make_optimizer(parameter_groups(masters))
+    make = make_optimizer or partial(getattr(torch.optim, case.optimizer), **OPTIMIZERS[case.optimizer])
+    optimizer = make(parameter_groups(masters))
     outcome = Outcome([], [], [], [])
     for step, factor in enumerate(LR_FACTORS):
         with torch.no_grad():

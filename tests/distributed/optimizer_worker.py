@@ -1,9 +1,8 @@
-"""One rank that takes steps with other optimizers, or on nothing to learn, through the trainer's own functions.
+"""One rank that takes steps with Adafactor, or on nothing to learn, through the trainer's own functions.
 
     python tests/distributed/optimizer_worker.py JOBS RENDEZVOUS OUTPUT RANK
 
-JOBS and OUTPUT are files of torch.save: a list of (case, optimizer as in DeepSpeed's JSON, whether there are labels),
-and what came of each.
+JOBS and OUTPUT are files of torch.save: a list of (case, whether there are labels), and what came of each.
 """
 
 import gc
@@ -16,19 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from matrix_worker import masters, read, train_step
-from zero_matrix import LR_FACTORS, RANKS, Case, Outcome, deepspeed_config, run_config
+from zero_matrix import LR_FACTORS, OPTIMIZERS, RANKS, Case, Outcome, deepspeed_config, run_config
 
 from trainer.engine import backward, build_engine, forward, optimizer_step, set_learning_rate
 
 
-def run(case: Case, optimizer: dict[str, Any], has_labels: bool, folder: Path) -> Outcome:
+def run(case: Case, has_labels: bool, folder: Path) -> Outcome:
     """As many steps as there are factors of the learning rate."""
-    engine = build_engine(run_config(case), deepspeed_config(case, folder) | {"optimizer": optimizer})
+    engine = build_engine(run_config(case), deepspeed_config(case, folder))
     try:
-        assert type(engine.basic_optimizer).__name__ == optimizer["type"]
+        assert type(engine.basic_optimizer).__name__ == case.optimizer
         seen, scores = [masters(engine)], []
         for step in range(len(LR_FACTORS)):
-            set_learning_rate(engine, optimizer["params"]["lr"] * LR_FACTORS[step])
+            set_learning_rate(engine, OPTIMIZERS[case.optimizer]["lr"] * LR_FACTORS[step])
             scores.append(train_step(engine, step) if has_labels else idle_step(engine, step))
             seen.append(masters(engine))
     finally:

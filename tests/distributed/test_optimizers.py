@@ -1,7 +1,8 @@
 """Adafactor computes what torch's does on plain autograd; weight decay is for matrices, under every ZeRO stage.
 
 What is special: one pair of processes takes the steps of all cases. How much Adafactor forgives a wrong scale of the
-gradient is decided by its first eps, so here it is of the gradients' size.
+gradient is decided by its first eps, so here it is of the gradients' size. That Adafactor goes on from a checkpoint to
+the bit is in test_state.py.
 """
 
 import os
@@ -14,25 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from zero_matrix import CLIP, LR_FACTORS, RANKS, Case, Outcome, plain_run, ratios
+from zero_matrix import CLIP, LR_FACTORS, OPTIMIZERS, RANKS, Case, Outcome, plain_run, ratios
 
 ROOT = Path(__file__).parents[2]
-ADAFACTOR = {"lr": 0.02, "eps": [1e-2, 1e-3], "weight_decay": 0.1}
-ADAMW = {"lr": 0.02, "weight_decay": 0.1}
 LIMITS = {False: (1e-6, 1e-6, 1e-4, 1e-6), True: (2e-4, 5e-3, 0.1, 2.5e-3)}
 """Of loss, norm, update and the update's scale, in fp32 and in bf16, as in test_matrix.py."""
-LEARNING = [Case(0, accumulation, bf16, 0.1) for accumulation in (1, 2) for bf16 in (False, True)]
-DECAYING = [*(("AdamW", Case(stage)) for stage in (0, 1, 2, 3)), ("Adafactor", Case(0))]
+ADAFACTOR = partial(Case, 0, optimizer="Adafactor")
+LEARNING = [ADAFACTOR(accumulation, bf16, 0.1) for accumulation in (1, 2) for bf16 in (False, True)]
+DECAYING = [*(Case(stage) for stage in (0, 1, 2, 3)), ADAFACTOR()]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Case, bool], list[Outcome]]:
-    """What each rank saw, by optimizer, case and whether there was something to learn."""
-    own = {"AdamW": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True}}}
-    own |= {"Adafactor": {"type": "Adafactor", "params": ADAFACTOR}}
-    keys = [*(("Adafactor", case, True) for case in LEARNING), *((*pair, False) for pair in DECAYING)]
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, bool], list[Outcome]]:
+    """What each rank saw, by case and whether there was something to learn."""
+    jobs = [*((case, True) for case in LEARNING), *((case, False) for case in DECAYING)]
     folder = tmp_path_factory.mktemp("optimizers")
-    torch.save([(case, own[name], has_labels) for name, case, has_labels in keys], folder / "jobs")
+    torch.save(jobs, folder / "jobs")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     worker = [sys.executable, str(Path(__file__).with_name("optimizer_worker.py"))]
     with (folder / "log").open("w") as log:
@@ -53,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Case, b
                 rank.kill()
     assert not any(codes), (folder / "log").read_text()[-5000:]
     by_rank = [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
-    return dict(zip(keys, map(list, zip(*by_rank, strict=True)), strict=True))
+    return dict(zip(jobs, map(list, zip(*by_rank, strict=True)), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +66,13 @@ def table() -> Iterator[dict[str, tuple[float, ...]]]:
 
 @pytest.mark.parametrize("case", LEARNING, ids=str)
 def test_adafactor_equals_torchs_on_plain_autograd(results: Any, table: Any, case: Case) -> None:
-    outcome, other = results["Adafactor", case, True]
+    outcome, other = results[case, True]
     assert outcome.norms == other.norms
     for ours, theirs in zip(outcome.starts, other.starts, strict=True):  # each rank updates weights of its own
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert min(outcome.norms) > CLIP, "clipping is not active"
-    make = partial(torch.optim.Adafactor, **ADAFACTOR)
     # In bf16 two runs part when a token moves to another bucket: there each step is compared by itself.
-    expected = plain_run(case.plain, outcome.starts if case.bf16 else None, make_optimizer=make)
+    expected = plain_run(case.plain, outcome.starts if case.bf16 else None)
     found = table[str(case)] = ratios(outcome, expected)
     assert all(ratio < limit for ratio, limit in zip(found, LIMITS[case.bf16], strict=True)), found
 
@@ -83,9 +80,8 @@ def test_adafactor_equals_torchs_on_plain_autograd(results: Any, table: Any, cas
 def test_what_the_limits_tell_apart() -> None:
     """A clip 5% too low, and second moments that are not factored."""
     case = LEARNING[0]
-    make = partial(torch.optim.Adafactor, **ADAFACTOR)
-    expected = plain_run(case, make_optimizer=make)
-    clipped = ratios(plain_run(case, expected.starts, clip=0.95 * CLIP, make_optimizer=make), expected)
+    expected = plain_run(case)
+    clipped = ratios(plain_run(case, expected.starts, clip=0.95 * CLIP), expected)
     flat = ratios(plain_run(case, expected.starts, make_optimizer=flattened), expected)
     assert clipped[3] > 10 * LIMITS[False][3], clipped
     assert min(flat[2:]) > 10 * LIMITS[False][3], flat
@@ -97,18 +93,19 @@ def flattened(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     flat = [parameter.data.view(-1) for parameter in whole]
     for vector, parameter in zip(flat, whole, strict=True):
         vector.grad = parameter.grad.view(-1)
-    return torch.optim.Adafactor(flat, **ADAFACTOR)
+    return torch.optim.Adafactor(flat, **OPTIMIZERS["Adafactor"])
 
 
-@pytest.mark.parametrize(("name", "case"), DECAYING, ids=str)
-def test_weight_decay_is_for_matrices(results: Any, name: str, case: Case) -> None:
+@pytest.mark.parametrize("case", DECAYING, ids=str)
+def test_weight_decay_is_for_matrices(results: Any, case: Case) -> None:
     """With gradients of zero, decay is all there is: a factor on each matrix, and nothing on the rest."""
-    for outcome in results[name, case, False]:
+    settings = OPTIMIZERS[case.optimizer]
+    for outcome in results[case, False]:
         for step, factor in enumerate(LR_FACTORS):
             before, after = outcome.starts[step : step + 2]
-            for parameter, weight in before.items():
-                decays = weight.ndim > 1 and "embedding" not in parameter and "position" not in parameter
-                if decays:
-                    assert torch.allclose(after[parameter], weight * (1 - factor * 0.02 * 0.1), rtol=1e-6, atol=0)
+            kept = 1 - factor * settings["lr"] * settings["weight_decay"]
+            for name, weight in before.items():
+                if weight.ndim > 1 and "embedding" not in name and "position" not in name:
+                    assert torch.allclose(after[name], weight * kept, rtol=1e-6, atol=0), name
                 else:
-                    assert torch.equal(after[parameter], weight), parameter
+                    assert torch.equal(after[name], weight), name
