@@ -14,8 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-PARTS = ("start", "data", "forward", "backward", "optimizer", "log", "evaluate", "save", "between")
-"""The parts of a step, in their order."""
 SHOWN = 8
 """Ranks that a message describes, at most."""
 _COLLECTIVES = ("torch.distributed", "deepspeed.comm", "trainer.distributed")
@@ -32,11 +30,10 @@ class RankState:
     host: str
     pid: int
     step: int
-    """Counted from 1."""
-    micro_batch: int
-    """Forward passes of that step that it has begun."""
+    turn: int
+    """Parts that it has begun with this number of the step: all ranks begin the same ones, in the same order."""
     part: str
-    """One of PARTS."""
+    """What it does there: "start", "data", "forward", "backward", "optimizer", "log", "evaluate", "save", "between"."""
     in_part_s: float
     """How long it has been there."""
     limit_s: float | None
@@ -116,14 +113,9 @@ def holding_up(states: Sequence[RankState], silent: Collection[int]) -> list[Ran
     if gone := [state for state in states if state.failed or state.rank in silent]:
         return gone
     running = [state for state in states if state.ended is None or state.stacks_written]
-    last = min((_progress(state) for state in running), default=None)
-    equals = [state for state in running if _progress(state) == last]
+    last = min(((state.step, state.turn) for state in running), default=None)
+    equals = [state for state in running if (state.step, state.turn) == last]
     return [state for state in equals if not state.waiting] or equals
-
-
-def _progress(state: RankState) -> tuple[int, int, int]:
-    part = PARTS.index(state.part) if state.part in PARTS else len(PARTS)
-    return state.step, state.micro_batch, part
 
 
 def judge(states: Sequence[RankState], silent: Collection[int]) -> str:
@@ -172,5 +164,7 @@ def _module(frame: FrameType) -> str:
 
 def ending(error: BaseException) -> str:
     """What a rank says about its end by an error."""
+    if isinstance(error, SystemExit):  # after the error of another rank, which says what it is
+        return f"failed: exit code {error.code}"
     text = str(error).strip().splitlines()
     return f"failed: {type(error).__name__}{': ' + text[0] if text else ''}"

@@ -40,7 +40,7 @@ class Place(NamedTuple):
     """Where the main thread is, and since when on the process's own clock."""
 
     step: int
-    micro_batch: int
+    turn: int
     part: str
     since_s: float
 
@@ -99,12 +99,12 @@ class Watchdog:
             self._stacks.close()
 
     def mark(self, step: int, part: str) -> None:
-        """Say that one of ranks.PARTS begins here, in step number `step` (from 1). Takes about a microsecond."""
-        now, (former_step, micro_batch, former, since_s) = self._clock(), self._place
+        """Say that a part begins here, in step number `step`, which never falls. All ranks must say the same, in the
+        same order: it is how the one is found that is furthest back. Takes about a microsecond."""
+        now, (former_step, turn, former, since_s) = self._clock(), self._place
         if now - since_s > self._longest_s.get(former, 0.0):
             self._longest_s[former] = now - since_s
-        micro_batch = (micro_batch if step == former_step else 0) + (part == "forward")
-        self._place = Place(step, micro_batch, part, now)
+        self._place = Place(step, turn + 1 if step == former_step else 0, part, now)
 
     def _clock(self) -> float:
         """Seconds during which this process ran."""
@@ -126,7 +126,7 @@ class Watchdog:
             host=self._host,
             pid=self._pid,
             step=place.step,
-            micro_batch=place.micro_batch,
+            turn=place.turn,
             part=place.part,
             in_part_s=round(self._clock() - place.since_s, 3),
             limit_s=self._limit_s(place.part),
