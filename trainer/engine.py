@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from reformer import Reformer
@@ -123,8 +124,8 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult | None:
         return _plain_step(engine)
     engine.step()
     skipped = not engine.was_step_applied()
-    if skipped and engine.zero_optimization_stage() in (1, 2):
-        # With an optimizer on the CPU, DeepSpeed 0.19.8 keeps the gradients of bf16 weights, and adds the next ones to
+    if skipped and isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        # Of ZeRO 1 and 2. On the CPU, DeepSpeed 0.19.8's keeps the gradients of bf16 weights, and adds the next ones to
         # what is not finite: it would skip every step from then on.
         for group in engine.optimizer.averaged_gradients:
             engine.optimizer.averaged_gradients[group] = None

@@ -1,0 +1,85 @@
+"""A step whose loss or gradient is not finite, on one rank and in one micro-batch only, changes nothing on any rank.
+
+What is special: a run with such steps is compared, bit for bit and after every step, with one in which they are left
+out: weights, moments, Adam's count. All cases run in two processes that are started once.
+"""
+
+import fcntl
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zero_matrix import RANKS, Case
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("nonfinite_worker.py")
+FAULTY = [True, False, True, True, False, True, False, True, False]
+CASES = [
+    Case(stage, 2, bf16, 0.1, True, variant)
+    for bf16 in (False, True)
+    for variant, stages in {
+        "": (0, 1, 2, 3),
+        "cpu-optimizer": (1, 2, 3),
+        "cpu-parameters": (3,),
+    }.items()
+    for stage in stages
+]
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, Any]]:
+    """What each rank saw of each case, computed by the first of pytest's processes that asks; the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all of pytest's processes
+    folder = folder / "nonfinite"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / f"rank{RANKS - 1}").exists():
+            launch(folder)
+    return [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
+
+
+def launch(folder: Path) -> None:
+    """Leave the results in folder/rank0 and folder/rank1."""
+    torch.save(CASES, folder / "cases")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    with (folder / "log").open("w") as log:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, WORKER, folder / "cases", folder / "rendezvous", folder / f"rank{rank}", str(rank)],
+                env=environ,
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+            )
+            for rank in range(RANKS)
+        ]
+        try:
+            codes = [process.wait(timeout=400) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    assert not any(codes), (folder / "log").read_text()[-5000:]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_that_is_not_finite_is_as_if_left_out(ranks: list[dict[Case, Any]], case: Case) -> None:
+    for rank, cases in enumerate(ranks):
+        found = cases[case]
+        assert not isinstance(found, str), found  # the error that ended it
+        apart = {step: names for step, names in enumerate(found["differences"]) if names}
+        assert not apart, f"rank {rank} differs from the run without the steps, by step: {apart}"
+        assert not found["masters"]
+        for faulty, result, expected in zip(FAULTY, found["results"], found["expected_results"], strict=True):
+            assert result.skipped == faulty
+            assert math.isfinite(result.norm) != faulty
+            assert faulty or result == expected  # of what was left out there is nothing to compare
+        assert found["moved"] == [not faulty for faulty in FAULTY[1:]], "the comparison is of runs that stand still"
+        assert found["n_optimizer_tensors"], "no moments were compared"
