@@ -87,7 +87,7 @@ def main() -> None:
     run(*pipeline, "inspect", store)
     run(
         *(Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2", "launch/train.py"),
-        *("--config", "launch/configs/demo_cpu.toml", "--resume"),
+        *("--config", "launch/configs/demo_cpu.toml"),
         *(f"data.store={store}", f"run.dir={run_dir}"),
     )
     run(Path(sys.executable), "launch/report.py", run_dir)

@@ -1,67 +1,199 @@
-"""Which checkpoint is the newest, and what keeps a run from continuing; without DeepSpeed."""
+"""Which checkpoint is continued, what is wrong with those that are not, and what is kept; without DeepSpeed."""
 
 import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from trainer.checkpoint import TAG, identity, nvme_note, published, remove_leftovers, save, starting_point
+from data_pipeline.errors import DataError
+from trainer.checkpoint import (
+    Checkpoint,
+    SaveError,
+    identity,
+    problems,
+    published,
+    read_state,
+    read_weights,
+    refuse_another_run,
+    remove_leftovers,
+    save,
+    sound_start,
+)
 from trainer.config import ConfigError, RunConfig
 from trainer.distributed import detect
 
-IDENTITY: dict[str, Any] = {
-    "store_fingerprint": "abc",
-    "world_size": 2,
-    "train_batch_size": 4,
-    "model": {"n_layers": 2, "axial_shape": [2, 4]},
-    "data": {"store": "a", "train_split": "train"},
-    "run": {"seed": 0, "steps": 10},
-    "deepspeed": {"train_batch_size": 4, "zero_optimization": {"stage": 2, "overlap_comm": False}},
-}
+CPU = torch.device("cpu")
+MODEL = {"vocab_size": 9, "n_layers": 2}
 
 
-def publish(run_dir: Path, step: int, identity: dict[str, Any] = IDENTITY) -> Path:
-    path = run_dir / "checkpoints" / f"step_{step:08d}"
-    (path / TAG).mkdir(parents=True)
-    (path / TAG / "weights").write_bytes(b"1234")
-    state = {"step": step, "run": identity, "n_bytes": {"weights": 4}}
-    (path / "state.json").write_text(json.dumps(state))
-    return path
+def config(run_dir: Path, **run: Any) -> RunConfig:
+    return RunConfig(
+        model=MODEL, data={"store": "s"}, run={"dir": run_dir, "deepspeed_config": "x.json", "steps": 9, **run}
+    )
+
+
+DEEPSPEED: dict[str, Any] = {"train_batch_size": 4, "zero_optimization": {"stage": 2, "overlap_comm": False}}
+IDENTITY = identity(config(Path("r")), DEEPSPEED, "abc", 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def engine(seed: int = 0) -> Any:
+    """As much of one as a checkpoint needs, after a step of AdamW."""
+    torch.manual_seed(seed)
+    model = nn.Linear(30, 20)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 30)).sum().backward()
+    optimizer.step()
+    return SimpleNamespace(module=model, optimizer=optimizer)
+
+
+def publish(run_dir: Path, step: int, run: dict[str, Any] = IDENTITY, **plan: Any) -> Path:
+    settings = config(run_dir, **{"keep_last": 9, **plan}).run
+    return save(engine(step), settings, step, run, {}, detect({}), CPU).path
+
+
+def start(run_dir: Path, said: list[str] | None = None) -> Checkpoint | None:
+    return sound_start(run_dir, detect({}), CPU, (said if said is not None else []).append)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_is_what_was_saved(tmp_path: Path) -> None:
+    path = publish(tmp_path, 5)
+    assert names(path) == ["SHA256SUMS", "rank_00000.safetensors", "state.json"]
+    assert problems(path) == []
+    state = read_state(path)
+    assert (state["format"], state["step"], state["world_size"]) == (2, 5, 1)
+    assert state["run"] == json.loads(json.dumps(IDENTITY))
+    weights, expected = read_weights(path), dict(engine(5).module.named_parameters())
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_the_newest_published_one_is_continued(tmp_path: Path) -> None:
-    assert starting_point(tmp_path, IDENTITY, resume=True) is None
+    assert start(tmp_path) is None
     publish(tmp_path, 50)
     newest = publish(tmp_path, 100)
     (tmp_path / "checkpoints" / ".partial-step_00000150").mkdir()
     (tmp_path / "checkpoints" / "step_notes").mkdir()
     assert [found.step for found in published(tmp_path)] == [50, 100]
-    start = starting_point(tmp_path, IDENTITY, resume=True)
-    assert start is not None
-    assert (start.path, start.step) == (newest, 100)
+    assert start(tmp_path) == Checkpoint(newest, 100)
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in newest.parent.iterdir()) == ["step_00000050", "step_00000100", "step_notes"]
 
 
-def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: random.randrange(path.stat().st_size)])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    path.write_bytes(content)
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+def replace_by_another(path: Path) -> None:
+    shutil.copy(path.parent.with_name("step_00000050") / path.name, path)
+
+
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = (cut, empty, flip, append, replace_by_another, make_a_folder, Path.unlink)
+
+
+@pytest.mark.parametrize("name", ["state.json", "rank_00000.safetensors", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_one_is_put_aside_and_the_one_before_is_continued(
+    tmp_path: Path, name: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(8):
+        random.seed(seed)
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        before, newest = publish(tmp_path, 50), publish(tmp_path, 100)
+        damage(newest / name)
+        assert problems(newest) != []
+        refuse_another_run(tmp_path, IDENTITY, new=False)
+        said: list[str] = []
+        assert start(tmp_path, said) == Checkpoint(before, 50)
+        aside = newest.with_name("damaged-step_00000100")
+        assert said == [f"put aside as {aside}; trying the checkpoint before it"]
+        assert aside.is_dir() and not newest.exists()
+        assert f"damaged checkpoint {newest}: " in capsys.readouterr().out
+
+
+def test_a_file_that_does_not_belong_there_is_damage(tmp_path: Path) -> None:
+    path = publish(tmp_path, 50)
+    (path / "rank_00001.safetensors").write_bytes(b"")
+    assert problems(path) == ["rank_00001.safetensors does not belong there"]
+
+
+def test_each_rank_reads_its_share(tmp_path: Path) -> None:
+    path = publish(tmp_path, 50)
+    flip(path / "rank_00000.safetensors")
+    found = [problems(path, share, 2) for share in (0, 1)]
+    assert sorted(map(len, found)) == [0, 1]
+
+
+def test_where_none_is_sound_nothing_is_begun_silently(tmp_path: Path) -> None:
+    flip(publish(tmp_path, 50) / "rank_00000.safetensors")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"no checkpoint of .* is sound: damaged-step_00000050 are damaged"):
+            start(tmp_path)
+
+
+def test_saved_again_after_damage_it_is_sound(tmp_path: Path) -> None:
     publish(tmp_path, 50)
-    with pytest.raises(ConfigError, match="already holds a run up to step 50: continue it with --resume"):
-        starting_point(tmp_path, IDENTITY, resume=False)
+    flip(publish(tmp_path, 100) / "state.json")
+    assert start(tmp_path) is not None
+    assert problems(publish(tmp_path, 100)) == []
+
+
+def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
+    refuse_another_run(tmp_path, IDENTITY, new=True)
+    publish(tmp_path, 50)
+    with pytest.raises(ConfigError, match="already holds a run up to step 50: leave out --new to continue it"):
+        refuse_another_run(tmp_path, IDENTITY, new=True)
 
 
 def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
-    publish(tmp_path, 50)
+    old = json.loads(json.dumps(IDENTITY))
+    del old["model"]["ff_chunk_tokens"]  # as if it were a field of a newer version
+    publish(tmp_path, 50, old)
     changed = {
         **IDENTITY,
-        "model": {"axial_shape": (2, 4), "n_layers": 2},
-        "data": {"store": "b", "train_split": "train"},
-        "run": {"seed": 0, "steps": 20},
-        "deepspeed": {"train_batch_size": 4, "zero_optimization": {"stage": 2, "overlap_comm": True}},
+        "data": {**IDENTITY["data"], "store": "b"},
+        "run": {**IDENTITY["run"], "steps": 20},
+        "deepspeed": {"train_batch_size": 4, "zero_optimization": {"stage": 3, "overlap_comm": True}},
     }
-    assert starting_point(tmp_path, changed, resume=True) is not None
+    refuse_another_run(tmp_path, changed, new=False)
 
 
 @pytest.mark.parametrize(
@@ -73,103 +205,70 @@ def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
             {"store_fingerprint": {"books.per_thousand": 1000}},
             "store_fingerprint.books.per_thousand was None and is 1000",
         ),
-        ({"world_size": 1}, "world_size was 2 and is 1 now"),
         ({"train_batch_size": 8}, "train_batch_size was 4 and is 8 now"),
-        ({"model": {"n_layers": 3, "axial_shape": [2, 4]}}, "model.n_layers was 2 and is 3 now"),
+        ({"model": {**IDENTITY["model"], "n_layers": 3}}, "model.n_layers was 2 and is 3 now"),
         ({"run": {"seed": 1}}, "run.seed was 0 and is 1 now"),
-        (
-            {"deepspeed": {"train_batch_size": 4, "zero_optimization": {"stage": 3}}},
-            "deepspeed.zero_optimization.stage was 2 and is 3 now",
-        ),
-        (
-            {"deepspeed": {**IDENTITY["deepspeed"], "bf16": {"enabled": True}}},
-            "deepspeed.bf16.enabled was None and is True now",
-        ),
+        ({"deepspeed": {**DEEPSPEED, "bf16": {"enabled": True}}}, "deepspeed.bf16.enabled was None and is True now"),
     ],
 )
 def test_what_decides_them_may_not(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     publish(tmp_path, 50)
     with pytest.raises(ConfigError, match=message):
-        starting_point(tmp_path, {**IDENTITY, **changes}, resume=True)
+        refuse_another_run(tmp_path, {**IDENTITY, **changes}, new=False)
 
 
-@pytest.mark.parametrize("text", ['{"step": 5', "{}", '{"step": 4, "run": []}', '{"run": {}, "n_bytes": 3}', "[]"])
-def test_a_damaged_state_is_named(tmp_path: Path, text: str) -> None:
-    (publish(tmp_path, 50) / "state.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"step_00000050 is damaged: state.json.*Remove that folder"):
-        starting_point(tmp_path, IDENTITY, resume=True)
+def test_damage_is_not_taken_for_another_run(tmp_path: Path) -> None:
+    path = publish(tmp_path, 50) / "state.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    refuse_another_run(tmp_path, IDENTITY, new=False)
+    with pytest.raises(DataError, match=r"step_00000050/state.json is not what was written"):
+        read_state(path.parent)
 
 
-def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
-    weights = publish(tmp_path, 50) / TAG / "weights"
-    weights.write_bytes(b"123")
-    with pytest.raises(ConfigError, match="is damaged: deepspeed/weights has 3 bytes instead of 4"):
-        starting_point(tmp_path, IDENTITY, resume=True)
-    weights.unlink()
-    with pytest.raises(ConfigError, match="is damaged: deepspeed/weights is missing"):
-        starting_point(tmp_path, IDENTITY, resume=True)
+def test_checkpoints_of_an_older_version_are_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000050" / "deepspeed").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="step_00000050 was written by an older version"):
+        refuse_another_run(tmp_path, IDENTITY, new=False)
 
 
-def test_files_in_folders_of_deepspeeds_are_counted_and_folders_are_not(
+def test_the_last_ones_and_every_so_manyth_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        publish(tmp_path, step, keep_last=2, keep_every=3)
+    assert [found.step for found in published(tmp_path)] == [3, 6, 7, 8]
+    assert names(tmp_path / "checkpoints") == [f"step_{step:08d}" for step in (3, 6, 7, 8)]
+
+
+def test_without_room_nothing_is_written_and_the_message_says_how_much_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_checkpoint(path: str, tag: str) -> None:
-        for name in ("weights", "offloaded_tensors/rank0/optimizer/moment.swp"):
-            (Path(path) / tag / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(path) / tag / name).write_bytes(b"1234")
-
-    monkeypatch.setattr("trainer.checkpoint.barrier", lambda _: None)
-    engine: Any = SimpleNamespace(save_checkpoint=save_checkpoint)
-    path = save(engine, tmp_path, 50, IDENTITY, 3, detect({}), torch.device("cpu"))
-    sizes = json.loads((path / "state.json").read_text())["n_bytes"]
-    assert sizes == {"weights": 4, "offloaded_tensors/rank0/optimizer/moment.swp": 4}
-    assert starting_point(tmp_path, IDENTITY, resume=True) is not None
-    (path / TAG / "offloaded_tensors/rank0/optimizer/moment.swp").unlink()
-    with pytest.raises(ConfigError, match=r"deepspeed/offloaded_tensors/rank0/optimizer/moment.swp is missing"):
-        starting_point(tmp_path, IDENTITY, resume=True)
+    publish(tmp_path, 50)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(SaveError, match=r"step_00000060, of [\d,]+ bytes: .* has 1,000 bytes left, and .* are needed"):
+        publish(tmp_path, 60)
+    assert names(tmp_path / "checkpoints") == ["step_00000050"]
 
 
-def offloading(**devices: str) -> dict[str, Any]:
-    parts = {f"offload_{part}": {"device": device} for part, device in devices.items()}
-    return {"zero_optimization": {"stage": 3, **parts}}
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "message"),
-    [
-        ({"optimizer": "nvme"}, {"optimizer": "nvme"}, "offload_optimizer.device='nvme', .*: start anew in another"),
-        ({"optimizer": "nvme"}, {"optimizer": "cpu"}, "offload_optimizer.device='nvme', .*: start anew in another"),
-        ({"optimizer": "cpu"}, {"optimizer": "nvme"}, "offload_optimizer.device='nvme': .*; set the device to 'cpu'"),
-        ({"param": "nvme"}, {"param": "nvme"}, "offload_param.device='nvme': .*; set the device to 'cpu'"),
-    ],
-)
-def test_what_is_on_nvme_is_not_continued_and_not_called_damaged(
-    tmp_path: Path, before: dict[str, str], now: dict[str, str], message: str
+@pytest.mark.parametrize("failing", ["save_file", "sha256", "_sync", "_publish"])
+def test_a_save_that_fails_anywhere_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    weights = publish(tmp_path, 50, {**IDENTITY, "deepspeed": offloading(**before)}) / TAG / "weights"
-    # Checkpoints written before folders were left out of the list of files have such an entry.
-    weights.unlink()
-    weights.mkdir()
-    with pytest.raises(ConfigError, match=f"cannot continue from .*step_00000050.* with .*{message}"):
-        starting_point(tmp_path, {**IDENTITY, "deepspeed": offloading(**now)}, resume=True)
+    publish(tmp_path, 50)
 
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-def test_parameters_that_were_on_nvme_go_on_from_the_cpu(tmp_path: Path) -> None:
-    publish(tmp_path, 50, {**IDENTITY, "deepspeed": offloading(param="nvme", optimizer="cpu")})
-    current = {**IDENTITY, "deepspeed": offloading(param="cpu", optimizer="cpu")}
-    assert starting_point(tmp_path, current, resume=True) is not None
-
-
-def test_how_a_run_can_be_continued_is_noted_where_it_needs_saying() -> None:
-    assert nvme_note({}) == nvme_note(offloading(optimizer="cpu", param="none")) == ""
-    assert "offload_optimizer.device='nvme' this run cannot be continued" in nvme_note(offloading(optimizer="nvme"))
-    assert "offload_param.device='nvme', set the device to 'cpu' to continue" in nvme_note(offloading(param="nvme"))
+    monkeypatch.setattr(f"trainer.checkpoint.{failing}", fail)
+    with pytest.raises(SaveError, match="No space left on device"):
+        publish(tmp_path, 60)
+    assert names(tmp_path / "checkpoints") == ["step_00000050"]
+    monkeypatch.undo()
+    assert problems(publish(tmp_path, 60)) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write to run.dir=.*file/run: Not a directory: choose another"):
-        starting_point(tmp_path / "file" / "run", IDENTITY, resume=False)
+        refuse_another_run(tmp_path / "file" / "run", IDENTITY, new=False)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +280,4 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_the_global_batch_is_fixed_however_it_is_given(deepspeed: dict[str, int], expected: int) -> None:
-    config = RunConfig(
-        model={"vocab_size": 9}, data={"store": "s"}, run={"dir": "r", "deepspeed_config": "x.json", "steps": 1}
-    )
-    assert identity(config, deepspeed, "abc", world_size=2)["train_batch_size"] == expected
+    assert identity(config(Path("r")), deepspeed, "abc", world_size=2)["train_batch_size"] == expected
