@@ -34,6 +34,8 @@ CASES = {
     "zero3-bf16": Case(3, bf16=True),
     "zero2-cpu": Case(2, 2, variant="cpu-optimizer"),
     "zero3-cpu": Case(3, 2, variant="cpu-parameters"),
+    "adafactor": Case(0, 2, dropout=0.1, optimizer="Adafactor"),
+    "adafactor-bf16": Case(0, bf16=True, optimizer="Adafactor"),
 }
 FROM = "zero2"
 """The case whose checkpoint, of each number of ranks, all others of the same model and precision go on from."""
@@ -82,7 +84,7 @@ def saved(launch, tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str
     folder = tmp_path_factory.mktemp("saved")
     found = {}
     for ranks in (1, 2):
-        cases = CASES if ranks == 2 else {name: CASES[name] for name in ("zero0", FROM, "zero3")}
+        cases = CASES if ranks == 2 else {name: CASES[name] for name in ("zero0", FROM, "zero3", "adafactor")}
         tasks = []
         for name, case in cases.items():
             path = folder / f"{name}-{ranks}"
@@ -126,6 +128,16 @@ def test_other_ranks_and_stages_go_on(saved, launch, before: int, now: int) -> N
     for case, result in zip(cases, results, strict=True):
         assert isinstance(result, list), result
         assert flat(result) == pytest.approx(flat(more), rel=1e-5), str(case)
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2)])
+def test_adafactor_goes_on_with_other_ranks(saved, launch, before: int, now: int) -> None:
+    path, more = saved["adafactor", before]
+    (result,) = launch(now, [task(CASES["adafactor"], path, STEPS, MORE, None)])
+    assert flat(result) == pytest.approx(flat(more), rel=1e-5)
+    with SavedSlices.open(path) as slices:
+        kinds = {kind for _, kind in slices._found}
+    assert kinds == {WEIGHT, "step", "row_var", "col_var", "variance"}
 
 
 def test_reading_and_writing_again_changes_nothing(saved, launch, tmp_path: Path) -> None:
