@@ -1,10 +1,10 @@
-"""How well LSH attention works in a model: are its buckets even, how much of dense attention do they recover, and
-how exactly does the reversible stack give its inputs back.
+"""How well LSH attention works in a model: are its buckets even, how much of dense attention do they recover, what
+is a model without it, and how exactly does the reversible stack give its inputs back.
 
-What is special: nothing is kept on the model, and there is no extra forward pass. `observed` puts a wrapper around
-the inner attention of each LSH layer, the seam that oracles and kernels use too, for as long as a `with` statement
-lasts, so that what is reported is what really ran. Dense attention is computed for a sample of queries only:
-O(samples * T * D) a head instead of O(T^2 * D).
+What is special: nothing is kept on the model. `observed` puts a wrapper around the inner attention of each LSH layer,
+the seam that oracles and kernels use too, for as long as a `with` statement lasts, so that what is reported is what
+really ran, in no pass of its own; `ablated` puts nothing in its place. Dense attention is computed for a sample of
+queries only: O(samples * T * D) a head instead of O(T^2 * D).
 
 Axes: B batch, H heads, R hash rounds, T tokens, D head dim, S sampled queries, L chunk length, C chunks of one round,
 M model.
@@ -27,6 +27,9 @@ from reformer.reversible import ReversibleBlock
 SAMPLED_QUERIES = 64
 """Per head: 4 heads give the mean of a layer to about 0.02 where queries differ by 0.3."""
 
+Inner = Callable[..., tuple[Tensor, Tensor | None]]
+"""The inner attention of an LSH layer."""
+
 BLOCK_SCORES = 2**22
 """Scores of sampled queries that exist at a time."""
 
@@ -45,20 +48,39 @@ def observed(model: Reformer, n_tokens: int | None = None) -> Iterator[dict[str,
     ones at every call. Later passes within the statement change nothing.
     """
     found: dict[str, float] = {}
+    with _wrapped(model, lambda layer: _reporting(layer, n_tokens, found)):
+        yield found
+
+
+@contextmanager
+def ablated(model: Reformer) -> Iterator[None]:
+    """Within the statement the attention of LSH layers contributes nothing; all else is as it was.
+
+    Their modules are called as always, so that ZeRO-3 finds what it expects, and hash nothing.
+    """
+    with _wrapped(model, lambda _: _nothing):
+        yield
+
+
+def _nothing(qk: Tensor, v: Tensor, buckets: Tensor | None = None, **options: Any) -> tuple[Tensor, None]:
+    return torch.zeros_like(v), None
+
+
+@contextmanager
+def _wrapped(model: Reformer, wrapper: Callable[[LSHSelfAttention], Inner]) -> Iterator[None]:
+    """Each LSH layer has another inner attention, until the statement ends."""
     layers = [block.attention for block in model.blocks if isinstance(block.attention, LSHSelfAttention)]
     inner = [layer.inner for layer in layers]
     for layer in layers:
-        layer.inner = _reporting(layer, n_tokens, found)
+        layer.inner = wrapper(layer)
     try:
-        yield found
+        yield
     finally:
         for layer, own in zip(layers, inner, strict=True):
             layer.inner = own
 
 
-def _reporting(
-    layer: LSHSelfAttention, n_tokens: int | None, found: dict[str, float]
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def _reporting(layer: LSHSelfAttention, n_tokens: int | None, found: dict[str, float]) -> Inner:
     """The layer's inner attention, which also reports on its first pass, a few heads at a time as they come."""
     inner, prefix = layer.inner, f"lsh/layer{layer.layer:02d}"
     largest: list[float] = []  # these three: of each group of heads

@@ -51,11 +51,14 @@ class OutputHead(nn.Module):
             self.weight, self.projection_weight = embedding_VM, nn.Parameter(torch.randn(d_model, width) * std)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, y1_BTM: Tensor, y2_BTM: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, y1_BTM: Tensor, y2_BTM: Tensor, labels_BT: Tensor | None = None, per_token: bool = False
+    ) -> Tensor:
         """Logits [B, T, V]; or, given int64 labels, the mean loss in nats (fp32 or better) over labels != -100.
 
         The mean over no labels at all is 0. The outputs of a reversible stack get their gradients by hand: see
-        `with_gradients`.
+        `with_gradients`. With `per_token` the loss of each token [B, T] instead, 0 where its label is -100, without a
+        graph; `mean_loss` of it is the mean loss, to the bit.
 
         Raises:
             ValueError: labels of another shape than the tokens', or one on the CPU that is no token id and not -100.
@@ -68,8 +71,9 @@ class OutputHead(nn.Module):
             raise ValueError(f"labels must be {list(y1_BTM.shape[:2])} like the tokens, got {list(labels_BT.shape)}")
         streams, labels = [y1_BTM.flatten(0, 1), y2_BTM.flatten(0, 1)], labels_BT.flatten()
         _check_labels(labels, len(self.bias))
-        if not torch.is_grad_enabled():
-            return self._loss(streams, labels)
+        if per_token or not torch.is_grad_enabled():
+            losses_BT = self._losses(streams, labels).view(labels_BT.shape)
+            return losses_BT if per_token else mean_loss(losses_BT, labels_BT, self.chunk_tokens)
         loss, d_streams, d_parameters = self._loss_and_gradients(streams, labels)
         inputs = [y1_BTM, y2_BTM, self.norm_weight, self.norm_bias, *self._matrices]
         gradients = [*(d.view_as(y1_BTM) for d in d_streams), *d_parameters]
@@ -84,16 +88,16 @@ class OutputHead(nn.Module):
         return layer_norm(torch.cat(streams, dim=-1), norm_weight, norm_bias, self.norm_eps)
 
     @torch.no_grad()
-    def _loss(self, streams_TM: list[Tensor], labels_T: Tensor) -> Tensor:
-        """The mean loss alone."""
+    def _losses(self, streams_TM: list[Tensor], labels_T: Tensor) -> Tensor:
+        """The loss [T] of each token, 0 where its label is ignored."""
         chunk = _Chunk(self._matrices, min(self.chunk_tokens, len(labels_T)))
         index_T1, valid_T1 = _targets(labels_T)
-        loss = _zero_loss(streams_TM[0])
+        losses_T1 = torch.empty_like(labels_T, dtype=_loss_dtype(streams_TM[0]))[:, None]
         for tokens in token_slices(len(labels_T), self.chunk_tokens):
             normed = self._normed([y[tokens] for y in streams_TM], self.norm_weight, self.norm_bias)
             nll_t1, _ = _exponentiate(chunk.logits(chunk.read(normed)[1]), index_T1[tokens])
-            loss += nll_t1.where(valid_T1[tokens], 0).sum()
-        return loss / valid_T1.sum().clamp(min=1)
+            losses_T1[tokens] = nll_t1.where(valid_T1[tokens], 0)
+        return losses_T1.flatten()
 
     @torch.no_grad()
     def _loss_and_gradients(
@@ -104,7 +108,8 @@ class OutputHead(nn.Module):
         index_T1, valid_T1 = _targets(labels_T)
         # Applied after the products: half precision would lose a millionth of a probability.
         share = 1 / valid_T1.sum().clamp(min=1).to(chunk.dtype)
-        loss, d_streams_TM = _zero_loss(streams_TM[0]), [torch.empty_like(y) for y in streams_TM]
+        loss = streams_TM[0].new_zeros((), dtype=_loss_dtype(streams_TM[0]))
+        d_streams_TM = [torch.empty_like(y) for y in streams_TM]
         norm_sums, matrix_sums = GradientSum([self.norm_weight, self.norm_bias]), GradientSum(self._matrices)
         for tokens in token_slices(len(labels_T), self.chunk_tokens):
             index_t1, valid_t1 = index_T1[tokens], valid_T1[tokens]
@@ -123,6 +128,17 @@ class OutputHead(nn.Module):
             for d_stream, d_part in zip(d_streams_TM, d_parts, strict=True):
                 torch.mul(d_part, share, out=d_stream[tokens])
         return loss * share, d_streams_TM, [total.mul_(share) for total in (*norm_sums.sums, *matrix_sums.sums)]
+
+
+def mean_loss(losses_BT: Tensor, labels_BT: Tensor, chunk_tokens: int) -> Tensor:
+    """The mean of tokens' losses over labels != -100, a scalar; 0 where there are none.
+
+    By chunks of so many tokens, which decides how the sum is rounded: those of the head give its own result.
+    """
+    total = losses_BT.new_zeros(())
+    for losses_t in losses_BT.flatten().split(chunk_tokens):
+        total += losses_t.sum()
+    return total / (labels_BT != IGNORED_LABEL).sum().clamp(min=1)
 
 
 class _Chunk:
@@ -176,8 +192,8 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _zero_loss(stream: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.promote_types(stream.dtype, torch.float32), device=stream.device)
+def _loss_dtype(stream: Tensor) -> torch.dtype:
+    return torch.promote_types(stream.dtype, torch.float32)
 
 
 def _targets(labels_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,7 @@ class Reformer(nn.Module):
         step: int = 0,
         sample_ids: Sequence[int] | Tensor | None = None,
         n_hashes: int | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """Logits [B, T, V]; or, given labels, the mean loss in nats over labels != -100, an fp32 scalar.
 
@@ -58,9 +59,12 @@ class Reformer(nn.Module):
             step: with the model's seed, fixes the hash rotations and dropout masks of this pass.
             sample_ids: index of each sample in the global batch, which keys its dropout; 0, 1, … if not given.
             n_hashes: rounds of LSH attention, more or fewer than the model was trained with; None: as configured.
+            per_token: the loss of each token, fp32 [B, T], in place of their mean; 0 where its label is -100. Under
+                torch.no_grad() only.
 
         Raises:
-            ValueError: n_hashes below 1, or in a model without LSH attention; labels or segment_ids of another shape.
+            ValueError: n_hashes below 1, or in a model without LSH attention; labels or segment_ids of another shape;
+                per_token without labels, or where gradients are wanted.
             RuntimeError: tied embeddings that are two parameters by now.
         """
         if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:
@@ -82,6 +86,10 @@ class Reformer(nn.Module):
             raise ValueError(f"segment_ids must be {list(tokens.shape)} like tokens, got {list(segment_ids.shape)}")
         if labels is not None and labels.shape != tokens.shape:
             raise ValueError(f"labels must be {list(tokens.shape)} like tokens, got {list(labels.shape)}")
+        if per_token and (labels is None or torch.is_grad_enabled()):
+            raise ValueError(
+                "per_token gives the loss of each token without gradients: give labels, in torch.no_grad()"
+            )
         call = Call(
             seed=self.config.seed,
             step=step,
@@ -93,4 +101,4 @@ class Reformer(nn.Module):
         )
         x = self.embedding(tokens)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.head(*reversible_stack(self.blocks, x, x, call), labels)
+        return self.head(*reversible_stack(self.blocks, x, x, call), labels, per_token)

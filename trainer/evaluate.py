@@ -1,20 +1,45 @@
-"""The loss on held-out rows, exactly: the sum over all tokens of all ranks, divided once.
+"""What is said about a model on held-out rows: its loss, exactly, where in documents it is made, and what LSH adds.
 
 What is special: ranks share the rows, and the last ones get blank rows where there are too few, since under ZeRO-3
-all must take part in every forward pass. The result does not depend on the number of ranks.
+all must take part in every forward pass. Sums over all tokens of all ranks are divided once, so that nothing depends
+on the number of ranks. The tags, all of the model after so many steps, hash rotations those of step 0:
+
+    eval/loss                   nats per token, of the first run.eval_rows held-out rows
+    eval/bits_per_token         the same in bits
+    eval/bits_per_byte          bits per byte of text: comparable between tokenizers, unlike the loss
+    eval/perplexity             exp(eval/loss)
+    eval/loss_at/00016K         nats per token, of the tokens that have at least 4K and fewer than 16K of their own
+                                document before them in the row: what falls with the distance is the use of a context
+                                of that length. 1K, 4K, 16K, … as far as rows reach; of rows of up to 1,024 tokens
+                                00004, 00016, …
+    eval/loss_without_lsh       of the first run.ablation_rows of these rows, with nothing in place of LSH attention
+    eval/lsh_gain               by how much that is more than the loss of the same rows with it
+    lsh/…, reversible/…         see diagnostics.py; on rank 0 alone
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import deepspeed
 import torch
+from torch import Tensor
 
-from data_pipeline.dataset import RowDataset
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset
+from data_pipeline.store import Store
+from reformer.config import ReformerConfig
+from reformer.diagnostics import ablated
+from reformer.loss import mean_loss
 from trainer.batches import Batch, blank, collate, evaluation_shares
+from trainer.config import RunConfig
+from trainer.diagnostics import diagnosed
 from trainer.distributed import Launch, all_sum, together
-from trainer.engine import forward
+from trainer.samples import sample_continuation
+
+FIRST_RANGE, FIRST_RANGE_OF_SHORT_ROWS = 1024, 4
+"""Where the first range of positions ends; each of the others ends at four times the position of the one before."""
 
 
 @dataclass(frozen=True)
@@ -32,38 +57,181 @@ class Score:
         return self.nll / self.n_tokens if self.n_tokens else math.nan
 
     @property
+    def bits_per_token(self) -> float:
+        """The loss in bits."""
+        return self.loss / math.log(2)
+
+    @property
     def bits_per_byte(self) -> float:
         """Bits per byte of text: comparable between tokenizers, unlike the loss."""
         return self.nll / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Among as many equally likely tokens a choice would be as hard."""
+        return math.inf if self.loss > 700 else math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of some rows."""
+
+    all: Score
+    first: Score
+    """Of the first few of them; without bytes."""
+    by_position: dict[int, Score]
+    """Of the tokens in each range of positions, by its end: see `range_ends`; without bytes."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation reports."""
+
+    values: dict[str, float]
+    """By tag: see the top of this file."""
+    n_rows: int
+    """Rows that eval/loss is of."""
+    by_position: dict[int, float]
+    """eval/loss_at/… by the position at which each range ends; of ranges with something to predict."""
+    sample: str | None
+    """A held-out text continued, as Markdown: see samples.py; None where none is asked for."""
+
+
+def held_out(
+    engine: deepspeed.DeepSpeedEngine,
+    rows: RowDataset,
+    config: RunConfig,
+    store: Store,
+    launch: Launch,
+    device: torch.device,
+    token_bytes: Tensor,
+) -> HeldOut:
+    """Everything that an evaluation reports. All ranks call it, and make the same passes.
+
+    rows: those of the held-out split of `store`; token_bytes: int64 [V], the bytes that each token stands for.
+
+    Raises DataError, on one rank while the others end, where a row or the store's tokenizer is damaged.
+    """
+    plan = config.run
+    n_rows = min(plan.eval_rows, len(rows))
+    n_ablated = min(plan.ablation_rows, n_rows) if has_lsh(config.model) else 0
+    evaluated = partial(evaluate, engine, rows, config, launch, device, token_bytes, n_first=n_ablated)
+    watch: AbstractContextManager[dict[str, float]] = nullcontext({})
+    if plan.diagnostics:
+        watch = diagnosed(engine, rows, launch, device)
+    engine.eval()
+    with watch as diagnostics:
+        scores = evaluated(n_rows=n_rows)
+    by_position = {end: score.loss for end, score in scores.by_position.items() if score.n_tokens}
+    values = overall(scores.all) | {position_tag(end, store.seq_len): loss for end, loss in by_position.items()}
+    if n_ablated:
+        with ablated(engine.module):
+            without = evaluated(n_rows=n_ablated).first.loss
+        values |= {"eval/loss_without_lsh": without, "eval/lsh_gain": without - scores.first.loss}
+    sample = sample_continuation(engine, rows, config, store, launch, device)
+    engine.train()
+    return HeldOut(values | diagnostics, n_rows, by_position, sample)
+
+
+def has_lsh(model: ReformerConfig) -> bool:
+    """Whether some layer uses LSH attention."""
+    return any(model.attention_kind(layer) == "lsh" for layer in range(model.n_layers))
+
+
+def overall(score: Score) -> dict[str, float]:
+    """The values of all rows, by tag."""
+    return {
+        "eval/loss": score.loss,
+        "eval/bits_per_byte": score.bits_per_byte,
+        "eval/bits_per_token": score.bits_per_token,
+        "eval/perplexity": score.perplexity,
+    }
 
 
 @torch.no_grad()
 def evaluate(
     engine: deepspeed.DeepSpeedEngine,
     rows: RowDataset,
-    n_rows: int,
-    token_bytes: torch.Tensor,
+    config: RunConfig,
     launch: Launch,
     device: torch.device,
-    n_hashes: int | None = None,
-) -> Score:
-    """Score the first `n_rows` rows, with `n_hashes` rounds of LSH attention, or as many as the model is trained with.
+    token_bytes: Tensor,
+    *,
+    n_rows: int,
+    n_first: int,
+) -> Scores:
+    """Score the first `n_rows` rows, and of these the first `n_first`, on all ranks; for an engine in evaluation mode.
 
-    Hash rotations are always those of step 0, so results are comparable.
+    With config.run.eval_n_hashes rounds of LSH attention, or as many as the model is trained with. Hash rotations are
+    always those of step 0, so results are comparable.
     """
-    engine.eval()
+    ends = range_ends(rows.store.seq_len)
     nll = torch.zeros((), dtype=torch.float64, device=device)
+    parts = torch.zeros(1 + len(ends), 2, dtype=torch.float64, device=device)  # `_sums` of n_first, and of each range
     n_tokens = n_bytes = 0
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
     for share in evaluation_shares(n_rows, micro_batch_size, launch.rank, launch.world_size):
         batch = together(partial(_read, rows, share, token_bytes, device), launch, device)
-        nll += forward(engine, batch, step=0, n_hashes=n_hashes).double() * batch.n_tokens
+        losses_BT = _losses(engine, batch, config.run.eval_n_hashes)
+        # Its mean as the model itself gives it, to the bit, which a sum in float64 would not be.
+        mean = mean_loss(losses_BT, batch.labels, engine.module.head.chunk_tokens)
+        nll += mean.double() * batch.n_tokens
         n_tokens += batch.n_tokens
         n_bytes += batch.n_bytes
-    engine.train()
-    return Score(*all_sum([nll, n_tokens, n_bytes], device))
+        is_first_B = torch.tensor([row is not None and row < n_first for row in share], device=device)
+        masks = [is_first_B[:, None], *range_masks(positions(batch.segment_ids), ends)]
+        parts += torch.stack([_sums(losses_BT, batch.labels, mask) for mask in masks])
+    nll_sum, tokens_sum, bytes_sum, *sums = all_sum([nll, n_tokens, n_bytes, *parts.flatten()], device)
+    first, *by_range = (Score(*pair, n_bytes=0) for pair in zip(sums[::2], sums[1::2], strict=True))
+    return Scores(Score(nll_sum, tokens_sum, bytes_sum), first, dict(zip(ends, by_range, strict=True)))
 
 
-def _read(rows: RowDataset, share: list[int | None], token_bytes: torch.Tensor, device: torch.device) -> Batch:
+def _read(rows: RowDataset, share: Sequence[int | None], token_bytes: Tensor, device: torch.device) -> Batch:
     samples = [blank(rows[0]) if row is None else rows[row] for row in share]
     return collate(samples, range(len(share)), token_bytes, device)
+
+
+def _losses(engine: deepspeed.DeepSpeedEngine, batch: Batch, n_hashes: int | None) -> Tensor:
+    """The loss [B, T] of each token, 0 where there is nothing to predict."""
+    return engine(
+        batch.tokens,
+        batch.labels,
+        segment_ids=batch.segment_ids,
+        sample_ids=batch.sample_ids,
+        n_hashes=n_hashes,
+        per_token=True,
+    )
+
+
+def _sums(losses_BT: Tensor, labels_BT: Tensor, mask: Tensor) -> Tensor:
+    """The loss and the number [2] of the tokens to predict in a mask that broadcasts to [B, T], float64."""
+    counted_BT = (labels_BT != IGNORED_LABEL) & mask
+    return torch.stack([losses_BT.double().where(counted_BT, 0).sum(), counted_BT.sum().double()])
+
+
+def range_ends(seq_len: int) -> list[int]:
+    """Where ranges of positions end, in rows of so many tokens; the first begins at 0, each other where one ends."""
+    ends = [FIRST_RANGE if seq_len > FIRST_RANGE else FIRST_RANGE_OF_SHORT_ROWS]
+    while ends[-1] < seq_len:
+        ends.append(4 * ends[-1])
+    return ends
+
+
+def range_masks(position_BT: Tensor, ends: Sequence[int]) -> Iterator[Tensor]:
+    """Of each range of positions, which tokens [B, T] are in it."""
+    for begin, end in zip([0, *ends], ends, strict=False):
+        yield (begin <= position_BT) & (position_BT < end)
+
+
+def positions(segment_ids_BT: Tensor) -> Tensor:
+    """For each token how many of its own segment are before it, int64 [B, T]: what a causal model may look back on."""
+    place_T = torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device)
+    begins_BT = torch.ones_like(segment_ids_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    return place_T - place_T.where(begins_BT, 0).cummax(dim=1).values
+
+
+def position_tag(end: int, seq_len: int) -> str:
+    """The tag of a range of positions in rows of so many tokens; tags of one length are in the order of ranges."""
+    where = f"{end // 1024:05d}K" if seq_len > FIRST_RANGE else f"{end:05d}"
+    return f"eval/loss_at/{where}"

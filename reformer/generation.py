@@ -1,0 +1,76 @@
+"""A sequence continued by a model, token by token.
+
+What is special: every new token costs a forward pass over all tokens before it, and nothing is kept in between, so
+that the model computes what it computes in training. The choice of a token is a function of its logits, the seed and
+its place: continued in two goes, or by another rank, a text is the same.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from reformer.config import ReformerConfig
+from reformer.lsh.hashing import derive_seed
+
+
+@torch.no_grad()
+def continue_tokens(
+    forward: Callable[[Tensor], Tensor],
+    config: ReformerConfig,
+    tokens: Tensor,
+    n_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
+    """The `n_tokens` tokens that follow tokens [T], int64 [n_tokens] on their device.
+
+    Args:
+        forward: tokens [1, T] -> logits [1, T, V], or those of the last place alone [1, 1, V]: the model, or a wrapper.
+        config: the model's.
+        tokens: int64 [T], at least one.
+        n_tokens: how many to add; as many passes are made, whatever comes out of them.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draws from the fewest tokens that have this share of the probability.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a model that is not causal, no token to begin with, a result longer than max_seq_len, or a
+            temperature or top_p that is none.
+    """
+    _check(config, len(tokens), n_tokens, temperature, top_p)
+    window = tokens
+    for place in range(len(tokens), len(tokens) + n_tokens):
+        token = choose(forward(window[None])[0, -1], derive_seed(seed, place), temperature, top_p)
+        window = torch.cat([window, window.new_tensor([token])])
+    return window[len(tokens) :]
+
+
+def _check(config: ReformerConfig, n_given: int, n_tokens: int, temperature: float, top_p: float) -> None:
+    if not config.causal:
+        raise ValueError("a model with causal=False saw the following tokens in training: it cannot continue a text")
+    if n_given < 1:
+        raise ValueError("there is no token to begin with: give at least one, such as BOS")
+    if n_given + n_tokens > config.max_seq_len:
+        raise ValueError(
+            f"{n_given} tokens and {n_tokens} more are beyond max_seq_len={config.max_seq_len}: give fewer of them"
+        )
+    if not (temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature={temperature} must be at least 0, and top_p={top_p} above 0 and at most 1")
+
+
+def choose(logits_V: Tensor, seed: int, temperature: float, top_p: float) -> int:
+    """A token drawn from softmax(logits / temperature), among the likeliest that have top_p of the probability.
+
+    The draw is made on the CPU, from one number in float64 that follows from the seed.
+    """
+    logits_V = logits_V.double().cpu()
+    if temperature == 0:
+        return int(logits_V.argmax())
+    p_V, token_V = (logits_V / temperature).softmax(dim=0).sort(descending=True, stable=True)
+    total_V = p_V.cumsum(dim=0)
+    kept = int((total_V - p_V < top_p).sum())  # the last of them is the one that reaches top_p
+    at = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * total_V[kept - 1]
+    return int(token_V[min(int(torch.searchsorted(total_V, at, right=True)), kept - 1)])

@@ -1,0 +1,83 @@
+"""A held-out text as the model continues it, for a reader of TensorBoard.
+
+What is special: the passes that this takes are as many on every rank, whatever the model says, since under ZeRO-3 all
+must take part in each. They are as many as tokens are drawn, over a short text, so that they cost little beside an
+evaluation. Everything follows from the weights: draws are the same at every evaluation.
+"""
+
+import re
+from functools import partial
+
+import deepspeed
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.dataset import RowDataset
+from data_pipeline.store import Store
+from data_pipeline.tokenizer import Tokenizer
+from reformer.generation import continue_tokens
+from trainer.config import RunConfig
+from trainer.distributed import Launch, together
+
+PROMPT_TOKENS = 256
+"""The most tokens of the text that are given."""
+TOP_P = 0.95
+"""Tokens that share the last twentieth of the probability are not drawn: one of them spoils what follows."""
+
+
+@torch.no_grad()
+def sample_continuation(
+    engine: deepspeed.DeepSpeedEngine,
+    rows: RowDataset,
+    config: RunConfig,
+    store: Store,
+    launch: Launch,
+    device: torch.device,
+) -> str | None:
+    """The beginning of the first held-out row, and run.sample_tokens tokens that the model adds, as Markdown.
+
+    None where run.sample_tokens is 0, for a model that is not causal, and where the row has nothing in it. All ranks
+    call this, for an engine in evaluation mode. Raises DataError, on one rank while the others end, where the row or
+    the store's tokenizer is damaged.
+    """
+    if not config.run.sample_tokens or not config.model.causal:
+        return None
+    row = together(partial(rows.__getitem__, 0), launch, device)
+    prompt = beginning(row.tokens, row.segment_ids).to(device)
+    n_tokens = min(config.run.sample_tokens, config.model.max_seq_len - len(prompt))
+    if not len(prompt) or not n_tokens:
+        return None
+    forward = partial(engine, n_hashes=config.run.eval_n_hashes)
+    added = continue_tokens(forward, config.model, prompt, n_tokens, top_p=TOP_P)
+    return together(partial(as_markdown, prompt, added, store), launch, device)
+
+
+def beginning(tokens_T: Tensor, segment_ids_T: Tensor) -> Tensor:
+    """Of a row's first document half, so that there is something to go on with, and at most PROMPT_TOKENS tokens."""
+    n_tokens = int((segment_ids_T == 1).sum())
+    return tokens_T[: min(-(-n_tokens // 2), PROMPT_TOKENS)]
+
+
+def as_markdown(prompt_T: Tensor, added_T: Tensor, store: Store) -> str:
+    """The text that was given and what was added, to the first end of a document."""
+    tokenizer, added = store.tokenizer, added_T.tolist()
+    n_added = added.index(tokenizer.eos_id) if tokenizer.eos_id in added else len(added)
+    end = ", where the text ends" if n_added < len(added) else ""
+    return (
+        f"**{len(prompt_T)} tokens of a held-out text:**\n\n{literal(as_text(tokenizer, prompt_T.tolist()))}\n\n"
+        f"**the model's next {n_added}{end}:**\n\n{literal(as_text(tokenizer, added[:n_added]))}"
+    )
+
+
+def as_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """Bytes that are no UTF-8 are replaced; of integers, the numbers."""
+    if tokenizer.kind == "integers":
+        return " ".join(str(token) for token in tokens if token < tokenizer.bos_id)
+    return tokenizer.decode(np.array(tokens, np.int64)).decode("utf-8", errors="replace")
+
+
+def literal(text: str) -> str:
+    """A block of Markdown that shows the text as it is; control characters are replaced, TensorBoard drops some."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+    return "\n".join(f"    {line}" for line in text.split("\n"))
