@@ -181,8 +181,8 @@ class Watchdog:
         before = {state.rank: state for state in self._read_all()}
         self._wait_for(lambda: all(state.stacks_written or state.ended for state in self._read_all()))
         states = self._read_all()
-        quiet = {state.rank for state in states if not state.ended and state == before.get(state.rank)}
-        verdict = ranks.judge(states, quiet - {self._launch.rank})
+        silent = {state.rank for state in states if not state.ended and state == before.get(state.rank)}
+        verdict = ranks.judge(states, set() if self._cannot_write else silent)
         self._say(f"error: {verdict}\n{self._way_on()}")
         with self._tolerance():
             ranks.write_json(self._alarm_path, {**about, "verdict": verdict})
@@ -233,7 +233,9 @@ class Watchdog:
         return self._factor > 0 and ranks.read_bytes(self._alarm_path) != self._old_alarm
 
     def _read_all(self) -> list[RankState]:
-        return ranks.read_states(self._run_dir, self._launch.world_size)
+        """The states of all ranks that can be read, and our own."""
+        states = {state.rank: state for state in ranks.read_states(self._run_dir, self._launch.world_size)}
+        return list((states | {self._launch.rank: self._state()}).values())
 
     def _write(self, ended: str | None = None) -> None:
         with self._tolerance():
