@@ -3,5 +3,6 @@
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 from reformer.lsh import lsh_attention
 from reformer.model import Reformer
+from reformer.weights import load_model, save_model
 
-__all__ = ["ConfigError", "Reformer", "ReformerConfig", "StrictConfig", "lsh_attention"]
+__all__ = ["ConfigError", "Reformer", "ReformerConfig", "StrictConfig", "load_model", "lsh_attention", "save_model"]

@@ -20,7 +20,6 @@ same buckets, except that
 
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +32,7 @@ from torch import Tensor
 
 from reformer.config import ConfigError, ReformerConfig
 from reformer.model import Reformer
-
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+from reformer.weights import CONFIG_FILE, WEIGHTS_FILE, appearing, check_tensors, skeleton
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -136,10 +134,10 @@ def load_hf(folder: str | Path) -> Reformer:
     folder = Path(folder)
     config = config_from_hf(_read_config(folder / CONFIG_FILE))
     tensors = _read_weights(folder / WEIGHTS_FILE)
-    model = _skeleton(config)
+    model = skeleton(config)
     expected = state_to_hf(model.state_dict(), config)
     way_out = "give a ReformerModelWithLMHead or ReformerForMaskedLM, saved whole, with its own config.json"
-    _check_tensors(tensors, expected, f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}", way_out)
+    check_tensors(tensors, expected, f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}", way_out)
     state = state_from_hf(tensors, config)
     if state["head.bias"].any():
         warnings.warn(
@@ -164,22 +162,16 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
     """
     if not isinstance(model, Reformer):
         raise ConfigError(f"{type(model).__name__} is not a Reformer: give the Reformer itself, not a wrapper")
-    folder = Path(folder).absolute()
     config = config_to_hf(model.config)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    expected = _skeleton(model.config).state_dict()
+    expected = skeleton(model.config).state_dict()
     way_out = "give the Reformer itself, not a wrapper, with its parameters gathered from all ranks"
-    _check_tensors(state, expected, "the model does not fit its configuration", way_out)
+    check_tensors(state, expected, "the model does not fit its configuration", way_out)
     tensors = state_to_hf(fold_head_bias(untied(state)), model.config)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder: remove it, or give another name")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-    partial.rename(folder)
+    with appearing(Path(folder)) as partial:
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def config_from_hf(values: Mapping[str, Any]) -> ReformerConfig:
@@ -348,25 +340,6 @@ def _check_expressible(hf: Mapping[str, Any]) -> None:
     longhand = hf["longhand"]
     if not isinstance(longhand, Mapping) or not set(longhand) <= set(CARRIED):
         raise ConfigError(f"longhand={longhand!r}: expected an object of nothing but {CARRIED}; remove what is else")
-
-
-def _check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str, way_out: str) -> None:
-    """ConfigError for each tensor that is missing, unexpected, of another shape or no floating-point number."""
-    problems = [f"{name} is missing" for name in expected if name not in actual]
-    problems += [f"{name} is not part of such a model" for name in actual if name not in expected]
-    for name in actual.keys() & expected.keys():
-        if actual[name].shape != expected[name].shape:
-            problems.append(f"{name} is {list(actual[name].shape)}, expected {list(expected[name].shape)}")
-        elif not actual[name].is_floating_point():
-            problems.append(f"{name} is {actual[name].dtype}, expected floating-point numbers")
-    if problems:
-        raise ConfigError(f"{complaint}: {way_out}\n  " + "\n  ".join(sorted(problems)))
-
-
-def _skeleton(config: ReformerConfig) -> Reformer:
-    """A model of this configuration without memory or random numbers behind it."""
-    with torch.device("meta"):
-        return Reformer(config)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""A model in a folder: its configuration in `config.json`, its weights in `model.safetensors`.
+
+What is special: the folder is all that is needed to use the model, with torch and safetensors. Nothing is unpickled, a
+folder appears when it is complete, and one that does not hold just the tensors of its configuration is refused.
+
+    config.json          {"format": "longhand-reformer", "version": 1, "model": the fields of ReformerConfig}
+    model.safetensors    the parameters by name; the matrix of tied embeddings once, as embedding.tokens.weight
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reformer.config import ConfigError, ReformerConfig
+from reformer.model import Reformer
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+FORMAT = {"format": "longhand-reformer", "version": 1}
+EMBEDDING, HEAD = "embedding.tokens.weight", "head.weight"
+"""What is one matrix in a model with tied embeddings."""
+
+
+def save_model(folder: str | Path, config: ReformerConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write a folder that `load_model` reads: a configuration, and parameters by name, as in model.state_dict().
+
+    Raises:
+        ConfigError: a parameter is missing, unknown or of another shape, as those that ZeRO-3 has partitioned are.
+        FileExistsError: there is something in the folder already.
+    """
+    way_out = "give all parameters of a Reformer, whole, by the names that its state_dict() has"
+    own = _checked(config, weights, "the weights do not fit the configuration", way_out)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
+    with appearing(Path(folder)) as partial:
+        described = {**FORMAT, "model": config.model_dump(mode="json")}
+        (partial / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def load_model(folder: str | Path) -> Reformer:
+    """The model in a folder that `save_model` wrote, on the CPU in the file's dtypes; like a new one, in training mode.
+
+    Raises ConfigError where a file is missing or damaged, or does not fit the other.
+    """
+    folder = Path(folder)
+    config, path = _read_config(folder / CONFIG_FILE), folder / WEIGHTS_FILE
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: copy the whole folder again") from None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
+    return assemble(config, weights, f"{path} does not fit {CONFIG_FILE}", "copy both files of the same folder")
+
+
+def assemble(
+    config: ReformerConfig,
+    weights: Mapping[str, Tensor],
+    complaint: str = "the weights do not fit the configuration",
+    way_out: str = "give those of a model of this configuration",
+) -> Reformer:
+    """A model of copies of these parameters, by name. Raises ConfigError where they are not those of the configuration.
+
+    complaint, way_out: what the error begins with.
+    """
+    # Copies: a tensor may be a view of a file, which someone may overwrite.
+    state = {name: tensor.clone() for name, tensor in _checked(config, weights, complaint, way_out).items()}
+    model = skeleton(config)
+    if config.tie_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.tokens.weight
+    return model
+
+
+def _checked(
+    config: ReformerConfig, weights: Mapping[str, Tensor], complaint: str, way_out: str
+) -> Mapping[str, Tensor]:
+    """The weights, those of tied embeddings once. Raises ConfigError where they are not those of the configuration."""
+    own = dict(weights)
+    is_there_twice = config.tie_embeddings and {HEAD, EMBEDDING} <= own.keys()
+    if is_there_twice and not torch.equal(own.pop(HEAD), own[EMBEDDING]):
+        raise ConfigError(f"{complaint}: {way_out}\n  tie_embeddings=True, but {HEAD} is not {EMBEDDING}")
+    check_tensors(own, dict(skeleton(config).named_parameters()), complaint, way_out)
+    return own
+
+
+def skeleton(config: ReformerConfig) -> Reformer:
+    """A model of this configuration without memory or random numbers behind it."""
+    with torch.device("meta"):
+        return Reformer(config)
+
+
+def check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str, way_out: str) -> None:
+    """ConfigError for each tensor that is missing, unexpected, of another shape or no floating-point number."""
+    problems = [f"{name} is missing" for name in expected if name not in actual]
+    problems += [f"{name} is not part of such a model" for name in actual if name not in expected]
+    for name in actual.keys() & expected.keys():
+        if actual[name].shape != expected[name].shape:
+            problems.append(f"{name} is {list(actual[name].shape)}, expected {list(expected[name].shape)}")
+        elif not actual[name].is_floating_point():
+            problems.append(f"{name} is {actual[name].dtype}, expected floating-point numbers")
+    if problems:
+        raise ConfigError(f"{complaint}: {way_out}\n  " + "\n  ".join(sorted(problems)))
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise a FileExistsError where there is something already."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: remove it, or give another name")
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when the statement ends well. Raises FileExistsError as above."""
+    folder = folder.absolute()
+    refuse_existing(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_config(path: Path) -> ReformerConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: give a folder that launch/export.py or save_model wrote") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}): copy it again") from None
+    if isinstance(values, dict) and values.get("model_type") == "reformer":
+        raise ConfigError(f"{path} is of Hugging Face's Reformer: read the folder with reformer.hf.load_hf")
+    if not isinstance(values, dict) or {key: values.get(key) for key in FORMAT} != FORMAT:
+        raise ConfigError(f"{path} does not say {FORMAT}: give a folder that this version's save_model wrote")
+    try:
+        return ReformerConfig(**values["model"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} holds no configuration of this version: {error}") from None
