@@ -90,14 +90,6 @@ def detect(environ: Mapping[str, str]) -> Launch:
     return Launch(launcher="no launcher")
 
 
-def rank_hint(environ: Mapping[str, str]) -> int:
-    """The rank that the environment tells of, for who reports an error; 0 where `detect` itself finds one."""
-    try:
-        return detect(environ).rank
-    except ConfigError:
-        return 0
-
-
 def _mpi_launch(environ: Mapping[str, str], local_rank: str) -> Launch:
     rank, size, local_size = MPI_VARIABLES[local_rank]
     return Launch(

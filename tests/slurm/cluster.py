@@ -46,11 +46,14 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU,CR_LLN
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 JobRequeue=1
-KillWait=2
+KillWait=5
 ReturnToService=2
 SlurmdParameters=config_overrides
 {nodes}
-PartitionName=tests Nodes=ALL Default=YES State=UP MaxTime=INFINITE
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=tests Nodes=ALL Default=YES State=UP MaxTime=INFINITE PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL State=UP MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
 NODE = "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=32 RealMemory=131072 State=UNKNOWN"
 
@@ -142,7 +145,7 @@ def running_cluster() -> Iterator[Cluster]:
 
 def idle_nodes(cluster: Cluster) -> int:
     """Nodes that wait for work."""
-    return cluster.run("sinfo", "--Node", "--noheader", "--format=%T").stdout.split().count("idle")
+    return cluster.run("sinfo", "--Node", "--partition=tests", "--noheader", "--format=%T").stdout.split().count("idle")
 
 
 def write_configuration(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import pytest
 
 from trainer import distributed
 from trainer.config import ConfigError
-from trainer.distributed import Launch, detect, first_host, local_address, rank_hint, start
+from trainer.distributed import Launch, detect, first_host, local_address, start
 
 STEP = {
     "SLURM_JOB_ID": "123456",
@@ -101,11 +101,6 @@ def test_first_host(nodelist: str, host: str) -> None:
 def test_a_half_set_environment_is_an_error(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         detect(environ)
-    assert rank_hint(environ) == 0
-
-
-def test_rank_hint() -> None:
-    assert [rank_hint(environ) for environ in ({}, STEP, OPEN_MPI)] == [0, 6, 5]
 
 
 def test_local_address() -> None:
