@@ -51,6 +51,16 @@ REFUSED = {
 }
 """Keys of DeepSpeed's that contradict this trainer, with the way out."""
 
+CONTRADICTING = {
+    ("zero_optimization", "compute_grad_norm"): (
+        [False],
+        "the gradient's norm is reported, and tells which steps are to be skipped",
+    ),
+    ("zero_optimization", "zenflow"): (None, "it keeps moments where no checkpoint finds them"),
+    ("bf16", "check_grad_overflow"): ([False], "a step that is not finite would not be skipped"),
+}
+"""Keys of its tables that contradict this trainer: with which values (None: any), and why."""
+
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
 """Tables in which DeepSpeed refuses unknown keys, and what they are parsed by."""
 
@@ -65,6 +75,10 @@ def keys(deepspeed: Mapping[str, Any]) -> list[str]:
             problems.append(f"deepspeed.{key}: {nearest(key, ALLOWED)}")
         elif key in TABLES and not isinstance(deepspeed[key], Mapping):
             problems.append(f"deepspeed.{key}: this is a table of keys and values (got {deepspeed[key]!r})")
+    for (section, key), (values, reason) in CONTRADICTING.items():
+        value = table(deepspeed, section).get(key)
+        if value is not None and (values is None or value in values):
+            problems.append(f"deepspeed.{section}.{key}={value!r}: {reason}; leave it out")
     return problems
 
 

@@ -75,24 +75,25 @@ def _nvme_path(path: Any) -> list[str]:
 
 
 def _offload_extras(deepspeed: Mapping[str, Any]) -> list[str]:
-    """Settings of offload_optimizer that only ZeRO-3, DeepSpeed's own CPU Adam or an NVIDIA GPU can follow."""
+    """Settings of offload_optimizer that only ZeRO-3 or DeepSpeed's own CPU Adam can follow, or no checkpoint."""
     zero = table(deepspeed, "zero_optimization")
     optimizer, key = table(zero, "offload_optimizer"), "deepspeed.zero_optimization.offload_optimizer"
-    ratio, is_super = optimizer.get("ratio", 1), optimizer.get("super_offload")
+    ratio = optimizer.get("ratio", 1)
     is_partial = isinstance(ratio, float | int) and ratio < 1
-    given = [name for name, is_set in ((f"ratio={ratio}", is_partial), ("super_offload", is_super)) if is_set]
-    problems = [
-        f"{key}.{name} needs ZeRO-3: leave it out, or set deepspeed.zero_optimization.stage to 3"
-        for name in given
-        if zero.get("stage", 0) != 3
-    ]
+    problems = []
+    if is_partial and zero.get("stage", 0) != 3:
+        problems.append(
+            f"{key}.ratio={ratio} needs ZeRO-3: leave it out, or set deepspeed.zero_optimization.stage to 3"
+        )
     if is_partial and table(table(deepspeed, "optimizer"), "params").get("torch_adam"):
         problems.append(
             f"{key}.ratio={ratio} with deepspeed.optimizer.params.torch_adam: only DeepSpeed's own Adam works in both "
             "places; leave one of them out"
         )
-    if is_super and (device := get_accelerator().device_name()) != "cuda":
-        problems.append(f"{key}.super_offload is for NVIDIA's GPUs, and this runs on '{device}': leave it out")
+    if optimizer.get("super_offload"):
+        problems.append(
+            f"{key}.super_offload keeps the moments in another process, where no checkpoint can read them: leave it out"
+        )
     return problems
 
 

@@ -89,8 +89,10 @@ def local_slices(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
 def _on_cpu(value: Any, copies: bool) -> Tensor:
     """copies: of what several parameters share, or of what was swapped in from a drive and soon is gone."""
     tensor = torch.as_tensor(value).detach().cpu().contiguous()
+    if copies or tensor.dtype == torch.bfloat16:  # which numpy does not know
+        return tensor.clone()
     # The same memory as a storage of its own: safetensors takes views of one storage for tied weights.
-    return tensor.clone() if copies else torch.from_numpy(tensor.numpy())
+    return torch.from_numpy(tensor.numpy())
 
 
 def local_square_sum(engine: deepspeed.DeepSpeedEngine) -> Tensor:
