@@ -9,7 +9,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -142,11 +142,42 @@ class Trainer:
         self.step_flops = training_flops(config.model, self.job.store.seq_len) * self.batch_size
         self.profiler = Profiler(self.plan.dir, self.plan.profile_steps, launch.rank)
         self.hosts = distributed.hosts()
-        if self.leads:
-            checkpoint.remove_leftovers(self.plan.dir)
+        together(self.open_reports, launch, device)
+
+    def open_reports(self) -> None:
+        """On rank 0 alone."""
+        if not self.leads:
+            return
+        checkpoint.remove_leftovers(self.plan.dir)
+        try:
             self.metrics = Metrics(self.plan.dir, self.first_step)
-            write_record(self.job, device, self.metrics, sum(parameter_sizes(self.engine)))
-            self.terminal = Terminal(self.plan.steps, self.first_step)
+            write_record(self.job, self.device, self.metrics, sum(parameter_sizes(self.engine)))
+        except OSError as error:
+            raise self.unreported(error) from None
+        self.terminal = Terminal(self.plan.steps, self.first_step)
+
+    def report(self, write: Callable[[Metrics], None]) -> None:
+        """Have rank 0 write to the reports. All ranks call this: where the disk does not take it, all of them stop, or
+        go on without, as configured."""
+
+        def attempt() -> None:
+            try:
+                if self.leads:
+                    write(self.metrics)
+            except OSError as error:
+                problem = self.unreported(error)
+                if self.plan.on_full_disk == "stop":
+                    raise problem from None
+                self.say(f"{problem}; going on without (run.on_full_disk='continue')")
+
+        together(attempt, self.launch, self.device)
+
+    def unreported(self, error: OSError) -> ConfigError:
+        start = f"step {self.saved_step}" if self.saved_step else "the beginning, without a checkpoint"
+        return ConfigError(
+            f"cannot write the reports in {self.plan.dir}: {error.strerror or error}. With more room, the same command "
+            f"goes on from {start}"
+        )
 
     def begin(self) -> None:
         """Say from where, and how good the weights are that nothing has been learnt by."""
@@ -230,8 +261,7 @@ class Trainer:
     def draw_gradients(self, done: int) -> None:
         """Histograms of the step's gradients before clipping; all ranks take part."""
         for name, gradient in gradients(self.engine):
-            if self.leads:
-                self.metrics.histogram(done, f"gradients/{name}", gradient)
+            self.report(partial(Metrics.histogram, step=done, tag=f"gradients/{name}", tensor=gradient))
 
     def log(self, done: int, score: Score, lr: float, norm: float) -> None:
         """Report a step, and the speed since the last report."""
@@ -246,8 +276,7 @@ class Trainer:
         if self.job.config.data.on_damage == "skip":
             values["data/skipped_rows"] = self.before.skipped_rows + sum(each["data/skipped_rows"] for each in everyone)
         self.newest |= values
-        if self.leads:
-            self.metrics.write(done, values)
+        self.report(partial(Metrics.write, step=done, values=values))
         if self.terminal:
             self.terminal.step(done, values)
         if slowest.line:
@@ -263,11 +292,14 @@ class Trainer:
             self.engine, self.eval_rows, self.job.config, self.job.store, self.launch, self.device, self.token_bytes
         )
         self.newest |= found.values
-        if self.leads:
-            self.metrics.write(done, found.values)
-            self.metrics.figure(done, "eval/loss_by_position", figure_by_position(found.by_position))
+
+        def write(metrics: Metrics) -> None:
+            metrics.write(done, found.values)
+            metrics.figure(done, "eval/loss_by_position", figure_by_position(found.by_position))
             if found.sample:
-                self.metrics.text(done, "sample", found.sample)
+                metrics.text(done, "sample", found.sample)
+
+        self.report(write)
         self.say(eval_line(done, self.plan.steps, found.values, found.n_rows))
 
     def save(self, done: int) -> None:
@@ -276,8 +308,7 @@ class Trainer:
         begun = time.perf_counter()
         skipped = all_sum([self.loader.n_skipped], self.device)[0]
         self.progress.skipped_rows = self.before.skipped_rows + int(skipped)
-        if self.leads:
-            self.metrics.sync()
+        self.report(Metrics.sync)
         try:
             saved = checkpoint.save(
                 self.engine, self.plan, done, self.job.identity, asdict(self.progress), self.launch, self.device
@@ -303,9 +334,9 @@ class Trainer:
 
     def end(self, done: int) -> None:
         """Close the reports, with a summary."""
-        if not (self.leads and self.terminal):
+        self.report(partial(Metrics.close, finished=done == self.plan.steps))
+        if not self.terminal:
             return
-        self.metrics.close(finished=done == self.plan.steps)
         now, before = self.progress, self.before
         summary = Summary(
             run_dir=self.plan.dir,

@@ -113,3 +113,18 @@ def test_a_rank_that_cannot_write_holds_up_no_other(
     assert f"cannot save {run.dir / 'checkpoints' / STEPS[0]}" in run.errors
     assert sound(run.dir) == []
     assert run.seconds < 120
+
+
+def test_reports_that_find_no_room_stop_the_run_or_are_left_out(train, disk: Disk) -> None:
+    """A step's line takes less than a kilobyte: sixty of them do not fit, beside what the run begins with."""
+    run_dir = disk(64 * 1024) / "run"
+    reports = ("run.eval_every=0", "run.save_every=0", "run.steps=60")
+    run = train(1, run_dir, *reports)
+    assert run.code == 2
+    assert f"error: cannot write the reports in {run_dir}: No space left on device. With more room, " in run.errors
+    written = run.column("step")
+    assert written == list(range(1, len(written) + 1)) and 0 < len(written) < 60
+
+    run = train(1, run_dir, *reports, "run.on_full_disk=continue")
+    assert "going on without (run.on_full_disk='continue')" in run.output
+    assert "cannot save" in run.errors, "it did not come to the checkpoint of the last step"
