@@ -54,7 +54,7 @@ def observed(model: Reformer, n_tokens: int | None = None) -> Iterator[dict[str,
 
 @contextmanager
 def ablated(model: Reformer) -> Iterator[None]:
-    """Within the statement the attention of LSH layers contributes nothing; all else is as it was.
+    """Within the statement the attention of LSH layers contributes nothing to passes without gradients.
 
     Their modules are called as always, so that ZeRO-3 finds what it expects, and hash nothing.
     """

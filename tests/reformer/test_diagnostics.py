@@ -12,6 +12,7 @@ from reformer.attention import LSHSelfAttention
 from reformer.call import Call
 from reformer.diagnostics import (
     SAMPLED_QUERIES,
+    ablated,
     bucket_occupancy,
     invert,
     observed,
@@ -198,6 +199,34 @@ def test_observed_gives_the_inner_attention_back_after_an_error() -> None:
     model = make_model()
     inner = [block.attention.inner for block in model.blocks]
     with pytest.raises(ValueError, match="position table"), observed(model):
+        model(torch.zeros(1, 71, dtype=torch.int64))
+    assert [block.attention.inner for block in model.blocks] == inner
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_ablated_is_the_model_without_what_lsh_layers_add(causal: bool) -> None:
+    model = make_model(causal=causal, attn_pattern=["lsh", "local", "dense"])
+    tokens = torch.randint(0, 20, (2, 61))
+    inner, called = [block.attention.inner for block in model.blocks], []
+    for block in model.blocks:
+        block.attention.register_forward_hook(lambda layer, *_: called.append(layer.layer))
+    with torch.no_grad():
+        whole = model(tokens)
+        del called[:]
+        with ablated(model):
+            found = model(tokens)
+        assert called == [0, 1, 2]  # each layer, as ZeRO-3 expects it
+        assert torch.equal(model(tokens), whole)
+        assert [block.attention.inner for block in model.blocks] == inner
+        model.blocks[0].attention.out_weight.zero_()
+        assert torch.equal(found, model(tokens))
+    assert (found - whole).abs().max() > 1e-2
+
+
+def test_ablated_gives_the_inner_attention_back_after_an_error() -> None:
+    model = make_model()
+    inner = [block.attention.inner for block in model.blocks]
+    with pytest.raises(ValueError, match="position table"), ablated(model):
         model(torch.zeros(1, 71, dtype=torch.int64))
     assert [block.attention.inner for block in model.blocks] == inner
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from reformer import Reformer, ReformerConfig
 from reformer.call import Call
-from reformer.loss import OutputHead
+from reformer.loss import OutputHead, mean_loss
 
 SMALL = {"vocab_size": 23, "max_seq_len": 64, "d_model": 12, "n_layers": 2, "n_heads": 2, "lsh_chunk_len": 8}
 
@@ -69,6 +69,35 @@ def test_loss_and_gradients_are_those_of_plain_autograd(tied: bool, chunk_tokens
     assert_parity(actual, {"loss": expected.detach(), **gradients(model)}, 1e-10)
     with torch.no_grad():
         assert_parity({"loss": model(tokens, labels)}, {"loss": expected.detach()}, 1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 17, 1000])
+def test_the_loss_of_each_token(tied: bool, chunk_tokens: int) -> None:
+    """As cross entropy gives it, and their mean is the mean loss to the bit."""
+    model = make_model(tie_embeddings=tied, loss_chunk_tokens=chunk_tokens)
+    tokens, labels = make_batch()
+    with torch.no_grad():
+        expected = F.cross_entropy(model(tokens).transpose(1, 2), labels, reduction="none")
+        losses = model(tokens, labels, per_token=True)
+        mean = model(tokens, labels)
+    assert_parity({"losses": losses}, {"losses": expected}, 1e-12)
+    assert not losses[labels < 0].any() and losses[labels >= 0].all()
+    assert torch.equal(mean_loss(losses, labels, chunk_tokens), mean)
+    half = model.bfloat16()
+    with torch.no_grad():
+        losses = half(tokens, labels, per_token=True)
+        assert losses.dtype == torch.float32
+        assert torch.equal(mean_loss(losses, labels, chunk_tokens), half(tokens, labels))
+        assert not half(tokens, torch.full_like(labels, -100), per_token=True).any()
+
+
+def test_the_loss_of_each_token_is_without_gradients() -> None:
+    model, (tokens, labels) = make_model(), make_batch()
+    with pytest.raises(ValueError, match=r"without gradients: give labels, in torch.no_grad\(\)"):
+        model(tokens, labels, per_token=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="give labels"):
+        model(tokens, per_token=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
