@@ -10,8 +10,8 @@ the model and takes steps (forward and backward) for a few seconds, the first of
 where that is long. Rounds go through all peers in turn. The table has medians with the smallest and largest, the peak
 memory and what of it the process had used once it had imported its libraries, multiples of ours, and the growth from
 the length before as if that were four times shorter. The JSON file is written after every length, and has every step of
-every measurement. `memory` and `pipeline` are described in launch/benchmark_memory.py and
-launch/benchmark_pipeline.py.
+every measurement. `memory`, `pipeline` and `faults` are described in launch/benchmark_memory.py,
+launch/benchmark_pipeline.py and launch/benchmark_faults.py.
 
 Lengths are measured from short to long. What the shorter ones say would take longer than the budget or more than
 the allowed share of the machine's memory is left out, and a measurement is stopped at the budget: the table says so.
@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import benchmark_faults
 import benchmark_memory
 import benchmark_pipeline
 import torch
@@ -48,7 +49,7 @@ from benchmark_process import (
     write,
 )
 
-from trainer.metrics import peak_gib
+from trainer.memory import peak_gib
 
 REPEAT_S, REPEAT_STEPS = 3.0, 10
 """Steps are repeated for so long after the first, or so often."""
@@ -67,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
         add_options(command, rounds="measurements of each")
     benchmark_memory.add_command(commands)
     benchmark_pipeline.add_command(commands)
+    benchmark_faults.add_command(commands)
     return parser.parse_args()
 
 
@@ -185,6 +187,8 @@ def main() -> int:
         return benchmark_memory.main(arguments)
     if arguments.what == "pipeline":
         return benchmark_pipeline.main(arguments)
+    if arguments.what == "faults":
+        return benchmark_faults.main(arguments)
     if arguments.worker:
         peer = PEERS[arguments.what][arguments.worker]
         sizes = sizes_of(arguments, arguments.seq_len[0])

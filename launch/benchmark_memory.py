@@ -59,7 +59,7 @@ from benchmark_process import (
 )
 from memory_figures import FIGURES, VARIED, activations_gib, state_gib
 
-from trainer.metrics import peak_gib
+from trainer.memory import peak_gib
 
 MEMORY_PEERS = MODELS | {"ours-autograd": Peer(ours_by_autograd)}
 PARTS = ("length", "depth", "layer", "vocabulary", "recompute")

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from benchmark_peers import PEERS, Peer, Sizes, positive
 
-from trainer.metrics import environment, peak_gib
+from trainer.memory import peak_gib
+from trainer.record import environment
 
 PROGRAM = Path(__file__).with_name("benchmark.py")
 Result = dict[str, Any]

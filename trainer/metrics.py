@@ -13,39 +13,41 @@ of TensorBoard, floats in full precision, null for what is no finite number:
     train/perplexity                    exp of it
     train/lr, train/grad_norm           of that step; the norm is that before clipping
     train/param_norm                    of all weights after that step
-    train/skipped_steps, train/spikes   so far: steps that were not finite and changed nothing, losses that jumped
+    train/skipped_steps, train/spikes   of the run so far: steps that were not finite and changed nothing; losses that
+                                        jumped (faults.py)
     speed/tokens_per_s, speed/step_s    since the line before, without evaluation and checkpoints; tokens to predict
     speed/sequences_per_s               likewise
-    speed/data_s, …/forward_s, …        seconds of a step by part, on rank 0 (timing.py): data, forward, backward,
-                                        optimizer
+    speed/data_s, speed/forward_s,      seconds of a step by part (timing.py), of the rank on which that part took the
+    speed/backward_s, speed/optimizer_s longest
     speed/data_stall                    share of step_s that the slowest rank spent on its data: waiting for rows that
                                         are read in the background, and making batches of them
-    speed/save_s, speed/save_share      the newest checkpoint's seconds; all checkpoints' share of this start's time
+    speed/save_s, speed/save_share      seconds of the newest checkpoint; share of the run that all of them took
     speed/mfu                           share of the devices' peak that the model's mathematics needs (flops.py,
                                         peaks.py); only where the peak is known
-    speed/slowest_rank                  the rank that was busy for the longest since the line before, and by what
-    speed/slowest_over_median           factor longer than the median
-    data/skipped_rows                   with data.on_damage="skip": damaged rows left out since the run was started or
-                                        resumed, on all ranks
-    memory/allocated_gib                the largest of all ranks: of the device now
-    memory/peak_gib                     so far: device memory on GPUs, resident on CPUs
+    speed/slowest_rank                  the rank that was busy for the longest since the line before, and how many
+    speed/slowest_over_median           times longer than the median (faults.py)
+    memory/allocated_gib                now: device memory on GPUs, resident on CPUs; this and the next two are the
+                                        largest of all ranks
+    memory/peak_gib                     the most of it so far
     memory/host_gib                     resident on the host now
-    eval/loss, eval/bits_per_byte, …    on a line of their own, from step 0 on
+    data/skipped_rows                   with data.on_damage="skip": damaged rows of the run so far, on all ranks
+    eval/loss, eval/bits_per_byte, …    on a line of their own, from step 0 on; all of them are in evaluate.py
     lsh/layer01/…                       on the same line, of the first held-out row, each LSH layer; from layer 0 on
       largest_bucket_over_mean          tokens in the largest bucket of any round and head; 1 where all are even
       empty_buckets                     share of the buckets that are empty
       recovered_mass                    share of dense attention that LSH attention reaches, mean of sampled queries
     reversible/reconstruction_error     how far the backward's inputs of the stack are from the forward's: max / rms
 
-TensorBoard alone has texts (run/…, see record.py), figures, and, every run.histogram_every steps, gradients/NAME:
-the histogram of each parameter's gradient before clipping.
+TensorBoard alone has texts (sample: a held-out text and how the model continues it; run/…: record.py), the figure
+eval/loss_by_position, and every run.histogram_every steps gradients/NAME: a histogram of each parameter's gradient.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,19 +56,14 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
-from trainer.memory import peak_gib  # noqa: F401
-from trainer.record import environment  # noqa: F401
-from trainer.terminal import duration, eval_line, train_line  # noqa: F401
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COMPARED = ("eval/loss", "eval/bits_per_byte", "train/loss", "train/bits_per_byte", "speed/tokens_per_s")
 """Scalars by which TensorBoard's table HPARAMS compares runs, always by their newest values."""
 EVENT_FILES = "events.out.tfevents.*"
-_EDGES = torch.tensor([1e-12 * 1.1**i for i in range(774)], dtype=torch.float32)
-_BUCKETS = torch.cat([-_EDGES.flip(0), torch.zeros(1), _EDGES, torch.tensor([torch.finfo(torch.float32).max])])
-"""Upper limits of a histogram's buckets: every tenth part from 1e-12 to 1e20, on both sides of zero."""
+_LEAST, _RATIO, _N_EDGES = 1e-12, 1.1, 774
+"""A histogram's buckets end at 1e-12 and each power of 1.1 times it, up to 1e20, on both sides of zero."""
 _AT_ONCE = 2**22
 """Elements that are sorted into buckets at a time; it bounds the memory that this takes."""
 
@@ -84,36 +81,55 @@ class Metrics:
         self._folder = run_dir / "tensorboard"
         if not step:
             for file in self._folder.glob(EVENT_FILES):
-                file.unlink()
+                os.truncate(file, 0)  # not removed: a TensorBoard that is looking on would stay at it for ever
+        self._open(self.first_step)
+
+    def _open(self, purge_step: int | None = None) -> None:
+        """Begin an event file; it may say: forget what was reported from `purge_step` on."""
         _put_in_the_past(sorted(self._folder.glob(EVENT_FILES)))
-        self._writer = SummaryWriter(str(self._folder), purge_step=self.first_step)
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
         self._events: FileWriter = self._writer.file_writer  # type: ignore[assignment]  # set by the constructor
         self._events.flush()
+        self._torn = False
+
+    @contextmanager
+    def _record(self) -> Iterator[None]:
+        """Around what is added to the event file; all of it is with the system afterwards.
+
+        A file that a full disk cut short cannot be read beyond that, so what comes after goes into another.
+        """
+        if self._torn:
+            self._open()
+        try:
+            yield
+            self._events.flush()
+        except OSError:
+            self._torn = True
+            raise
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Report values of one step, by tag."""
         scalars = (summaries.scalar(tag, value).value for tag, value in values.items())
-        self._events.add_summary(Summary(value=[value for some in scalars for value in some]), step)
-        self._events.flush()
+        with self._record():
+            self._events.add_summary(Summary(value=[value for some in scalars for value in some]), step)
         numbers = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        with self._path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, **numbers}) + "\n")
+        _append(self._path, json.dumps({"step": step, **numbers}) + "\n")
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Show a text in TensorBoard."""
-        self._writer.add_text(tag, markdown, step)
-        self._events.flush()
+        with self._record():
+            self._writer.add_text(tag, markdown, step)
 
     def figure(self, step: int, tag: str, figure: "Figure") -> None:
         """Show a matplotlib figure in TensorBoard as a picture."""
-        self._writer.add_figure(tag, figure, step)
-        self._events.flush()
+        with self._record():
+            self._writer.add_figure(tag, figure, step)
 
     def histogram(self, step: int, tag: str, tensor: torch.Tensor) -> None:
         """Show how the finite elements of a tensor are distributed; any shape, any floating dtype, any device."""
         if found := _histogram(tensor):
-            self._writer.add_histogram_raw(tag, **found, global_step=step)
-            self._events.flush()
+            with self._record():
+                self._writer.add_histogram_raw(tag, **found, global_step=step)
 
     def hparams(self, hparams: Mapping[str, Any], metrics: Iterable[str] = COMPARED) -> None:
         """Make the run a row of TensorBoard's table HPARAMS; of a run that is continued, it is one already.
@@ -124,9 +140,9 @@ class Metrics:
             return
         plain = {name: _plain(value) for name, value in hparams.items() if value is not None}
         experiment, begin, _ = summaries.hparams(plain, dict.fromkeys(metrics, 0.0))
-        for summary in (experiment, begin):
-            self._events.add_summary(summary)
-        self._events.flush()
+        with self._record():
+            self._events.add_summary(experiment)
+            self._events.add_summary(begin)
 
     def sync(self) -> None:
         """Wait until the disk itself has what was written: before a checkpoint says that these steps are done."""
@@ -138,14 +154,16 @@ class Metrics:
     def close(self, finished: bool = False) -> None:
         """finished: the run has done all its steps, which the table HPARAMS then shows as a success."""
         if finished:
-            self._events.add_summary(summaries.hparams({}, {})[2])
+            with self._record():
+                self._events.add_summary(summaries.hparams({}, {})[2])
         self._writer.close()
 
 
 def _put_in_the_past(files: list[Path]) -> None:
     """Rename event files, in order, whose seconds are not before now: TensorBoard reads files in the order of names.
 
-    A restart within the second, or on a host whose clock is behind, would come before what it continues.
+    A restart within the second, or on a host whose clock is behind, would come before what it continues. (A TensorBoard
+    that is looking on then has to be started again.)
     """
     now = int(time.time())
     for i, file in enumerate(files):
@@ -153,6 +171,19 @@ def _put_in_the_past(files: list[Path]) -> None:
         latest = now - (len(files) - i)
         if int(seconds) > latest:
             file.rename(file.with_name(".".join([*kind, f"{latest:010d}", rest])))
+
+
+def _append(path: Path, text: str) -> None:
+    """All of it or, on a full disk, nothing, so that the lines that follow are whole."""
+    left = text.encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while left:
+                left = left[file.write(left) or 0 :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _keep_before(path: Path, step: int) -> None:
@@ -181,27 +212,34 @@ def _plain(value: Any) -> str | float | bool:
 
 def _histogram(tensor: torch.Tensor) -> dict[str, Any] | None:
     """What SummaryWriter.add_histogram_raw takes, computed where the tensor is; None of nothing finite."""
-    edges = _BUCKETS.to(tensor.device)
-    counts = torch.zeros(len(edges), dtype=torch.int64, device=tensor.device)
-    totals = torch.zeros(2, dtype=torch.float64, device=tensor.device)
+    edges = [_LEAST * _RATIO**i for i in range(_N_EDGES)]
+    limits = [*(-edge for edge in reversed(edges)), 0.0, *edges, torch.finfo(torch.float64).max]
+    counts = torch.zeros(len(limits), dtype=torch.int64, device=tensor.device)
+    total = squares = torch.zeros((), dtype=torch.float64, device=tensor.device)
     least, most = math.inf, -math.inf
     for part in tensor.detach().flatten().split(_AT_ONCE):
         x = part.float()
         x = x[x.isfinite()]
         if x.numel():
-            counts += torch.bincount(torch.bucketize(x, edges), minlength=len(edges))
-            totals += torch.stack([x.double().sum(), x.double().square().sum()])
+            counts += torch.bincount(_bucket(x), minlength=len(limits))
+            total, squares = total + x.sum(dtype=torch.float64), squares + x.double().square().sum()
             least, most = min(least, float(x.min())), max(most, float(x.max()))
-    if not (n := int(counts.sum())):
+    filled = counts.nonzero().flatten().tolist()
+    if not filled:
         return None
-    filled = counts.nonzero().flatten()
-    used = slice(max(int(filled[0]) - 1, 0), int(filled[-1]) + 1)  # from the bucket before the first that is not empty
+    used = slice(max(filled[0] - 1, 0), filled[-1] + 1)  # an empty bucket says where the first begins
     return {
         "min": least,
         "max": most,
-        "num": n,
-        "sum": float(totals[0]),
-        "sum_squares": float(totals[1]),
-        "bucket_limits": edges[used].double().tolist(),
+        "num": int(counts.sum()),
+        "sum": float(total),
+        "sum_squares": float(squares),
+        "bucket_limits": limits[used],
         "bucket_counts": counts[used].tolist(),
     }
+
+
+def _bucket(x: torch.Tensor) -> torch.Tensor:
+    """The index of each element's bucket: the first whose limit is not below it. By logarithms: no search."""
+    power = torch.log(x.abs() / _LEAST).div(math.log(_RATIO)).ceil().clamp(0, _N_EDGES).long()
+    return _N_EDGES + torch.where(x > 0, power + 1, -power)
