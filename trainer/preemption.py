@@ -16,11 +16,16 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
 class Preemption:
-    """Between enter and exit, notes the signals of SIGNALS instead of ending the process. In the main thread only."""
+    """Between enter and exit, notes the signals of SIGNALS instead of ending the process. In the main thread only.
+
+    Afterwards a process that was to stop ignores them: when its first rank has ended with PREEMPTED, a launcher sends
+    SIGTERM to the others, of which one would die that is about to end with PREEMPTED as well.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
-        """The number of the last such signal that this process received, 0 for none."""
+        """The number of the last such signal that this process received, 0 for none; of one that another rank received,
+        once it has been agreed upon."""
 
     def __enter__(self) -> Self:
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -30,10 +35,11 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
         for number, handler in self._handlers.items():
             # None stands for a handler that was not set by Python, which Python cannot set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            former = signal.SIG_DFL if handler is None else handler
+            signal.signal(number, signal.SIG_IGN if self.signal else former)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,8 +22,18 @@ with Preemption() as preemption:
     deadline = time.monotonic() + 20
     while not preemption.signal and time.monotonic() < deadline:
         sum(range(1000))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+signal.raise_signal(signal.SIGTERM)
 sys.exit(PREEMPTED if preemption.signal else 1)
 """
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_none() -> None:
@@ -37,32 +48,33 @@ def test_a_signal_is_noted(number: signal.Signals) -> None:
         assert preemption.signal == number
         os.kill(os.getpid(), USR1)
         assert preemption.signal == USR1, "the last one"
-    assert preemption.signal == USR1, "it stays when the handlers are gone"
+    os.kill(os.getpid(), number)
+    assert preemption.signal == USR1, "a process that is stopping ignores others"
 
 
 def test_former_handlers_and_mask_come_back() -> None:
     received = []
+    signal.signal(USR1, lambda number, frame: received.append(number))
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
-    former = signal.signal(USR1, lambda number, frame: received.append(number))
     try:
         with pytest.raises(KeyError), Preemption():
-            os.kill(os.getpid(), USR1)
             raise KeyError
-        assert received == []
-        os.kill(os.getpid(), USR1)
-        assert received == [USR1]
+        assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == blocked | {signal.SIGUSR2}
     finally:
-        signal.signal(USR1, former)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+    os.kill(os.getpid(), USR1)
+    assert received == [USR1]
 
 
 @pytest.mark.parametrize("moment", ["blocked", "ready"])
 @pytest.mark.parametrize("ignored", ["", "trap '' USR1;"])
 def test_a_process_that_is_signalled_ends_in_order(moment: str, ignored: str) -> None:
-    """During its imports, which it protects, and later; also where a shell ignored the signal before."""
+    """During its imports, which it protects, and later; also where a shell ignored the signal before.
+
+    And what its launcher sends it at its end makes nothing else of it.
+    """
     command = ["sh", "-c", f'{ignored} exec "$@"', "sh", sys.executable, "-c", COUNTS]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
