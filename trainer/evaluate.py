@@ -12,7 +12,8 @@ on the number of ranks. The tags, all of the model after so many steps, hash rot
                                 document before them in the row: what falls with the distance is the use of a context
                                 of that length. 1K, 4K, 16K, … as far as rows reach; of rows of up to 1,024 tokens
                                 00004, 00016, …
-    eval/loss_without_lsh       of the first run.ablation_rows of these rows, with nothing in place of LSH attention
+    eval/loss_without_lsh       of the first run.ablation_rows of these rows, with nothing in place of LSH attention; a
+                                row costs 0.7 times as much again (measured, the demo's model)
     eval/lsh_gain               by how much that is more than the loss of the same rows with it
     lsh/…, reversible/…         see diagnostics.py; on rank 0 alone
 """
