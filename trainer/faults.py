@@ -1,18 +1,22 @@
-"""Faults that show in a run's numbers: steps that are not finite, losses that jump, ranks that hold the others up.
+"""Faults of a run that is going on: steps that are not finite, losses that jump, ranks that are slow or gone.
 
-What is special: these are functions of numbers that all ranks share, so all of them come to the same decision without
-asking each other; and what they remember is a few plain numbers that a checkpoint keeps, so a run that was interrupted
-reports, counts and stops as one that was not.
+What is special: all but the last are functions of numbers that all ranks share, so all of them come to the same
+decision without asking each other; and what they remember is a few plain numbers that a checkpoint keeps, so a run that
+was interrupted reports, counts and stops as one that was not.
 """
 
 import math
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean, median_low
 from typing import Any, Self
 
-from trainer import checkpoint
+from trainer import checkpoint, ranks
 from trainer.config import ConfigError, LoopConfig
+from trainer.ranks import RankState
 
 WINDOW = 100
 """Finite losses that a new one is compared with, at most."""
@@ -22,6 +26,8 @@ MIN_DEVIATION = 1e-3
 """The least that the standard deviation counts for, as a part of the mean: a loss that stood still may move again."""
 SLOW = 1.5
 """A rank that was busy for so many times the median of all ranks holds them up."""
+LOOK_S = 1.0
+"""How long to look for a rank that is gone: its connections close a moment before the process is no more."""
 
 
 class Diverged(ConfigError):
@@ -143,3 +149,31 @@ def slow_ranks(busy_s: Sequence[float], hosts: Sequence[str]) -> Slowest:
         return Slowest(rank, ratio, None)
     times = f"busy for {busy_s[rank]:.3g} s where the median is {typical:.3g} s"
     return Slowest(rank, ratio, f"rank {rank} on {hosts[rank]} is slow: {times} ({ratio:.1f} times)")
+
+
+def lost_ranks(run_dir: Path, world_size: int) -> str:
+    """What to add to the error of a collective that broke: which ranks are gone, where they were last seen, and how to
+    go on; empty if none is. A rank that was killed is seen to be by those on its own host alone."""
+    deadline = time.monotonic() + LOOK_S
+    while not (lost := [state for state in ranks.read_states(run_dir, world_size) if _is_gone(state)]):
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.05)
+    lines = [f"{state.name} {_end_of(state)}, {state.place}" for state in lost[: ranks.SHOWN]]
+    if len(lost) > ranks.SHOWN:
+        lines.append(f"and {len(lost) - ranks.SHOWN} more")
+    saved = checkpoint.published(run_dir)
+    where = f"goes on from {saved[-1].path}" if saved else "starts anew: there is no checkpoint yet"
+    return "\n".join([*lines, f"the same command {where}"])
+
+
+def _is_gone(state: RankState) -> bool:
+    """Whether a rank failed, or its process is no more; Linux tells."""
+    if state.ended is not None or state.host != socket.gethostname() or not Path("/proc/self").exists():
+        return state.failed
+    status = ranks.read_bytes(Path(f"/proc/{state.pid}/status"))
+    return not status or b"State:\tZ" in status
+
+
+def _end_of(state: RankState) -> str:
+    return f"has ended ({state.ended})" if state.ended else "was killed, perhaps for want of memory"

@@ -28,6 +28,7 @@ from trainer.config import ConfigError, RunConfig
 from trainer.distributed import Launch, all_gather, all_max, all_sum, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
 from trainer.evaluate import Score, held_out
+from trainer.faults import lost_ranks
 from trainer.figures import figure_by_position
 from trainer.flops import training_flops
 from trainer.gradients import gradients
@@ -64,8 +65,13 @@ def train(job: Job) -> int:
     plan, launch = job.config.run, job.launch
     with Preemption() as preemption, Watchdog(plan.dir, launch, plan.watchdog_factor, plan.watchdog_min_s) as watchdog:
         device = distributed.start(launch)
-        # Without a handler for errors: a rank that fails must not wait for others, which may be waiting for it.
-        code = Trainer(job, device, preemption, watchdog).run()
+        try:
+            # A rank that fails must not wait for others, which may be waiting for it: what fails ends at once.
+            code = Trainer(job, device, preemption, watchdog).run()
+        except RuntimeError as error:
+            if lost := lost_ranks(plan.dir, launch.world_size):
+                error.add_note(lost)
+            raise
         if code == PREEMPTED:
             watchdog.outcome = "preempted"
         distributed.stop()
