@@ -1,7 +1,8 @@
 """A real SLURM cluster of two nodes on this one machine, for tests.
 
 Real is everything that decides something: controller, node daemons, munge, scheduler, srun, sbatch. Not real are the
-nodes' sizes, which let the files of launch/slurm run as they are, and confinement: jobs share the machine's cores.
+nodes' sizes and GPUs, which let the files of launch/slurm run as they are, and confinement: jobs share the machine's
+cores. The names of the nodes are SLURM's alone, so the environment has the address where the ranks of a job meet.
 A cluster has folders and ports of its own, so that several may run side by side, as they do in tests that run in
 several processes. Its daemons end with the process that started them.
 
@@ -11,13 +12,16 @@ Needs Debian's slurm-wlm and munge, and to be root, which munge and node daemons
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 NODES = ("n0", "n1")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo", "setpriv")
@@ -49,13 +53,14 @@ JobRequeue=1
 KillWait=5
 ReturnToService=2
 SlurmdParameters=config_overrides
+GresTypes=gpu
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=tests Nodes=ALL Default=YES State=UP MaxTime=INFINITE PriorityTier=1 GraceTime=20
 PartitionName=urgent Nodes=ALL State=UP MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
-NODE = "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=32 RealMemory=131072 State=UNKNOWN"
+NODE = "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=32 RealMemory=131072 Gres=gpu:8 State=UNKNOWN"
 
 
 def reason_for_none() -> str | None:
@@ -67,12 +72,49 @@ def reason_for_none() -> str | None:
 
 
 class Cluster:
-    """The commands of a running cluster."""
+    """The commands of a running cluster, and its nodes."""
 
-    def __init__(self, folder: Path, configuration: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, configuration: Path, daemons: ExitStack) -> None:
+        self.folder, self.configuration, self.daemons = folder, configuration, daemons
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         inherited = {name: value for name, value in os.environ.items() if not JOB_VARIABLES.match(name)}
-        self.environment = {**inherited, "SLURM_CONF": str(configuration), "OMP_NUM_THREADS": "1"}
+        own = {"SLURM_CONF": str(configuration), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        self.environment = inherited | own
+
+    def start_node(self, name: str) -> None:
+        """Its daemon, which takes part as soon as it has registered."""
+        command = ("slurmd", "-D", "-N", name, "-f", str(self.configuration))
+        self.nodes[name] = self.daemons.enter_context(daemon(self.folder / f"slurmd-{name}.out", *command))
+
+    @contextmanager
+    def lost_node(self, name: str) -> Iterator[None]:
+        """Within, a node is as if its power had gone: it does nothing and says nothing, not even that it ends. SLURM
+        has noticed. Afterwards the node has started again.
+        """
+        processes = self.processes(name)
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=lost")
+        try:
+            yield
+        finally:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.nodes[name].wait()
+            self.start_node(name)
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """The daemon of a node, and whatever runs there for jobs."""
+        found = [psutil.Process(self.nodes[node].pid)]
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment = process.environ()
+                places = (environment.get("SLURMD_NODENAME"), environment.get("SLURM_CONF"))
+                if places == (node, str(self.configuration)):
+                    parent = process.parent()
+                    found += [process, *([parent] if parent and parent.name().startswith("slurmstepd") else [])]
+        return found
 
     def run(
         self, *command: str | Path, environment: Mapping[str, str] | None = None, timeout_s: float = 90
@@ -128,13 +170,12 @@ def running_cluster() -> Iterator[Cluster]:
         folder = Path(name)
         folder.chmod(0o755)
         configuration = write_configuration(folder)
-        cluster = Cluster(folder, configuration)
+        cluster = Cluster(folder, configuration, daemons)
         daemons.enter_context(daemon(folder / "munge.out", *munge(folder)))
         wait_until((folder / "munge/socket").exists, "munge answers", 20, (folder / "munge.out").read_text)
         daemons.enter_context(daemon(folder / "slurmctld.out", "slurmctld", "-D", "-f", str(configuration)))
         for node in NODES:
-            output = folder / f"slurmd-{node}.out"
-            daemons.enter_context(daemon(output, "slurmd", "-D", "-N", node, "-f", str(configuration)))
+            cluster.start_node(node)
         wait_until(lambda: idle_nodes(cluster) == len(NODES), "both nodes are idle", 30, cluster.show)
         try:
             yield cluster
@@ -155,6 +196,9 @@ def write_configuration(folder: Path) -> Path:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in ("controller", *NODES)]
         controller_port, *ports = [probe.getsockname()[1] for probe in probes]
     path = folder / "slurm.conf"
+    for number in range(8):
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
     path.write_text(
         CONFIGURATION.format(
             host=socket.gethostname().split(".")[0],
@@ -181,12 +225,12 @@ def munge(folder: Path) -> list[str]:
 
 
 @contextmanager
-def daemon(output: Path, *command: str) -> Iterator[None]:
+def daemon(output: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a daemon in the foreground of a process that ends with this one, even if this one is killed."""
-    with output.open("wb") as file:
+    with output.open("ab") as file:
         process = subprocess.Popen(["setpriv", "--pdeathsig=KILL", *command], stdout=file, stderr=file)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         try:

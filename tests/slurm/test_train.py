@@ -1,0 +1,193 @@
+"""The sbatch files of launch/slurm that train, on two nodes: whatever stops a run, it becomes the undisturbed one.
+
+That is, each step and evaluation is reported once, and losses, learning rates, gradient norms are the same to the bit.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from distributed.conftest import DEEPSPEED, TOML, build_store
+from slurm.cluster import Cluster, wait_until
+
+ROOT = Path(__file__).parents[2]
+SLURM = ROOT / "launch" / "slurm"
+SETTINGS = {"steps": 60, "eval_every": 30, "save_every": 20, "keep_last": 2, "sample_tokens": 0, "ablation_rows": 0}
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
+TAGS = ("train/loss", "train/lr", "train/grad_norm", "eval/loss")
+Curves = dict[str, list[tuple[int, float]]]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
+    (folder / "test.toml").write_text(TOML.format(store=build_store(folder, seed=0)))
+    return folder / "test.toml"
+
+
+@dataclass
+class Training:
+    """A run, and the newest job that works on it."""
+
+    cluster: Cluster
+    config: Path
+    dir: Path
+    job: str = ""
+
+    @property
+    def log(self) -> str:
+        return self.dir.with_suffix(".log").read_text()
+
+    def submit(self, *options: str, script: str = "train.sbatch") -> None:
+        options = ("--chdir", str(ROOT), f"--output={self.dir.with_suffix('.log')}", *TWO_NODES, *options)
+        settings = [f"run.{name}={value}" for name, value in SETTINGS.items()]
+        self.job = self.cluster.submit(*options, SLURM / script, self.config, f"run.dir={self.dir}", *settings)
+
+    def curves(self) -> Curves:
+        path = self.dir / "metrics.jsonl"
+        # Its last line may be half written while the run goes on.
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+        return {tag: [(line["step"], line[tag]) for line in lines if tag in line] for tag in TAGS}
+
+    def wait_for_steps(self, number: int) -> None:
+        """Until so many more steps than now are reported, if there are as many."""
+        aim = min(len(self.curves()["train/loss"]) + number, SETTINGS["steps"])
+        self.wait_until(lambda: len(self.curves()["train/loss"]) >= aim, f"step {aim} is reported")
+
+    def wait_for_restart(self, number: int) -> None:
+        self.wait_until(lambda: self.restarts() == number and self.states() == ["RUNNING"], f"restart {number}")
+
+    def wait_until(self, condition: Callable[[], object], what: str) -> None:
+        wait_until(condition, what, 90, lambda: f"{self.log}\n{self.cluster.show()}")
+
+    def states(self) -> list[str]:
+        return self.cluster.states(self.job)
+
+    def restarts(self) -> int:
+        return int(self.cluster.jobs(self.job)[0]["Restarts"])
+
+    def rank(self, number: int) -> psutil.Process:
+        return psutil.Process(json.loads((self.dir / f"ranks/rank_{number:05d}.json").read_text())["pid"])
+
+    def ends(self, state: str = "COMPLETED") -> None:
+        assert self.cluster.wait(self.job) == [state], f"{self.log}\n{self.cluster.show()}"
+
+
+@pytest.fixture
+def training(cluster: Cluster, config: Path, tmp_path: Path) -> Training:
+    return Training(cluster, config, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Curves:
+    training = Training(cluster, config, tmp_path_factory.mktemp("undisturbed") / "run")
+    training.submit()
+    training.ends()
+    assert "2 processes, 1 on this node" in training.log
+    curves = training.curves()
+    assert [step for step, _ in curves["train/loss"]] == list(range(1, SETTINGS["steps"] + 1))
+    assert [step for step, _ in curves["eval/loss"]] == [0, 30, 60]
+    return curves
+
+
+def test_signals_and_a_more_important_job(training: Training, undisturbed: Curves) -> None:
+    """Each time, the job saves, makes room, and continues when it can."""
+    training.submit()
+    for restarts, name in enumerate(("USR1", "USR2")):
+        training.wait_for_steps(5)
+        training.cluster.run("scancel", f"--signal={name}", training.job)
+        training.wait_for_restart(restarts + 1)
+        assert f"SIG{name} after step" in training.log
+    training.wait_for_steps(5)
+    done = len(training.curves()["train/loss"])
+    urgent = ("--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
+    other = training.cluster.submit(*urgent, "--wrap", "sleep 1")
+    assert training.cluster.wait(other) == ["COMPLETED"], "its nodes were given to the other"
+    training.ends()
+    assert training.restarts() == 3
+    assert "SIGTERM after step" in training.log
+    assert training.log.count("continuing from") == 3
+    assert f"after step {done - 1}" not in training.log, "nothing that was done is done again"
+    assert training.curves() == undisturbed
+
+
+def test_deepspeeds_launcher(training: Training, undisturbed: Curves) -> None:
+    training.submit(script="train_deepspeed.sbatch")
+    training.wait_for_steps(5)
+    training.cluster.run("scancel", "--signal=TERM", training.job)
+    training.ends()
+    assert "cmd = srun -n 2 " in training.log
+    assert "SIGTERM after step" in training.log
+    assert training.restarts() == 1
+    assert training.curves() == undisturbed
+
+
+def test_the_end_of_its_time(training: Training, undisturbed: Curves) -> None:
+    """SLURM looks at the clock twice a minute; until then, both ranks are kept from going on."""
+    training.submit("--time=1", "--signal=USR1@55")
+    training.wait_for_steps(3)
+    ranks = [training.rank(number) for number in range(2)]
+    for rank in ranks:
+        rank.suspend()
+    training.wait_until(lambda: all(pending(rank.pid, signal.SIGUSR1) for rank in ranks), "the signal was sent")
+    for rank in ranks:
+        rank.resume()
+    training.ends()
+    assert "SIGUSR1 after step" in training.log
+    assert training.restarts() == 1
+    assert training.curves() == undisturbed
+
+
+def test_a_rank_that_is_killed_and_a_node_that_is_lost(training: Training, undisturbed: Curves) -> None:
+    """The first fails the job, which is submitted again; after the second, SLURM starts it again by itself."""
+    training.submit()
+    training.wait_for_steps(23)
+    training.rank(1).kill()
+    training.ends("FAILED")
+    training.submit()
+    training.wait_for_steps(20)
+    with training.cluster.lost_node("n1"):
+        training.wait_until(lambda: training.states() == ["PENDING"], "the job waits for the node")
+    training.ends()
+    assert training.restarts() == 1
+    assert training.log.count("continuing from") == 2
+    assert training.curves() == undisturbed
+
+
+def test_a_job_that_is_cancelled(training: Training, undisturbed: Curves) -> None:
+    """Saves, ends, and does not come back by itself; submitted again on one node, it comes to the same."""
+    training.submit()
+    training.wait_for_steps(5)
+    training.cluster.run("scancel", training.job)
+    training.ends("CANCELLED")
+    time.sleep(0.5)
+    assert training.states() == ["CANCELLED"]
+    done = len(training.curves()["train/loss"])
+    assert f"SIGTERM after step {done}" in training.log
+    training.submit("--nodes=1")
+    training.ends()
+    assert f"after step {done}" in training.log
+    for tag, expected in undisturbed.items():
+        found = training.curves()[tag]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=1e-5)
+
+
+def test_bad_input_fails_the_job(training: Training) -> None:
+    training.config = training.config.with_name("absent.toml")
+    training.submit()
+    training.ends("FAILED")
+    assert training.restarts() == 0
+    assert "absent.toml" in training.log
+
+
+def pending(pid: int, number: int) -> bool:
+    """Whether a signal waits for a process."""
+    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(lines["ShdPnd"], 16) >> (number - 1) & 1)
