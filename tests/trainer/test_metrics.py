@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import resource
 import struct
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import metrics_writer
@@ -17,7 +19,7 @@ from event_readers import Server, curves, events, notebook, scalars, texts
 from matplotlib.figure import Figure
 from metrics_writer import value
 
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, _append
 
 STEPS = 60
 
@@ -168,6 +170,32 @@ def test_a_full_disk_costs_what_found_no_room_and_nothing_else(tmp_path: Path) -
     found = dict(scalars(tmp_path)["train/loss"])
     assert found == {step: fp32(value(step)) for step in found}
     assert set(range(STEPS // 2 + 1, STEPS + 1)) <= found.keys()
+
+
+def test_a_line_that_finds_no_room_leaves_no_part_of_it(tmp_path: Path) -> None:
+    path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    _append(path, "x" * 60 + "\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _append(path, "y" * 60 + "\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    _append(path, "z\n")
+    assert path.read_text() == "x" * 60 + "\nz\n"
+
+
+def test_a_step_is_with_the_system_when_it_was_written(tmp_path: Path) -> None:
+    """So that a kill right behind it loses nothing."""
+    metrics = Metrics(tmp_path, 0)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    sizes = []
+    for step in range(100):
+        metrics.write(step, {"train/loss": 1.0})
+        sizes.append((file.stat().st_size, (tmp_path / "metrics.jsonl").stat().st_size))
+    metrics.close()
+    assert all(before[0] < after[0] and before[1] < after[1] for before, after in pairwise(sizes))
+    assert sizes[-1][0] == file.stat().st_size
 
 
 def test_what_was_written_is_on_the_disk_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
