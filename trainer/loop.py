@@ -333,6 +333,7 @@ class Trainer:
         """Whether any rank was, in which case the state is saved; all ranks come to the same answer."""
         number = int(all_max(self.preemption.signal, self.device))
         if number:
+            self.preemption.signal = number
             self.say(f"{signal.Signals(number).name} after step {done}: stopping; the same command goes on from here")
             if done > self.saved_step:
                 self.save(done)
