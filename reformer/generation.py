@@ -73,4 +73,4 @@ def choose(logits_V: Tensor, seed: int, temperature: float, top_p: float) -> int
     total_V = p_V.cumsum(dim=0)
     kept = int((total_V - p_V < top_p).sum())  # the last of them is the one that reaches top_p
     at = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * total_V[kept - 1]
-    return int(token_V[min(int(torch.searchsorted(total_V, at, right=True)), kept - 1)])
+    return int(token_V[min(int(torch.searchsorted(total_V, at)), kept - 1)])  # of logits that are no numbers, the last
