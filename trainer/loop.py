@@ -249,6 +249,8 @@ class Trainer:
 
     def watch_health(self, done: int, score: Score, result: StepResult) -> None:
         """Report a step that changed nothing or a loss that jumped, and stop before good checkpoints are replaced."""
+        if not score.n_tokens:  # every row was damaged and left out, or all padding: there is no loss to speak of
+            return
         try:
             lines = self.progress.health.observe(done, score.loss, result.norm, result.skipped, self.plan)
         except ConfigError as error:
