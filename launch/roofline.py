@@ -5,32 +5,17 @@ that round's order, and every result once. The running sums in fp32 between the 
 move `moved`, and the share of the roofline is that of `must_move`.
 """
 
-import re
 from dataclasses import dataclass
 
 from reformer import ReformerConfig
 from trainer.flops import training_flops
-
-PEAKS = {
-    "H200 NVL": (4.8e12, 835e12),
-    "H200": (4.8e12, 989e12),
-    "H100 80GB HBM3": (3.35e12, 989e12),
-    "H100 SXM": (3.35e12, 989e12),
-    "H100 NVL": (3.9e12, 835e12),
-    "H100 PCIe": (2.0e12, 756e12),
-    "A100-SXM4-80GB": (2.039e12, 312e12),
-    "A100 80GB PCIe": (1.935e12, 312e12),
-    "A100-SXM4-40GB": (1.555e12, 312e12),
-    "A100-PCIE-40GB": (1.555e12, 312e12),
-}
-"""By words of the device's name, the first that fits: bytes per second and dense bf16 operations per second.
-
-From NVIDIA's data sheets."""
+from trainer.peaks import PEAKS
 
 
 def peaks_of(device_name: str) -> tuple[float, float] | None:
-    """Peak bandwidth and bf16 operations per second; None for a device that is not listed."""
-    return next((peaks for name, peaks in PEAKS.items() if re.search(rf"\b{re.escape(name)}\b", device_name)), None)
+    """Bytes and bf16 operations per second at the peak (trainer/peaks.py); None for a device that is not listed."""
+    peaks = PEAKS.get(device_name)
+    return (peaks.bytes_per_s, peaks.bf16) if peaks and peaks.bf16 else None
 
 
 @dataclass(frozen=True)

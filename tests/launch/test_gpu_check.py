@@ -68,12 +68,13 @@ def test_roofline_by_hand() -> None:
 
 
 def test_peaks_by_name() -> None:
-    assert roofline.peaks_of("NVIDIA H200") == (4.8e12, 989e12)
-    assert roofline.peaks_of("NVIDIA H100 80GB HBM3") == (3.35e12, 989e12)
-    assert roofline.peaks_of("NVIDIA H100 PCIe") == (2.0e12, 756e12)
-    assert roofline.peaks_of("NVIDIA H200 NVL") == (4.8e12, 835e12)
-    assert roofline.peaks_of("NVIDIA GeForce RTX 4090") is None
+    assert roofline.peaks_of("NVIDIA H200") == (4.8e12, 989.5e12)
+    assert roofline.peaks_of("NVIDIA H100 80GB HBM3") == (3.35e12, 989.5e12)
+    assert roofline.peaks_of("NVIDIA H100 PCIe") == (2.0e12, 756.5e12)
+    assert roofline.peaks_of("NVIDIA H200 NVL") == (4.8e12, 835.5e12)
+    assert roofline.peaks_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
     assert roofline.peaks_of("NVIDIA GH200 120GB") is None
+    assert roofline.peaks_of("Tesla V100-SXM2-16GB") is None  # no bf16
 
 
 def test_share_of_the_roofline_only_where_the_peaks_are_known() -> None:
