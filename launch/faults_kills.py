@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import psutil
 from faults_jobs import ASK_S, PATIENCE_S, POLL_S, Job, Run, begun, tail, wait
@@ -88,33 +89,36 @@ class Watch:
         return "evaluation" if not last or ("eval/loss" not in last and last["step"] % EVAL_EVERY == 0) else "step"
 
 
-def reach(watch: Watch, aim: str, length: Undisturbed, rng: random.Random) -> bool:
-    """Waits for the moment of a kill. False if the run has ended before."""
+def reach(watch: Watch, aim: str, length: Undisturbed, rng: random.Random) -> list[psutil.Process] | None:
+    """Waits for the moment of a kill. Returns the ranks that there are then; None if the run has ended before."""
     left_s = (length.seconds - length.start_up_s) * (1 - watch.run.newest / length.steps)
     if aim == "any moment":
-        return watch.sleep(rng.uniform(0, length.start_up_s + left_s)) and watch.until(watch.job.started, ASK_S)
+        there = watch.sleep(rng.uniform(0, length.start_up_s + left_s)) and watch.until(watch.job.started, ASK_S)
+        return watch.run.ranks() if there else None
     if not watch.until(lambda: begun(watch.job)):
-        return False
+        return None
     if aim == "steps":
-        return watch.sleep(rng.uniform(0, left_s))
-    for _ in range(rng.choice((1, 2))):  # else a run that is hit at its next save again and again never goes on
+        return watch.run.ranks() if watch.sleep(rng.uniform(0, left_s)) else None
+    ranks = watch.run.ranks()  # to look for them later would take longer than a checkpoint
+    for _ in range(rng.choice((1, 2))):  # else a run that is hit at its next checkpoint again and again never goes on
         if not (watch.until(lambda: not watch.run.partials) and watch.until(lambda: watch.run.partials)):
-            return False
-    return watch.sleep(rng.uniform(0, length.save_s))
+            return None
+    time.sleep(rng.uniform(0, length.save_s))
+    return ranks
 
 
 def strike(job: Job, run: Run, aim: str, length: Undisturbed, rng: random.Random) -> Kill | None:
     """Kills a run or one rank of it, and waits for the rest. None if the run had ended before."""
     watch = Watch(job, run)
-    if not reach(watch, aim, length, rng):
+    ranks = reach(watch, aim, length, rng)
+    if ranks is None:
         return None
-    ranks = run.ranks()
     alone = len(ranks) > 1 and rng.random() < 0.5
     moment = time.monotonic() - watch.since
-    if alone:
+    for victim in [rng.choice(ranks)] if alone else ranks:
         with suppress(psutil.NoSuchProcess):
-            rng.choice(ranks).kill()
-    else:
+            victim.kill()
+    if not alone:
         job.kill()
     kill = Kill(aim, moment, "one rank" if alone else "all", watch.stage(), 0, 0, None)
     kill.code = wait(job, run)
@@ -173,12 +177,11 @@ def kept(run: Run) -> list[str]:
 
 def kills(bench: Bench, times: int, seed: int, modes: Sequence[str], per_run: int = 5) -> Iterator[Trial]:
     """Runs with at least so many kills in all, modes and variants in turn."""
-    rng, done, number = random.Random(seed), 0, 0
-    turns = [(mode, variant) for variant in VARIANTS for mode in modes]
+    rng, done = random.Random(seed), 0
+    turns = cycle((mode, variant) for variant in VARIANTS for mode in modes)
     while done < times:
-        mode, variant = turns[number % len(turns)]
-        trial = run_trial(bench, mode, variant, min(per_run, times - done), rng)
-        done, number = done + len(trial.kills), number + 1
+        trial = run_trial(bench, *next(turns), min(per_run, times - done), rng)
+        done += len(trial.kills)
         yield trial
 
 

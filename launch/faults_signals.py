@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 
 from faults_jobs import ASK_S, Job, Run, begun, tail, wait
 from faults_kills import Watch, flaw
@@ -50,29 +51,31 @@ class Trial:
 
 
 def deliver(job: Job, run: Run, number: int, length: Undisturbed, rng: random.Random) -> Delivery | None:
-    """Sends a signal at a random moment and waits for what comes of it. None if the run had ended before."""
+    """Sends a signal at a random moment and waits for what comes of it. None if the run had done its last step."""
     watch, queued, starts = Watch(job, run), job.requeued(), begun(job)
     in_start_up = rng.random() < 0.25
     if in_start_up:  # a second: Python itself has to be there, and has to have got to the first lines of the script
         there = watch.until(run.ranks, ASK_S) and watch.sleep(rng.uniform(1.0, max(1.0, length.start_up_s - 3)))
     else:
         left_s = (length.seconds - length.start_up_s) * (1 - run.newest / length.steps)
-        there = watch.until(lambda: begun(job) > starts) and watch.sleep(rng.uniform(0, left_s / 3))
+        there = watch.until(lambda: begun(job) > starts) and watch.sleep(rng.uniform(0, left_s / 4))
     if not there:
         return None
     sent = time.monotonic()
     job.signal(number)
     code = PREEMPTED if watch.until(lambda: job.requeued() > queued, ASK_S) else wait(job, run)
+    if code != PREEMPTED and run.newest == length.steps:  # it was too late for it
+        return None
     when, last = "start-up" if in_start_up else "steps", int(run.last.get("step", 0))
     moment, seconds = sent - watch.since, time.monotonic() - sent
     return Delivery(signal.Signals(number).name, when, moment, last, run.newest, code, seconds)
 
 
-def run_trial(bench: Bench, mode: str, variant: str, rng: random.Random) -> Trial:
-    """A run that gets each of the signals once, in random order."""
+def run_trial(bench: Bench, mode: str, variant: str, n_signals: int, rng: random.Random) -> Trial:
+    """A run that gets so many different signals, in random order; fewer if it ends before they have all come."""
     length, run, trial = bench.undisturbed(mode, variant), bench.new_run(variant), Trial(mode, variant)
     job, problem = bench.start(mode, run), None
-    for number in rng.sample(SIGNALS, len(SIGNALS)):
+    for number in rng.sample(SIGNALS, n_signals):
         delivery = deliver(job, run, number, length, rng)
         if delivery is None:
             break
@@ -97,14 +100,12 @@ def dishonoured(delivery: Delivery) -> str | None:
 
 def signals(bench: Bench, times: int, seed: int, modes: Sequence[str]) -> Iterator[Trial]:
     """Runs with at least so many signals in all, modes and variants in turn."""
-    rng, done, number = random.Random(seed), 0, 0
-    turns = [(mode, variant) for variant in VARIANTS for mode in modes]
+    rng, done = random.Random(seed), 0
+    turns = cycle((mode, variant) for variant in VARIANTS for mode in modes)
     while done < times:
-        trial = run_trial(bench, *turns[number % len(turns)], rng)
-        done, number = done + len(trial.deliveries), number + 1
+        trial = run_trial(bench, *next(turns), min(len(SIGNALS), times - done), rng)
+        done += len(trial.deliveries)
         yield trial
-        if not trial.deliveries:
-            return
 
 
 HEADER = (
