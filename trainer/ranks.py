@@ -16,8 +16,9 @@ from typing import Any
 
 SHOWN = 8
 """Ranks that a message describes, at most."""
-_COLLECTIVES = ("torch.distributed", "deepspeed.comm", "trainer.distributed")
-"""Modules in whose code a rank waits for others: on GPUs in the last, where the result is asked for."""
+_COLLECTIVES = ("torch.distributed", "deepspeed.comm", "deepspeed.runtime.zero", "trainer.distributed")
+"""Modules in whose own code a rank waits for others: where it communicates, or asks for what is communicated."""
+_WRAPPERS = "deepspeed.utils.nvtx"
 _OURS = ("trainer", "reformer", "data_pipeline", "__main__")
 
 
@@ -146,6 +147,8 @@ def _symptom(state: RankState, silent: Collection[int]) -> str:
 
 def is_waiting(frame: FrameType) -> bool:
     """Whether a thread, of which this is the innermost frame, is inside a collective."""
+    while _module(frame) == _WRAPPERS and frame.f_back:
+        frame = frame.f_back
     return _module(frame).startswith(_COLLECTIVES)
 
 

@@ -85,13 +85,16 @@ def test_what_is_no_state(content: bytes) -> None:
     assert parse_state(content) is None
 
 
-def frame_in(module: str, inner: Callable[[], FrameType] = sys._getframe) -> FrameType:
-    """The innermost frame of a call of `inner` in a module of that name."""
-    made = types.ModuleType(module)
-    exec(compile("def call(inner):\n    return inner()", f"/lib/{module.replace('.', '/')}.py", "exec"), made.__dict__)
-    frame = made.call(inner)
-    assert isinstance(frame, FrameType)
-    return frame
+def call_in(*modules: str) -> FrameType:
+    """The innermost frame of calls through modules of these names, the outermost first."""
+    call: Callable[[], FrameType] = sys._getframe
+    for module in reversed(modules):
+        made = types.ModuleType(module)
+        source = "def call():\n    return inner()"
+        made.__dict__["inner"] = call
+        exec(compile(source, f"/lib/{module.replace('.', '/')}.py", "exec"), made.__dict__)
+        call = made.call
+    return call()
 
 
 @pytest.mark.parametrize(
@@ -99,25 +102,32 @@ def frame_in(module: str, inner: Callable[[], FrameType] = sys._getframe) -> Fra
     [
         ("torch.distributed.distributed_c10d", True),
         ("deepspeed.comm.torch", True),
+        ("deepspeed.runtime.zero.partition_parameters", True),
+        ("deepspeed.runtime.engine", False),
         ("trainer.distributed", True),
         ("torch.nn.functional", False),
         ("trainer.loop", False),
     ],
 )
 def test_which_code_waits_for_others(module: str, waits: bool) -> None:
-    assert is_waiting(frame_in(module)) is waits
+    assert is_waiting(call_in(module)) is waits
 
 
 def test_what_is_called_by_code_that_waits_does_not() -> None:
     """distributed.together() runs what may hang."""
-    assert not is_waiting(frame_in("trainer.distributed", lambda: frame_in("data_pipeline.loader")))
+    assert not is_waiting(call_in("trainer.distributed", "data_pipeline.loader"))
+
+
+def test_deepspeeds_wrappers_are_looked_through() -> None:
+    wrapped = "deepspeed.utils.nvtx"
+    assert is_waiting(call_in("deepspeed.runtime.zero.stage3", wrapped))
+    assert not is_waiting(call_in("trainer.loop", wrapped))
 
 
 def test_the_line_of_code_is_one_of_ours() -> None:
-    inner = frame_in("trainer.loop", lambda: frame_in("torch.nn", sys._getframe))
-    assert line_of_code(inner) == "trainer/loop.py:2 in call"
+    assert line_of_code(call_in("trainer.loop", "torch.nn")) == "trainer/loop.py:2 in call"
     with ThreadPoolExecutor() as elsewhere:  # under nothing of ours
-        assert elsewhere.submit(lambda: line_of_code(frame_in("torch.nn"))).result() == "torch/nn.py:2 in call"
+        assert elsewhere.submit(lambda: line_of_code(call_in("torch.nn"))).result() == "torch/nn.py:2 in call"
 
 
 @pytest.mark.parametrize(
