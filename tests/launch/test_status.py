@@ -1,0 +1,185 @@
+"""What a run is doing, from outside: running, ended in every way, half-written, damaged, or no run at all."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import ranks
+from trainer.presence import LOCK
+from trainer.ranks import RankState
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+
+import status  # noqa: E402
+
+sys.path.pop(0)
+
+STATE = RankState(0, 2, "n1", 100, 7, 3, "backward", 1.0, 30.0, "trainer/loop.py:12 in step", True, 1e9)
+SPEED = {"speed/tokens_per_s": 12_345.0, "speed/step_s": 4.0, "train/skipped_steps": 3.0, "train/spikes": 1.0}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Two ranks after 6 of 100 steps, one of them further back."""
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"run": {"steps": 100}}}))
+    say(tmp_path, STATE)
+    say(tmp_path, replace(STATE, rank=1, pid=101, turn=1, part="data", waiting=False))
+    lines = [{"step": step, "train/loss": 8.0 - step, "train/bits_per_byte": 9.0, **SPEED} for step in range(1, 7)]
+    lines[2]["train/loss"] = None  # type: ignore[assignment]
+    lines.insert(0, {"step": 0, "eval/loss": 5.5, "eval/bits_per_byte": 7.25})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "tra')
+    return tmp_path
+
+
+def say(run: Path, state: RankState) -> None:
+    ranks.write_state(run, state)
+
+
+def end(run: Path, *endings: str | None) -> None:
+    for rank, ended in enumerate(endings):
+        say(run, replace(STATE, rank=rank, ended=ended))
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    """One that is sound by its checksums."""
+    path = run / "checkpoints" / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    for name in ("rank_00000.safetensors", "state.json"):
+        (path / name).write_text(f"{name} of {step}")
+    sums = subprocess.run(
+        ["sha256sum", "rank_00000.safetensors", "state.json"], cwd=path, capture_output=True, check=True
+    )
+    (path / "SHA256SUMS").write_bytes(sums.stdout)
+    return path
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Somebody trains there."""
+    with (run / LOCK).open("w") as file:
+        json.dump({"host": "n1", "pid": 100, "job": "77", "started": "2026-11-24T10:00:00+00:00"}, file)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def lines_of(run: Path) -> dict[str, str]:
+    """The text by the word at the begin of each line."""
+    return {line[:12].strip(): line[12:] for line in status.text(status.facts(run)).splitlines()}
+
+
+def test_a_run_at_work(run: Path) -> None:
+    newest = checkpoint(run, 5)
+    with held(run):
+        lines = lines_of(run)
+    assert lines["state"] == "training"
+    assert lines["by"] == "pid 100 on n1, SLURM job 77, since 2026-11-24T10:00:00+00:00"
+    assert lines["step"] == "6 of 100 (6.0%), 0:06:16 left without evaluations and checkpoints"
+    assert lines["ranks"].startswith("2 on 1 host, last sign of life ")
+    assert lines["last"] == "rank 1 (pid 101 on n1): 1.0 s in 'data' of step 7, at trainer/loop.py:12 in step"
+    assert lines["speed"] == "12,345 tokens/s, 4 s a step"
+    assert lines["train loss"] == "2.0000 at step 6, 9.0000 bits per byte  █▇ ▄▂▁"
+    assert lines["held out"].startswith("5.5000 at step 0, 7.2500 bits per byte")
+    assert lines["trouble"] == "steps skipped: 3, spikes of the loss: 1"
+    assert lines["checkpoint"] == f"{newest}, sound"
+    assert not {"damaged", "hang", "quiet", "missing", "ended"} & lines.keys()
+
+
+def test_a_run_that_has_just_begun(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    ranks.state_path(run, 1).unlink()
+    (run / "run.json").write_text('{"config": {"ru')
+    with held(run):
+        lines = lines_of(run)
+    assert lines["state"].startswith("starting") and lines["step"] == "0"
+    assert lines["missing"] == "nothing was heard yet of rank 1"
+    assert lines["checkpoint"] == "none that is sound"
+
+
+def test_a_rank_of_which_nothing_is_heard_any_more(run: Path) -> None:
+    path = ranks.state_path(run, 1)
+    os.utime(path, (path.stat().st_mtime - 100,) * 2)
+    with held(run):
+        assert lines_of(run)["quiet"].startswith("no sign of life from rank 1 for 30 s")
+
+
+@pytest.mark.parametrize(
+    ("endings", "state", "ended"),
+    [
+        (["finished", "finished"], "finished", "ranks 0, 1: finished"),
+        (["preempted", "preempted"], "preempted", "ranks 0, 1: preempted"),
+        (["failed: exit code 2", "failed: DataError: no"], "failed", "rank 1: failed: DataError: no"),
+        (["finished", None], "killed", "rank 1: ended without a word in 'backward' of step 7"),
+    ],
+)
+def test_what_became_of_a_run(run: Path, endings: list[str | None], state: str, ended: str) -> None:
+    end(run, *endings)
+    assert status.facts(run)["state"] == state
+    assert ended in "\n".join(status.text(status.facts(run)).splitlines())
+    assert "left" not in lines_of(run)["step"]
+
+
+def test_what_the_watchdog_ended(run: Path) -> None:
+    verdict = "the run hangs: the others wait for rank 1\n  rank 1 gives no sign of life"
+    (run / "ranks" / "hang.json").write_text(json.dumps({"rank": 0, "verdict": verdict}))
+    found = status.facts(run)
+    assert found["state"] == "hung" and found["hang"]["verdict"] == verdict
+    assert found["stacks"] == str(run / "stacks")
+    assert "hang        the run hangs: the others wait for rank 1\n              rank 1 gives no" in status.text(found)
+
+
+def test_damaged_checkpoints_are_named_and_the_newest_sound_one_is_found(run: Path) -> None:
+    paths = [checkpoint(run, step) for step in (2, 4, 6, 8)]
+    (paths[0] / "state.json").unlink()  # older than the newest sound one: not looked at
+    (paths[2] / "rank_00000.safetensors").write_text("rank_00000.safetensors of 7")
+    (paths[3] / "state.json").unlink()
+    (run / "checkpoints" / ".partial-step_00000009").mkdir()
+    (run / "checkpoints" / "damaged-step_00000003").mkdir()
+    found = status.facts(run)
+    assert found["checkpoint"] == {"path": str(paths[1]), "step": 4}
+    assert [Path(path).name for path in found["damaged"]] == ["damaged-step_00000003", "step_00000008", "step_00000006"]
+    assert found["damaged"][str(paths[3])] == ["state.json is missing"]
+    assert "is not what was written" in found["damaged"][str(paths[2])][0]
+    assert f"damaged     {paths[3]}: state.json is missing\n" in status.text(found)
+
+
+def test_only_the_end_of_long_metrics_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps({"step": 6, "train/loss": 2.0, **SPEED})
+    (run / "metrics.jsonl").write_text(f"{line}\n" * 1000)
+    monkeypatch.setattr(status, "TAIL_BYTES", 10 * len(line))
+    assert len(list(status.read_metrics(run / "metrics.jsonl"))) == 9
+
+
+def test_json_is_what_programs_get(run: Path) -> None:
+    """As a command, while the run writes; the text as well."""
+    command = [sys.executable, "launch/status.py", str(run)]
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert (found["step"], found["steps"], found["left_s"], found["state"]) == (6, 100, 376.0, "killed")
+    assert found["furthest_back"] == [1] and found["ranks"][1]["part"] == "data"
+    assert found["recent"]["train/loss"][1:4] == [[2, 6.0], [3, None], [4, 4.0]]
+    assert found["newest"]["speed/tokens_per_s"] == 12_345.0
+
+
+@pytest.mark.parametrize("folder", ["nothing", "empty", "a file"])
+def test_what_is_no_run(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    path = tmp_path / folder
+    if folder == "empty":
+        path.mkdir()
+    if folder == "a file":
+        path.touch()
+    monkeypatch.setattr(sys, "argv", ["status.py", str(path)])
+    assert status.main() == 2
+    assert capsys.readouterr().err.startswith(f"error: {path} is not the folder of a run: ")
