@@ -7,6 +7,7 @@ python launch/report.py runs/demo/run --plot loss.png
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError, RunConfig
+from trainer.terminal import see_curves
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,8 +29,9 @@ def read_run(path: Path) -> tuple[RunConfig, list[dict[str, float]]]:
     """The configuration of a run, and its metrics by step."""
     try:
         record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return RunConfig(**record["config"]), [json.loads(line) for line in lines]
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        # The last one may be on its way, or cut short by a kill.
+        return RunConfig(**record["config"]), [json.loads(line) for line in lines if line.endswith("\n")]
     except OSError as error:
         raise ConfigError(f"{path} is not the folder of a run: cannot read {error.filename}") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -53,26 +56,42 @@ def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> st
     """The text of the report."""
     if not column(metrics, "train/loss"):
         raise ConfigError(f"{path} has no training step yet: train first, or wait for its first line")
-    rows = [("", "first step", f"step {int(metrics[-1]['step'])}")]
-    for split, name in (("train", "training batch"), ("eval", "held out")):
-        for tag, unit in ((f"{split}/loss", "nats per token"), (f"{split}/bits_per_byte", "bits per byte")):
-            if values := column(metrics, tag):
-                rows.append((f"{name}, {unit}", f"{values[0]:.4f}", f"{values[-1]:.4f}"))
-    if recovered := recovered_mass(metrics):
-        rows.append(("dense attention recovered", f"{recovered[0]:.4f}", f"{recovered[-1]:.4f}"))
+    rows = [("", "first step", f"step {int(metrics[-1]['step'])}"), *scores(metrics)]
     lines = [f"{name:<32}{first:>12}{last:>12}" for name, first, last in rows]
     if column(metrics, "eval/loss"):
         unigram = unigram_score(Store.open(config.data.store), config.data, config.run.eval_rows)
         lines.append(f"{'unigram model, held out:':<32}{'':>12}{unigram.bits_per_byte:>12.4f} bits per byte")
+    lines += [f"{name:<32}{'':>12}{value:>12}" for name, value in costs(metrics)]
+    return "\n".join([*lines, "", f"the run lies in {path}", f"see its curves:  {see_curves(path)}"])
+
+
+def scores(metrics: list[dict[str, float]]) -> Iterator[tuple[str, str, str]]:
+    """What is predicted how well: a name, the first value and the last."""
+    names: dict[str, str] = {}
+    for split, name in (("train", "training batch"), ("eval", "held out")):
+        names |= {f"{split}/loss": f"{name}, nats per token", f"{split}/bits_per_byte": f"{name}, bits per byte"}
+    positions = sorted({tag for values in metrics for tag in values if tag.startswith("eval/loss_at/")})
+    names |= {tag: f"  up to {tag.split('/')[-1].lstrip('0')} tokens before" for tag in positions}
+    names["eval/lsh_gain"] = "  what LSH attention gains"
+    for tag, name in names.items():
+        if values := column(metrics, tag):
+            yield name, f"{values[0]:.4f}", f"{values[-1]:.4f}"
+    if recovered := recovered_mass(metrics):
+        yield "dense attention recovered", f"{recovered[0]:.4f}", f"{recovered[-1]:.4f}"
+
+
+def costs(metrics: list[dict[str, float]]) -> Iterator[tuple[str, str]]:
+    """What the run took, and what went wrong in it: a name and a value."""
     speed = sorted(column(metrics, "speed/tokens_per_s"))
-    lines += [
-        f"{'tokens per second (median)':<32}{'':>12}{speed[len(speed) // 2]:>12,.0f}",
-        f"{'peak memory of a process, GiB':<32}{'':>12}{max(column(metrics, 'memory/peak_gib')):>12.2f}",
-        "",
-        f"the run lies in {path}",
-        f"see its curves:  {Path(sys.executable).parent / 'tensorboard'} --logdir {path / 'tensorboard'}",
-    ]
-    return "\n".join(lines)
+    yield "tokens per second (median)", f"{speed[len(speed) // 2]:,.0f}"
+    if shares := sorted(column(metrics, "speed/mfu")):
+        yield "of the devices' peak (median)", f"{shares[len(shares) // 2]:.1%}"
+    yield "peak memory of a process, GiB", f"{max(column(metrics, 'memory/peak_gib')):.2f}"
+    if saves := column(metrics, "speed/save_share"):
+        yield "share of checkpoints", f"{saves[-1]:.1%}"
+    for tag, name in (("train/skipped_steps", "steps skipped"), ("train/spikes", "spikes of the loss")):
+        if counts := column(metrics, tag):
+            yield name, f"{counts[-1]:.0f}"
 
 
 def plot(metrics: list[dict[str, float]], file: Path) -> None:

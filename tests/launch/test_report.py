@@ -75,14 +75,17 @@ def make_run(folder: Path, store: Path) -> None:
         "run": {"dir": str(folder), "deepspeed_config": "x.json", "steps": 2},
     }
     (folder / "run.json").write_text(json.dumps({"config": config}))
-    speed = {"speed/tokens_per_s": 100.0, "memory/peak_gib": 1.25}
+    speed = {"speed/tokens_per_s": 100.0, "memory/peak_gib": 1.25, "speed/mfu": 0.3125, "speed/save_share": 0.0625}
+    health = {"train/skipped_steps": 3, "train/spikes": 4}
     lines = [
-        {"step": 0, "eval/loss": 5.5, "eval/bits_per_byte": 8.125, **lsh(0.25, 0.5)},
+        {"step": 0, "eval/loss": 5.5, "eval/bits_per_byte": 8.125, "eval/loss_at/00016K": 5.75, **lsh(0.25, 0.5)},
         {"step": 1, "train/loss": 5.25, "train/bits_per_byte": 8.25, **speed},
-        {"step": 2, "train/loss": 2.5, "train/bits_per_byte": 3.75, **speed},
-        {"step": 2, "eval/loss": 2.75, "eval/bits_per_byte": 4.0625, **lsh(0.75, 0.875)},
+        {"step": 2, "train/loss": 2.5, "train/bits_per_byte": 3.75, **speed, **health},
+        {"step": 2, "eval/loss": 2.75, "eval/bits_per_byte": 4.0625, "eval/loss_at/00016K": 2.25, "eval/lsh_gain": 0.5}
+        | lsh(0.75, 0.875),
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(whole + '{"step": 3, "train/lo')  # the run goes on, or was killed
 
 
 def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -98,7 +101,13 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
         "5.2500      2.5000",
         "8.2500      3.7500",
         "8.1250      4.0625",
+        "  up to 16K tokens before             5.7500      2.2500",
+        "  what LSH attention gains            0.5000      0.5000",
         "0.3750      0.8125",
+        "of the devices' peak (median)                      31.2%",
+        "share of checkpoints                                6.2%",
+        "steps skipped                                          3",
+        "spikes of the loss                                     4",
         "1.25",
         "100",
         "--logdir",
@@ -115,7 +124,7 @@ def test_report_of_what_is_no_run_is_one_line(tmp_path: Path, store: Path, damag
     if damage != "missing":
         make_run(run, store)
     if damage in ("run.json", "metrics.jsonl"):
-        (run / damage).write_text("{")
+        (run / damage).write_text("{\n")
     if damage == "no step":
         (run / "metrics.jsonl").write_text("")
     if damage == "plot":
