@@ -65,7 +65,10 @@ class Health:
         self.nonfinite_in_row += 1
         what = f"step {step} has a loss of {loss:.4g} and a gradient norm of {norm:.4g}"
         if self.nonfinite_in_row >= plan.max_nonfinite:
-            raise Diverged(f"{what}, {_in_row(self.nonfinite_in_row)}: training diverged. {_ways_out(plan)}")
+            raise Diverged(
+                f"{what}, {_in_row(self.nonfinite_in_row)}: training diverged. "
+                f"{_ways_out(step - self.nonfinite_in_row, plan)}"
+            )
         if not _worth_saying(self.skipped_steps):
             return []
         mean = f"; the last finite losses have a mean of {fmean(self.recent_losses):.4f}" if self.recent_losses else ""
@@ -112,13 +115,16 @@ def _in_row(count: int) -> str:
     return "the first in a row" if count == 1 else f"{count} in a row"
 
 
-def _ways_out(plan: LoopConfig) -> str:
+def _ways_out(last_finite: int, plan: LoopConfig) -> str:
+    """last_finite: the last step whose loss was finite, which tells that the weights of the step before were sound."""
     saved = checkpoint.published(plan.dir)
-    newest = saved[-1].path if saved else "none yet"
+    good = [each.path for each in saved if each.step < last_finite]
+    doubtful = ", ".join(each.path.name for each in saved[len(good) :])
+    doubts = f". In doubt, and to be removed before the same command goes on: {doubtful}" if doubtful else ""
     return (
         "Lower deepspeed.optimizer.params.lr, warm up for longer (run.warmup_steps) or clip the gradient "
-        f"(deepspeed.gradient_clipping). The newest checkpoint: {newest}; no step since then that was not finite "
-        "changed the weights"
+        "(deepspeed.gradient_clipping). The newest checkpoint that is known to be good, since the loss of the step "
+        f"after it was finite: {good[-1] if good else 'none'}{doubts}"
     )
 
 

@@ -218,7 +218,8 @@ class Trainer:
             self.log(done, score, lr, result.norm)
         if due(plan.eval_every, done, plan.steps):
             self.evaluate(done)
-        if due(plan.save_every, done, plan.steps) or done == plan.steps:
+        # Weights that may be why a loss is not finite must not take the place of good ones.
+        if done == plan.steps or (due(plan.save_every, done, plan.steps) and not self.progress.health.nonfinite_in_row):
             self.save(done)
 
     def step(self, step: int) -> tuple[Score, StepResult]:

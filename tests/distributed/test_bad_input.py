@@ -89,11 +89,14 @@ def test_an_error_that_only_one_rank_has_is_not_lost(train_by_srun, tmp_path: Pa
     assert run.seconds < 60
 
 
-def test_a_run_that_diverges_stops_before_it_saves(train, tmp_path: Path):
+def test_a_run_that_diverges_stops_and_saves_nothing_more(train, tmp_path: Path):
     changes = ["deepspeed.optimizer.params.lr=1e30", "run.warmup_steps=0", "deepspeed.gradient_clipping=0"]
-    run = train(2, tmp_path / "run", *changes, "run.save_every=100", "run.eval_every=0")
-    assert run.code != 0
+    changes += ["run.max_nonfinite=2", "run.save_every=1", "run.eval_every=0"]
+    run = train(2, tmp_path / "run", *changes)
+    assert run.code == 2
     assert messages(run) == 1
     assert "training diverged. Lower deepspeed.optimizer.params.lr" in run.errors
     assert "Traceback" not in run.errors
-    assert not list((run.dir / "checkpoints").iterdir())
+    assert "was finite: none. In doubt, and to be removed before the same command goes on: step_00000001" in run.errors
+    assert "step 2 has a loss of nan and a gradient norm of inf: it changes nothing" in run.output
+    assert [path.name for path in (run.dir / "checkpoints").iterdir()] == ["step_00000001"]

@@ -118,7 +118,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
     health = Health()
     for step in range(1, 3):
         health.observe(step, NAN, NAN, True, plan(tmp_path, max_nonfinite=3))
-    with pytest.raises(Diverged, match=r"step 3 has a loss of nan and a gradient norm of inf, 3 in a row: .*none yet"):
+    with pytest.raises(Diverged, match=r"step 3 has a loss of nan and a gradient norm of inf, 3 in a row: .*: none$"):
         health.observe(3, NAN, INF, True, plan(tmp_path, max_nonfinite=3))
     assert issubclass(Diverged, ConfigError)
 
@@ -126,12 +126,24 @@ def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
 def test_the_newest_checkpoint_and_the_ways_out_are_named(tmp_path: Path) -> None:
     for step in (100, 200):
         (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+    health = Health()
+    health.observe(202, NAN, NAN, True, plan(tmp_path))
     with pytest.raises(Diverged) as error:
-        Health().observe(201, NAN, NAN, True, plan(tmp_path, max_nonfinite=1))
+        health.observe(203, NAN, NAN, True, plan(tmp_path, max_nonfinite=2))
     message = str(error.value)
-    assert str(tmp_path / "checkpoints/step_00000200") in message and "step_00000100" not in message
+    assert message.endswith(f"was finite: {tmp_path / 'checkpoints/step_00000200'}")
     for way in ("deepspeed.optimizer.params.lr", "run.warmup_steps", "deepspeed.gradient_clipping"):
         assert way in message
+
+
+def test_a_checkpoint_from_which_no_loss_was_finite_may_be_why(tmp_path: Path) -> None:
+    for step in (100, 200):
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+    with pytest.raises(Diverged) as error:
+        Health().observe(201, NAN, NAN, True, plan(tmp_path, max_nonfinite=1))
+    good = tmp_path / "checkpoints/step_00000100"
+    doubts = "In doubt, and to be removed before the same command goes on: step_00000200"
+    assert str(error.value).endswith(f"was finite: {good}. {doubts}")
 
 
 def test_a_fault_that_comes_back_for_days_does_not_fill_the_log() -> None:
