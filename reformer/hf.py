@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reformer.config import ConfigError, ReformerConfig
 from reformer.model import Reformer
-from reformer.weights import CONFIG_FILE, WEIGHTS_FILE, appearing, check_tensors, skeleton
+from reformer.weights import CONFIG_FILE, WEIGHTS_FILE, check_tensors, skeleton, write_folder
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -168,10 +168,7 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
     way_out = "give the Reformer itself, not a wrapper, with its parameters gathered from all ranks"
     check_tensors(state, expected, "the model does not fit its configuration", way_out)
     tensors = state_to_hf(fold_head_bias(untied(state)), model.config)
-    with appearing(Path(folder)) as partial:
-        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_folder(Path(folder), config, tensors)
 
 
 def config_from_hf(values: Mapping[str, Any]) -> ReformerConfig:

@@ -9,9 +9,9 @@ folder appears when it is complete, and one that does not hold just the tensors 
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,11 +36,7 @@ def save_model(folder: str | Path, config: ReformerConfig, weights: Mapping[str,
     """
     way_out = "give all parameters of a Reformer, whole, by the names that its state_dict() has"
     own = _checked(config, weights, "the weights do not fit the configuration", way_out)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
-    with appearing(Path(folder)) as partial:
-        described = {**FORMAT, "model": config.model_dump(mode="json")}
-        (partial / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_folder(Path(folder), {**FORMAT, "model": config.model_dump(mode="json")}, own)
 
 
 def load_model(folder: str | Path) -> Reformer:
@@ -117,16 +113,20 @@ def refuse_existing(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not an empty folder: remove it, or give another name")
 
 
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when the statement ends well. Raises FileExistsError as above."""
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Both files of a folder, which appears when it is complete. Raises FileExistsError as above."""
     folder = folder.absolute()
     refuse_existing(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        shutil.copymode(
+            partial / CONFIG_FILE, partial / WEIGHTS_FILE
+        )  # safetensors gives no one else the right to read
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

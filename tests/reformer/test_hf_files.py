@@ -175,7 +175,7 @@ def test_saving_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("reformer.hf.save_file", fail)
+        patch.setattr("reformer.weights.save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             save_hf(model, folder)
     assert not folder.exists()

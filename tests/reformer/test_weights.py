@@ -51,6 +51,11 @@ def test_a_model_comes_back_as_it_was(config: ReformerConfig, of_state_dict: boo
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["config.json", "model", "model.safetensors"]
 
 
+def test_others_may_read_the_weights_as_they_may_any_file(saved: Path) -> None:
+    modes = {file.name: file.stat().st_mode for file in saved.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_what_is_loaded_is_not_the_file(saved: Path) -> None:
     model = load_model(saved)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
