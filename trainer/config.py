@@ -74,13 +74,15 @@ class LoopConfig(StrictConfig):
     """Whether an evaluation also looks at one row's buckets, recovered attention and reconstruction; a seventh of the
     cost of evaluating that row (measured)."""
     save_every: int = Field(default=100, ge=0)
-    """Steps from one checkpoint to the next, besides the one at the end; 0: only that one."""
+    """Steps from one checkpoint to the next, besides the one at the end; 0: only that one. While losses are not finite
+    none is written: their weights may be why."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones are removed."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of steps that are a multiple of this are never removed; 0: none is kept for its step."""
     on_full_disk: Literal["stop", "continue"] = "stop"
-    """What a checkpoint that finds no room does to the run; the ones before it are untouched in either case."""
+    """What a checkpoint or a report that finds no room does to the run; earlier checkpoints are untouched in any case.
+    The last step's checkpoint is needed, and stops it."""
     max_nonfinite: int = Field(default=10, ge=1)
     """A step whose loss or gradient norm is not finite changes nothing; so many of them in a row stop the run."""
     spike_deviations: float = Field(default=6.0, ge=0.0, allow_inf_nan=False)
