@@ -146,7 +146,8 @@ class Watchdog:
         while not self._closed.wait(self._beat_s):
             now = time.monotonic()
             # It was not for this thread to see what happened then: the process was stopped, or a file system was slow.
-            self._paused_s += max(0.0, now - before - 2 * self._beat_s)
+            if now - before > 2 * self._beat_s:
+                self._paused_s += now - before - self._beat_s
             before = now
             self._write()
             if self._factor == 0:
