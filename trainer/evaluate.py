@@ -15,7 +15,7 @@ on the number of ranks. The tags, all of the model after so many steps, hash rot
     eval/loss_without_lsh       of the first run.ablation_rows of these rows, with nothing in place of LSH attention; a
                                 row costs 0.7 times as much again (measured, the demo's model)
     eval/lsh_gain               by how much that is more than the loss of the same rows with it
-    lsh/…, reversible/…         see diagnostics.py; on rank 0 alone
+    lsh/…, reversible/…         see metrics.py; of the first row, on rank 0 alone
 """
 
 import math
