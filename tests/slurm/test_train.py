@@ -4,6 +4,7 @@ That is, each step and evaluation is reported once, and losses, learning rates, 
 """
 
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -46,8 +47,10 @@ class Training:
 
     def submit(self, *options: str, script: str = "train.sbatch") -> None:
         options = ("--chdir", str(ROOT), f"--output={self.dir.with_suffix('.log')}", *TWO_NODES, *options)
-        settings = [f"run.{name}={value}" for name, value in SETTINGS.items()]
-        self.job = self.cluster.submit(*options, SLURM / script, self.config, f"run.dir={self.dir}", *settings)
+        self.job = self.cluster.submit(*options, SLURM / script, self.config, *self.settings())
+
+    def settings(self) -> list[str]:
+        return [f"run.dir={self.dir}", *(f"run.{name}={value}" for name, value in SETTINGS.items())]
 
     def curves(self) -> Curves:
         path = self.dir / "metrics.jsonl"
@@ -64,7 +67,7 @@ class Training:
         self.wait_until(lambda: self.restarts() == number and self.states() == ["RUNNING"], f"restart {number}")
 
     def wait_until(self, condition: Callable[[], object], what: str) -> None:
-        wait_until(condition, what, 90, lambda: f"{self.log}\n{self.cluster.show()}")
+        wait_until(condition, what, 180, lambda: f"{self.log}\n{self.cluster.show()}")
 
     def states(self) -> list[str]:
         return self.cluster.states(self.job)
@@ -72,11 +75,14 @@ class Training:
     def restarts(self) -> int:
         return int(self.cluster.jobs(self.job)[0]["Restarts"])
 
+    def limit(self, minutes: int) -> None:
+        self.cluster.run("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
+
     def rank(self, number: int) -> psutil.Process:
         return psutil.Process(json.loads((self.dir / f"ranks/rank_{number:05d}.json").read_text())["pid"])
 
     def ends(self, state: str = "COMPLETED") -> None:
-        assert self.cluster.wait(self.job) == [state], f"{self.log}\n{self.cluster.show()}"
+        assert self.cluster.wait(self.job, timeout_s=240) == [state], f"{self.log}\n{self.cluster.show()}"
 
 
 @pytest.fixture
@@ -129,13 +135,19 @@ def test_deepspeeds_launcher(training: Training, undisturbed: Curves) -> None:
 
 
 def test_the_end_of_its_time(training: Training, undisturbed: Curves) -> None:
-    """SLURM looks at the clock twice a minute; until then, both ranks are kept from going on."""
-    training.submit("--time=1", "--signal=USR1@55")
+    """As the job file says, but that the time becomes short on the way, so that it is not short while the run starts.
+
+    SLURM looks at the clock twice a minute; until then, both ranks are kept from going on.
+    """
+    training.submit("--signal=USR1@120")
     training.wait_for_steps(3)
     ranks = [training.rank(number) for number in range(2)]
     for rank in ranks:
         rank.suspend()
+    hours, minutes, _ = training.cluster.jobs(training.job)[0]["RunTime"].split(":")
+    training.limit(60 * int(hours) + int(minutes) + 2)
     training.wait_until(lambda: all(pending(rank.pid, signal.SIGUSR1) for rank in ranks), "the signal was sent")
+    training.limit(600)
     for rank in ranks:
         rank.resume()
     training.ends()
@@ -177,6 +189,19 @@ def test_a_job_that_is_cancelled(training: Training, undisturbed: Curves) -> Non
         found = training.curves()[tag]
         assert [step for step, _ in found] == [step for step, _ in expected]
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=1e-5)
+
+
+def test_mpirun_in_a_job(training: Training, undisturbed: Curves) -> None:
+    """A rank on each node, started by MPI, which uses srun for it."""
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    words = [str(ROOT / ".venv/bin" / name) for name in ("mpirun", "python")]
+    words += ["launch/train.py", "--config", str(training.config), *training.settings()]
+    output = f"--output={training.dir.with_suffix('.log')}"
+    options = ("--chdir", str(ROOT), output, *TWO_NODES, "--wrap", shlex.join(words))
+    training.job = training.cluster.submit(*options, environment=root)
+    training.ends()
+    assert "mpirun: 2 processes, 1 on this node, 2 nodes in all" in training.log
+    assert training.curves() == undisturbed
 
 
 def test_bad_input_fails_the_job(training: Training) -> None:
