@@ -216,7 +216,7 @@ def test_two_ranks_report_the_same_under_every_zero_stage(store: Store, tmp_path
     }
     ranks = [subprocess.Popen([*command, str(rank)], env=environ) for rank in (0, 1)]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
