@@ -47,7 +47,7 @@ def fp32(number: float) -> float:
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     write(tmp_path, 0, 7)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "train/lo')
+        file.write('\0\0\0\n{"step": 4, "train/lo')  # by a power cut, and by a kill
     write(tmp_path, 5, 9)
     assert steps(tmp_path) == list(range(10))
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == list(range(10))

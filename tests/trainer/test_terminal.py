@@ -91,27 +91,19 @@ def test_a_bar_on_a_terminal() -> None:
     assert [line for line in screen(written) if line] == [LINE, "saved it", "all done"]  # and is gone at the end
 
 
-def test_an_error_finds_the_bar_gone() -> None:
+def test_an_error_finds_the_bar_gone_and_no_thread_looks_after_it() -> None:
     program = """
+import threading
 from trainer.terminal import Terminal
 try:
-    with Terminal(steps=10, done=2):
+    with Terminal(steps=10, done=2) as terminal:
+        terminal.step(3)
+        assert threading.active_count() == 1, threading.enumerate()
         raise ValueError
 except ValueError:
     print("error: it failed")
 """
     assert [line for line in screen(on_a_terminal(program)) if line] == ["error: it failed"]
-
-
-def test_no_thread_looks_after_the_bar() -> None:
-    program = """
-import threading
-from trainer.terminal import Terminal
-with Terminal(steps=10, done=2) as terminal:
-    terminal.step(3)
-    assert threading.active_count() == 1, threading.enumerate()
-"""
-    on_a_terminal(program)
 
 
 def test_closing_twice_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
