@@ -8,7 +8,8 @@ RUN/run.json: one object, written before the first step.
                                         tokenizer_sha256}
     samples                             what the order of the samples follows from: seed, and store (its fingerprint)
                                         and split; of a mixture NAME.store, … and NAME.per_thousand of each source
-    launch                              {launcher, world_size, local_world_size, device}
+    launch                              {launcher, world_size, local_world_size, device, and peak_flops: what one such
+                                        device could compute in a second (peaks.py); null if unknown, then no MFU}
     n_parameters                        of the model
     versions, git_commit                {package: version}; null outside of a git checkout
 
@@ -31,6 +32,7 @@ import torch
 from trainer import distributed
 from trainer.check import StoreFacts
 from trainer.config import flatten
+from trainer.peaks import peak_flops
 
 if TYPE_CHECKING:
     from trainer.loop import Job
@@ -41,6 +43,8 @@ PACKAGES = ("longhand", "torch", "deepspeed", "numpy", "zarr", "sentencepiece")
 
 def write_record(job: "Job", device: torch.device, metrics: "Metrics", n_parameters: int) -> None:
     """Write RUN/run.json and show it in TensorBoard."""
+    device_name = distributed.device_name(device)
+    precision = "bf16" if job.deepspeed.get("bf16", {}).get("enabled") else "fp32"
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_from_step": metrics.first_step - 1 if metrics.first_step else None,
@@ -52,7 +56,8 @@ def write_record(job: "Job", device: torch.device, metrics: "Metrics", n_paramet
             "launcher": job.launch.launcher,
             "world_size": job.launch.world_size,
             "local_world_size": job.launch.local_world_size,
-            "device": distributed.device_name(device),
+            "device": device_name,
+            "peak_flops": peak_flops(device_name, precision),
         },
         "n_parameters": n_parameters,
         **environment(),

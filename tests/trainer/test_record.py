@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,9 +17,13 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
+from trainer.check import StoreFacts
+from trainer.config import LoopConfig, RunConfig
+from trainer.distributed import Launch
+from trainer.loop import Job
 from trainer.memory import host_gib, memory_gib, peak_gib
 from trainer.metrics import Metrics
-from trainer.record import environment, show
+from trainer.record import environment, show, write_record
 
 
 def record(d_model: int) -> dict[str, Any]:
@@ -125,3 +131,30 @@ def test_memory_of_a_gpu_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     found = memory_gib(torch.device("cuda:0"))
     assert (found["memory/allocated_gib"], found["memory/peak_gib"]) == (1.0, 3.0)
     assert found["memory/host_gib"] == pytest.approx(host_gib(), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "deepspeed", "peak"),
+    [
+        ("NVIDIA H100 PCIe", {"bf16": {"enabled": True}}, 756.5e12),
+        ("NVIDIA H100 PCIe", {}, 51.2e12),
+        ("CPU, 1 thread per process", {}, None),
+    ],
+)
+def test_run_json_states_the_peak_that_mfu_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device_name: str, deepspeed: dict[str, Any], peak: float | None
+) -> None:
+    store = MagicMock()
+    store.manifest.fingerprint = "abc"
+    monkeypatch.setattr("trainer.record.StoreFacts.of", lambda _: StoreFacts(8, 9, {"train": 1}, "sha"))
+    monkeypatch.setattr("trainer.record.distributed.device_name", lambda _: device_name)
+    run = LoopConfig(dir=tmp_path, deepspeed_config="x.json", steps=3)
+    config = RunConfig(model={"vocab_size": 9}, data={"store": "s"}, run=run.model_dump())
+    job = Job(config, deepspeed, store, SimpleNamespace(identity={"seed": 1}), Launch("none", 0, 1, 0, 1), {})
+    metrics = Metrics(tmp_path, 2)
+    write_record(job, torch.device("cpu"), metrics, n_parameters=7)
+    metrics.close()
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["launch"]["peak_flops"] == peak
+    assert found["launch"]["device"] == device_name
+    assert (found["resumed_from_step"], found["n_parameters"], found["store"]["fingerprint"]) == (2, 7, "abc")
