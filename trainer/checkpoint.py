@@ -96,13 +96,20 @@ def published(run_dir: Path) -> list[Checkpoint]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself, its state.json. Raises DataError where that is not what was written."""
+    """What a checkpoint says about itself, its state.json.
+
+    Raises DataError where that is not what was written, and ConfigError where another version wrote it.
+    """
     try:
         if sha256(path / "state.json") != _read_sums(path)["state.json"]:
             raise DataError(f"{path}/state.json is not what was written")
         found: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}/state.json cannot be read: {error!r}") from None
+    if found["format"] != FORMAT:
+        raise ConfigError(
+            f"{path} is of format {found['format']}, and this version reads {FORMAT}: use the version that wrote it"
+        )
     return found
 
 
@@ -289,6 +296,8 @@ def _make_room(folder: Path, n_bytes: int) -> None:
 def _write_slices(path: Path, slices: Mapping[str, Tensor]) -> str:
     """Returns the SHA-256 of what is on the disk then."""
     save_file(dict(slices), path)
+    shutil.copymode(path.parent, path)  # safetensors gives no one else the right to read
+    path.chmod(path.stat().st_mode & ~0o111)
     _sync(path)
     return sha256(path)
 

@@ -231,6 +231,20 @@ def test_checkpoints_of_an_older_version_are_named(tmp_path: Path) -> None:
         refuse_another_run(tmp_path, IDENTITY, new=False)
 
 
+def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.checkpoint.FORMAT", 3)
+    publish(tmp_path, 50)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="step_00000050 is of format 3, and this version reads 2"):
+        refuse_another_run(tmp_path, IDENTITY, new=False)
+
+
+def test_others_may_read_all_files_as_the_user_lets_them(tmp_path: Path) -> None:
+    path = publish(tmp_path, 50)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_the_last_ones_and_every_so_manyth_are_kept(tmp_path: Path) -> None:
     for step in range(1, 9):
         publish(tmp_path, step, keep_last=2, keep_every=3)
