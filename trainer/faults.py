@@ -165,7 +165,7 @@ def lost_ranks(run_dir: Path, world_size: int) -> str:
         if time.monotonic() > deadline:
             return ""
         time.sleep(0.05)
-    lines = [f"{state.name} {_end_of(state)}, {state.place}" for state in lost[: ranks.SHOWN]]
+    lines = [f"{state.name} {_end_of(state)}; last seen {state.place}" for state in lost[: ranks.SHOWN]]
     if len(lost) > ranks.SHOWN:
         lines.append(f"and {len(lost) - ranks.SHOWN} more")
     saved = checkpoint.published(run_dir)

@@ -44,5 +44,7 @@ def test_a_killed_rank_ends_the_run(launcher: str, request: pytest.FixtureReques
     assert len(ended) == 2, f"it ended by itself: {run.errors}"
     assert run.code > 0
     assert after_s < LIMIT_S
-    assert re.search(r"rank 1 \(pid \d+ on .+\) was killed, .*, in '.+' of step \d+, at ", run.errors), run.errors
+    assert re.search(r"rank 1 \(pid \d+ on .+\) was killed, .*; last seen in '.+' of step \d+, at ", run.errors), (
+        run.errors
+    )
     assert f"the same command goes on from {tmp_path / 'run' / 'checkpoints' / 'step_'}" in run.errors

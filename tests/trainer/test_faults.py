@@ -203,7 +203,7 @@ def test_a_rank_that_was_killed_is_named(tmp_path: Path, reaped: bool) -> None:
         said(tmp_path, 2, 1, host="another", ended="finished")
         (tmp_path / "checkpoints/step_00000006").mkdir(parents=True)
         assert lost_ranks(tmp_path, 3) == (
-            f"rank 1 (pid {dead.pid} on {socket.gethostname()}) was killed, perhaps for want of memory, "
+            f"rank 1 (pid {dead.pid} on {socket.gethostname()}) was killed, perhaps for want of memory; last seen "
             "in 'backward' of step 7, at engine.py:1 in backward\n"
             f"the same command goes on from {tmp_path / 'checkpoints/step_00000006'}"
         )
@@ -214,7 +214,7 @@ def test_a_rank_that_was_killed_is_named(tmp_path: Path, reaped: bool) -> None:
 def test_a_rank_that_failed_is_named_with_its_error_wherever_it_is(tmp_path: Path) -> None:
     said(tmp_path, 2, 1, host="another", ended="failed: OutOfMemoryError: of 8 GiB")
     assert lost_ranks(tmp_path, 3).startswith(
-        "rank 2 (pid 1 on another) has ended (failed: OutOfMemoryError: of 8 GiB), in 'backward' of step 7"
+        "rank 2 (pid 1 on another) has ended (failed: OutOfMemoryError: of 8 GiB); last seen in 'backward' of step 7"
     )
     assert lost_ranks(tmp_path, 3).endswith("\nthe same command starts anew: there is no checkpoint yet")
 
