@@ -33,9 +33,10 @@ ADAMW = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1}
 """eps is of the gradients' size, because Adam with a tiny one hides a wrong scale and magnifies rounding to a sign."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": ADAMW,
-    "Adafactor": {"lr": 0.02, "eps": (1e-2, 1e-3), "weight_decay": 0.1},
+    "Adafactor": {"lr": 0.02, "eps": (1e-3, 1e-3), "weight_decay": 0.1},
 }
-"""Settings, by the names that torch.optim has for them."""
+"""Settings, by the names that torch.optim has for them. Under Adafactor's first eps the moments of all tensors count,
+and a wrong scale of the gradient is still seen."""
 
 BUCKETS = {"reduce_bucket_size": 5_000, "allgather_bucket_size": 5_000}
 """A third of the parameters: each backward fills several."""

@@ -1,8 +1,7 @@
 """Adafactor computes what torch's does on plain autograd; weight decay is for matrices, under every ZeRO stage.
 
-What is special: one pair of processes takes the steps of all cases. How much Adafactor forgives a wrong scale of the
-gradient is decided by its first eps, so here it is of the gradients' size. That Adafactor goes on from a checkpoint to
-the bit is in test_state.py.
+What is special: one pair of processes takes the steps of all cases. That Adafactor goes on from a checkpoint to the bit
+is in test_state.py.
 """
 
 import os
@@ -78,12 +77,15 @@ def test_adafactor_equals_torchs_on_plain_autograd(results: Any, table: Any, cas
 
 
 def test_what_the_limits_tell_apart() -> None:
-    """A clip 5% too low, and second moments that are not factored."""
+    """A clip 5% too low, second moments that are not factored, and ones that are of the last step alone."""
     case = LEARNING[0]
     expected = plain_run(case)
     clipped = ratios(plain_run(case, expected.starts, clip=0.95 * CLIP), expected)
     flat = ratios(plain_run(case, expected.starts, make_optimizer=flattened), expected)
+    forgetful = partial(torch.optim.Adafactor, **OPTIMIZERS["Adafactor"], beta2_decay=0.0)
+    forgotten = ratios(plain_run(case, expected.starts, make_optimizer=forgetful), expected)
     assert clipped[3] > 10 * LIMITS[False][3], clipped
+    assert min(forgotten[2:]) > 10 * LIMITS[False][3], forgotten
     assert min(flat[2:]) > 10 * LIMITS[False][3], flat
 
 
