@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, NoReturn, Self
@@ -65,7 +66,7 @@ class Watchdog:
         self._place = Place(0, 0, "start", self._clock())
         self._look_again_s = 0.0
         self._stacks: IO[str] | None = None
-        self._stacks_written = False
+        self._last_words: RankState | None = None
         self._cannot_write = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -118,6 +119,8 @@ class Watchdog:
         return max(self._min_s, self._factor * self._longest_s[part])
 
     def _state(self, ended: str | None = None) -> RankState:
+        if self._last_words:  # where it hung, not where the error comes that others are gone
+            return replace(self._last_words, ended=ended)
         place, frames = self._place, sys._current_frames()
         main = frames.get(self._main)
         return RankState(
@@ -134,7 +137,6 @@ class Watchdog:
             # Of any thread: on GPUs, autograd runs DeepSpeed's hooks in one of its own.
             waiting=any(ranks.is_waiting(frame) for frame in frames.values()),
             time=time.time(),
-            stacks_written=self._stacks_written,
             ended=ended,
         )
 
@@ -182,7 +184,8 @@ class Watchdog:
         before = {state.rank: state for state in self._read_all()}
         self._wait_for(lambda: all(state.stacks_written or state.ended for state in self._read_all()))
         states = self._read_all()
-        silent = {state.rank for state in states if not state.ended and state == before.get(state.rank)}
+        unheard = [state for state in states if not state.ended and not state.stacks_written]
+        silent = {state.rank for state in unheard if state == before.get(state.rank)}
         verdict = ranks.judge(states, set() if self._cannot_write else silent)
         self._say(f"error: {verdict}\n{self._way_on()}")
         with self._tolerance():
@@ -205,7 +208,7 @@ class Watchdog:
             file = self._stacks or sys.stderr
             print(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {state.name}: {state.place}", file=file, flush=True)
             faulthandler.dump_traceback(file)
-        self._stacks_written = True
+        self._last_words = replace(state, stacks_written=True)
         self._write()
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
@@ -231,7 +234,8 @@ class Watchdog:
     # Files, of which none may take the run down.
 
     def _alarmed(self) -> bool:
-        return self._factor > 0 and ranks.read_bytes(self._alarm_path) != self._old_alarm
+        # Rank 0 may remove that of an earlier hang after we saw it.
+        return self._factor > 0 and ranks.read_bytes(self._alarm_path) not in (b"", self._old_alarm)
 
     def _read_all(self) -> list[RankState]:
         """The states of all ranks that can be read, and our own."""

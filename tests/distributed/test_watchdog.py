@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trainer.presence import holder
 from trainer.watchdog import HUNG
@@ -63,6 +64,18 @@ def stacks(run_dir: Path, rank: int) -> str:
     return (run_dir / "stacks" / f"rank_{rank:05d}.txt").read_text()
 
 
+def status(run_dir: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "launch/status.py", str(run_dir), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def test_a_rank_that_waits_for_its_data_under_deepspeeds_launcher(train, config: Path, tmp_path: Path) -> None:
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
     start = [*launcher, "--master_port", str(free_port()), *command(config, tmp_path)]
@@ -76,9 +89,14 @@ def test_a_rank_that_waits_for_its_data_under_deepspeeds_launcher(train, config:
     assert "in stuck" in stacks(tmp_path, 1)  # in a thread that reads ahead
     assert "all_reduce" in stacks(tmp_path, 0)
 
+    found = status(tmp_path)
+    assert (found["state"], found["checkpoint"]["step"], found["furthest_back"]) == ("hung", 5, [1])
+
     again = train(2, tmp_path, *SETTINGS)
     assert again.code == 0, again.errors
     assert [line["step"] for line in again.metrics] == list(range(1, STEPS + 1))
+    found = status(tmp_path)
+    assert (found["state"], found["step"], found["hang"]) == ("finished", STEPS, None)
 
 
 def test_a_rank_that_does_not_come_to_a_collective(config: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,18 +29,18 @@ STATE = RankState(1, 2, "n1", 100, 7, 3, "forward", 1.0, 30.0, "trainer/loop.py:
 class Child:
     """A forked process, which has everything loaded: a few steps under a watchdog, and what `body` does then."""
 
-    def __init__(self, run_dir: Path, body: Body, factor: float = 5, min_s: float = 2) -> None:
+    def __init__(self, run_dir: Path, body: Body, factor: float = 5, min_s: float = 2, launch: Launch = ALONE) -> None:
         self._log = run_dir.with_name("stderr.txt")
-        arguments = (run_dir, body, factor, min_s)
+        arguments = (run_dir, body, factor, min_s, launch)
         self.process = multiprocessing.get_context("fork").Process(target=self._run, args=arguments)
         self.process.start()
         assert self.process.pid is not None
         self.pid = self.process.pid
 
-    def _run(self, run_dir: Path, body: Body, factor: float, min_s: float) -> None:
+    def _run(self, run_dir: Path, body: Body, factor: float, min_s: float, launch: Launch) -> None:
         with self._log.open("w") as log:
             sys.stderr = log
-            with Watchdog(run_dir, ALONE, factor, min_s) as watching:
+            with Watchdog(run_dir, launch, factor, min_s) as watching:
                 for step in range(50):
                     watching.mark(step, "data")
                     watching.mark(step, "forward")
@@ -117,9 +118,32 @@ def test_a_hang_ends_with_its_place_and_the_stacks_of_all_threads(run_dir: Path)
         ("forward", 3.5, {"factor": 0}),
     ],
 )
-def test_what_is_no_hang(run_dir: Path, part: str, seconds: float, options: dict[str, float]) -> None:
+def test_what_is_no_hang(run_dir: Path, part: str, seconds: float, options: dict[str, Any]) -> None:
     assert Child(run_dir, stay(part, seconds), **options).end() == (0, "")
     assert state(run_dir).ended == "finished"
+
+
+def test_an_earlier_hang_that_rank_0_removes_later_is_none(run_dir: Path) -> None:
+    (run_dir / "ranks").mkdir(parents=True)
+    alarm = run_dir / "ranks" / "hang.json"
+    alarm.write_text('{"verdict": "the run hangs"}')
+
+    def body(_: Watchdog) -> None:
+        time.sleep(1)
+        alarm.unlink()
+        time.sleep(1)
+
+    assert Child(run_dir, body, launch=Launch("x", rank=1, world_size=2)).end() == (0, "")
+
+
+def test_a_hang_that_another_rank_noticed_ends_this_one(run_dir: Path) -> None:
+    def body(_: Watchdog) -> None:
+        (run_dir / "ranks" / "hang.json").write_text('{"verdict": "the run hangs"}')
+        time.sleep(60)
+
+    assert Child(run_dir, body, launch=Launch("x", rank=1, world_size=2)).end() == (HUNG, "")
+    assert "in body" in (run_dir / "stacks" / "rank_00001.txt").read_text()
+    assert state(run_dir, 1).stacks_written and state(run_dir, 1).ended == "failed: ended by the watchdog"
 
 
 def test_a_run_that_was_suspended_has_not_hung(run_dir: Path) -> None:
