@@ -165,14 +165,13 @@ def flaw(run: Run, length: Undisturbed, code: int | None) -> str | None:
         found = difference(length.curve, curve(run.dir))
     except (OSError, ValueError) as error:
         return f"its curve cannot be read: {error!r}"
-    names, others = (kept(one) for one in (run, length.run))
-    return found or (f"its checkpoints are {names}, not {others}" if names != others else None)
+    mine, others = kept(run), kept(length.run)
+    return found or (f"it keeps {mine}, not {others}" if mine != others else None)
 
 
-def kept(run: Run) -> list[str]:
-    """Folders among a run's checkpoints, but for those that were put aside."""
-    names = (path.name for path in (run.dir / "checkpoints").iterdir())
-    return sorted(name for name in names if not name.startswith("damaged-"))
+def kept(run: Run) -> tuple[int, int, list[str]]:
+    """How many checkpoints a run has kept, the step of the newest, and what is there of others."""
+    return len(list((run.dir / "checkpoints").glob("step_*"))), run.newest, run.partials
 
 
 def kills(bench: Bench, times: int, seed: int, modes: Sequence[str], per_run: int = 5) -> Iterator[Trial]:
