@@ -23,7 +23,6 @@ signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 import argparse  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-import time  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -71,10 +70,10 @@ def main() -> int:
         with hold(config.run.dir) if launch.rank == 0 else nullcontext():
             return train(Job(config, deepspeed, store, samples, launch, own))
     except (ConfigError, DataError) as error:
-        if rank != 0 and not dist.is_initialized():
-            # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.
-            time.sleep(PATIENCE_S)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.
+        told = rank != 0 and not dist.is_initialized() and signal.sigtimedwait(STOPPING, PATIENCE_S)
+        if not told:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -19,7 +19,8 @@ class Preemption:
     """Between enter and exit, notes the signals of SIGNALS instead of ending the process. In the main thread only.
 
     Afterwards a process that was to stop ignores them: when its first rank has ended with PREEMPTED, a launcher sends
-    SIGTERM to the others, of which one would die that is about to end with PREEMPTED as well.
+    SIGTERM to the others, of which one would die that is about to end with PREEMPTED as well. So does a process that
+    blocked them before: the former handlers would end it by way of a thread in which they are not blocked.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class Preemption:
         for number, handler in self._handlers.items():
             # None stands for a handler that was not set by Python, which Python cannot set again.
             former = signal.SIG_DFL if handler is None else handler
-            signal.signal(number, signal.SIG_IGN if self.signal else former)
+            signal.signal(number, signal.SIG_IGN if self.signal or number in self._blocked else former)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
