@@ -50,7 +50,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU,CR_LLN
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 JobRequeue=1
-KillWait=5
+KillWait=10
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
