@@ -37,8 +37,6 @@ def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deep
     if engine.bfloat16_enabled() and not engine.zero_optimization():
         # Here DeepSpeed has already taken a step, on gradients of zero: weights decayed, Adam counted one too many.
         engine.basic_optimizer.state.clear()
-        for group in engine.basic_optimizer.param_groups:
-            group.pop("step", None)  # where DeepSpeed's own Adam counts
         engine.optimizer.refresh_fp32_params()
     return engine
 

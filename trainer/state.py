@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Self
 
 import deepspeed
 import torch
+from deepspeed.ops.adam import FusedAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -60,9 +61,13 @@ class Partition:
     """Whether this rank is the one that writes it to a checkpoint."""
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's state of it; DeepSpeed's FusedAdam keeps the count of steps with the settings."""
-        steps = {"step": self.group["step"]} if "step" in self.group else {}
-        return {**self.optimizer.state.get(self.tensor, {}), **steps}
+        """The optimizer's state of it, empty before the first step."""
+        own = self.optimizer.state.get(self.tensor, {})
+        if not isinstance(self.optimizer, FusedAdam) or not own:
+            return own
+        # DeepSpeed's counts the steps of all tensors that it updates at once with the last of them.
+        together = [self.optimizer.state[tensor]["step"] for tensor in self.group["params"]]
+        return {**own, "step": max([own["step"], *together])}
 
 
 def shapes(engine: deepspeed.DeepSpeedEngine) -> dict[str, list[int]]:
@@ -152,8 +157,6 @@ def _put(partition: Partition, part: Slice, saved: "SavedSlices") -> None:
             value.copy_(saved.whole(part.name, kind).reshape(value.shape))
         else:
             partition.optimizer.state[partition.tensor][kind] = type(value)(saved.whole(part.name, kind).item())
-    if saved.has_optimizer_state and "step" not in tensors:
-        partition.group["step"] = int(saved.whole(part.name, "step").item())
 
 
 def partitions(engine: deepspeed.DeepSpeedEngine, writing: bool = False) -> Iterator[Partition]:

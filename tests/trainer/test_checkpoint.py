@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import FusedAdam
 from torch import nn
 
 from data_pipeline.errors import DataError
@@ -18,6 +19,7 @@ from trainer.checkpoint import (
     Checkpoint,
     SaveError,
     identity,
+    load,
     problems,
     published,
     read_state,
@@ -29,6 +31,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import ConfigError, RunConfig
 from trainer.distributed import detect
+from trainer.state import SavedSlices
 
 CPU = torch.device("cpu")
 MODEL = {"vocab_size": 9, "n_layers": 2}
@@ -60,6 +63,50 @@ def engine(seed: int = 0) -> Any:
     model(torch.randn(2, 30)).sum().backward()
     optimizer.step()
     return SimpleNamespace(module=model, optimizer=optimizer)
+
+
+class Kernel:
+    """In place of the C++ of DeepSpeed's FusedAdam: the same in Python, without a compiler."""
+
+    def load(self) -> "Kernel":
+        return self
+
+    def multi_tensor_adam(self, chunk, skip, tensors, lr, beta1, beta2, eps, step, *_: Any) -> None:
+        for gradient, weight, mean, square in zip(*tensors, strict=True):
+            mean.lerp_(gradient, 1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            root = (square / (1 - beta2**step)).sqrt()
+            weight.data -= lr / (1 - beta1**step) * mean / (root + eps)
+
+
+def fused(seed: int, steps: int, start: Path | None = None) -> Any:
+    """As much of an engine with DeepSpeed's FusedAdam, after steps of it, from a checkpoint or anew."""
+    torch.manual_seed(seed)
+    model = nn.Linear(30, 20)
+    own = SimpleNamespace(module=model, optimizer=FusedAdam(model.parameters(), lr=0.1))
+    if start:
+        load(own, Checkpoint(start, 0))
+    for _ in range(steps):
+        model(torch.ones(2, 30)).square().sum().backward()
+        own.optimizer.step()
+        own.optimizer.zero_grad()
+    return own
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_deepspeeds_own_adam_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    """Its count of steps is kept with one tensor of several; without a gradient so far it has counted none."""
+    monkeypatch.setattr("deepspeed.ops.adam.fused_adam.FusedAdamBuilder", Kernel)
+    half = fused(0, before)
+    half.optimizer.step()  # a step that is left out has no gradients
+    path = save(half, config(tmp_path).run, 5, IDENTITY, {}, detect({}), CPU).path
+    expected, resumed = fused(0, before + 3), fused(1, 3, path)
+    assert all(map(torch.equal, resumed.module.parameters(), expected.module.parameters()))
+    again = save(resumed, config(tmp_path).run, 8, IDENTITY, {}, detect({}), CPU).path
+    with SavedSlices.open(again) as saved:
+        assert {name: saved.whole(name, "step").item() for name in saved.shapes} == dict.fromkeys(
+            ("weight", "bias"), before + 3
+        )
 
 
 def publish(run_dir: Path, step: int, run: dict[str, Any] = IDENTITY, **plan: Any) -> Path:
