@@ -152,10 +152,10 @@ def test_a_run_that_was_suspended_has_not_hung(run_dir: Path) -> None:
         for _ in range(10):  # one long sleep would be over when the process goes on
             time.sleep(0.1)
 
-    child = Child(run_dir, body, min_s=3)
+    child = Child(run_dir, body, min_s=5)
     wait_for(lambda: state_path(run_dir, 0).exists() and state(run_dir).step == 60)
     os.kill(child.pid, signal.SIGSTOP)
-    time.sleep(4.5)
+    time.sleep(7)
     os.kill(child.pid, signal.SIGCONT)
     assert child.end() == (0, "")
 
