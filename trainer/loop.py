@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -109,7 +109,7 @@ class Trainer:
             return 0
         self.build()
         begun, done, code = time.perf_counter(), self.first_step, 0
-        with self.loader, self.profiler:  # the former reads ahead from here on
+        with self.terminal or nullcontext(), self.loader, self.profiler:  # the former reads ahead from here on
             self.begin()
             while done < self.plan.steps:
                 if self.asked_to_stop(done):
@@ -204,12 +204,13 @@ class Trainer:
     def train_step(self, step: int) -> None:
         """A step, and what is due after it; `step` counts those before it."""
         plan, done = self.plan, step + 1
-        begun = time.perf_counter()
         lr = learning_rate(self.job.deepspeed["optimizer"]["params"]["lr"], step, plan)
         set_learning_rate(self.engine, lr)
-        with self.profiler.step(done):
+        with self.profiler.step(done):  # whose trace, written at the end, is no part of the step
+            begun = time.perf_counter()
             score, result = self.step(step)
-        self.spent.add(self.batch_size, score.n_tokens, time.perf_counter() - begun)
+            seconds = time.perf_counter() - begun
+        self.spent.add(self.batch_size, score.n_tokens, seconds)
         self.progress.n_tokens += score.n_tokens
         self.watch_health(done, score, result)
         if self.terminal:
