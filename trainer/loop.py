@@ -195,11 +195,11 @@ class Trainer:
 
     @contextmanager
     def part(self, step: int, name: str) -> Iterator[None]:
-        """What the watchdog and the stopwatch know a part of a step by."""
-        self.watchdog.mark(step, name)
+        """What the watchdog, which counts steps as reports do, and the stopwatch know a part of a step by."""
+        self.watchdog.mark(step + 1, name)
         with self.stopwatch.part(name):
             yield
-        self.watchdog.mark(step, "between")
+        self.watchdog.mark(step + 1, "between")
 
     def train_step(self, step: int) -> None:
         """A step, and what is due after it; `step` counts those before it."""
