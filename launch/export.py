@@ -12,6 +12,9 @@ before it is used. The weights are those that the optimizer updates, in fp32, wh
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from data_pipeline.errors import DataError
 from reformer import ReformerConfig, save_model
@@ -56,11 +59,21 @@ def sound_checkpoint(source: Path, step: int | None) -> Path:
     raise ConfigError(f"{source} has no sound checkpoint{asked}: those it has are of steps {steps}")
 
 
+def read_checkpoint(source: Path, step: int | None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Its folder, what it says about itself, and its weights. Raises ConfigError as above."""
+    path = sound_checkpoint(source, step)
+    try:
+        return path, read_state(path), read_weights(path)
+    except DataError:
+        if path.exists():
+            raise
+    return read_checkpoint(source, step)  # the run that goes on has removed it meanwhile
+
+
 def export(source: Path, step: int | None, output: Path, hf: bool) -> str:
     """Write the folder; returns a line on what is in it."""
     refuse_existing(output)
-    path = sound_checkpoint(source, step)
-    state, weights = read_state(path), read_weights(path)
+    path, state, weights = read_checkpoint(source, step)
     config = ReformerConfig(**state["run"]["model"])
     if hf:
         save_hf(assemble(config, weights), output)

@@ -66,8 +66,9 @@ def main() -> int:
         samples = training_samples(config.data, store, sources, config.run.seed)
         fingerprint = samples.identity if sources else store.manifest.fingerprint
         own = identity(config, deepspeed, fingerprint, launch.world_size)
-        refuse_another_run(config.run.dir, own, arguments.new)
         with hold(config.run.dir) if launch.rank == 0 else nullcontext():
+            # Not before: whoever held it until now may have begun another run.
+            refuse_another_run(config.run.dir, own, arguments.new)
             return train(Job(config, deepspeed, store, samples, launch, own))
     except (ConfigError, DataError) as error:
         # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.

@@ -35,7 +35,7 @@ from data_pipeline.errors import DataError
 from reformer.config import ConfigError, ReformerConfig
 from trainer import state
 from trainer.config import LoopConfig, RunConfig, flatten
-from trainer.distributed import Launch, all_gather, all_max, all_sum
+from trainer.distributed import Launch, all_gather, all_max, all_sum, together
 
 T = TypeVar("T")
 
@@ -55,6 +55,8 @@ FIXED = (
     "deepspeed.data_types",
 )
 """What must be the same when a run continues: the model, the order of the data, what the optimizer computes."""
+FREE = "deepspeed.optimizer.params.lr"
+"""What need not be, of these: the course of the learning rate may be changed, as by run.steps and run.decay."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def published(run_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
     folders = (run_dir / "checkpoints").glob("step_*")
     steps = [(match, folder) for folder in folders if (match := re.fullmatch(r"step_(\d+)", folder.name))]
-    return sorted((Checkpoint(path, int(match[1])) for match, path in steps), key=lambda found: found.step)
+    found = [Checkpoint(path, int(match[1])) for match, path in steps if path.name == _name(int(match[1]))]
+    return sorted(found, key=lambda each: each.step)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -139,7 +142,9 @@ def problems(path: Path, share: int = 0, n_shares: int = 1) -> list[str]:
 
 def _read_sums(path: Path) -> dict[str, str]:
     """The SHA-256 of each file by name. Raises OSError or ValueError."""
-    lines = (path / SUMS).read_bytes().decode("ascii").splitlines()
+    *lines, rest = (path / SUMS).read_bytes().decode("ascii").split("\n")
+    if rest:
+        raise ValueError("its last line is cut short")
     return {name: digest for digest, name in (line.split("  ") for line in lines)}
 
 
@@ -186,15 +191,23 @@ def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One line for each value in FIXED that is not what it was."""
+    return [
+        f"{name} {what}: {_way_back(name)}, or start anew in another run.dir"
+        for name, what in changes(saved, current).items()
+        if name != FREE and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
+    ]
+
+
+def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """What is not as a checkpoint's run was: what became of each value, by name."""
     with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
         saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
-    return [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r} now: {_way_back(name)}, "
-        "or start anew in another run.dir"
+    return {
+        name: f"was {before.get(name)!r} and is {now.get(name)!r} now"
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
-    ]
+        if before.get(name) != now.get(name)
+    }
 
 
 def _way_back(name: str) -> str:
@@ -218,9 +231,7 @@ def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callab
         if not all_max(len(found), device):
             return checkpoint
         aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
-        if launch.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.path.rename(aside)
+        together(partial(_put_aside, checkpoint.path, aside, acts=launch.rank == 0), launch, device)
         say(f"put aside as {aside}; trying the checkpoint before it")
     if damaged := sorted((run_dir / "checkpoints").glob("damaged-step_*")):
         raise ConfigError(
@@ -228,6 +239,15 @@ def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callab
             "to start this run anew, or choose another run.dir"
         )
     return None
+
+
+def _put_aside(damaged: Path, aside: Path, acts: bool) -> None:
+    try:
+        if acts:
+            _delete(aside)
+            damaged.rename(aside)
+    except OSError as error:
+        raise ConfigError(f"cannot rename {damaged}, which is damaged: {error.strerror}: remove it") from None
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> None:
@@ -244,8 +264,12 @@ def save(
     progress: Mapping[str, Any],
     launch: Launch,
     device: torch.device,
+    *,
+    removes: bool = True,
 ) -> Checkpoint:
     """Write the state after `step` steps, publish it, and remove what need not be kept. All ranks call this.
+
+    removes: whether it does the latter.
 
     Raises SaveError, on all ranks, where one of them cannot write; then nothing has changed.
     """
@@ -263,9 +287,9 @@ def save(
         _on_all(partial(_publish, folder, final, facts, digests), leads, device)
     except SaveError as error:
         if leads:
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
         raise SaveError(f"cannot save {final}, of {n_bytes:,} bytes: {error}") from None
-    if leads:
+    if leads and removes:
         _retain(plan)
     all_sum([0], device)  # none goes on, and perhaps ends, before rank 0 has done this
     return Checkpoint(final, step)
@@ -286,7 +310,7 @@ def _on_all(action: Callable[[], T], acts: bool, device: torch.device) -> T | No
 
 def _make_room(folder: Path, n_bytes: int) -> None:
     """An empty folder, where there is room for so many bytes and a little more."""
-    shutil.rmtree(folder, ignore_errors=True)
+    _delete(folder)
     folder.mkdir(parents=True)
     needed, free = n_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
@@ -337,14 +361,22 @@ def _retain(plan: LoopConfig) -> None:
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what an interrupted save left behind."""
     for leftover in (run_dir / "checkpoints").glob(".partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _delete(leftover)
 
 
 def _remove(checkpoint: Checkpoint) -> None:
     """Delete a checkpoint so that, interrupted, it is a leftover and not a damaged checkpoint."""
     doomed = checkpoint.path.with_name(f".partial-{checkpoint.path.name}")
     checkpoint.path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed)
+
+
+def _delete(folder: Path) -> None:
+    """As far as possible. Of a link to a folder elsewhere, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _name(step: int) -> str:

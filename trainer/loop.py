@@ -179,16 +179,23 @@ class Trainer:
         together(attempt, self.launch, self.device)
 
     def unreported(self, error: OSError) -> ConfigError:
-        start = f"step {self.saved_step}" if self.saved_step else "the beginning, without a checkpoint"
         return ConfigError(
             f"cannot write the reports in {self.plan.dir}: {error.strerror or error}. With more room, the same command "
-            f"goes on from {start}"
+            f"goes on from {self.way_on}"
         )
+
+    @property
+    def way_on(self) -> str:
+        """From where a new start would go on."""
+        return f"step {self.saved_step}" if self.saved_step else "the beginning, without a checkpoint"
 
     def begin(self) -> None:
         """Say from where, and how good the weights are that nothing has been learnt by."""
         if self.start:
             self.say(f"continuing from {self.start.path}, after step {self.first_step}")
+            before = checkpoint.read_state(self.start.path)["run"]
+            for name, what in checkpoint.changes(before, self.job.identity).items():
+                self.say(f"note: {name} {what}")
             return
         self.say(f"starting anew in {self.plan.dir}")
         self.evaluate(done=0)
@@ -219,7 +226,7 @@ class Trainer:
             self.log(done, score, lr, result.norm)
         if due(plan.eval_every, done, plan.steps):
             self.evaluate(done)
-        # Weights that may be why a loss is not finite must not take the place of good ones.
+        # While losses are not finite, no weights are worth a checkpoint: they may be why.
         if done == plan.steps or (due(plan.save_every, done, plan.steps) and not self.progress.health.nonfinite_in_row):
             self.save(done)
 
@@ -319,10 +326,11 @@ class Trainer:
         skipped = all_sum([self.loader.n_skipped], self.device)[0]
         self.progress.skipped_rows = self.before.skipped_rows + int(skipped)
         self.report(Metrics.sync)
+        state = (self.engine, self.plan, done, self.job.identity, asdict(self.progress))
         try:
-            saved = checkpoint.save(
-                self.engine, self.plan, done, self.job.identity, asdict(self.progress), self.launch, self.device
-            )
+            # Weights that may be why a loss is not finite must not take the place of good ones.
+            is_good = not self.progress.health.nonfinite_in_row
+            saved = checkpoint.save(*state, self.launch, self.device, removes=is_good)
         except SaveError as error:
             if self.plan.on_full_disk == "stop" or done == self.plan.steps:
                 self.give_up(ConfigError(f"{error}. The checkpoints before it are untouched"))
@@ -338,9 +346,10 @@ class Trainer:
         number = int(all_max(self.preemption.signal, self.device))
         if number:
             self.preemption.signal = number
-            self.say(f"{signal.Signals(number).name} after step {done}: stopping; the same command goes on from here")
+            self.say(f"{signal.Signals(number).name} after step {done}: stopping")
             if done > self.saved_step:
                 self.save(done)
+            self.say(f"the same command goes on from {self.way_on}")
         return bool(number)
 
     def end(self, done: int) -> None:

@@ -309,4 +309,4 @@ class SavedSlices:
     def weights(self) -> dict[str, Tensor]:
         """The parameters, fp32, by name."""
         sizes = {name: torch.Size(shape) for name, shape in self.shapes.items()}
-        return {name: self.read(name, WEIGHT, 0, size.numel()).reshape(size) for name, size in sizes.items()}
+        return {name: self.read(name, WEIGHT, 0, size.numel()).float().reshape(size) for name, size in sizes.items()}

@@ -95,6 +95,20 @@ def logits_of(folder: Path) -> Tensor:
         return load_model(folder)(TOKENS)
 
 
+def test_a_checkpoint_that_the_run_removes_meanwhile(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, logits = run
+    read = export.read_weights
+
+    def remove(path: Path) -> dict[str, Tensor]:
+        monkeypatch.setattr(export, "read_weights", read)
+        shutil.rmtree(path)
+        return read(path)
+
+    monkeypatch.setattr(export, "read_weights", remove)
+    assert call(monkeypatch, run_dir, "--output", tmp_path / "model") == 0
+    assert torch.equal(logits_of(tmp_path / "model"), logits[2])
+
+
 @TIED_OR_NOT
 def test_a_model_without_deepspeed(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     run_dir, logits = run

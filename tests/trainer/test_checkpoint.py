@@ -18,6 +18,7 @@ from data_pipeline.errors import DataError
 from trainer.checkpoint import (
     Checkpoint,
     SaveError,
+    changes,
     identity,
     load,
     problems,
@@ -139,11 +140,13 @@ def test_the_newest_published_one_is_continued(tmp_path: Path) -> None:
     publish(tmp_path, 50)
     newest = publish(tmp_path, 100)
     (tmp_path / "checkpoints" / ".partial-step_00000150").mkdir()
-    (tmp_path / "checkpoints" / "step_notes").mkdir()
+    for other in ("step_notes", "step_200", "step_000000200", "step_٣"):
+        (tmp_path / "checkpoints" / other).mkdir()
     assert [found.step for found in published(tmp_path)] == [50, 100]
     assert start(tmp_path) == Checkpoint(newest, 100)
     remove_leftovers(tmp_path)
-    assert sorted(path.name for path in newest.parent.iterdir()) == ["step_00000050", "step_00000100", "step_notes"]
+    assert not list(newest.parent.glob(".partial-*"))
+    assert names(newest.parent)[:3] == ["step_000000200", "step_00000050", "step_00000100"]
 
 
 def cut(path: Path) -> None:
@@ -196,6 +199,26 @@ def test_a_damaged_one_is_put_aside_and_the_one_before_is_continued(
         assert f"damaged checkpoint {newest}: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("before", "after"), [(b"state.json\n", b"state.json"), (b"s\n", b"s\x0b")])
+def test_not_even_a_line_break_goes_unnoticed(tmp_path: Path, before: bytes, after: bytes) -> None:
+    path = publish(tmp_path, 50)
+    sums = path / "SHA256SUMS"
+    sums.write_bytes(sums.read_bytes().replace(before, after))
+    assert problems(path) != []
+
+
+def test_what_is_damaged_and_cannot_be_put_aside_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = publish(tmp_path, 50)
+    flip(path / "state.json")
+
+    def fail(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ConfigError, match=r"cannot rename .*step_00000050, which is damaged: Permission denied"):
+        start(tmp_path)
+
+
 def test_a_file_that_does_not_belong_there_is_damage(tmp_path: Path) -> None:
     path = publish(tmp_path, 50)
     (path / "rank_00001.safetensors").write_bytes(b"")
@@ -238,13 +261,25 @@ def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
         **IDENTITY,
         "data": {**IDENTITY["data"], "store": "b"},
         "run": {**IDENTITY["run"], "steps": 20},
-        "deepspeed": {"train_batch_size": 4, "zero_optimization": {"stage": 3, "overlap_comm": True}},
+        "deepspeed": {
+            "optimizer": {"params": {"lr": 2.0}},
+            "train_batch_size": 4,
+            "zero_optimization": {"stage": 3, "overlap_comm": True},
+        },
     }
     refuse_another_run(tmp_path, changed, new=False)
+    assert changes(old, changed) == {
+        "data.store": "was 's' and is 'b' now",
+        "run.steps": "was 9 and is 20 now",
+        "deepspeed.optimizer.params.lr": "was None and is 2.0 now",
+        "deepspeed.zero_optimization.stage": "was 2 and is 3 now",
+        "deepspeed.zero_optimization.overlap_comm": "was False and is True now",
+    }
+    assert changes(old, IDENTITY) == {}
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changed", "message"),
     [
         ({"store_fingerprint": "xyz"}, r"'abc' and is 'xyz' now: it is another store, or was added to \(--append\)"),
         ({"store_fingerprint": {"books.store": "xyz"}}, r"books.store was None and is 'xyz' now: it is another store"),
@@ -258,10 +293,10 @@ def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
         ({"deepspeed": {**DEEPSPEED, "bf16": {"enabled": True}}}, "deepspeed.bf16.enabled was None and is True now"),
     ],
 )
-def test_what_decides_them_may_not(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_decides_them_may_not(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     publish(tmp_path, 50)
     with pytest.raises(ConfigError, match=message):
-        refuse_another_run(tmp_path, {**IDENTITY, **changes}, new=False)
+        refuse_another_run(tmp_path, {**IDENTITY, **changed}, new=False)
 
 
 def test_damage_is_not_taken_for_another_run(tmp_path: Path) -> None:
@@ -297,6 +332,22 @@ def test_the_last_ones_and_every_so_manyth_are_kept(tmp_path: Path) -> None:
         publish(tmp_path, step, keep_last=2, keep_every=3)
     assert [found.step for found in published(tmp_path)] == [3, 6, 7, 8]
     assert names(tmp_path / "checkpoints") == [f"step_{step:08d}" for step in (3, 6, 7, 8)]
+
+
+def test_none_is_removed_for_one_that_may_be_worse(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    save(engine(), config(tmp_path, keep_last=1).run, 2, IDENTITY, {}, detect({}), CPU, removes=False)
+    assert [found.step for found in published(tmp_path)] == [1, 2]
+
+
+def test_of_a_link_to_another_disk_the_link_is_removed(tmp_path: Path) -> None:
+    path = publish(tmp_path, 1)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert start(tmp_path) == Checkpoint(path, 1)
+    publish(tmp_path, 2, keep_last=1)
+    assert names(path.parent) == ["step_00000002"]
+    assert problems(tmp_path / "elsewhere") == []
 
 
 def test_without_room_nothing_is_written_and_the_message_says_how_much_is_needed(
