@@ -1,11 +1,14 @@
 """What rank 0 prints: a dense line for each step that is logged, a bar below them, and a summary at the end.
 
 What is special: the bar is only there when standard output is a terminal. In a file, a pipe or SLURM's log there are
-the same lines and nothing else, so that they can be searched, and followed with `tail -f`.
+the same lines and nothing else, so that they can be searched, and followed with `tail -f`. A line that cannot be
+written, since the disk with the log is full or the reader of a pipe is gone, is lost, and costs the run nothing.
 """
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,25 +34,28 @@ class Terminal:
     def line(self, text: str) -> None:
         """Print a line, above the bar."""
         if self._bar is None:
-            print(text, flush=True)
+            show(text)
         else:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with _in_vain():
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def step(self, done: int, values: Mapping[str, float] | None = None) -> None:
         """After `done` steps: move the bar, and print the step's line if there are values (those of metrics.py)."""
         if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+            with _in_vain():
+                self._bar.update(done - self._bar.n)
         if values is not None:
             self.line(train_line(done, self._steps, values))
 
     def close(self, summary: str | None = None) -> None:
         """Take the bar away, and print a summary if there is one. May be called again."""
         if self._bar is not None:
-            self._bar.close()
+            with _in_vain():
+                self._bar.close()
             self._bar = None
         if summary is not None:
-            print(summary, flush=True)
+            show(summary)
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +64,30 @@ class Terminal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def show(text: str) -> None:
+    """Print a line."""
+    with _in_vain():
+        print(text, flush=True)
+
+
+@contextmanager
+def _in_vain() -> Iterator[None]:
+    """Around what is written to standard output: what it does not take is forgotten.
+
+    It would be tried again with the next line, and at the exit, which then has the code 120 whatever the run's is.
+    """
+    try:
+        yield
+    except OSError:
+        own = sys.stdout.fileno()
+        kept = os.dup(own)
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), own)
+        sys.stdout.flush()
+        os.dup2(kept, own)
+        os.close(kept)
 
 
 class _Bar(tqdm):

@@ -56,6 +56,36 @@ def test_plain_lines_in_a_pipe() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("output", ["a full disk", "a pipe that nobody reads"])
+def test_output_that_goes_nowhere_ends_no_run(output: str) -> None:
+    program = f"import sys\n{RUN}\nprint('done', file=sys.stderr)\nsys.exit(75)"
+    if output == "a full disk":
+        target = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], stdout=target, stderr=subprocess.PIPE, text=True)
+    os.close(target)
+    assert (done.returncode, done.stderr) == (75, "done\n")
+
+
+def test_a_disk_that_has_room_again_gets_the_lines_that_follow(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = """
+import os, resource, signal
+from trainer.terminal import show
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+show("first")
+resource.setrlimit(resource.RLIMIT_FSIZE, (6, resource.RLIM_INFINITY))
+show("lost")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+show("last")
+"""
+    with log.open("w") as file:
+        subprocess.run([sys.executable, "-c", program], stdout=file, check=True)
+    assert log.read_text() == "first\nlast\n"
+
+
 def on_a_terminal(program: str) -> str:
     """What a program writes to a terminal of its own."""
     master, slave = pty.openpty()
