@@ -2,10 +2,10 @@
 
 SIGKILL, to one rank or to all processes of a run: in one process, in two under `deepspeed`, and on a SLURM cluster of
 two nodes, where "all" is `scancel --signal=KILL`. A third of the kills comes at a moment that is drawn from all that
-the run would still have taken, start-up first, a third from its steps, evaluations and checkpoints alone, and a third
-waits for a checkpoint that is being written. Then the same command is given again, and may be killed again. In the end
-the curve must be that of the undisturbed run; and every start must go on from the newest checkpoint that was there,
-none of which may be damaged.
+the run would still have taken, start-up first, a third at a moment of the next few steps, with their evaluations and
+checkpoints, and a third waits for a checkpoint that is being written. Then the same command is given again, and may be
+killed again. In the end the curve must be that of the undisturbed run; and every start must go on from the newest
+checkpoint that was there, none of which may be damaged.
 """
 
 import random
@@ -22,6 +22,8 @@ from faults_runs import EVAL_EVERY, VARIANTS, Bench, Undisturbed, curve, differe
 
 KILL_MODES = ("process", "deepspeed", "sbatch")
 AIMS = ("any moment", "steps", "a save")
+REACH = 6
+"""A kill that is aimed at steps comes within so many of the newest checkpoint, so that there is a run left to kill."""
 
 
 @dataclass
@@ -91,14 +93,17 @@ class Watch:
 
 def reach(watch: Watch, aim: str, length: Undisturbed, rng: random.Random) -> list[psutil.Process] | None:
     """Waits for the moment of a kill. Returns the ranks that there are then; None if the run has ended before."""
-    left_s = (length.seconds - length.start_up_s) * (1 - watch.run.newest / length.steps)
+    step_s = (length.seconds - length.start_up_s) / length.steps
+    left_s = step_s * (length.steps - watch.run.newest)
     if aim == "any moment":
         there = watch.sleep(rng.uniform(0, length.start_up_s + left_s)) and watch.until(watch.job.started, ASK_S)
         return watch.run.ranks() if there else None
     if not watch.until(lambda: begun(watch.job)):
         return None
-    if aim == "steps":
-        return watch.run.ranks() if watch.sleep(rng.uniform(0, left_s)) else None
+    if aim == "steps":  # counted, not timed: on a busy machine a run may be faster than the undisturbed one was
+        target = rng.randrange(watch.run.newest, min(watch.run.newest + REACH, length.steps))
+        there = watch.until(lambda: watch.run.last.get("step", 0) >= target)
+        return watch.run.ranks() if there and watch.sleep(rng.uniform(0, step_s)) else None
     ranks = watch.run.ranks()  # to look for them later would take longer than a checkpoint
     for _ in range(rng.choice((1, 2))):  # else a run that is hit at its next checkpoint again and again never goes on
         if not (watch.until(lambda: not watch.run.partials) and watch.until(lambda: watch.run.partials)):
@@ -174,7 +179,7 @@ def kept(run: Run) -> tuple[int, int, list[str]]:
     return len(list((run.dir / "checkpoints").glob("step_*"))), run.newest, run.partials
 
 
-def kills(bench: Bench, times: int, seed: int, modes: Sequence[str], per_run: int = 5) -> Iterator[Trial]:
+def kills(bench: Bench, times: int, seed: int, modes: Sequence[str], per_run: int = 8) -> Iterator[Trial]:
     """Runs with at least so many kills in all, modes and variants in turn."""
     rng, done = random.Random(seed), 0
     turns = cycle((mode, variant) for variant in VARIANTS for mode in modes)
