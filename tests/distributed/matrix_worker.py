@@ -20,13 +20,25 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partitioned_param_profiler import PartitionedParameterProfiler
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
-from zero_matrix import BATCH, LR_FACTORS, RANKS, SEQ_LEN, VOCAB, Case, Outcome, deepspeed_config, run_config, samples
+from zero_matrix import (
+    BATCH,
+    LR_FACTORS,
+    OPTIMIZERS,
+    RANKS,
+    SEQ_LEN,
+    VOCAB,
+    Case,
+    Outcome,
+    deepspeed_config,
+    run_config,
+    samples,
+)
 
 from data_pipeline.order import shares
 from trainer.batches import Batch, collate
 from trainer.check import StoreFacts, check
 from trainer.distributed import all_sum
-from trainer.engine import backward, build_engine, forward, optimizer_step
+from trainer.engine import backward, build_engine, forward, optimizer_step, set_learning_rate
 
 CPU = torch.device("cpu")
 FETCHED: Counter[str] = Counter()
@@ -42,6 +54,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         seen = [masters(engine)]
         losses, norms = [], []
         for step in range(len(LR_FACTORS)):
+            set_learning_rate(engine, OPTIMIZERS[case.optimizer]["lr"] * LR_FACTORS[step])
             loss, norm = train_step(engine, step)
             losses.append(loss)
             norms.append(norm)
