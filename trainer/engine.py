@@ -23,7 +23,7 @@ from trainer.config import RunConfig
 
 
 def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed, with its optimizer and learning rate schedule."""
+    """The model under DeepSpeed, with its optimizer."""
     _calm_deepspeed()
     # Not under deepspeed.zero.Init, even for ZeRO-3: it takes the parameters of each submodule away before the module
     # around it can initialise them, and the weights would not be those that the same seed gives under ZeRO 0 to 2.
