@@ -63,7 +63,7 @@ def trainer(folder: Path, seq_len: int, changes: tuple[str, ...]) -> Iterator[Tr
     job = Job(config, deepspeed, store, training_samples(config.data, store, {}, config.run.seed), launch, own)
     plan = config.run
     with Preemption() as preemption, Watchdog(plan.dir, launch, plan.watchdog_factor, plan.watchdog_min_s) as watchdog:
-        made = Trainer(job, distributed.start(launch), preemption, watchdog)
+        made = Trainer(job, distributed.start(*distributed.meet(launch)), preemption, watchdog)
         made.build()
         with made.loader, made.profiler:
             yield made

@@ -31,6 +31,8 @@ JOIN_TIMEOUT = timedelta(minutes=10)
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """How long a collective waits: a step on a million tokens, an evaluation or a checkpoint may take many minutes."""
 
+_RANK_0 = "longhand/rank 0"
+"""A key that rank 0 sets in the store: torchrun's own store is there before rank 0 is."""
 
 MPIRUN = "mpirun"
 MPI_VARIABLES = {
@@ -82,10 +84,10 @@ def detect(environ: Mapping[str, str]) -> Launch:
             return _mpi_launch(environ, local_rank)
     if in_step:
         return _slurm_launch(environ)
-    if "SLURM_PROCID" in environ and _number(environ, "SLURM_NTASKS") > 1:
+    if "SLURM_PROCID" in environ and (n_tasks := _slurm_job_tasks(environ)) > 1:
         raise ConfigError(
-            f"this is the batch shell of SLURM job {environ.get('SLURM_JOB_ID')}, beside its "
-            f"{environ['SLURM_NTASKS']} tasks: put srun before the command, as launch/slurm/train.sbatch does"
+            f"this is the batch shell of SLURM job {environ.get('SLURM_JOB_ID')}, beside its {n_tasks} tasks: put srun "
+            "before the command, as launch/slurm/train.sbatch does"
         )
     return Launch(launcher="no launcher")
 
@@ -130,12 +132,24 @@ def first_host(nodelist: str) -> str:
 
 
 def _slurm_local_tasks(environ: Mapping[str, str]) -> int:
-    """Tasks on this node out of `2(x3),1`: two on each of the first three nodes, one on the fourth."""
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "1"
+    """Tasks on this node."""
+    per_node = _per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "1")
+    return per_node[min(int(environ.get("SLURM_NODEID", "0")), len(per_node) - 1)]
+
+
+def _slurm_job_tasks(environ: Mapping[str, str]) -> int:
+    """Tasks that srun would start in this job; their number is there only if the job asked for one."""
+    if "SLURM_NTASKS" in environ:
+        return _number(environ, "SLURM_NTASKS")
+    return sum(_per_node(environ.get("SLURM_TASKS_PER_NODE") or "1"))
+
+
+def _per_node(tasks: str) -> list[int]:
+    """`2(x3),1` is two on each of the first three nodes, one on the fourth."""
     per_node: list[int] = []
     for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         per_node += [int(count)] * int(repeats or 1)
-    return per_node[min(int(environ.get("SLURM_NODEID", "0")), len(per_node) - 1)]
+    return per_node
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
@@ -149,23 +163,29 @@ def _number(environ: Mapping[str, str], name: str) -> int:
         ) from None
 
 
-def start(launch: Launch) -> torch.device:
-    """Join the other processes; afterwards collectives work. Returns the device of this process.
+def meet(launch: Launch) -> tuple[Launch, dist.Store]:
+    """Wait for rank 0, and for all ranks if this is it. Returns where that is, and the store through which the ranks
+    learn of each other.
 
     Raises ConfigError when the processes cannot find each other.
     """
     if launch.launcher == MPIRUN and launch.world_size > 1:
         launch = _located_by_mpi(launch)
-    device = _claim_device(launch)
-    # DeepSpeed asks the environment, whoever launched us. It takes LOCAL_RANK for the number of the device.
+    # DeepSpeed asks the environment, whoever launched us.
     os.environ.update(
         RANK=str(launch.rank),
         WORLD_SIZE=str(launch.world_size),
-        LOCAL_RANK=str(device.index or 0 if device.type == "cuda" else launch.local_rank),
         MASTER_ADDR=launch.master_addr,
         MASTER_PORT=str(launch.master_port),
     )
-    store = dist.HashStore() if launch.world_size == 1 else _meet(launch)
+    return launch, dist.HashStore() if launch.world_size == 1 else _shared_store(launch)
+
+
+def start(launch: Launch, store: dist.Store) -> torch.device:
+    """Join the processes that have met; afterwards collectives work. Returns the device of this process."""
+    device = _claim_device(launch)
+    # DeepSpeed takes this for the number of the device.
+    os.environ["LOCAL_RANK"] = str(device.index or 0 if device.type == "cuda" else launch.local_rank)
     # DeepSpeed communicates through groups of its own, which it makes with torch's default of 10 or 30 minutes.
     distributed_c10d.default_pg_timeout = COLLECTIVE_TIMEOUT
     distributed_c10d.default_pg_nccl_timeout = COLLECTIVE_TIMEOUT
@@ -224,8 +244,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _meet(launch: Launch) -> dist.Store:
-    """The store at rank 0 through which the ranks learn of each other."""
+def _shared_store(launch: Launch) -> dist.Store:
+    """The store that rank 0 or torchrun has, when rank 0 is there."""
     place = f"{launch.master_addr}:{launch.master_port}"
     try:
         socket.getaddrinfo(launch.master_addr, launch.master_port)
@@ -236,6 +256,10 @@ def _meet(launch: Launch) -> dist.Store:
         ) from None
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        if launch.rank == 0:
+            store.set(_RANK_0, "is here")
+        else:
+            store.wait([_RANK_0])
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         if launch.rank == 0 and "EADDRINUSE" in reason:

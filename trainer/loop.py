@@ -62,19 +62,22 @@ class Job:
 
 def train(job: Job) -> int:
     """Run a job to its end, or to where it is asked to stop; the exit code."""
-    plan, launch = job.config.run, job.launch
-    with Preemption() as preemption, Watchdog(plan.dir, launch, plan.watchdog_factor, plan.watchdog_min_s) as watchdog:
-        device = distributed.start(launch)
-        try:
-            # A rank that fails must not wait for others, which may be waiting for it: what fails ends at once.
-            code = Trainer(job, device, preemption, watchdog).run()
-        except RuntimeError as error:
-            if lost := lost_ranks(plan.dir, launch.world_size):
-                error.add_note(lost)
-            raise
-        if code == PREEMPTED:
-            watchdog.outcome = "preempted"
-        distributed.stop()
+    plan = job.config.run
+    with Preemption() as preemption:
+        # Rank 0 comes when it has the folder to itself; until then the files there may be those of another run.
+        launch, store = distributed.meet(job.launch)
+        with Watchdog(plan.dir, launch, plan.watchdog_factor, plan.watchdog_min_s) as watchdog:
+            device = distributed.start(launch, store)
+            try:
+                # A rank that fails must not wait for others, which may be waiting for it: what fails ends at once.
+                code = Trainer(job, device, preemption, watchdog).run()
+            except RuntimeError as error:
+                if lost := lost_ranks(plan.dir, launch.world_size):
+                    error.add_note(lost)
+                raise
+            if code == PREEMPTED:
+                watchdog.outcome = "preempted"
+            distributed.stop()
     return code
 
 
@@ -217,6 +220,8 @@ class Trainer:
             begun = time.perf_counter()
             score, result = self.step(step)
             seconds = time.perf_counter() - begun
+            if done == self.profiler.last_step:
+                self.watchdog.mark(done, "profile")
         self.spent.add(self.batch_size, score.n_tokens, seconds)
         self.progress.n_tokens += score.n_tokens
         self.watch_health(done, score, result)
@@ -245,6 +250,7 @@ class Trainer:
             with self.part(step, "backward"):
                 backward(self.engine, loss, batch.n_tokens, n_tokens)
             if batch is batches[-1] and due(self.plan.histogram_every, step + 1, steps=0):
+                self.watchdog.mark(step + 1, "histograms")
                 self.draw_gradients(step + 1)
             with self.part(step, "optimizer"):
                 result = optimizer_step(self.engine)

@@ -23,7 +23,10 @@ class Profiler:
     def __init__(self, run_dir: Path, profile_steps: str | None, rank: int) -> None:
         """profile_steps: run.profile_steps, "10..12" or None."""
         self._folder, self._rank = run_dir / "profile", rank
-        self._wanted = profiled_steps(profile_steps) if profile_steps is not None and rank == 0 else range(0)
+        steps = profiled_steps(profile_steps) if profile_steps is not None else range(0)
+        self.last_step = steps[-1] if steps else 0
+        """After which the trace is written, on all ranks; 0 for none."""
+        self._wanted = steps if rank == 0 else range(0)
         self._profile: profile | None = None
         self._seen: list[int] = []
 

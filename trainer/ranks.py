@@ -34,7 +34,8 @@ class RankState:
     turn: int
     """Parts that it has begun with this number of the step: all ranks begin the same ones, in the same order."""
     part: str
-    """What it does there: "start", "data", "forward", "backward", "optimizer", "log", "evaluate", "save", "between"."""
+    """What it does there: "start", "data", "forward", "backward", "histograms", "optimizer", "profile", "log",
+    "evaluate", "save", "between"."""
     in_part_s: float
     """How long it has been there."""
     limit_s: float | None

@@ -2,12 +2,17 @@
 
 import socket
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from trainer import distributed
 from trainer.config import ConfigError
-from trainer.distributed import Launch, detect, first_host, local_address, start
+from trainer.distributed import Launch, detect, first_host, local_address, meet
+from trainer.loop import train
 
 STEP = {
     "SLURM_JOB_ID": "123456",
@@ -33,6 +38,7 @@ def test_no_launcher() -> None:
     launch = detect({"PATH": "/bin", "SLURM_JOB_ID": "7"})
     assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (0, 1, 0, 1)
     assert str(launch) == "no launcher: 1 process, 1 on this node"
+    assert detect({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "1"}) == launch, "sbatch --wrap"
 
 
 @pytest.mark.parametrize("local_size", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
@@ -96,6 +102,7 @@ def test_first_host(nodelist: str, host: str) -> None:
         ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "1"}, "SLURM_STEP_NUM_TASKS=None"),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MPI_LOCALRANKID=None"),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "9"}, "batch shell of SLURM job 9.*put srun"),
+        ({"SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "1(x4)"}, "batch shell .* beside its 4 tasks"),
     ],
 )
 def test_a_half_set_environment_is_an_error(environ: dict[str, str], message: str) -> None:
@@ -127,13 +134,13 @@ def test_a_port_that_is_taken_is_said() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} of rank 0's node is taken .* MASTER_PORT"):
-            start(two_ranks(0, "127.0.0.1", port))
+            meet(two_ranks(0, "127.0.0.1", port))
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_node_that_has_no_address_is_said() -> None:
     with pytest.raises(ConfigError, match=r"rank 1 finds no address for 'no-such-host\.invalid'.* set MASTER_ADDR"):
-        start(two_ranks(1, "no-such-host.invalid", 29500))
+        meet(two_ranks(1, "no-such-host.invalid", 29500))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -142,4 +149,29 @@ def test_a_rank_that_nobody_meets_says_so(rank: int) -> None:
     with socket.create_server(("", 0)) as probe:
         port = probe.getsockname()[1]
     with pytest.raises(ConfigError, match=f"rank {rank} of 2 did not meet the others at 127.0.0.1:{port}"):
-        start(two_ranks(rank, "127.0.0.1", port))
+        meet(two_ranks(rank, "127.0.0.1", port))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_torchruns_store_is_no_sign_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be waiting for the folder, or refuse it."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(ConfigError, match="rank 1 of 2 did not meet the others"):
+        meet(two_ranks(1, "127.0.0.1", store.port))
+    for rank in range(2):
+        meet(two_ranks(rank, "127.0.0.1", store.port))
+
+
+def test_a_rank_that_has_met_nobody_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may be at work in the folder."""
+
+    def meets_nobody(launch: Launch) -> None:
+        raise ConfigError("nobody is there")
+
+    monkeypatch.setattr(distributed, "meet", meets_nobody)
+    plan = SimpleNamespace(dir=tmp_path, watchdog_factor=1.0, watchdog_min_s=1.0)
+    job: Any = SimpleNamespace(config=SimpleNamespace(run=plan), launch=two_ranks(1, "127.0.0.1", 1))
+    with pytest.raises(ConfigError, match="nobody is there"):
+        train(job)
+    assert not list(tmp_path.iterdir())
