@@ -91,19 +91,25 @@ class Watch:
         return "evaluation" if not last or ("eval/loss" not in last and last["step"] % EVAL_EVERY == 0) else "step"
 
 
+def some_steps(watch: Watch, length: Undisturbed, rng: random.Random) -> bool:
+    """Waits for a moment of the next few steps of a run that has begun. False if the run has ended before.
+
+    The steps are counted, not timed: on a busy machine a run may be faster than the undisturbed one was.
+    """
+    target = rng.randrange(watch.run.newest, min(watch.run.newest + REACH, length.steps))
+    return watch.until(lambda: watch.run.last.get("step", 0) >= target) and watch.sleep(rng.uniform(0, length.step_s))
+
+
 def reach(watch: Watch, aim: str, length: Undisturbed, rng: random.Random) -> list[psutil.Process] | None:
     """Waits for the moment of a kill. Returns the ranks that there are then; None if the run has ended before."""
-    step_s = (length.seconds - length.start_up_s) / length.steps
-    left_s = step_s * (length.steps - watch.run.newest)
     if aim == "any moment":
+        left_s = length.step_s * (length.steps - watch.run.newest)
         there = watch.sleep(rng.uniform(0, length.start_up_s + left_s)) and watch.until(watch.job.started, ASK_S)
         return watch.run.ranks() if there else None
     if not watch.until(lambda: begun(watch.job)):
         return None
-    if aim == "steps":  # counted, not timed: on a busy machine a run may be faster than the undisturbed one was
-        target = rng.randrange(watch.run.newest, min(watch.run.newest + REACH, length.steps))
-        there = watch.until(lambda: watch.run.last.get("step", 0) >= target)
-        return watch.run.ranks() if there and watch.sleep(rng.uniform(0, step_s)) else None
+    if aim == "steps":
+        return watch.run.ranks() if some_steps(watch, length, rng) else None
     ranks = watch.run.ranks()  # to look for them later would take longer than a checkpoint
     for _ in range(rng.choice((1, 2))):  # else a run that is hit at its next checkpoint again and again never goes on
         if not (watch.until(lambda: not watch.run.partials) and watch.until(lambda: watch.run.partials)):

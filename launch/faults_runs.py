@@ -150,6 +150,11 @@ class Undisturbed:
     save_s: float
     """How long a checkpoint that is being written can be seen, the median."""
 
+    @property
+    def step_s(self) -> float:
+        """Of a step, with its part of evaluations and checkpoints."""
+        return (self.seconds - self.start_up_s) / self.steps
+
 
 def median_save_s(job: Job, run: Run) -> float:
     """Watches a run to its end, and times its checkpoints."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 
 from faults_jobs import ASK_S, Job, Run, begun, tail, wait
-from faults_kills import Watch, flaw
+from faults_kills import Watch, flaw, some_steps
 from faults_runs import VARIANTS, Bench, Undisturbed
 
 from trainer.preemption import PREEMPTED, SIGNALS
@@ -53,21 +53,18 @@ class Trial:
 def deliver(job: Job, run: Run, number: int, length: Undisturbed, rng: random.Random) -> Delivery | None:
     """Sends a signal at a random moment and waits for what comes of it. None if the run had done its last step."""
     watch, queued, starts = Watch(job, run), job.requeued(), begun(job)
-    in_start_up = rng.random() < 0.25
-    if in_start_up:  # a second: Python itself has to be there, and has to have got to the first lines of the script
-        there = watch.until(run.ranks, ASK_S) and watch.sleep(rng.uniform(1.0, max(1.0, length.start_up_s - 3)))
+    if rng.random() < 0.25:  # a second: Python itself has to be there, and has to have got to the script's first lines
+        there = watch.until(run.ranks, ASK_S) and watch.sleep(rng.uniform(1.0, max(1.0, length.start_up_s / 2)))
     else:
-        left_s = (length.seconds - length.start_up_s) * (1 - run.newest / length.steps)
-        there = watch.until(lambda: begun(job) > starts) and watch.sleep(rng.uniform(0, left_s / 4))
+        there = watch.until(lambda: begun(job) > starts) and some_steps(watch, length, rng)
     if not there:
         return None
-    sent = time.monotonic()
+    sent, when = time.monotonic(), "steps" if begun(job) > starts else "start-up"
     job.signal(number)
     code = PREEMPTED if watch.until(lambda: job.requeued() > queued, ASK_S) else wait(job, run)
     if code != PREEMPTED and run.newest == length.steps:  # it was too late for it
         return None
-    when, last = "start-up" if in_start_up else "steps", int(run.last.get("step", 0))
-    moment, seconds = sent - watch.since, time.monotonic() - sent
+    moment, seconds, last = sent - watch.since, time.monotonic() - sent, int(run.last.get("step", 0))
     return Delivery(signal.Signals(number).name, when, moment, last, run.newest, code, seconds)
 
 
