@@ -47,7 +47,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +60,6 @@ from torch.utils.tensorboard import summary as summaries
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COMPARED = ("eval/loss", "eval/bits_per_byte", "train/loss", "train/bits_per_byte", "speed/tokens_per_s")
-"""Scalars by which TensorBoard's table HPARAMS compares runs, always by their newest values."""
 EVENT_FILES = "events.out.tfevents.*"
 _LINE = re.compile(rb'\{"step": (\d+)(?:, .*)?\}\n')
 """Parsing the JSON of a line takes twelve times as long (measured), and a run of weeks has a million of them."""
@@ -134,17 +132,18 @@ class Metrics:
             with self._record():
                 self._writer.add_histogram_raw(tag, **found, global_step=step)
 
-    def hparams(self, hparams: Mapping[str, Any], metrics: Iterable[str] = COMPARED) -> None:
+    def hparams(self, hparams: Mapping[str, Any]) -> None:
         """Make the run a row of TensorBoard's table HPARAMS; of a run that is continued, it is one already.
 
-        The table shows the newest values of the scalars `metrics`, so it is right while the run goes on and at its end.
+        The table shows the newest values of all scalars, so it is right while the run goes on and at its end.
         """
         if self.first_step:
             return
         plain = {name: _plain(value) for name, value in hparams.items() if value is not None}
-        experiment, begin, _ = summaries.hparams(plain, dict.fromkeys(metrics, 0.0))
+        # Without the record of an experiment, which cannot know what its runs differ in: TensorBoard finds that out,
+        # and shows those columns first.
+        _, begin, _ = summaries.hparams(plain, {})
         with self._record():
-            self._events.add_summary(experiment)
             self._events.add_summary(begin)
 
     def sync(self) -> None:

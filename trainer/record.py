@@ -14,7 +14,7 @@ RUN/run.json: one object, written before the first step.
     versions, git_commit                {package: version}; null outside of a git checkout
 
 In TensorBoard it is the texts run/config, run/deepspeed and run/environment (all the rest), and a row of the table
-HPARAMS, whose columns are the two configurations and the newest values of metrics.COMPARED.
+HPARAMS, whose columns are the two configurations and the newest values of all scalars.
 """
 
 import json
