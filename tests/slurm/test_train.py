@@ -207,3 +207,16 @@ def test_bad_input_fails_the_job(training: Training) -> None:
     training.ends("FAILED")
     assert training.restarts() == 0
     assert "absent.toml" in training.log
+
+
+def test_an_element_of_an_array_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """The last one, whose number SLURM takes for the whole array's. In place of the training is a line of shell."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}:$PATH\n")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\necho ran\nexit $((SLURM_ARRAY_TASK_ID == 2 && !SLURM_RESTART_COUNT ? 75 : 0))\n")
+    python.chmod(0o755)
+    options = ("--array=0-2%1", "--chdir", tmp_path, "--output=%a.log", "--nodes=1", "--ntasks-per-node=1")
+    job = cluster.submit(*options, SLURM / "train.sbatch", "absent.toml")
+    assert cluster.wait(job) == ["COMPLETED"] * 3
+    assert [(tmp_path / f"{number}.log").read_text().count("ran") for number in range(3)] == [1, 1, 2]
