@@ -96,7 +96,7 @@ def costs(metrics: list[dict[str, float]]) -> Iterator[tuple[str, str]]:
 
 def plot(metrics: list[dict[str, float]], file: Path) -> None:
     """Bits per byte of training batches and of the held-out rows, by step."""
-    from matplotlib.figure import Figure  # of the extras `bench` and `dev`: only a drawing needs it
+    from trainer.figures import Figure  # matplotlib's, which takes a while: only a drawing needs it
 
     axes: Any
     figure = Figure(figsize=(7, 3.5), layout="constrained")

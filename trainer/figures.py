@@ -1,6 +1,10 @@
-"""Pictures of numbers, for TensorBoard."""
+"""Pictures of numbers, for TensorBoard and for files: there are no windows."""
 
+import os
 from collections.abc import Mapping
+
+# matplotlib refuses to be imported where this names something that is not installed, as in a shell of Jupyter.
+os.environ["MPLBACKEND"] = "agg"
 
 from matplotlib.figure import Figure
 
