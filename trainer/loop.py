@@ -40,7 +40,7 @@ from trainer.record import write_record
 from trainer.reports import Progress, Spent, Step, own_figures, step_values
 from trainer.schedule import learning_rate
 from trainer.state import local_square_sum
-from trainer.terminal import Summary, Terminal, eval_line
+from trainer.terminal import Summary, Terminal, eval_line, show
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
 
@@ -103,7 +103,7 @@ class Trainer:
         if self.leads and self.terminal:
             self.terminal.line(line)
         elif self.leads:
-            print(line, flush=True)
+            show(line)
 
     def run(self) -> int:
         """Every step to the last, and what comes between them."""
