@@ -37,6 +37,7 @@ from trainer.config import ConfigError, load  # noqa: E402
 from trainer.distributed import detect  # noqa: E402
 from trainer.loop import Job, train  # noqa: E402
 from trainer.presence import hold  # noqa: E402
+from trainer.terminal import show  # noqa: E402
 
 PATIENCE_S = 10
 """How long another rank than 0 keeps an error to itself before the processes have joined each other."""
@@ -74,7 +75,7 @@ def main() -> int:
         # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.
         told = rank != 0 and not dist.is_initialized() and signal.sigtimedwait(STOPPING, PATIENCE_S)
         if not told:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            show(f"error: {error}", error=True)
         return 2
 
 

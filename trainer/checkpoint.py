@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from reformer.config import ConfigError, ReformerConfig
 from trainer import state
 from trainer.config import LoopConfig, RunConfig, flatten
 from trainer.distributed import Launch, all_gather, all_max, all_sum, together
+from trainer.terminal import show
 
 T = TypeVar("T")
 
@@ -227,7 +227,7 @@ def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callab
         checkpoint = Checkpoint(run_dir / "checkpoints" / _name(step), step)
         found = problems(checkpoint.path, launch.rank, launch.world_size)
         for problem in found:
-            print(f"damaged checkpoint {checkpoint.path}: {problem}", flush=True)
+            show(f"damaged checkpoint {checkpoint.path}: {problem}")
         if not all_max(len(found), device):
             return checkpoint
         aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
@@ -302,7 +302,7 @@ def _on_all(action: Callable[[], T], acts: bool, device: torch.device) -> T | No
         result = action() if acts else None
     except (OSError, SafetensorError) as error:
         problem = str(error)
-        print(f"error while saving: {problem}", file=sys.stderr, flush=True)
+        show(f"error while saving: {problem}", error=True)
     if all_max(bool(problem), device):
         raise SaveError(problem or "another rank failed")
     return result

@@ -66,26 +66,27 @@ class Terminal:
         self.close()
 
 
-def show(text: str) -> None:
-    """Print a line."""
-    with _in_vain():
-        print(text, flush=True)
+def show(text: str, error: bool = False) -> None:
+    """Print a line, on standard error if it says what went wrong."""
+    with _in_vain(error):
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 @contextmanager
-def _in_vain() -> Iterator[None]:
-    """Around what is written to standard output: what it does not take is forgotten.
+def _in_vain(error: bool = False) -> Iterator[None]:
+    """Around what is written to standard output, or error: what it does not take is forgotten.
 
     It would be tried again with the next line, and at the exit, which then has the code 120 whatever the run's is.
     """
     try:
         yield
     except OSError:
-        own = sys.stdout.fileno()
+        stream = sys.stderr if error else sys.stdout
+        own = stream.fileno()
         kept = os.dup(own)
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), own)
-        sys.stdout.flush()
+        stream.flush()
         os.dup2(kept, own)
         os.close(kept)
 

@@ -69,6 +69,12 @@ def test_output_that_goes_nowhere_ends_no_run(output: str) -> None:
     assert (done.returncode, done.stderr) == (75, "done\n")
 
 
+def test_an_error_that_cannot_be_said_is_the_same_error() -> None:
+    program = "import sys; from trainer.terminal import show; show('error: it failed', error=True); sys.exit(2)"
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([sys.executable, "-c", program], stderr=full).returncode == 2
+
+
 def test_a_disk_that_has_room_again_gets_the_lines_that_follow(tmp_path: Path) -> None:
     log = tmp_path / "log"
     program = """
