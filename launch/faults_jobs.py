@@ -196,8 +196,9 @@ def start(mode: str, run: Run, log: Path, cluster: Any = None) -> Job:
         # It gives the ranks a second after TERM, and ends with 1.
         words = [str(bin_dir / "mpirun"), "--oversubscribe", "-n", "2", *python]
         return LocalJob(words, run, log, environ, past=(signal.SIGTERM,))
+    # srun kills the ranks upon a TERM of its own; `scancel --signal=TERM` sends one to the ranks.
     words = ["srun", "-N2", "-n2", "--kill-on-bad-exit=1", *python]
-    return LocalJob(words, run, log, environ | cluster.environment)
+    return LocalJob(words, run, log, environ | cluster.environment, past=(signal.SIGTERM,))
 
 
 def free_port() -> int:
