@@ -34,11 +34,12 @@ def read_run(path: Path) -> tuple[RunConfig, list[dict[str, float]]]:
         return RunConfig(**record["config"]), [json.loads(line) for line in lines if line.endswith("\n")]
     except OSError as error:
         raise ConfigError(f"{path} is not the folder of a run: cannot read {error.filename}") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: run.json or metrics.jsonl cannot be read: {error!r}") from None
 
 
 def column(metrics: list[dict[str, float]], tag: str) -> list[float]:
+    """The finite values of a tag."""
     return [values[tag] for values in metrics if values.get(tag) is not None]
 
 
@@ -54,7 +55,7 @@ def recovered_mass(metrics: list[dict[str, float]]) -> list[float]:
 
 def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> str:
     """The text of the report."""
-    if not column(metrics, "train/loss"):
+    if not any("train/loss" in values for values in metrics):
         raise ConfigError(f"{path} has no training step yet: train first, or wait for its first line")
     rows = [("", "first step", f"step {int(metrics[-1]['step'])}"), *scores(metrics)]
     lines = [f"{name:<32}{first:>12}{last:>12}" for name, first, last in rows]
@@ -66,7 +67,7 @@ def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> st
 
 
 def scores(metrics: list[dict[str, float]]) -> Iterator[tuple[str, str, str]]:
-    """What is predicted how well: a name, the first value and the last."""
+    """What is predicted how well: a name, the first value and the last; "none" where it was not finite."""
     names: dict[str, str] = {}
     for split, name in (("train", "training batch"), ("eval", "held out")):
         names |= {f"{split}/loss": f"{name}, nats per token", f"{split}/bits_per_byte": f"{name}, bits per byte"}
@@ -74,8 +75,9 @@ def scores(metrics: list[dict[str, float]]) -> Iterator[tuple[str, str, str]]:
     names |= {tag: f"  up to {tag.split('/')[-1].lstrip('0')} tokens before" for tag in positions}
     names["eval/lsh_gain"] = "  what LSH attention gains"
     for tag, name in names.items():
-        if values := column(metrics, tag):
-            yield name, f"{values[0]:.4f}", f"{values[-1]:.4f}"
+        if said := [values[tag] for values in metrics if tag in values]:
+            first, last = ("none" if value is None else f"{value:.4f}" for value in (said[0], said[-1]))
+            yield name, first, last
     if recovered := recovered_mass(metrics):
         yield "dense attention recovered", f"{recovered[0]:.4f}", f"{recovered[-1]:.4f}"
 

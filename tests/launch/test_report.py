@@ -118,13 +118,24 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("damage", ["missing", "run.json", "metrics.jsonl", "no step", "plot"])
+def test_a_loss_that_was_not_finite_at_the_end_is_none(tmp_path: Path, store: Path) -> None:
+    make_run(tmp_path / "run", store)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('ss": null, "train/bits_per_byte": null}\n')
+    done = report(tmp_path / "run")
+    assert "training batch, nats per token        5.2500        none\n" in done.stdout, done.stderr
+    assert "training batch, bits per byte         8.2500        none\n" in done.stdout
+
+
+@pytest.mark.parametrize("damage", ["missing", "run.json", "metrics.jsonl", "no UTF-8", "no step", "plot"])
 def test_report_of_what_is_no_run_is_one_line(tmp_path: Path, store: Path, damage: str) -> None:
     run, options = tmp_path / "run", []
     if damage != "missing":
         make_run(run, store)
     if damage in ("run.json", "metrics.jsonl"):
         (run / damage).write_text("{\n")
+    if damage == "no UTF-8":
+        (run / "metrics.jsonl").write_bytes(b"\xff\n")
     if damage == "no step":
         (run / "metrics.jsonl").write_text("")
     if damage == "plot":
