@@ -21,7 +21,7 @@ from typing import Any
 from trainer.checkpoint import problems, published
 from trainer.config import ConfigError
 from trainer.presence import holder
-from trainer.ranks import SHOWN, RankState, holding_up, read_bytes, read_states, state_path
+from trainer.ranks import SHOWN, RankState, holding_up, parse_state, read_bytes, state_path
 from trainer.terminal import duration
 
 TAIL_BYTES = 2**22
@@ -52,14 +52,14 @@ def facts(run: Path) -> dict[str, Any]:
         )
     who = holder(run)
     states = rank_states(run)
-    record, hang = read_json(run / "run.json"), read_json(run / "ranks" / "hang.json")
+    steps, hang = planned_steps(run), read_json(run / "ranks" / "hang.json")
     metrics = list(read_metrics(run / "metrics.jsonl"))
     newest = newest_values(metrics)
     sound, damaged = check_checkpoints(run)
     done = max([line["step"] for line in metrics], default=sound["step"] if sound else 0)
-    steps = record.get("config", {}).get("run", {}).get("steps")
     left_s = (steps - done) * newest["speed/step_s"] if steps is not None and "speed/step_s" in newest else None
-    written = {state.rank: state_path(run, state.rank).stat().st_mtime for state in states}  # by one clock
+    paths = {state.rank: state_path(run, state.rank) for state in states}  # a new start removes some
+    written = {rank: path.stat().st_mtime for rank, path in paths.items() if path.exists()}  # by one clock
     return {
         "run": str(run),
         "state": state_of(who, states, hang, started="train/loss" in newest),
@@ -82,8 +82,16 @@ def facts(run: Path) -> dict[str, Any]:
 
 def rank_states(run: Path) -> list[RankState]:
     """What each rank said last. Rank 0 removes what was said by ranks that there are no more."""
-    numbers = [path.stem.removeprefix("rank_") for path in (run / "ranks").glob("rank_*.json")]
-    return read_states(run, max((int(number) + 1 for number in numbers if number.isdigit()), default=0))
+    found = (parse_state(read_bytes(path)) for path in sorted((run / "ranks").glob("rank_*.json")))
+    return [state for state in found if state is not None]
+
+
+def planned_steps(run: Path) -> int | None:
+    """run.steps; None where the record of the run is not there or damaged."""
+    try:
+        return int(read_json(run / "run.json")["config"]["run"]["steps"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def state_of(who: str | None, states: Sequence[RankState], hang: Mapping[str, Any], started: bool) -> str:
@@ -123,7 +131,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     for line in lines[bool(begin) : -1]:
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_constant=lambda _: None)  # NaN and the like, which are no JSON
         except ValueError:
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):

@@ -104,7 +104,16 @@ def test_a_run_that_has_just_begun(run: Path) -> None:
         lines = lines_of(run)
     assert lines["state"].startswith("starting") and lines["step"] == "0"
     assert lines["missing"] == "nothing was heard yet of rank 1"
+    (run / "run.json").write_text('{"config": null}')
+    assert lines_of(run)["step"] == "0"
     assert lines["checkpoint"] == "none that is sound"
+
+
+def test_what_is_no_number_is_no_json(run: Path) -> None:
+    (run / "metrics.jsonl").write_text('{"step": 6, "train/loss": NaN, "train/spikes": Infinity}\n')
+    found = status.facts(run)
+    assert json.loads(json.dumps(found, allow_nan=False))["recent"]["train/loss"] == [[6, None]]
+    assert "not finite at step 6" in status.text(found)
 
 
 def test_a_rank_of_which_nothing_is_heard_any_more(run: Path) -> None:
