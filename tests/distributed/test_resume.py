@@ -50,6 +50,7 @@ def test_resumed_equals_uninterrupted(train, tmp_path: Path, ranks: int, changes
     again = train(ranks, run.dir, *changes)
     assert again.code == 0, again.errors
     assert f"continuing from {checkpoints / 'step_00000002'}, after step 2" in again.output
+    assert "note: " not in again.output, "nothing has changed since"
     assert curve(again) == whole
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000004"]
     assert json.loads((run.dir / "run.json").read_text())["resumed_from_step"] == 2
@@ -76,6 +77,7 @@ def test_on_other_ranks_and_under_another_stage(train, tmp_path: Path, before: i
     again = train(now, run.dir, "model.dropout=0.1", second)
     assert again.code == 0, again.errors
     assert "after step 2" in again.output
+    assert f"note: deepspeed.zero_optimization.stage was {stages[0]} and is {stages[1]} now" in again.output
     for ours, theirs in zip(curve(again), whole, strict=True):
         assert ours == pytest.approx(theirs, rel=ROOM), ours["step"]
 
