@@ -89,7 +89,7 @@ class LoopConfig(StrictConfig):
     """A loss so many standard deviations above the mean of the last 100 is reported as a spike; 0: none is."""
     watchdog_factor: float = Field(default=20.0, ge=0.0, allow_inf_nan=False)
     """A part of a step that lasts so many times longer than the longest of its kind so far is a hang; 0: nothing is."""
-    watchdog_min_s: float = Field(default=300.0, gt=0.0, allow_inf_nan=False)
+    watchdog_min_s: float = Field(default=300.0, gt=0.0, le=1e6)
     """What lasts less than this many seconds is no hang."""
     profile_steps: str | None = None
     """Steps to profile, as in "10..12": their trace is written to the folder `profile` of the run."""

@@ -74,6 +74,8 @@ def test_what_is_no_override(text: str) -> None:
         (["model.n_hash=3"], r"\[model\] unknown key 'n_hash': did you mean 'n_hashes'"),
         (["run.steps=many"], r"\[run\] 'steps': input should be a valid integer.*got 'many'"),
         (["run.decay=cosinus"], r"\[run\] 'decay'.*got 'cosinus'"),
+        (["run.watchdog_min_s=inf"], r"\[run\] 'watchdog_min_s'.*got inf"),
+        (["run.watchdog_min_s=1e10"], r"\[run\] 'watchdog_min_s'.*got 10000000000"),
         (["run.steps.x=1"], "cannot set run.steps.x: 'steps' is a value, not a table"),
         (["model.d_model=30"], r"\[model\] d_model=30 is not divisible by n_heads=4"),
     ],
