@@ -62,6 +62,20 @@ def test_micro_batch_size_and_dropout_do_not_depend_on_the_ranks(train, tmp_path
     assert max(largest_difference(one, two, tag) for tag in CURVES) < 10 * TOLERANCE
 
 
+def test_what_is_seen_of_a_run_changes_nothing_in_it(train, tmp_path: Path):
+    """Evaluations, samples and histograms, under ZeRO-3, which remembers the order of a step's passes."""
+    changes = ("model.dropout=0.1", "deepspeed.zero_optimization.stage=3", "run.save_every=0")
+    seen = ("run.eval_every=2", "run.histogram_every=2", "run.sample_tokens=3")
+    runs = [
+        train(2, tmp_path / name, *changes, *more)
+        for name, more in (("seen", seen), ("unseen", ("run.eval_every=0", "run.diagnostics=false")))
+    ]
+    for tag in ("train/loss", "train/grad_norm", "train/param_norm"):
+        first, second = (run.column(tag) for run in runs)
+        assert first == second and len(first) == 4, [run.errors for run in runs]
+    assert len(runs[0].column("eval/loss")) == 3 and not runs[1].column("eval/loss")
+
+
 def test_bf16_with_overlapping_communication(train, reference, tmp_path: Path):
     changes = (*BF16, "deepspeed.zero_optimization.overlap_comm=true")
     one, two = (train(ranks, tmp_path / f"run{ranks}", *changes) for ranks in (1, 2))
