@@ -106,7 +106,7 @@ def signals(bench: Bench, times: int, seed: int, modes: Sequence[str]) -> Iterat
 
 
 HEADER = (
-    f"{'mode':<10}{'variant':<17}{'signal':<9}{'when':<9}{'at s':>6}{'step':>6}{'saved':>6}{'code':>5}{'after s':>9}"
+    f"{'mode':<17}{'variant':<17}{'signal':<9}{'when':<9}{'at s':>6}{'step':>6}{'saved':>6}{'code':>5}{'after s':>9}"
     "  curve in the end"
 )
 
@@ -114,9 +114,9 @@ HEADER = (
 def table(trial: Trial) -> str:
     """A line for each signal of a trial; what came of it all is in the last."""
     rows = [
-        f"{trial.mode:<10}{trial.variant:<17}{each.name:<9}{each.when:<9}{each.moment_s:>6.2f}{each.step:>6}"
+        f"{trial.mode:<17}{trial.variant:<17}{each.name:<9}{each.when:<9}{each.moment_s:>6.2f}{each.step:>6}"
         f"{each.saved:>6}{each.code!s:>5}{each.seconds:>9.2f}"
         for each in trial.deliveries
-    ] or [f"{trial.mode:<10}{trial.variant:<17}no signal"]
+    ] or [f"{trial.mode:<17}{trial.variant:<17}no signal"]
     rows[-1] += "  " + (f"FAILED: {trial.error}" if trial.error else "identical")
     return "\n".join(rows)
