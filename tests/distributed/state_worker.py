@@ -2,8 +2,8 @@
 
     python tests/distributed/state_worker.py PLAN RENDEZVOUS OUTPUT RANK RANKS
 
-PLAN: JSON, a list of {case: fields of zero_matrix.Case, load: folder or null, first: step, steps: number, save: folder or
-null}. OUTPUT of rank 0: JSON, a list of the losses and gradient norms of each, or of the text of an error.
+PLAN: JSON, a list of {case: fields of zero_matrix.Case, load: folder or null, first: step, steps: number, save: folder
+or null}. OUTPUT of rank 0: JSON, a list of the losses and gradient norms of each, or of the text of an error.
 """
 
 import gc
