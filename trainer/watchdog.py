@@ -8,7 +8,8 @@ does: a run that is suspended as a whole has not hung.
 RUN/ranks/rank_00003.json: where that rank is; see ranks.py.
 RUN/ranks/hang.json: {rank, host, pid, time, verdict} of the rank that noticed a hang; gone when the run goes on.
 RUN/stacks/rank_00003.txt: all threads of that rank at each hang. C code that does not give the interpreter back keeps
-the thread from running; then the stacks are written all the same, and it is left to the others to end the run.
+the thread from running; then that rank is silent, and it is left to the others to end the run. (Having C code write
+its stacks by a timer crashed a process that had been suspended: it walks frames that change meanwhile.)
 """
 
 import contextlib
@@ -94,7 +95,6 @@ class Watchdog:
             self._end()
         self._closed.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
         self._write(ranks.ending(error) if error is not None else self.outcome)
         if self._stacks is not None:
             self._stacks.close()
@@ -154,9 +154,6 @@ class Watchdog:
             self._write()
             if self._factor == 0:
                 continue
-            if self._stacks is not None:
-                # Should this thread not come here again in time, C code writes the stacks.
-                faulthandler.dump_traceback_later(self._min_s, file=self._stacks)
             # Who cannot write must not hold it against another that it does not either.
             silent_s = neighbour.silent_s(self._clock(), excused=self._cannot_write)
             if self._alarmed():

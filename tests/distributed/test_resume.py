@@ -62,24 +62,17 @@ def test_resumed_equals_uninterrupted(train, tmp_path: Path, ranks: int, changes
         assert [event.step for event in events.Scalars(tag)] == [0, 4]
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "stages"),
-    [(2, 1, (2, 0)), (1, 2, (0, 3)), (2, 4, (3, 1))],
-    ids=["2 to 1, ZeRO-2 to 0", "1 to 2, ZeRO-0 to 3", "2 to 4, ZeRO-3 to 1"],
-)
-def test_on_other_ranks_and_under_another_stage(train, tmp_path: Path, before: int, now: int, stages: tuple[int, int]):
-    """The same samples in the same order, and losses within rounding."""
-    first, second = (f"deepspeed.zero_optimization.stage={stage}" for stage in stages)
-    run = train(before, tmp_path / "run", "model.dropout=0.1", first)
+def test_on_other_ranks_and_under_another_stage(train, tmp_path: Path):
+    """The same samples in the same order, and losses within rounding. All other changes: test_state.py."""
+    run = train(2, tmp_path / "run", "model.dropout=0.1", "deepspeed.zero_optimization.stage=3")
     assert run.code == 0, run.errors
-    whole = curve(run)
     shutil.rmtree(run.dir / "checkpoints" / "step_00000004")
-    again = train(now, run.dir, "model.dropout=0.1", second)
+    again = train(4, run.dir, "model.dropout=0.1", "deepspeed.zero_optimization.stage=1")
     assert again.code == 0, again.errors
     assert "after step 2" in again.output
-    assert f"note: deepspeed.zero_optimization.stage was {stages[0]} and is {stages[1]} now" in again.output
-    for ours, theirs in zip(curve(again), whole, strict=True):
-        assert ours == pytest.approx(theirs, rel=ROOM), ours["step"]
+    assert "note: deepspeed.zero_optimization.stage was 3 and is 1 now" in again.output
+    for tag in ("step", "train/loss", "train/lr", "train/grad_norm", "train/param_norm", "eval/loss"):
+        assert again.column(tag) == pytest.approx(run.column(tag), rel=ROOM), tag
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_continues(train, tmp_path: Path):
