@@ -66,4 +66,4 @@ class PlainEngine:
 def report(engine: Any, plan: RunConfig, store: Store, launch: Launch) -> HeldOut:
     """All that is reported on the store's held-out rows."""
     token_bytes = torch.from_numpy(store.token_bytes.astype("int64"))
-    return held_out(engine, RowDataset(store, "val"), plan, store, launch, CPU, token_bytes)
+    return held_out(engine, RowDataset(store, "val"), plan, launch, CPU, token_bytes)

@@ -304,11 +304,6 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
-def barrier(device: torch.device) -> None:
-    """Wait until every process is here."""
-    all_sum([0], device)
-
-
 def hosts() -> list[str]:
     """The host's name of each process, by rank. All call this."""
     found = [""] * dist.get_world_size()

@@ -76,18 +76,14 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in (decayed, plain) if group["params"]]
 
 
-def forward(engine: deepspeed.DeepSpeedEngine, batch: Batch, step: int, n_hashes: int | None = None) -> torch.Tensor:
-    """The mean loss of a micro-batch in nats; `step` seeds its hash rotations and dropout.
-
-    n_hashes: rounds of LSH attention, if not as many as configured.
-    """
+def forward(engine: deepspeed.DeepSpeedEngine, batch: Batch, step: int) -> torch.Tensor:
+    """The mean loss of a micro-batch in nats; `step` seeds its hash rotations and dropout."""
     return engine(
         batch.tokens,
         batch.labels,
         segment_ids=batch.segment_ids,
         step=step,
         sample_ids=batch.sample_ids,
-        n_hashes=n_hashes,
     )
 
 

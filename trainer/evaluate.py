@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset
-from data_pipeline.store import Store
 from reformer.config import ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.loss import mean_loss
@@ -102,14 +101,13 @@ def held_out(
     engine: deepspeed.DeepSpeedEngine,
     rows: RowDataset,
     config: RunConfig,
-    store: Store,
     launch: Launch,
     device: torch.device,
     token_bytes: Tensor,
 ) -> HeldOut:
     """Everything that an evaluation reports. All ranks call it, and make the same passes.
 
-    rows: those of the held-out split of `store`; token_bytes: int64 [V], the bytes that each token stands for.
+    rows: those of the held-out split; token_bytes: int64 [V], the bytes that each token stands for.
 
     Raises DataError, on one rank while the others end, where a row or the store's tokenizer is damaged.
     """
@@ -124,12 +122,12 @@ def held_out(
     with watch as diagnostics:
         scores = evaluated(n_rows=n_rows)
     by_position = {end: score.loss for end, score in scores.by_position.items() if score.n_tokens}
-    values = overall(scores.all) | {position_tag(end, store.seq_len): loss for end, loss in by_position.items()}
+    values = overall(scores.all) | {position_tag(end, rows.store.seq_len): loss for end, loss in by_position.items()}
     if n_ablated:
         with ablated(engine.module):
             without = evaluated(n_rows=n_ablated).first.loss
         values |= {"eval/loss_without_lsh": without, "eval/lsh_gain": without - scores.first.loss}
-    sample = sample_continuation(engine, rows, config, store, launch, device)
+    sample = sample_continuation(engine, rows, config, launch, device)
     engine.train()
     return HeldOut(values | diagnostics, n_rows, by_position, sample)
 

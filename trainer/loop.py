@@ -131,7 +131,9 @@ class Trainer:
         self.engine = build_engine(config, self.job.deepspeed)
         if self.start:
             checkpoint.load(self.engine, self.start)
-            self.progress = Progress.from_state(checkpoint.read_state(self.start.path)["progress"])
+            saved = checkpoint.read_state(self.start.path)
+            self.progress = Progress.from_state(saved["progress"])
+            self.changes = checkpoint.changes(saved["run"], self.job.identity)
         self.batch_size = self.engine.train_batch_size()
         self.loader = Loader(
             self.job.samples,
@@ -196,8 +198,7 @@ class Trainer:
         """Say from where, and how good the weights are that nothing has been learnt by."""
         if self.start:
             self.say(f"continuing from {self.start.path}, after step {self.first_step}")
-            before = checkpoint.read_state(self.start.path)["run"]
-            for name, what in checkpoint.changes(before, self.job.identity).items():
+            for name, what in self.changes.items():
                 self.say(f"note: {name} {what}")
             return
         self.say(f"starting anew in {self.plan.dir}")
@@ -311,9 +312,7 @@ class Trainer:
         if self.eval_rows is None:
             return
         self.watchdog.mark(done, "evaluate")
-        found = held_out(
-            self.engine, self.eval_rows, self.job.config, self.job.store, self.launch, self.device, self.token_bytes
-        )
+        found = held_out(self.engine, self.eval_rows, self.job.config, self.launch, self.device, self.token_bytes)
         self.newest |= found.values
 
         def write(metrics: Metrics) -> None:

@@ -63,10 +63,6 @@ if TYPE_CHECKING:
 EVENT_FILES = "events.out.tfevents.*"
 _LINE = re.compile(rb'\{"step": (\d+)(?:, .*)?\}\n')
 """Parsing the JSON of a line takes twelve times as long (measured), and a run of weeks has a million of them."""
-_LEAST, _RATIO, _N_EDGES = 1e-12, 1.1, 774
-"""A histogram's buckets end at 1e-12 and each power of 1.1 times it, up to 1e20, on both sides of zero."""
-_AT_ONCE = 2**22
-"""Elements that are sorted into buckets at a time; it bounds the memory that this takes."""
 
 
 class Metrics:
@@ -128,9 +124,10 @@ class Metrics:
 
     def histogram(self, step: int, tag: str, tensor: torch.Tensor) -> None:
         """Show how the finite elements of a tensor are distributed; any shape, any floating dtype, any device."""
-        if found := _histogram(tensor):
+        finite = tensor.detach()[tensor.isfinite()].float()
+        if finite.numel():
             with self._record():
-                self._writer.add_histogram_raw(tag, **found, global_step=step)
+                self._writer.add_histogram(tag, finite, step)
 
     def hparams(self, hparams: Mapping[str, Any]) -> None:
         """Make the run a row of TensorBoard's table HPARAMS; of a run that is continued, it is one already.
@@ -209,38 +206,3 @@ def _step_of(line: bytes) -> int | None:
 def _plain(value: Any) -> str | float | bool:
     """A value as the table HPARAMS can show it."""
     return value if isinstance(value, (str, int, float)) else json.dumps(value)
-
-
-def _histogram(tensor: torch.Tensor) -> dict[str, Any] | None:
-    """What SummaryWriter.add_histogram_raw takes, computed where the tensor is; None of nothing finite."""
-    edges = [_LEAST * _RATIO**i for i in range(_N_EDGES)]
-    limits = [*(-edge for edge in reversed(edges)), 0.0, *edges, torch.finfo(torch.float64).max]
-    counts = torch.zeros(len(limits), dtype=torch.int64, device=tensor.device)
-    total = squares = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    least, most = math.inf, -math.inf
-    for part in tensor.detach().flatten().split(_AT_ONCE):
-        x = part.float()
-        x = x[x.isfinite()]
-        if x.numel():
-            counts += torch.bincount(_bucket(x), minlength=len(limits))
-            total, squares = total + x.sum(dtype=torch.float64), squares + x.double().square().sum()
-            least, most = min(least, float(x.min())), max(most, float(x.max()))
-    filled = counts.nonzero().flatten().tolist()
-    if not filled:
-        return None
-    used = slice(max(filled[0] - 1, 0), filled[-1] + 1)  # an empty bucket says where the first begins
-    return {
-        "min": least,
-        "max": most,
-        "num": int(counts.sum()),
-        "sum": float(total),
-        "sum_squares": float(squares),
-        "bucket_limits": limits[used],
-        "bucket_counts": counts[used].tolist(),
-    }
-
-
-def _bucket(x: torch.Tensor) -> torch.Tensor:
-    """The index of each element's bucket: the first whose limit is not below it. By logarithms: no search."""
-    power = torch.log(x.abs() / _LEAST).div(math.log(_RATIO)).ceil().clamp(0, _N_EDGES).long()
-    return _N_EDGES + torch.where(x > 0, power + 1, -power)

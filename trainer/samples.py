@@ -32,7 +32,6 @@ def sample_continuation(
     engine: deepspeed.DeepSpeedEngine,
     rows: RowDataset,
     config: RunConfig,
-    store: Store,
     launch: Launch,
     device: torch.device,
 ) -> str | None:
@@ -51,7 +50,7 @@ def sample_continuation(
         return None
     forward = partial(engine, n_hashes=config.run.eval_n_hashes)
     added = continue_tokens(forward, config.model, prompt, n_tokens, top_p=TOP_P)
-    return together(partial(as_markdown, prompt, added, store), launch, device)
+    return together(partial(as_markdown, prompt, added, rows.store), launch, device)
 
 
 def beginning(tokens_T: Tensor, segment_ids_T: Tensor) -> Tensor:

@@ -57,8 +57,10 @@ class Partition:
     group: dict[str, Any]
     """The optimizer's settings for it."""
     slices: list[Slice]
-    writes: bool
+    writes: bool = True
     """Whether this rank is the one that writes it to a checkpoint."""
+    passes: bool = False
+    """Whether it was swapped in from a drive, and is gone when the next one comes."""
 
     def state(self) -> dict[str, Any]:
         """The optimizer's state of it, empty before the first step."""
@@ -87,12 +89,12 @@ def local_slices(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
                 is_cut = torch.is_tensor(value) and value.shape == partition.tensor.shape
                 begin = part.start if is_cut else 0
                 held = value.detach().flatten()[part.offset : part.offset + part.size] if is_cut else value
-                found[f"{part.name}|{kind}|{begin}"] = _on_cpu(held, copies=not is_cut or hasattr(value, "ds_id"))
+                found[f"{part.name}|{kind}|{begin}"] = _on_cpu(held, copies=partition.passes or not is_cut)
     return found
 
 
 def _on_cpu(value: Any, copies: bool) -> Tensor:
-    """copies: of what several parameters share, or of what was swapped in from a drive and soon is gone."""
+    """copies: of what several parameters share, or of what soon is gone."""
     tensor = torch.as_tensor(value).detach().cpu().contiguous()
     if copies or tensor.dtype == torch.bfloat16:  # which numpy does not know
         return tensor.clone()
@@ -102,11 +104,13 @@ def _on_cpu(value: Any, copies: bool) -> Tensor:
 
 def local_square_sum(engine: deepspeed.DeepSpeedEngine) -> Tensor:
     """Of this rank's weights, float64 []: their sum over all ranks is the squared norm of the parameters."""
-    parts = [partition for partition in partitions(engine) if partition.writes]
-    if not parts:
-        return torch.zeros((), dtype=torch.float64)
-    norms = [torch.linalg.vector_norm(part.tensor.detach(), dtype=torch.float64) for part in parts]
-    return torch.stack([norm.cpu() for norm in norms]).square().sum()
+    # One after the other, while each is there: from a drive, they come and go.
+    norms = [
+        torch.linalg.vector_norm(partition.tensor.detach(), dtype=torch.float64)
+        for partition in partitions(engine)
+        if partition.writes
+    ]
+    return sum((norm.cpu().square() for norm in norms), torch.zeros((), dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -197,13 +201,13 @@ def _partitions_whole(
             Slice(names[parameter], 0, end - parameter.numel(), parameter.numel())
             for parameter, end in zip(inside, ends, strict=True)
         ]
-        yield Partition(tensor, optimizer, group, slices, index % size == rank)
+        yield Partition(tensor, optimizer, group, slices, writes=index % size == rank)
 
 
 def _partitions_flat(
     optimizer: Any, groups: Sequence[Sequence[Any]], flat: Sequence[Tensor], names: Mapping[Tensor, str]
 ) -> Iterator[Partition]:
-    """ZeRO-1 and 2, and bf16 without ZeRO: each group of parameters end to end, cut into equal parts."""
+    """ZeRO-1 and 2: each group of parameters end to end, cut into equal parts."""
     for parameters, tensor, group in zip(groups, flat, optimizer.optimizer.param_groups, strict=True):
         mappings = [(names[parameter], parameter._hp_mapping) for parameter in parameters]
         slices = [
@@ -213,7 +217,7 @@ def _partitions_flat(
             for name, found in mappings
             if found is not None
         ]
-        yield Partition(tensor, optimizer.optimizer, group, slices, True)
+        yield Partition(tensor, optimizer.optimizer, group, slices)
 
 
 def _partitions_zero_3(optimizer: Any, names: Mapping[Tensor, str], writing: bool) -> Iterator[Partition]:
@@ -233,7 +237,7 @@ def _partitions_zero_3(optimizer: Any, names: Mapping[Tensor, str], writing: boo
         on_gpu = optimizer.offload_optimizer and optimizer.subgroup_to_device[number] != "cpu"
         owner = optimizer.backup_optimizer if on_gpu else optimizer.optimizer
         group = owner.param_groups[optimizer.sub_group_to_group_id[number]]
-        yield Partition(tensor, owner, group, slices, True)
+        yield Partition(tensor, owner, group, slices, passes=on_drive)
         if writing:
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if on_drive and writing:

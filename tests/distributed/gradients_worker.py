@@ -5,13 +5,13 @@
 CASES and OUTPUT are files of torch.save. The learning rate is zero, so both steps start from the initial weights.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from workers import join_ranks
 from zero_matrix import BATCH, RANKS, VOCAB, Case, deepspeed_config, run_config, samples
 
 from data_pipeline.order import shares
@@ -46,9 +46,8 @@ def run(case: Case, folder: Path) -> list[dict[str, Any]]:
 
 
 def main(cases_file: str, rendezvous: str, output: str, rank: str) -> None:
-    os.environ.update(RANK=rank, WORLD_SIZE=str(RANKS), LOCAL_RANK=rank, LOCAL_SIZE=str(RANKS))
     cases = torch.load(cases_file, weights_only=False)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=RANKS)
+    join_ranks(rendezvous, int(rank), RANKS)
     torch.save({case: run(case, Path(output).parent) for case in cases}, output)
     dist.destroy_process_group()
 

@@ -6,7 +6,6 @@ CASES and OUTPUT are files of torch.save; a case that fails is an error's text i
 """
 
 import gc
-import os
 import sys
 import traceback
 from collections import Counter
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partitioned_param_profiler import PartitionedParameterProfiler
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
+from workers import join_ranks
 from zero_matrix import (
     BATCH,
     LR_FACTORS,
@@ -132,13 +132,12 @@ def weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def main(cases_file: str, rendezvous: str, output: str, rank: str) -> None:
-    os.environ.update(RANK=rank, WORLD_SIZE=str(RANKS), LOCAL_RANK=rank, LOCAL_SIZE=str(RANKS))
     cases, folder = torch.load(cases_file, weights_only=False), Path(output).parent
     for case in cases:  # as a run does, before the processes join each other
         config = run_config(case)
         facts = StoreFacts(SEQ_LEN, config.model.vocab_size, {"train": BATCH, "val": BATCH}, "")
         check(config, deepspeed_config(case, folder), facts, RANKS)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=RANKS)
+    join_ranks(rendezvous, int(rank), RANKS)
     PartitionedParameterProfiler.stop_event = lambda _, name, n_elements: FETCHED.update({name: n_elements})
     results: dict[Case, Any] = {}
     for case in cases:

@@ -8,7 +8,6 @@ that fails is an error's text in OUTPUT, and the others go on.
 
 import gc
 import math
-import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from matrix_worker import CPU, masters, read, weights
 from torch import Tensor
+from workers import join_ranks
 from zero_matrix import ADAMW, RANKS, Case, deepspeed_config, run_config
 
 from trainer.distributed import all_sum
@@ -164,9 +164,8 @@ def unequal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
 
 
 def main(cases_file: str, rendezvous: str, output: str, rank: str) -> None:
-    os.environ.update(RANK=rank, WORLD_SIZE=str(RANKS), LOCAL_RANK=rank, LOCAL_SIZE=str(RANKS))
     cases, folder = torch.load(cases_file, weights_only=False), Path(output).parent
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=RANKS)
+    join_ranks(rendezvous, int(rank), RANKS)
     found: dict[Case, Any] = {}
     for case in cases:
         try:

@@ -6,7 +6,6 @@ JOBS and OUTPUT are files of torch.save: a list of (case, whether there are labe
 """
 
 import gc
-import os
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from matrix_worker import masters, read, train_step
+from workers import join_ranks
 from zero_matrix import LR_FACTORS, OPTIMIZERS, RANKS, Case, Outcome, deepspeed_config, run_config
 
 from trainer.engine import backward, build_engine, forward, optimizer_step, set_learning_rate
@@ -47,9 +47,8 @@ def idle_step(engine: Any, step: int) -> tuple[float, float]:
 
 
 def main(jobs_file: str, rendezvous: str, output: str, rank: str) -> None:
-    os.environ.update(RANK=rank, WORLD_SIZE=str(RANKS), LOCAL_RANK=rank, LOCAL_SIZE=str(RANKS))
     jobs = torch.load(jobs_file, weights_only=False)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=RANKS)
+    join_ranks(rendezvous, int(rank), RANKS)
     results = []
     for job in jobs:
         results.append(run(*job, Path(output).parent))

@@ -3,12 +3,11 @@
     python tests/distributed/state_worker.py PLAN RENDEZVOUS OUTPUT RANK RANKS
 
 PLAN: JSON, a list of {case: fields of zero_matrix.Case, load: folder or null, first: step, steps: number, save: folder
-or null}. OUTPUT of rank 0: JSON, a list of the losses and gradient norms of each, or of the text of an error.
+or null}. OUTPUT of rank 0: JSON, a list of the losses and norms of each, or of the text of an error.
 """
 
 import gc
 import json
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from matrix_worker import bytes_on_drive
+from workers import join_ranks
 from zero_matrix import BATCH, LR_FACTORS, VOCAB, Case, deepspeed_config, run_config, samples
 
 from data_pipeline.order import shares
@@ -23,6 +24,7 @@ from trainer import checkpoint
 from trainer.batches import collate
 from trainer.distributed import Launch, all_sum
 from trainer.engine import backward, build_engine, forward, optimizer_step, set_learning_rate
+from trainer.state import local_square_sum
 
 CPU = torch.device("cpu")
 PEAK_LR = 0.02
@@ -36,6 +38,7 @@ def run(task: dict[str, Any], launch: Launch, folder: Path) -> list[list[float]]
         if task["load"]:
             checkpoint.load(engine, checkpoint.Checkpoint(Path(task["load"]), task["first"]))
         seen = [step_of(engine, step, launch) for step in range(task["first"], task["first"] + task["steps"])]
+        assert not case.variant.startswith("nvme") or bytes_on_drive(folder), "nothing is on the drive"
         if task["save"]:
             plan = config.run.model_copy(update={"dir": Path(task["save"])})
             done = task["first"] + task["steps"]
@@ -46,7 +49,7 @@ def run(task: dict[str, Any], launch: Launch, folder: Path) -> list[list[float]]
 
 
 def step_of(engine: Any, step: int, launch: Launch) -> list[float]:
-    """Loss and gradient norm of one update."""
+    """Loss and gradient norm of one update, and the norm of the weights after it."""
     rows, token_bytes = samples(step), torch.ones(VOCAB, dtype=torch.int64)
     micro = engine.train_micro_batch_size_per_gpu()
     batches = [
@@ -62,13 +65,12 @@ def step_of(engine: Any, step: int, launch: Launch) -> list[float]:
         backward(engine, loss, batch.n_tokens, n_tokens)
         result = optimizer_step(engine)
     assert result is not None and not result.skipped
-    return [all_sum([nll], CPU)[0] / n_tokens, result.norm]
+    return [all_sum([nll], CPU)[0] / n_tokens, result.norm, all_sum([local_square_sum(engine)], CPU)[0] ** 0.5]
 
 
 def main(plan: str, rendezvous: str, output: str, rank: str, ranks: str) -> None:
-    os.environ.update(RANK=rank, WORLD_SIZE=ranks, LOCAL_RANK=rank, LOCAL_SIZE=ranks)
     launch = Launch("test", int(rank), int(ranks), int(rank), int(ranks))
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(ranks))
+    join_ranks(rendezvous, launch.rank, launch.world_size)
     results: list[Any] = []
     for task in json.loads(Path(plan).read_text()):
         try:

@@ -1,19 +1,16 @@
 """The gradients that histograms show are those of plain autograd, under every ZeRO stage, on each of two ranks."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from parity import relative_error
+from workers import run_workers
 from zero_matrix import RANKS, Case, run_config, whole_batch
 
 from reformer import Reformer
 
-ROOT = Path(__file__).parents[2]
 CASES = [
     *(Case(stage, accumulation=2, bf16=bf16) for bf16 in (False, True) for stage in (0, 1, 2, 3)),
     *(Case(stage, accumulation=2, variant="cpu-optimizer") for stage in (2, 3)),
@@ -25,17 +22,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, list[dict[
     """What each rank saw of each case."""
     folder = tmp_path_factory.mktemp("gradients")
     torch.save(CASES, folder / "cases")
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
-    worker = [sys.executable, "tests/distributed/gradients_worker.py", folder / "cases", folder / "rendezvous"]
-    ranks = [
-        subprocess.Popen([*map(str, [*worker, folder / f"rank{rank}", rank])], cwd=ROOT, env=environ)
-        for rank in range(RANKS)
-    ]
-    try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0] * RANKS
-    finally:
-        for rank in ranks:
-            rank.kill()
+    arguments = [(folder / "cases", folder / "rendezvous", folder / f"rank{rank}", rank) for rank in range(RANKS)]
+    run_workers(Path(__file__).with_name("gradients_worker.py"), folder, arguments)
     return [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
 
 

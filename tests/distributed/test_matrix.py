@@ -11,8 +11,6 @@ once more for being summed over ranks, where the plain one is rounded once.
 
 import fcntl
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -22,6 +20,7 @@ from typing import Any
 import nvme
 import pytest
 import torch
+from workers import run_workers
 from zero_matrix import (
     CLIP,
     LR_FACTORS,
@@ -35,7 +34,6 @@ from zero_matrix import (
     whole_batch,
 )
 
-ROOT = Path(__file__).parents[2]
 LIMITS = {False: (1e-6, 1e-6, 1e-4, 1e-6), True: (2e-4, 5e-3, 0.1, 2.5e-3)}
 """Of loss, norm, update and the update's scale, in fp32 and in bf16. Seen: 1.9e-7, 2.3e-7, 3.5e-5 (an update is a
 hundredth of the weight that it is subtracted from), 8.1e-8 and 1.7e-7, 1.9e-3, 4.0e-2, 5.1e-4; 3.5e-5 of the loss where
@@ -91,25 +89,8 @@ def nvme_results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Re
 def launch(cases: list[Case], folder: Path) -> None:
     """Run cases on two ranks, which leave their results in folder/rank0 and folder/rank1."""
     torch.save(cases, folder / "cases")
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    command = [sys.executable, str(Path(__file__).with_name("matrix_worker.py"))]
-    with (folder / "log").open("w") as log:
-        ranks = [
-            subprocess.Popen(
-                [*command, *map(str, (folder / "cases", folder / "rendezvous", folder / f"rank{rank}", rank))],
-                env=environ,
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-            )
-            for rank in range(RANKS)
-        ]
-        try:
-            codes = [rank.wait(timeout=400) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-    assert not any(codes), (folder / "log").read_text()[-5000:]
+    arguments = [(folder / "cases", folder / "rendezvous", folder / f"rank{rank}", rank) for rank in range(RANKS)]
+    run_workers(Path(__file__).with_name("matrix_worker.py"), folder, arguments)
 
 
 def read(folder: Path) -> dict[Case, list[Result]]:

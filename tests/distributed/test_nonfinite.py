@@ -7,16 +7,14 @@ out: weights, moments, Adam's count. All cases run in two processes that are sta
 import fcntl
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from workers import run_workers
 from zero_matrix import RANKS, Case
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("nonfinite_worker.py")
 FAULTY = [True, False, True, True, False, True, False, True, False]
 CASES = [
@@ -49,24 +47,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, Any]]:
 def launch(folder: Path) -> None:
     """Leave the results in folder/rank0 and folder/rank1."""
     torch.save(CASES, folder / "cases")
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    with (folder / "log").open("w") as log:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, WORKER, folder / "cases", folder / "rendezvous", folder / f"rank{rank}", str(rank)],
-                env=environ,
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-            )
-            for rank in range(RANKS)
-        ]
-        try:
-            codes = [process.wait(timeout=400) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    assert not any(codes), (folder / "log").read_text()[-5000:]
+    arguments = [(folder / "cases", folder / "rendezvous", folder / f"rank{rank}", rank) for rank in range(RANKS)]
+    run_workers(WORKER, folder, arguments)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -4,9 +4,6 @@ What is special: one pair of processes takes the steps of all cases. That Adafac
 is in test_state.py.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from workers import run_workers
 from zero_matrix import CLIP, LR_FACTORS, OPTIMIZERS, RANKS, Case, Outcome, plain_run, ratios
 
-ROOT = Path(__file__).parents[2]
 LIMITS = {False: (1e-6, 1e-6, 1e-4, 1e-6), True: (2e-4, 5e-3, 0.1, 2.5e-3)}
 """Of loss, norm, update and the update's scale, in fp32 and in bf16, as in test_matrix.py."""
 ADAFACTOR = partial(Case, 0, optimizer="Adafactor")
@@ -30,25 +27,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, bool],
     jobs = [*((case, True) for case in LEARNING), *((case, False) for case in DECAYING)]
     folder = tmp_path_factory.mktemp("optimizers")
     torch.save(jobs, folder / "jobs")
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    worker = [sys.executable, str(Path(__file__).with_name("optimizer_worker.py"))]
-    with (folder / "log").open("w") as log:
-        ranks = [
-            subprocess.Popen(
-                [*worker, *map(str, (folder / "jobs", folder / "rendezvous", folder / f"rank{rank}", rank))],
-                env=environ,
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-            )
-            for rank in range(RANKS)
-        ]
-        try:
-            codes = [rank.wait(timeout=240) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-    assert not any(codes), (folder / "log").read_text()[-5000:]
+    arguments = [(folder / "jobs", folder / "rendezvous", folder / f"rank{rank}", rank) for rank in range(RANKS)]
+    run_workers(Path(__file__).with_name("optimizer_worker.py"), folder, arguments)
     by_rank = [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
     return dict(zip(jobs, map(list, zip(*by_rank, strict=True)), strict=True))
 

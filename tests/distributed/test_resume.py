@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import nvme
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -150,25 +149,3 @@ def test_only_the_last_checkpoints_are_kept(train, tmp_path: Path):
     run = train(1, tmp_path / "run", "run.steps=3", "run.save_every=1", "run.keep_last=2", "run.eval_every=0")
     assert sorted(path.name for path in (run.dir / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
     assert not any("eval/loss" in line for line in run.metrics)
-
-
-def test_an_optimizer_on_a_drive_comes_back(train, tmp_path: Path):
-    if reason := nvme.why_not():
-        pytest.skip(reason)
-    zero = "deepspeed.zero_optimization"
-    (tmp_path / "drive").mkdir()
-    changes = (
-        f"{zero}.stage=3",
-        f"{zero}.offload_optimizer.device=nvme",
-        f"{zero}.offload_optimizer.nvme_path={tmp_path / 'drive'}",
-        "deepspeed.zero_force_ds_cpu_optimizer=false",
-        "run.eval_every=0",
-    )
-    run = train(1, tmp_path / "run", *changes)
-    assert run.code == 0, run.errors
-    whole = curve(run)
-    shutil.rmtree(run.dir / "checkpoints" / "step_00000004")
-    again = train(1, run.dir, *changes)
-    assert again.code == 0, again.errors
-    assert "after step 2" in again.output
-    assert curve(again) == whole

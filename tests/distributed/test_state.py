@@ -6,23 +6,20 @@ import than a case to run.
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import nvme
 import pytest
 import torch
+from workers import run_workers
 from zero_matrix import Case
 
 from trainer.checkpoint import problems, published, read_weights
 from trainer.state import WEIGHT, SavedSlices
 
-ROOT = Path(__file__).parents[2]
 STEPS, MORE = 3, 2
 CASES = {
     "zero0": Case(0, dropout=0.1),
@@ -37,6 +34,8 @@ CASES = {
     "adafactor": Case(0, 2, dropout=0.1, optimizer="Adafactor"),
     "adafactor-bf16": Case(0, bf16=True, optimizer="Adafactor"),
 }
+DRIVE = {"variant": "nvme-optimizer", "large": True}
+DRIVE_WEIGHTS = {"variant": "nvme-parameters", "large": True}
 FROM = "zero2"
 """The case whose checkpoint, of each number of ranks, all others of the same model and precision go on from."""
 
@@ -53,8 +52,8 @@ def task(case: Case, load: Path | None, first: int, steps: int, save: Path | Non
     }
 
 
-def flat(pairs: list[list[float]]) -> list[float]:
-    return [number for pair in pairs for number in pair]
+def flat(steps: list[list[float]]) -> list[float]:
+    return [number for step in steps for number in step]
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +63,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, list[Task
     def run(ranks: int, tasks: list[Task]) -> list[Any]:
         folder = tmp_path_factory.mktemp("launch")
         (folder / "plan.json").write_text(json.dumps(tasks))
-        paths = [str(folder / name) for name in ("plan.json", "rendezvous", "output.json")]
-        command = [sys.executable, str(Path(__file__).with_name("state_worker.py")), *paths]
-        environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        workers = [subprocess.Popen([*command, str(rank), str(ranks)], env=environ) for rank in range(ranks)]
-        try:
-            assert [worker.wait(timeout=300) for worker in workers] == [0] * ranks
-        finally:
-            for worker in workers:
-                worker.kill()
+        paths = [folder / name for name in ("plan.json", "rendezvous", "output.json")]
+        arguments = [(*paths, rank, ranks) for rank in range(ranks)]
+        run_workers(Path(__file__).with_name("state_worker.py"), folder, arguments)
         return json.loads((folder / "output.json").read_text())
 
     return run
@@ -162,15 +155,15 @@ def digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def test_from_a_drive_and_back(launch, saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [Case(3, 2, dropout=0.1, **DRIVE), Case(3, 2, bf16=True, **DRIVE_WEIGHTS)], ids=str)
+def test_from_a_drive_and_back(launch, tmp_path: Path, case: Case) -> None:
     """ZeRO-Infinity: what lives on NVMe is saved and continued like the rest."""
     if reason := nvme.why_not():
         pytest.skip(reason)
-    case = Case(3, 2, dropout=0.1, variant="nvme-optimizer")
     whole, part = launch(2, [task(case, None, 0, STEPS + MORE, None), task(case, None, 0, STEPS, tmp_path / "a")])
     assert isinstance(part, list), part
     (only,) = published(tmp_path / "a")
-    plain = Case(3, 2, dropout=0.1)
+    plain = replace(case, variant="")
     again, elsewhere = launch(2, [task(c, only.path, STEPS, MORE, None) for c in (case, plain)])
     assert again == whole[STEPS:]
     assert flat(elsewhere) == pytest.approx(flat(whole[STEPS:]), rel=1e-5)

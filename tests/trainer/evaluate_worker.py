@@ -6,13 +6,13 @@ It leaves FOLDER/rankRANK.json, by stage.
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 from evaluation import config, report
+from workers import join_ranks
 
 from data_pipeline.store import Store
 from trainer.distributed import Launch
@@ -22,8 +22,7 @@ RANKS = 2
 
 
 def main(store_path: str, folder: str, rank: str) -> None:
-    os.environ.update(RANK=rank, WORLD_SIZE=str(RANKS), LOCAL_RANK=rank, LOCAL_SIZE=str(RANKS))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=int(rank), world_size=RANKS)
+    join_ranks(f"{folder}/rendezvous", int(rank), RANKS)
     launch = Launch("this test", int(rank), RANKS, int(rank), RANKS)
     store, found = Store.open(store_path), {}
     for stage in range(4):

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from evaluation import CPU, PlainEngine, config, make_store, report
+from workers import run_workers
 
 import trainer.evaluate
 import trainer.samples
@@ -208,18 +206,7 @@ def test_two_ranks_report_the_same_under_every_zero_stage(store: Store, tmp_path
     """As one process with the model alone: all numbers, and the text."""
     torch.manual_seed(config(store).run.seed)
     alone = report(PlainEngine(Reformer(config(store).model), micro_batch_size=1), config(store), store, ALONE)
-    command = [sys.executable, str(HERE / "evaluate_worker.py"), str(store.path), str(tmp_path)]
-    environ = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE.parent))),
-    }
-    ranks = [subprocess.Popen([*command, str(rank)], env=environ) for rank in (0, 1)]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_workers(HERE / "evaluate_worker.py", tmp_path, [(store.path, tmp_path, rank) for rank in (0, 1)])
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert list(first) == ["0", "1", "2", "3"]
     for stage, found in first.items():

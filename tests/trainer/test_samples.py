@@ -53,7 +53,7 @@ class _Says(PlainEngine):
 
 
 def sampled(engine: PlainEngine, store: Store, plan: RunConfig | None = None) -> str | None:
-    return sample_continuation(engine, RowDataset(store, "val"), plan or config(store), store, Launch("this test"), CPU)
+    return sample_continuation(engine, RowDataset(store, "val"), plan or config(store), Launch("this test"), CPU)
 
 
 def shown(markdown: str) -> list[str]:

@@ -1,0 +1,40 @@
+"""A script in several processes that are the ranks of one process group, which meet through a file."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+TESTS = Path(__file__).parent
+
+
+def run_workers(script: Path, folder: Path, arguments: Sequence[Sequence[object]], timeout_s: float = 400) -> None:
+    """`python SCRIPT ARGUMENTS` for each list of arguments, side by side, until all have ended well.
+
+    They run in `folder` and write to the file `log` in it, whose end is the message of the AssertionError otherwise.
+    """
+    environ = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
+    }
+    with (folder / "log").open("w") as log:
+        workers = [
+            subprocess.Popen([sys.executable, script, *map(str, each)], cwd=folder, env=environ, stdout=log, stderr=log)
+            for each in arguments
+        ]
+        try:
+            codes = [worker.wait(timeout=timeout_s) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+    assert not any(codes), (folder / "log").read_text()[-5000:]
+
+
+def join_ranks(rendezvous: str, rank: int, n_ranks: int) -> None:
+    """In a worker: be this rank of a group of gloo, for DeepSpeed too."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_RANK=str(rank), LOCAL_SIZE=str(n_ranks))
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n_ranks)
