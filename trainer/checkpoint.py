@@ -98,6 +98,12 @@ def published(run_dir: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda each: each.step)
 
 
+def way_on(run_dir: Path) -> str:
+    """What to tell people whose run has ended."""
+    saved = published(run_dir)
+    return f"the same command goes on from {saved[-1].path}" if saved else "there is no checkpoint yet to go on from"
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """What a checkpoint says about itself, its state.json.
 

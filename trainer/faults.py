@@ -25,7 +25,9 @@ MIN_WINDOW = 20
 MIN_DEVIATION = 1e-3
 """The least that the standard deviation counts for, as a part of the mean: a loss that stood still may move again."""
 SLOW = 1.5
-"""A rank that was busy for so many times the median of all ranks holds them up."""
+"""A rank that was busy for so many times the median of all ranks holds them up,"""
+SLOW_S = 0.1
+"""if that is so many seconds longer: of less there is nothing to be made."""
 LOOK_S = 1.0
 """How long to look for a rank that is gone: its connections close a moment before the process is no more."""
 
@@ -151,7 +153,7 @@ def slow_ranks(busy_s: Sequence[float], hosts: Sequence[str]) -> Slowest:
     rank = max(range(len(busy_s)), key=busy_s.__getitem__)
     typical = median_low(busy_s)
     ratio = busy_s[rank] / typical if typical > 0 else 1.0
-    if ratio <= SLOW:
+    if ratio <= SLOW or busy_s[rank] - typical <= SLOW_S:
         return Slowest(rank, ratio, None)
     times = f"busy for {busy_s[rank]:.3g} s where the median is {typical:.3g} s"
     return Slowest(rank, ratio, f"rank {rank} on {hosts[rank]} is slow: {times} ({ratio:.1f} times)")
@@ -168,9 +170,7 @@ def lost_ranks(run_dir: Path, world_size: int) -> str:
     lines = [f"{state.name} {_end_of(state)}; last seen {state.place}" for state in lost[: ranks.SHOWN]]
     if len(lost) > ranks.SHOWN:
         lines.append(f"and {len(lost) - ranks.SHOWN} more")
-    saved = checkpoint.published(run_dir)
-    where = f"goes on from {saved[-1].path}" if saved else "starts anew: there is no checkpoint yet"
-    return "\n".join([*lines, f"the same command {where}"])
+    return "\n".join([*lines, checkpoint.way_on(run_dir)])
 
 
 def _is_gone(state: RankState) -> bool:

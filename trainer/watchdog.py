@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import IO, NamedTuple, NoReturn, Self
 
 from trainer import ranks
-from trainer.checkpoint import published
+from trainer.checkpoint import way_on
 from trainer.distributed import COLLECTIVE_TIMEOUT, Launch
 from trainer.ranks import RankState
 
@@ -184,7 +184,9 @@ class Watchdog:
         unheard = [state for state in states if not state.ended and not state.stacks_written]
         silent = {state.rank for state in unheard if state == before.get(state.rank)}
         verdict = ranks.judge(states, set() if self._cannot_write else silent)
-        self._say(f"error: {verdict}\n{self._way_on()}")
+        self._say(f"error: {verdict}\nstacks of all threads: {self._run_dir / 'stacks'}")
+        with contextlib.suppress(OSError):
+            self._say(way_on(self._run_dir))
         with self._tolerance():
             ranks.write_json(self._alarm_path, {**about, "verdict": verdict})
         self._end()
@@ -220,13 +222,6 @@ class Watchdog:
     def _end(self) -> NoReturn:
         self._write(_ENDED_BY_US)
         os._exit(HUNG)
-
-    def _way_on(self) -> str:
-        saved = []
-        with contextlib.suppress(OSError):
-            saved = published(self._run_dir)
-        goes_on = f"goes on from {saved[-1].path}" if saved else "starts anew: there is no checkpoint yet"
-        return f"the same command {goes_on}\nstacks of all threads: {self._run_dir / 'stacks'}"
 
     # Files, of which none may take the run down.
 
