@@ -103,12 +103,16 @@ def _on_cpu(value: Any, copies: bool) -> Tensor:
 
 
 def local_square_sum(engine: deepspeed.DeepSpeedEngine) -> Tensor:
-    """Of this rank's weights, float64 []: their sum over all ranks is the squared norm of the parameters."""
+    """Of this rank's weights, float64 []: their sum over all ranks is the squared norm of the parameters.
+
+    Of the slices alone: what pads a partition is whatever was in that memory.
+    """
     # One after the other, while each is there: from a drive, they come and go.
     norms = [
-        torch.linalg.vector_norm(partition.tensor.detach(), dtype=torch.float64)
+        torch.linalg.vector_norm(partition.tensor.detach().view(-1)[offset : offset + size], dtype=torch.float64)
         for partition in partitions(engine)
         if partition.writes
+        for _, _, offset, size in partition.slices
     ]
     return sum((norm.cpu().square() for norm in norms), torch.zeros((), dtype=torch.float64))
 

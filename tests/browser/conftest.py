@@ -63,9 +63,12 @@ def url(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Itera
         server = subprocess.Popen([*command, "--reload_interval", "1"], stdout=output, stderr=output)
     try:
         url = until(lambda: re.search(r"http://\S+:\d+/", log.read_text()), log)[0].replace("localhost", "127.0.0.1")
-        for name in runs:
+        for name, run in runs.items():
+            # The newest file's: an older one may have a point at this step, and is read before it.
+            begun = max(int(path.name.split(".")[3]) for path in (run.dir / "tensorboard").glob("events.out.tfevents.*"))
             query = urllib.parse.urlencode({"run": f"{name}/tensorboard", "tag": "eval/loss"})
-            until(lambda query=query: has_read(f"{url}data/plugin/scalars/scalars?{query}", step=4), log)
+            address = f"{url}data/plugin/scalars/scalars?{query}"
+            until(lambda address=address, begun=begun: has_read(address, 4, begun), log)
         yield url
     finally:
         server.terminate()
@@ -81,10 +84,10 @@ def until(attempt: Any, log: Path) -> Any:
     return found
 
 
-def has_read(address: str, step: int) -> bool:
-    """Whether TensorBoard knows a curve up to a step."""
+def has_read(address: str, step: int, since: float) -> bool:
+    """Whether TensorBoard knows a curve up to a step, written at this Unix time or later."""
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=10) as answer:
-            return any(point[1] == step for point in json.load(answer))
+            return any(wall >= since and at == step for wall, at, _ in json.load(answer))
     except (OSError, ValueError):
         return False  # Not before the files are read.
