@@ -19,6 +19,7 @@ def run_workers(script: Path, folder: Path, arguments: Sequence[Sequence[object]
     environ = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "MALLOC_PERTURB_": "170",  # Memory that nobody has written to is not zero by chance (glibc).
         "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
     }
     with (folder / "log").open("w") as log:

@@ -65,7 +65,9 @@ def url(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Itera
         url = until(lambda: re.search(r"http://\S+:\d+/", log.read_text()), log)[0].replace("localhost", "127.0.0.1")
         for name, run in runs.items():
             # The newest file's: an older one may have a point at this step, and is read before it.
-            begun = max(int(path.name.split(".")[3]) for path in (run.dir / "tensorboard").glob("events.out.tfevents.*"))
+            begun = max(
+                int(path.name.split(".")[3]) for path in (run.dir / "tensorboard").glob("events.out.tfevents.*")
+            )
             query = urllib.parse.urlencode({"run": f"{name}/tensorboard", "tag": "eval/loss"})
             address = f"{url}data/plugin/scalars/scalars?{query}"
             until(lambda address=address, begun=begun: has_read(address, 4, begun), log)
