@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 from torch.utils import cpp_extension
 
-STALE_LOCK_S = 3600
+STALE_LOCK_S = 900
 """Age at which the lock of a compilation is one that nobody holds any more."""
 
 
