@@ -29,7 +29,6 @@ from trainer.distributed import Launch, all_gather, all_max, all_sum, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
 from trainer.evaluate import Score, held_out
 from trainer.faults import lost_ranks
-from trainer.figures import figure_by_position
 from trainer.flops import training_flops
 from trainer.gradients import gradients
 from trainer.metrics import Metrics
@@ -316,6 +315,8 @@ class Trainer:
         self.newest |= found.values
 
         def write(metrics: Metrics) -> None:
+            from trainer.figures import figure_by_position  # half a second, which only rank 0 needs
+
             metrics.write(done, found.values)
             metrics.figure(done, "eval/loss_by_position", figure_by_position(found.by_position))
             if found.sample:

@@ -16,7 +16,10 @@ import pytest
 from data_pipeline.cli import main as data_pipeline
 
 ROOT = Path(__file__).parents[2]
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+LAUNCHER_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "SLURM_PROCID",
+)
 
 TOML = """
 [model]
@@ -39,6 +42,7 @@ steps = 4
 warmup_steps = 2
 eval_every = 4
 eval_rows = 5
+sample_tokens = 2
 save_every = 2
 """
 DEEPSPEED = {
@@ -107,13 +111,27 @@ def config(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def train(config: Path) -> Train:
-    """train(ranks, run_dir, *arguments): `python launch/train.py`, or `deepspeed` with that many ranks."""
+    """train(ranks, run_dir, *arguments): `python launch/train.py`, or as many with the variables that torchrun sets."""
 
     def launch(ranks: int, run_dir: Path, *arguments: str) -> Run:
-        python = [sys.executable]
-        deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-        start = python if ranks == 1 else [*deepspeed, "--master_port", str(free_port())]
-        return run([[*start, *script(config, run_dir), *arguments]], run_dir, [{}])
+        command = [sys.executable, *script(config, run_dir), *arguments]
+        if ranks == 1:
+            return run([command], run_dir, [{}])
+        job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return run([command] * ranks, run_dir, [job | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)])
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def train_by_deepspeed(config: Path) -> Train:
+    """train_by_deepspeed(ranks, run_dir, *arguments): with DeepSpeed's launcher, which takes seconds to start."""
+
+    def launch(ranks: int, run_dir: Path, *arguments: str) -> Run:
+        start = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
+        place = ["--master_port", str(free_port())]
+        return run([[*start, *place, *script(config, run_dir), *arguments]], run_dir, [{}])
 
     return launch
 

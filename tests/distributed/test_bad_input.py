@@ -1,4 +1,4 @@
-"""Through the launcher with two ranks, a mistake ends both at once with one message and a non-zero exit code."""
+"""With two ranks, a mistake ends both at once with one message and a non-zero exit code."""
 
 import shutil
 from pathlib import Path
@@ -23,8 +23,8 @@ def messages(run) -> int:
         ),
     ],
 )
-def test_a_wrong_configuration(train, tmp_path: Path, change: str, message: str):
-    run = train(2, tmp_path / "run", change)
+def test_a_wrong_configuration(train_by_deepspeed, tmp_path: Path, change: str, message: str):
+    run = train_by_deepspeed(2, tmp_path / "run", change)
     assert run.code != 0
     assert messages(run) == 1
     assert message in run.errors
@@ -33,14 +33,14 @@ def test_a_wrong_configuration(train, tmp_path: Path, change: str, message: str)
     assert not run.dir.exists()
 
 
-def test_a_missing_shard(train, store: Path, tmp_path: Path):
+def test_a_missing_shard(train_by_deepspeed, store: Path, tmp_path: Path):
     damaged = tmp_path / "store"
     shutil.copytree(store, damaged)
     shard = next((damaged / "tokens" / "c").rglob("0"))
     while shard.is_dir():
         shard = next(shard.iterdir())
     shard.unlink()
-    run = train(2, tmp_path / "run", f"data.store={damaged}")
+    run = train_by_deepspeed(2, tmp_path / "run", f"data.store={damaged}")
     assert run.code != 0
     assert messages(run) == 1
     assert str(shard) in run.errors

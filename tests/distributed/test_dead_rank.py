@@ -28,12 +28,13 @@ def killed_at_step(run_dir: Path, rank: int, step: int, ended: list[float]) -> N
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("launcher", ["train_by_srun", "train"])
+@pytest.mark.parametrize("launcher", ["train_by_srun", "train_by_deepspeed"])
 def test_a_killed_rank_ends_the_run(launcher: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     train = request.getfixturevalue(launcher)
     ended: list[float] = []
-    killer = threading.Thread(target=killed_at_step, args=(tmp_path / "run", 1, 2, ended))
+    killer = threading.Thread(target=killed_at_step, args=(tmp_path / "run", 1, 3, ended))
     killer.start()
+    # Step 3 begins when the checkpoint after step 2 is there.
     options = ("run.steps=100000", "run.save_every=2", "run.eval_every=0")
     try:
         run = train(2, tmp_path / "run", *options)

@@ -34,8 +34,7 @@ def reference(train, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
 def test_every_stage_and_number_of_ranks_gives_the_same_run(train, reference, tmp_path: Path, stage: int, ranks: int):
     run = train(ranks, tmp_path / "run", f"deepspeed.zero_optimization.stage={stage}")
     assert run.code == 0, run.errors
