@@ -302,7 +302,7 @@ class Trainer:
         self.report(partial(Metrics.write, step=done, values=values))
         if self.terminal:
             self.terminal.step(done, values)
-        if slowest.line:
+        if slowest.line and done > self.first_step + 1:  # the first one loads libraries, when each rank comes to it
             self.say(slowest.line)
         self.spent = Spent()
 
