@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -177,12 +178,15 @@ def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> 
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
-    for checkpoint in reversed(published(run_dir)):
-        if new:
-            raise ConfigError(
-                f"{run_dir} already holds a run up to step {checkpoint.step}: "
-                "leave out --new to continue it, or choose another folder with run.dir=…"
-            )
+    found = published(run_dir)[::-1]
+    reports = run_dir / "metrics.jsonl"
+    if new and (found or (reports.exists() and reports.stat().st_size)):
+        reached = f"up to step {found[0].step}" if found else "without a checkpoint"
+        raise ConfigError(
+            f"{run_dir} already holds a run {reached}: leave out --new to continue it, or choose another folder with "
+            "run.dir=…"
+        )
+    for checkpoint in found:
         if (checkpoint.path / "deepspeed").is_dir():
             raise ConfigError(
                 f"{checkpoint.path} was written by an older version, as DeepSpeed's own files: continue it with that "
@@ -231,6 +235,7 @@ def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callab
     for number in range(int(all_max(len(newest), device))):
         step = int(all_max(newest[number].step if newest else -1, device))
         checkpoint = Checkpoint(run_dir / "checkpoints" / _name(step), step)
+        together(partial(_refuse_unseen, checkpoint.path), launch, device)
         found = problems(checkpoint.path, launch.rank, launch.world_size)
         for problem in found:
             show(f"damaged checkpoint {checkpoint.path}: {problem}")
@@ -245,6 +250,14 @@ def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callab
             "to start this run anew, or choose another run.dir"
         )
     return None
+
+
+def _refuse_unseen(path: Path) -> None:
+    """On a rank that does not see what rank 0 does, which says nothing about what is there."""
+    if not path.is_dir():
+        raise ConfigError(
+            f"{path} is not to be seen on {socket.gethostname()}, but by rank 0: have all nodes see the same run.dir"
+        )
 
 
 def _put_aside(damaged: Path, aside: Path, acts: bool) -> None:

@@ -88,7 +88,8 @@ class LoopConfig(StrictConfig):
     spike_deviations: float = Field(default=6.0, ge=0.0, allow_inf_nan=False)
     """A loss so many standard deviations above the mean of the last 100 is reported as a spike; 0: none is."""
     watchdog_factor: float = Field(default=20.0, ge=0.0, allow_inf_nan=False)
-    """A part of a step that lasts so many times longer than the longest of its kind so far is a hang; 0: nothing is."""
+    """A part of a step that lasts so many times longer than the longest of its kind so far is a hang; 0: nothing is.
+    The first of its kind since the start may last six hours."""
     watchdog_min_s: float = Field(default=300.0, gt=0.0, le=1e6)
     """What lasts less than this many seconds is no hang."""
     profile_steps: str | None = None

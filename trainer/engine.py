@@ -62,8 +62,11 @@ def _calm_deepspeed() -> None:
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
     """Of the next update; it follows from the step's number alone (schedule.py), so no state has to be kept."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+    optimizer = engine.optimizer
+    # Of ZeRO-3 with a part of the optimizer on the CPU, the other part's groups are its own.
+    for own in (optimizer, getattr(optimizer, "backup_optimizer", None)):
+        for group in own.param_groups if own else ():
+            group["lr"] = lr
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

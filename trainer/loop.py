@@ -146,7 +146,7 @@ class Trainer:
         self.eval_rows = RowDataset(self.job.store, config.data.eval_split) if self.plan.eval_every else None
         self.token_bytes = torch.from_numpy(self.job.store.token_bytes.astype("int64"))
         self.before = replace(self.progress)
-        self.stopwatch, self.spent = Stopwatch(device), Spent()
+        self.stopwatch, self.spent, self.has_reported = Stopwatch(device), Spent(), False
         precision = "bf16" if self.engine.bfloat16_enabled() else "fp32"
         self.peak = peak_flops(distributed.device_name(device), precision)
         self.step_flops = training_flops(config.model, self.job.store.seq_len) * self.batch_size
@@ -302,8 +302,9 @@ class Trainer:
         self.report(partial(Metrics.write, step=done, values=values))
         if self.terminal:
             self.terminal.step(done, values)
-        if slowest.line and done > self.first_step + 1:  # the first one loads libraries, when each rank comes to it
+        if slowest.line and self.has_reported:  # a first step loads libraries, when each rank comes to it
             self.say(slowest.line)
+        self.has_reported = True
         self.spent = Spent()
 
     def evaluate(self, done: int) -> None:

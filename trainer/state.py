@@ -2,7 +2,7 @@
 
 What is special: a slice says of which parameter it is and where it begins in it, so files of slices are read by any
 number of ranks under any ZeRO stage, each taking what it needs, and the numbers stay those that were written, to the
-bit. Nothing is gathered to write, and no DeepSpeed is needed to read. How each of DeepSpeed's optimizers keeps its
+bit. Nothing is gathered to write, and any reader of safetensors reads it. How each of DeepSpeed's optimizers keeps its
 slices is known to `partitions` alone.
 
 In a file (safetensors), the tensor `blocks.0.norm.weight|exp_avg|4096` is that part of the parameter's first moment
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 
 import deepspeed
 import torch
-from deepspeed.ops.adam import FusedAdam
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -124,11 +124,16 @@ def restore(engine: deepspeed.DeepSpeedEngine, saved: "SavedSlices") -> None:
     is_zero_3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
     if is_zero_3:
         optimizer.checkpoint_event_prologue()
+    counting: dict[Optimizer, list[Partition]] = {}
     for partition in partitions(engine, writing=True):
         if saved.has_optimizer_state:
             _make_state(partition)
         for part in partition.slices:
             _put(partition, part, saved)
+        if isinstance(partition.optimizer, DeepSpeedCPUAdam | FusedAdam) and partition.tensor.device.type == "cpu":
+            counting.setdefault(partition.optimizer, []).append(partition)
+    for own in counting.values():
+        _count_again(own)
     if is_zero_3:
         optimizer.checkpoint_event_epilogue()
     elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
@@ -143,14 +148,35 @@ def restore(engine: deepspeed.DeepSpeedEngine, saved: "SavedSlices") -> None:
 
 def _make_state(partition: Partition) -> None:
     """Have the optimizer make its state, in its own way: by a step that changes nothing."""
-    optimizer, tensor = partition.optimizer, partition.tensor
-    if optimizer.state.get(tensor):
-        return
-    groups, gradient = optimizer.param_groups, tensor.grad
+    if not partition.optimizer.state.get(partition.tensor):
+        _idle(partition, partition.tensor, 1)
+
+
+def _count_again(partitions: Sequence[Partition]) -> None:
+    """Bring DeepSpeed's C++ to the step at which it was; the partitions are all of one optimizer.
+
+    On a CPU it keeps the powers of the betas as running products, in which every step has rounded, and no one can read
+    or set them.
+    """
+    states = [partition.state() for partition in partitions]
+    steps = max(int(own.get("step", 0)) for own in states)
+    for partition, own in zip(partitions, states, strict=True):
+        if own and not partition.slices:  # all of it is padding, of which nothing is saved
+            partition.optimizer.state[partition.tensor]["step"] = steps
+    number = torch.zeros(1)
+    _idle(partitions[0], number, steps)
+    partitions[0].optimizer.state.pop(number, None)
+
+
+def _idle(partition: Partition, tensor: Tensor, steps: int) -> None:
+    """Steps of a partition's optimizer on a tensor alone, which is not changed by them."""
+    optimizer, gradient = partition.optimizer, tensor.grad
+    groups = optimizer.param_groups
     optimizer.param_groups = [{**partition.group, "params": [tensor], "lr": 0.0, "weight_decay": 0.0}]
     tensor.grad = torch.zeros_like(tensor)
     try:
-        optimizer.step()
+        for _ in range(steps):
+            optimizer.step()
     finally:
         optimizer.param_groups, tensor.grad = groups, gradient
 

@@ -172,8 +172,8 @@ def run(commands: list[list[str]], run_dir: Path, variables: list[dict[str, str]
         for process in processes:
             process.kill()
     output, errors = ("".join(texts) for texts in zip(*outputs, strict=True))
-    code = max(process.returncode for process in processes)
-    return Run(run_dir, code, output, errors, time.perf_counter() - begun)
+    codes = [code if code >= 0 else 128 - code for code in (process.returncode for process in processes)]
+    return Run(run_dir, max(codes), output, errors, time.perf_counter() - begun)
 
 
 def free_port(low: int = 0, high: int = 65_536) -> int:

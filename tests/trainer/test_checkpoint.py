@@ -67,17 +67,31 @@ def engine(seed: int = 0) -> Any:
 
 
 class Kernel:
-    """In place of the C++ of DeepSpeed's FusedAdam: the same in Python, without a compiler."""
+    """In place of the C++ of DeepSpeed's FusedAdam: the same in Python, without a compiler.
+
+    It has the powers of the betas as cpu_adam.h does: running products, in fp32, unless the step is not the next.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.powers = 0, torch.ones(2)
+
+    def count(self, betas: torch.Tensor, step: int) -> None:
+        if step == self.step + 1:
+            self.powers = self.powers * betas
+        elif step != self.step:
+            self.powers = betas**step
+        self.step = step
 
     def load(self) -> "Kernel":
         return self
 
     def multi_tensor_adam(self, chunk, skip, tensors, lr, beta1, beta2, eps, step, *_: Any) -> None:
+        self.count(torch.tensor([beta1, beta2]), step)
         for gradient, weight, mean, square in zip(*tensors, strict=True):
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            root = (square / (1 - beta2**step)).sqrt()
-            weight.data -= lr / (1 - beta1**step) * mean / (root + eps)
+            root = (square / (1 - self.powers[1])).sqrt()
+            weight.data -= lr / (1 - self.powers[0]) * mean / (root + eps)
 
 
 def fused(seed: int, steps: int, start: Path | None = None) -> Any:
@@ -94,7 +108,7 @@ def fused(seed: int, steps: int, start: Path | None = None) -> Any:
     return own
 
 
-@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("before", [0, 3, 40])
 def test_deepspeeds_own_adam_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int) -> None:
     """Its count of steps is kept with one tensor of several; without a gradient so far it has counted none."""
     monkeypatch.setattr("deepspeed.ops.adam.fused_adam.FusedAdamBuilder", Kernel)
@@ -251,6 +265,24 @@ def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
     publish(tmp_path, 50)
     with pytest.raises(ConfigError, match="already holds a run up to step 50: leave out --new to continue it"):
         refuse_another_run(tmp_path, IDENTITY, new=True)
+
+
+def test_nor_over_one_that_has_not_saved_yet(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    refuse_another_run(tmp_path, IDENTITY, new=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    refuse_another_run(tmp_path, IDENTITY, new=False)
+    with pytest.raises(ConfigError, match="already holds a run without a checkpoint: leave out --new to continue it"):
+        refuse_another_run(tmp_path, IDENTITY, new=True)
+
+
+def test_what_a_node_does_not_see_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = publish(tmp_path, 50)
+    monkeypatch.setattr(Path, "is_dir", lambda self: self != path)  # as on a node without the file system
+    with pytest.raises(ConfigError, match=rf"{path} is not to be seen on .*, but by rank 0"):
+        start(tmp_path)
+    monkeypatch.undo()
+    assert [checkpoint.path for checkpoint in published(tmp_path)] == [path]
 
 
 def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
