@@ -153,7 +153,7 @@ class ReformerConfig(StrictConfig):
         if self.axial_dims is not None and (sum(self.axial_dims) != self.d_model or min(self.axial_dims) < 0):
             raise ValueError(
                 f"axial_dims={self.axial_dims} must sum to d_model={self.d_model}: "
-                f"give ({self.d_model // 4}, {self.d_model - self.d_model // 4}), or leave axial_dims out"
+                f"give [{self.d_model // 4}, {self.d_model - self.d_model // 4}], or leave axial_dims out"
             )
         if None in (self.d_head, self.d_ff, self.axial_shape, self.axial_dims, self.loss_chunk_tokens):
             raise ValueError(
