@@ -179,8 +179,7 @@ def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> 
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
     found = published(run_dir)[::-1]
-    reports = run_dir / "metrics.jsonl"
-    if new and (found or (reports.exists() and reports.stat().st_size)):
+    if new and (found or any(path.stat().st_size for path in run_dir.glob("metrics.jsonl"))):
         reached = f"up to step {found[0].step}" if found else "without a checkpoint"
         raise ConfigError(
             f"{run_dir} already holds a run {reached}: leave out --new to continue it, or choose another folder with "

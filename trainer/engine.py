@@ -62,11 +62,12 @@ def _calm_deepspeed() -> None:
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
     """Of the next update; it follows from the step's number alone (schedule.py), so no state has to be kept."""
-    optimizer = engine.optimizer
-    # Of ZeRO-3 with a part of the optimizer on the CPU, the other part's groups are its own.
-    for own in (optimizer, getattr(optimizer, "backup_optimizer", None)):
-        for group in own.param_groups if own else ():
-            group["lr"] = lr
+    groups = engine.optimizer.param_groups
+    # Where ZeRO-3 has a part of the optimizer on the CPU, the rest has groups of its own.
+    if rest := getattr(engine.optimizer, "backup_optimizer", None):
+        groups = groups + rest.param_groups
+    for group in groups:
+        group["lr"] = lr
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -152,20 +152,20 @@ def _make_state(partition: Partition) -> None:
         _idle(partition, partition.tensor, 1)
 
 
-def _count_again(partitions: Sequence[Partition]) -> None:
-    """Bring DeepSpeed's C++ to the step at which it was; the partitions are all of one optimizer.
+def _count_again(parts: Sequence[Partition]) -> None:
+    """Bring DeepSpeed's C++ to the step at which it was; the parts are all of one optimizer.
 
     On a CPU it keeps the powers of the betas as running products, in which every step has rounded, and no one can read
     or set them.
     """
-    states = [partition.state() for partition in partitions]
+    states = [partition.state() for partition in parts]
     steps = max(int(own.get("step", 0)) for own in states)
-    for partition, own in zip(partitions, states, strict=True):
+    for partition, own in zip(parts, states, strict=True):
         if own and not partition.slices:  # all of it is padding, of which nothing is saved
             partition.optimizer.state[partition.tensor]["step"] = steps
     number = torch.zeros(1)
-    _idle(partitions[0], number, steps)
-    partitions[0].optimizer.state.pop(number, None)
+    _idle(parts[0], number, steps)
+    parts[0].optimizer.state.pop(number, None)
 
 
 def _idle(partition: Partition, tensor: Tensor, steps: int) -> None:
