@@ -23,6 +23,7 @@ from trainer import checkpoint, distributed
 from trainer.batches import Batch, collate, training_samples
 from trainer.check import StoreFacts, check
 from trainer.config import load
+from trainer.continuation import identity
 from trainer.distributed import Launch
 from trainer.loop import Job, Trainer
 from trainer.preemption import Preemption
@@ -59,7 +60,7 @@ def trainer(folder: Path, seq_len: int, changes: tuple[str, ...]) -> Iterator[Tr
     config, deepspeed = load(DEMO, (*fixed, *sizes, *changes))
     store, launch = Store.open(store_path), Launch("no launcher")
     check(config, deepspeed, StoreFacts.of(store), launch.world_size)
-    own = checkpoint.identity(config, deepspeed, store.manifest.fingerprint, launch.world_size)
+    own = identity(config, deepspeed, store.manifest.fingerprint, launch.world_size)
     job = Job(config, deepspeed, store, training_samples(config.data, store, {}, config.run.seed), launch, own)
     plan = config.run
     with Preemption() as preemption, Watchdog(plan.dir, launch, plan.watchdog_factor, plan.watchdog_min_s) as watchdog:

@@ -32,8 +32,8 @@ from data_pipeline.errors import DataError  # noqa: E402
 from data_pipeline.store import Store  # noqa: E402
 from trainer.batches import open_sources, training_samples  # noqa: E402
 from trainer.check import StoreFacts, check  # noqa: E402
-from trainer.checkpoint import identity, refuse_another_run  # noqa: E402
 from trainer.config import ConfigError, load  # noqa: E402
+from trainer.continuation import identity, refuse_another_run  # noqa: E402
 from trainer.distributed import detect  # noqa: E402
 from trainer.loop import Job, train  # noqa: E402
 from trainer.presence import hold  # noqa: E402

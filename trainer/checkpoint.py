@@ -7,7 +7,7 @@ puts it aside as `damaged-step_…` and takes the one before.
 RUN/checkpoints/step_00000100/:
 
     rank_00000.safetensors …   slices of weights and optimizer state, one file a rank that wrote: see state.py
-    state.json                 {format, step, world_size, shapes: {parameter: shape}, run: see `identity`,
+    state.json                 {format, step, world_size, shapes: {parameter: shape}, run: see continuation.identity,
                                 progress: what the run had counted, see reports.py}
     SHA256SUMS                 of all other files; `sha256sum -c SHA256SUMS` reads it
 """
@@ -19,7 +19,6 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.errors import DataError
-from reformer.config import ConfigError, ReformerConfig
+from reformer.config import ConfigError
 from trainer import state
-from trainer.config import LoopConfig, RunConfig, flatten
+from trainer.config import LoopConfig
 from trainer.distributed import Launch, all_gather, all_max, all_sum, together
 from trainer.terminal import show
 
@@ -44,20 +43,6 @@ FORMAT = 2
 SUMS = "SHA256SUMS"
 SPARE_BYTES = 2**20
 """Room that a checkpoint needs besides its tensors: their names, state.json, the folder."""
-
-FIXED = (
-    "store_fingerprint",
-    "model",
-    "data.train_split",
-    "run.seed",
-    "train_batch_size",
-    "deepspeed.optimizer",
-    "deepspeed.bf16",
-    "deepspeed.data_types",
-)
-"""What must be the same when a run continues: the model, the order of the data, what the optimizer computes."""
-FREE = "deepspeed.optimizer.params.lr"
-"""What need not be, of these: the course of the learning rate may be changed, as by run.steps and run.decay."""
 
 
 @dataclass(frozen=True)
@@ -71,24 +56,6 @@ class Checkpoint:
 
 class SaveError(Exception):
     """A checkpoint could not be written; the ones before it are untouched, and nothing of it is left."""
-
-
-def identity(
-    config: RunConfig,
-    deepspeed_config: Mapping[str, Any],
-    store_fingerprint: str | Mapping[str, str | int],
-    world_size: int,
-) -> dict[str, Any]:
-    """What a checkpoint says about its run, as plain JSON values."""
-    micro, accumulation = (
-        deepspeed_config.get(key, 1) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
-    return {
-        "store_fingerprint": store_fingerprint,
-        "train_batch_size": deepspeed_config.get("train_batch_size", micro * accumulation * world_size),
-        **config.model_dump(mode="json"),
-        "deepspeed": dict(deepspeed_config),
-    }
 
 
 def published(run_dir: Path) -> list[Checkpoint]:
@@ -167,62 +134,6 @@ def sha256(path: Path) -> str:
     """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> None:
-    """Raise a ConfigError where `current` cannot be begun or continued in this folder; before any process joins.
-
-    new: whether the run is to be a new one.
-    """
-    try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
-    found = published(run_dir)[::-1]
-    if new and (found or any(path.stat().st_size for path in run_dir.glob("metrics.jsonl"))):
-        reached = f"up to step {found[0].step}" if found else "without a checkpoint"
-        raise ConfigError(
-            f"{run_dir} already holds a run {reached}: leave out --new to continue it, or choose another folder with "
-            "run.dir=…"
-        )
-    for checkpoint in found:
-        if (checkpoint.path / "deepspeed").is_dir():
-            raise ConfigError(
-                f"{checkpoint.path} was written by an older version, as DeepSpeed's own files: continue it with that "
-                "version, or start anew in another run.dir"
-            )
-        with suppress(DataError):  # a damaged one: `sound_start` will see to it
-            saved = read_state(checkpoint.path)
-            if differences := _differences(saved["run"], current):
-                raise ConfigError("\n".join([f"cannot continue from {checkpoint.path}:", *differences]))
-            return
-
-
-def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One line for each value in FIXED that is not what it was."""
-    return [
-        f"{name} {what}: {_way_back(name)}, or start anew in another run.dir"
-        for name, what in changes(saved, current).items()
-        if name != FREE and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
-    ]
-
-
-def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
-    """What is not as a checkpoint's run was: what became of each value, by name."""
-    with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
-        saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
-    before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
-    return {
-        name: f"was {before.get(name)!r} and is {now.get(name)!r} now"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    }
-
-
-def _way_back(name: str) -> str:
-    if re.fullmatch(r"store_fingerprint(\..*\.store)?", name):
-        return "it is another store, or was added to (--append), which changes the order; continue on that of before"
-    return "set it back"
 
 
 def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callable[[str], None]) -> Checkpoint | None:

@@ -25,6 +25,7 @@ from trainer import checkpoint, distributed, memory
 from trainer.batches import Batch, collate
 from trainer.checkpoint import SaveError
 from trainer.config import ConfigError, RunConfig
+from trainer.continuation import changes
 from trainer.distributed import Launch, all_gather, all_max, all_sum, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
 from trainer.evaluate import Score, held_out
@@ -56,7 +57,7 @@ class Job:
     """What to train on, and in which order."""
     launch: Launch
     identity: Mapping[str, Any]
-    """What its checkpoints say about it: see checkpoint.identity."""
+    """What its checkpoints say about it: see continuation.identity."""
 
 
 def train(job: Job) -> int:
@@ -132,7 +133,7 @@ class Trainer:
             checkpoint.load(self.engine, self.start)
             saved = checkpoint.read_state(self.start.path)
             self.progress = Progress.from_state(saved["progress"])
-            self.changes = checkpoint.changes(saved["run"], self.job.identity)
+            self.changes = changes(saved["run"], self.job.identity)
         self.batch_size = self.engine.train_batch_size()
         self.loader = Loader(
             self.job.samples,

@@ -18,19 +18,17 @@ from data_pipeline.errors import DataError
 from trainer.checkpoint import (
     Checkpoint,
     SaveError,
-    changes,
-    identity,
     load,
     problems,
     published,
     read_state,
     read_weights,
-    refuse_another_run,
     remove_leftovers,
     save,
     sound_start,
 )
 from trainer.config import ConfigError, RunConfig
+from trainer.continuation import changes, identity, refuse_another_run
 from trainer.distributed import detect
 from trainer.state import SavedSlices
 
