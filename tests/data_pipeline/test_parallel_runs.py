@@ -61,9 +61,14 @@ def test_the_store_does_not_depend_on_who_builds_it(mode: str, target: pipeline_
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_build_that_is_killed_goes_on(mode: str, target: pipeline_kills.Target, tmp_path: Path) -> None:
-    trial = pipeline_kills.run_trial(mode, target, tmp_path, random.Random(1))
-    assert trial.kills
-    assert trial.passed, trial
+    for seed in range(20):  # on a machine that got idle since, a build may end before its kill comes
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        trial = pipeline_kills.run_trial(mode, target, folder, random.Random(seed))
+        assert trial.passed, trial
+        if trial.kills:
+            return
+    pytest.fail("twenty builds ended before they were killed")
 
 
 def test_a_second_builder_is_refused(target: pipeline_kills.Target, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from reformer import Reformer, load_model
 from reformer.hf import load_hf
 from trainer import checkpoint
 from trainer.config import RunConfig
+from trainer.continuation import identity
 from trainer.distributed import Launch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))  # where Python itself looks, given launch/export.py
@@ -58,8 +59,7 @@ def save(model: Reformer, plan: RunConfig, step: int) -> None:
     model(TOKENS, TOKENS).backward()
     optimizer.step()
     engine = SimpleNamespace(module=model, optimizer=optimizer)
-    identity = checkpoint.identity(plan, {}, "", 1)
-    checkpoint.save(engine, plan.run, step, identity, {}, Launch("this test"), CPU)
+    checkpoint.save(engine, plan.run, step, identity(plan, {}, "", 1), {}, Launch("this test"), CPU)
 
 
 @pytest.fixture
