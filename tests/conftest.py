@@ -1,8 +1,10 @@
-"""The order of the test files, each of which is one process's (`make test`): what takes minutes begins first."""
+"""What tests of several folders share, and the order of the files, each of which is one process's: long ones first."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 LONGEST = ("distributed", "slurm", "browser")
 """Folders, the first one first; the others come after, in the order of their names."""
@@ -14,3 +16,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

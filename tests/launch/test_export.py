@@ -3,13 +3,11 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from evaluation import CPU, config
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +24,7 @@ import export
 
 sys.path.pop(0)
 
+pytestmark = pytest.mark.usefixtures("process_group")
 TIED_OR_NOT = pytest.mark.parametrize("run", [False, True], indirect=True, ids=["untied", "tied"])
 TOKENS = torch.arange(60).remainder(20)[None]
 WITHOUT = """
@@ -43,14 +42,6 @@ try:
 except ImportError:
     print("the same without DeepSpeed")
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def save(model: Reformer, plan: RunConfig, step: int) -> None:

@@ -3,18 +3,17 @@
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed.ops.adam import FusedAdam
+from small_checkpoints import CPU, IDENTITY, config, engine, publish
 from torch import nn
 
-from data_pipeline.errors import DataError
 from trainer.checkpoint import (
     Checkpoint,
     SaveError,
@@ -27,41 +26,12 @@ from trainer.checkpoint import (
     save,
     sound_start,
 )
-from trainer.config import ConfigError, RunConfig
-from trainer.continuation import changes, identity, refuse_another_run
+from trainer.config import ConfigError
+from trainer.continuation import refuse_another_run
 from trainer.distributed import detect
 from trainer.state import SavedSlices
 
-CPU = torch.device("cpu")
-MODEL = {"vocab_size": 9, "n_layers": 2}
-
-
-def config(run_dir: Path, **run: Any) -> RunConfig:
-    return RunConfig(
-        model=MODEL, data={"store": "s"}, run={"dir": run_dir, "deepspeed_config": "x.json", "steps": 9, **run}
-    )
-
-
-DEEPSPEED: dict[str, Any] = {"train_batch_size": 4, "zero_optimization": {"stage": 2, "overlap_comm": False}}
-IDENTITY = identity(config(Path("r")), DEEPSPEED, "abc", 2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def engine(seed: int = 0) -> Any:
-    """As much of one as a checkpoint needs, after a step of AdamW."""
-    torch.manual_seed(seed)
-    model = nn.Linear(30, 20)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.randn(2, 30)).sum().backward()
-    optimizer.step()
-    return SimpleNamespace(module=model, optimizer=optimizer)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class Kernel:
@@ -120,11 +90,6 @@ def test_deepspeeds_own_adam_goes_on_where_it_was(tmp_path: Path, monkeypatch: p
         assert {name: saved.whole(name, "step").item() for name in saved.shapes} == dict.fromkeys(
             ("weight", "bias"), before + 3
         )
-
-
-def publish(run_dir: Path, step: int, run: dict[str, Any] = IDENTITY, **plan: Any) -> Path:
-    settings = config(run_dir, **{"keep_last": 9, **plan}).run
-    return save(engine(step), settings, step, run, {}, detect({}), CPU).path
 
 
 def start(run_dir: Path, said: list[str] | None = None) -> Checkpoint | None:
@@ -258,22 +223,6 @@ def test_saved_again_after_damage_it_is_sound(tmp_path: Path) -> None:
     assert problems(publish(tmp_path, 100)) == []
 
 
-def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
-    refuse_another_run(tmp_path, IDENTITY, new=True)
-    publish(tmp_path, 50)
-    with pytest.raises(ConfigError, match="already holds a run up to step 50: leave out --new to continue it"):
-        refuse_another_run(tmp_path, IDENTITY, new=True)
-
-
-def test_nor_over_one_that_has_not_saved_yet(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("")
-    refuse_another_run(tmp_path, IDENTITY, new=True)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    refuse_another_run(tmp_path, IDENTITY, new=False)
-    with pytest.raises(ConfigError, match="already holds a run without a checkpoint: leave out --new to continue it"):
-        refuse_another_run(tmp_path, IDENTITY, new=True)
-
-
 def test_what_a_node_does_not_see_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = publish(tmp_path, 50)
     monkeypatch.setattr(Path, "is_dir", lambda self: self != path)  # as on a node without the file system
@@ -281,74 +230,6 @@ def test_what_a_node_does_not_see_is_not_damaged(tmp_path: Path, monkeypatch: py
         start(tmp_path)
     monkeypatch.undo()
     assert [checkpoint.path for checkpoint in published(tmp_path)] == [path]
-
-
-def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
-    old = json.loads(json.dumps(IDENTITY))
-    del old["model"]["ff_chunk_tokens"]  # as if it were a field of a newer version
-    publish(tmp_path, 50, old)
-    changed = {
-        **IDENTITY,
-        "data": {**IDENTITY["data"], "store": "b"},
-        "run": {**IDENTITY["run"], "steps": 20},
-        "deepspeed": {
-            "optimizer": {"params": {"lr": 2.0}},
-            "train_batch_size": 4,
-            "zero_optimization": {"stage": 3, "overlap_comm": True},
-        },
-    }
-    refuse_another_run(tmp_path, changed, new=False)
-    assert changes(old, changed) == {
-        "data.store": "was 's' and is 'b' now",
-        "run.steps": "was 9 and is 20 now",
-        "deepspeed.optimizer.params.lr": "was None and is 2.0 now",
-        "deepspeed.zero_optimization.stage": "was 2 and is 3 now",
-        "deepspeed.zero_optimization.overlap_comm": "was False and is True now",
-    }
-    assert changes(old, IDENTITY) == {}
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"store_fingerprint": "xyz"}, r"'abc' and is 'xyz' now: it is another store, or was added to \(--append\)"),
-        ({"store_fingerprint": {"books.store": "xyz"}}, r"books.store was None and is 'xyz' now: it is another store"),
-        (
-            {"store_fingerprint": {"books.per_thousand": 1000}},
-            "store_fingerprint.books.per_thousand was None and is 1000",
-        ),
-        ({"train_batch_size": 8}, "train_batch_size was 4 and is 8 now"),
-        ({"model": {**IDENTITY["model"], "n_layers": 3}}, "model.n_layers was 2 and is 3 now"),
-        ({"run": {"seed": 1}}, "run.seed was 0 and is 1 now"),
-        ({"deepspeed": {**DEEPSPEED, "bf16": {"enabled": True}}}, "deepspeed.bf16.enabled was None and is True now"),
-    ],
-)
-def test_what_decides_them_may_not(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
-    publish(tmp_path, 50)
-    with pytest.raises(ConfigError, match=message):
-        refuse_another_run(tmp_path, {**IDENTITY, **changed}, new=False)
-
-
-def test_damage_is_not_taken_for_another_run(tmp_path: Path) -> None:
-    path = publish(tmp_path, 50) / "state.json"
-    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
-    refuse_another_run(tmp_path, IDENTITY, new=False)
-    with pytest.raises(DataError, match=r"step_00000050/state.json is not what was written"):
-        read_state(path.parent)
-
-
-def test_checkpoints_of_an_older_version_are_named(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / "step_00000050" / "deepspeed").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="step_00000050 was written by an older version"):
-        refuse_another_run(tmp_path, IDENTITY, new=False)
-
-
-def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.checkpoint.FORMAT", 3)
-    publish(tmp_path, 50)
-    monkeypatch.undo()
-    with pytest.raises(ConfigError, match="step_00000050 is of format 3, and this version reads 2"):
-        refuse_another_run(tmp_path, IDENTITY, new=False)
 
 
 def test_others_may_read_all_files_as_the_user_lets_them(tmp_path: Path) -> None:
@@ -405,21 +286,3 @@ def test_a_save_that_fails_anywhere_leaves_nothing(
     assert names(tmp_path / "checkpoints") == ["step_00000050"]
     monkeypatch.undo()
     assert problems(publish(tmp_path, 60)) == []
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write to run.dir=.*file/run: Not a directory: choose another"):
-        refuse_another_run(tmp_path / "file" / "run", IDENTITY, new=False)
-
-
-@pytest.mark.parametrize(
-    ("deepspeed", "expected"),
-    [
-        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}, 8),
-        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 12),
-        ({"train_micro_batch_size_per_gpu": 2}, 4),
-    ],
-)
-def test_the_global_batch_is_fixed_however_it_is_given(deepspeed: dict[str, int], expected: int) -> None:
-    assert identity(config(Path("r")), deepspeed, "abc", world_size=2)["train_batch_size"] == expected
