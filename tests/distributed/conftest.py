@@ -6,16 +6,20 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import warm_start
 
 from data_pipeline.cli import main as data_pipeline
 
 ROOT = Path(__file__).parents[2]
+LIMIT_S = 240
+"""Until ranks must have ended."""
 LAUNCHER_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "SLURM_PROCID",
@@ -111,15 +115,18 @@ def config(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def train(config: Path) -> Train:
-    """train(ranks, run_dir, *arguments): `python launch/train.py`, or as many with the variables that torchrun sets."""
+    """train(ranks, run_dir, *arguments): `python launch/train.py`, or as many with the variables that torchrun sets.
+
+    They start warm: see warm_start.py.
+    """
 
     def launch(ranks: int, run_dir: Path, *arguments: str) -> Run:
-        command = [sys.executable, *script(config, run_dir), *arguments]
+        words = [*script(config, run_dir), *arguments]
         if ranks == 1:
-            return run([command], run_dir, [{}])
+            return run_forks(words, run_dir, [{}])
         job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        return run([command] * ranks, run_dir, [job | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)])
+        return run_forks(words, run_dir, [job | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)])
 
     return launch
 
@@ -155,11 +162,16 @@ def script(config: Path, run_dir: Path) -> list[str]:
     return ["launch/train.py", "--config", str(config), f"run.dir={run_dir}"]
 
 
+def clean_environ() -> dict[str, str]:
+    """Ours, of no launcher; with one thread, since tests run side by side, where waiting for threads costs the most."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES} | {
+        "OMP_NUM_THREADS": "1"
+    }
+
+
 def run(commands: list[list[str]], run_dir: Path, variables: list[dict[str, str]]) -> Run:
     """Run commands side by side, each with its variables, until all have ended."""
-    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, where waiting for each other's threads costs the most
-    begun = time.perf_counter()
+    environ, begun = clean_environ(), time.perf_counter()
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, env=environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -167,13 +179,39 @@ def run(commands: list[list[str]], run_dir: Path, variables: list[dict[str, str]
         for command, own in zip(commands, variables, strict=True)
     ]
     try:
-        outputs = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=LIMIT_S) for process in processes]
     finally:
         for process in processes:
             process.kill()
     output, errors = ("".join(texts) for texts in zip(*outputs, strict=True))
-    codes = [code if code >= 0 else 128 - code for code in (process.returncode for process in processes)]
-    return Run(run_dir, max(codes), output, errors, time.perf_counter() - begun)
+    codes = [process.returncode for process in processes]
+    return Run(run_dir, exit_code(codes), output, errors, time.perf_counter() - begun)
+
+
+def run_forks(words: list[str], run_dir: Path, variables: list[dict[str, str]]) -> Run:
+    """The same with `python WORDS` for each of the variables, started warm."""
+    environ, begun = clean_environ(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        files = [(Path(name) / f"{i}.out", Path(name) / f"{i}.err") for i in range(len(variables))]
+        processes = [
+            warm_start.start(words, ROOT, environ | own, *streams)
+            for own, streams in zip(variables, files, strict=True)
+        ]
+        try:
+            for process in processes:
+                process.join(max(0, begun + LIMIT_S - time.perf_counter()))
+            codes = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        output, errors = ("".join(file.read_text() for file in streams) for streams in zip(*files, strict=True))
+    assert None not in codes, f"not at the end after {LIMIT_S} s: {codes}\n{output}\n{errors}"
+    return Run(run_dir, exit_code(codes), output, errors, time.perf_counter() - begun)
+
+
+def exit_code(codes: list[int]) -> int:
+    """The one of all ranks: the largest, that of a signal as a shell says it."""
+    return max(code if code >= 0 else 128 - code for code in codes)
 
 
 def free_port(low: int = 0, high: int = 65_536) -> int:

@@ -1,0 +1,39 @@
+"""Python scripts that start with the seconds of imports behind them: forks of a server that has done these.
+
+Most tests of several ranks are about what ranks do, not about how Python starts them. (Those of launchers, clusters and
+kills start them as users do.) A fork has its own environment, arguments and files, as a new process would; what is not
+from scratch are modules, which read no setting of ours when they are imported.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from unittest import mock
+
+IMPORTED = ["trainer.loop", "torch._dynamo", "torch._inductor", "deepspeed.ops.adam"]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(IMPORTED)
+
+
+def start(words: list[str], cwd: Path, environ: dict[str, str], output: Path, errors: Path) -> ForkServerProcess:
+    """`python WORDS`, the first of which is the script. Its streams go to these files."""
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # which libraries read when they are loaded
+        forkserver.ensure_running()
+    process = _context.Process(target=_run, args=(words, cwd, environ, output, errors))
+    process.start()
+    return process
+
+
+def _run(words: list[str], cwd: Path, environ: dict[str, str], output: Path, errors: Path) -> None:
+    for stream, path in ((sys.stdout, output), (sys.stderr, errors)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(cwd)
+    sys.argv, sys.path[0] = words, str((cwd / words[0]).parent)
+    runpy.run_path(words[0], run_name="__main__")
