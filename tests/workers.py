@@ -1,18 +1,17 @@
 """A script in several processes that are the ranks of one process group, which meet through a file."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+import warm_start
 
 TESTS = Path(__file__).parent
 
 
 def run_workers(script: Path, folder: Path, arguments: Sequence[Sequence[object]], timeout_s: float = 400) -> None:
-    """`python SCRIPT ARGUMENTS` for each list of arguments, side by side, until all have ended well.
+    """`python SCRIPT ARGUMENTS` for each list of arguments, side by side and started warm, until all have ended well.
 
     They run in `folder` and write to the file `log` in it, whose end is the message of the AssertionError otherwise.
     """
@@ -22,17 +21,14 @@ def run_workers(script: Path, folder: Path, arguments: Sequence[Sequence[object]
         "MALLOC_PERTURB_": "170",  # Memory that nobody has written to is not zero by chance (glibc).
         "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
     }
-    with (folder / "log").open("w") as log:
-        workers = [
-            subprocess.Popen([sys.executable, script, *map(str, each)], cwd=folder, env=environ, stdout=log, stderr=log)
-            for each in arguments
-        ]
-        try:
-            codes = [worker.wait(timeout=timeout_s) for worker in workers]
-        finally:
-            for worker in workers:
-                worker.kill()
-    assert not any(codes), (folder / "log").read_text()[-5000:]
+    log = folder / "log"
+    workers = [warm_start.start([str(script), *map(str, each)], folder, environ, log, log) for each in arguments]
+    try:
+        codes = warm_start.exit_codes(workers, timeout_s)
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert not any(codes), log.read_text()[-5000:]
 
 
 def join_ranks(rendezvous: str, rank: int, n_ranks: int) -> None:

@@ -21,7 +21,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough for each half of a build to take a while."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(8):
-        (folder / f"{number}.txt").write_text(f"{number} and some words of a line\n" * 100_000)
+        (folder / f"{number}.txt").write_text(f"{number} and some words of a line\n" * 40_000)
     return folder
 
 

@@ -10,6 +10,7 @@ Needs Debian's slurm-wlm and munge, and to be root, which munge and node daemons
 """
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -48,6 +49,7 @@ TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU,CR_LLN
+FirstJobId={first_job}
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 JobRequeue=1
 KillWait=10
@@ -190,7 +192,8 @@ def idle_nodes(cluster: Cluster) -> int:
 
 
 def write_configuration(folder: Path) -> Path:
-    """slurm.conf, with ports that are free now."""
+    """slurm.conf, with ports that are free now, and numbers of jobs, which decide where their ranks meet, that another
+    cluster of this machine has not."""
     (folder / "state").mkdir()
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in ("controller", *NODES)]
@@ -203,6 +206,7 @@ def write_configuration(folder: Path) -> Path:
         CONFIGURATION.format(
             host=socket.gethostname().split(".")[0],
             controller_port=controller_port,
+            first_job=random.randrange(1, 1_000_000),
             folder=folder,
             restarts_after_s=RESTARTS_AFTER_S,
             nodes="\n".join(NODE.format(name=name, port=port) for name, port in zip(NODES, ports, strict=True)),
