@@ -157,7 +157,9 @@ class _Attention(nn.Module):
         merged_BTE = group.out.transpose(1, 2).flatten(2)
         weight = self.out_weight[:, group.columns]
         (part_BTM,) = map_chunks(lambda x: (F.linear(x, weight),), merged_BTE, self.config.ff_chunk_tokens)
-        return part_BTM if total_BTM is None else total_BTM + part_BTM
+        if total_BTM is None:
+            return part_BTM
+        return total_BTM + part_BTM if torch.is_grad_enabled() else total_BTM.add_(part_BTM)
 
     def _with_gradients(
         self,

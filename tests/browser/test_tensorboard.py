@@ -75,7 +75,7 @@ def points(path: str) -> int:
 )
 def test_a_curve_has_every_step_once_in_both_runs(seen: Seen, tag: str, n_points: int) -> None:
     def is_drawn(cards: Any) -> bool:
-        # Of each run the smoothed curve, and the curve itself. (Speeds will not do: outliers are left out of the picture.)
+        # Of each run the smoothed curve, and the curve itself. (Speeds will not do: outliers are not drawn.)
         return [points(path) for path in dict(cards).get(tag, [])] == [n_points] * 4
 
     seen(f"#scalars&tagFilter=^{tag}$", CURVES, is_drawn)
