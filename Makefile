@@ -31,7 +31,7 @@ bench: install
 gpu-check:
 	PYTHONPATH=$(CURDIR) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) launch/gpu_check.py
 
-# Four files at a time on two cores: half of their time the tests wait, for clusters and for launchers. A file is one
+# Four files at a time on two cores: much of their time the tests wait, for clusters and for launchers. A file is one
 # worker's, which makes what its tests share once.
 test: lint
 	OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/torch_extensions $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder

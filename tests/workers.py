@@ -28,7 +28,7 @@ def run_workers(script: Path, folder: Path, arguments: Sequence[Sequence[object]
     finally:
         for worker in workers:
             worker.kill()
-    assert not any(codes), log.read_text()[-5000:]
+    assert codes == [0] * len(workers), f"exit codes {codes}\n{log.read_text()[-5000:]}"
 
 
 def join_ranks(rendezvous: str, rank: int, n_ranks: int) -> None:

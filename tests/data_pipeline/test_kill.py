@@ -68,6 +68,7 @@ def test_sigkill_at_any_moment(moment: str, corpus: Path, undisturbed: Path, tmp
                 kept[path] = path.stat().st_mtime_ns
         time.sleep(0.01)
     assert rerun.returncode == 0, rerun.stderr.read() if rerun.stderr else ""
+    assert kept or moment.startswith("start/"), "the rerun began with nothing"
     assert all(done[path] == time_ns for path, time_ns in kept.items()), "what was done is done again"
     assert not work.exists()
     assert list_files(output) == list_files(undisturbed)

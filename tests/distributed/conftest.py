@@ -203,9 +203,8 @@ def run_forks(words: list[str], run_dir: Path, variables: list[dict[str, str]]) 
             for process in processes:
                 process.kill()
         output, errors = ("".join(file.read_text() for file in streams) for streams in zip(*files, strict=True))
-    ended = [code for code in codes if code is not None]
-    assert len(ended) == len(codes), f"not at the end after {LIMIT_S} s: {codes}\n{output}\n{errors}"
-    return Run(run_dir, exit_code(ended), output, errors, time.perf_counter() - begun)
+    assert None not in codes, f"not at the end after {LIMIT_S} s: {codes}\n{output}\n{errors}"
+    return Run(run_dir, exit_code(codes), output, errors, time.perf_counter() - begun)
 
 
 def exit_code(codes: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""With two ranks, a mistake ends both at once with one message and a non-zero exit code."""
+"""With two ranks, a mistake ends both with a message and a non-zero exit code; under a launcher at once, with one."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ def messages(run) -> int:
 
 
 def test_a_wrong_configuration(train_by_deepspeed, tmp_path: Path):
-    """Under a real launcher, which would end the other rank with the first and say so."""
+    """Under a launcher, which ends the other rank before it says the same."""
     run = train_by_deepspeed(2, tmp_path / "run", "run.stesp=3")
     assert run.code != 0
     assert messages(run) == 1

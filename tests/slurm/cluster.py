@@ -192,8 +192,8 @@ def idle_nodes(cluster: Cluster) -> int:
 
 
 def write_configuration(folder: Path) -> Path:
-    """slurm.conf, with ports that are free now, and numbers of jobs, which decide where their ranks meet, that another
-    cluster of this machine has not."""
+    """slurm.conf, with ports that are free now. Jobs are counted from a random number: it decides where ranks meet, and
+    there may be another cluster on this machine."""
     (folder / "state").mkdir()
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in ("controller", *NODES)]
