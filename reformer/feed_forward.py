@@ -62,16 +62,16 @@ class FeedForward(nn.Module):
         out_sums = GradientSum([self.out_weight, self.out_bias])
         for tokens in token_slices(x_BTM.shape[1], self.chunk_tokens):
             with torch.enable_grad():
-                x = x_BTM[:, tokens].detach().requires_grad_()
+                x = x_BTM[:, tokens].flatten(0, 1).detach().requires_grad_()
                 inner = self._inner(x, *inner_sums.aliases)
-            activations, d_out = inner.detach().flatten(0, 1), d_out_BTM[:, tokens].flatten(0, 1).to(inner.dtype)
+            activations, d_out = inner.detach(), d_out_BTM[:, tokens].flatten(0, 1).to(inner.dtype)
             if needs_output:
-                part = F.linear(inner.detach(), self.out_weight, self.out_bias)
+                part = F.linear(activations, self.out_weight, self.out_bias)
                 out = part.new_empty(x_BTM.shape) if out is None else out
-                out[:, tokens] = part
+                out[:, tokens] = part.view_as(out[:, tokens])
             out_sums.add_known([d_out.T @ activations, d_out.sum(dim=0)])
-            d_inner = (d_out @ self.out_weight).view_as(inner)
-            (d_x[:, tokens],) = inner_sums.add(inner, [x], d_inner.to(inner.dtype))
+            (d_part,) = inner_sums.add(inner, [x], (d_out @ self.out_weight).to(inner.dtype))
+            d_x[:, tokens] = d_part.view_as(d_x[:, tokens])
         return out, [d_x, *inner_sums.sums, *out_sums.sums]
 
     @property
