@@ -28,6 +28,7 @@ from reformer.gradients import GradientSum, with_gradients
 from reformer.local import local_attention
 from reformer.lsh import lsh_attention
 from reformer.lsh.hashing import bucket_factors, draw_rotations
+from reformer.lsh.scratch import shared_scratch
 
 GROUP_NUMBERS = 2**24
 """A group has so many heads that one of its tensors [B, h, T, D] holds so many numbers, or a single head."""
@@ -83,18 +84,19 @@ class _Attention(nn.Module):
         """
         if d_out_BTM is not None:
             groups = _taken(held) if held else self._groups(x_BTM, call, buckets, differentiable=True)
-            with torch.no_grad():
+            with torch.no_grad(), shared_scratch():
                 out, gradients = self._with_gradients(x_BTM, groups, d_out_BTM, needs_output)
             inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
             parameters = [self.norm_weight, self.norm_bias, *self.projection_weights, self.out_weight]
             return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
         out, used = None, []
-        for group, bucket in self._groups(x_BTM, call, buckets, differentiable=held is not None):
-            out = self._merged(group, out)
-            used.append(bucket)
-            if held is not None:
-                held.append(group)
-            del group  # before the next one is made
+        with shared_scratch():
+            for group, bucket in self._groups(x_BTM, call, buckets, differentiable=held is not None):
+                out = self._merged(group, out)
+                used.append(bucket)
+                if held is not None:
+                    held.append(group)
+                del group  # before the next one is made
         found = [bucket for bucket in used if bucket is not None]
         return out, torch.cat(found, dim=1) if found else None
 
@@ -154,12 +156,13 @@ class _Attention(nn.Module):
 
     def _merged(self, group: HeadGroup, total_BTM: Tensor | None) -> Tensor:
         """The output projection of a group, added to that of the groups before it."""
-        merged_BTE = group.out.transpose(1, 2).flatten(2)
-        weight = self.out_weight[:, group.columns]
-        (part_BTM,) = map_chunks(lambda x: (F.linear(x, weight),), merged_BTE, self.config.ff_chunk_tokens)
-        if total_BTM is None:
-            return part_BTM
-        return total_BTM + part_BTM if torch.is_grad_enabled() else total_BTM.add_(part_BTM)
+        out_BThD, weight = group.out.transpose(1, 2), self.out_weight[:, group.columns]
+        if total_BTM is None or torch.is_grad_enabled():
+            (part_BTM,) = map_chunks(lambda x: (F.linear(x.flatten(2), weight),), out_BThD, self.config.ff_chunk_tokens)
+            return part_BTM if total_BTM is None else total_BTM + part_BTM
+        for tokens in token_slices(out_BThD.shape[1], self.config.ff_chunk_tokens):
+            total_BTM[:, tokens] += F.linear(out_BThD[:, tokens].flatten(2), weight)
+        return total_BTM
 
     def _with_gradients(
         self,
@@ -173,33 +176,31 @@ class _Attention(nn.Module):
         weight_sums = GradientSum([*self.projection_weights, self.out_weight])
         *projection_sums, out_sum = weight_sums.sums
         for group, _ in groups:
-            d_projected_BTE = self._through_merge(group, d_out_BTM, out_sum)
+            d_projected_BhTD = self._through_merge(group, d_out_BTM, out_sum)
             out_BTM = self._merged(group, out_BTM) if needs_output else None  # here, not where the most is alive
-            self._through_projections(x_BTM, group.columns, d_projected_BTE, projection_sums, d_x_BTM)
-            del group, d_projected_BTE  # before the next group is made
+            self._through_projections(x_BTM, group.columns, d_projected_BhTD, projection_sums, d_x_BTM)
+            del group, d_projected_BhTD  # before the next group is made
         return out_BTM, [d_x_BTM, *self._through_norm(x_BTM, d_x_BTM), *weight_sums.sums]
 
     def _through_merge(self, group: HeadGroup, d_out_BTM: Tensor, out_sum: Tensor) -> list[Tensor]:
-        """The gradients of the projections [B, T, E] of a group; adds that of the output projection to its sum."""
-        merged_BTE = group.out.detach().transpose(1, 2).flatten(2)
-        dtype, weight = merged_BTE.dtype, self.out_weight[:, group.columns]
-        for tokens in token_slices(merged_BTE.shape[1], self.config.ff_chunk_tokens):
+        """The gradients of a group's projections [B, h, T, D]; adds that of the output projection to its sum."""
+        dtype, weight = group.out.dtype, self.out_weight[:, group.columns]
+        for tokens in token_slices(d_out_BTM.shape[1], self.config.ff_chunk_tokens):
             d_out = d_out_BTM[:, tokens].flatten(0, 1).to(dtype)
-            out_sum[:, group.columns] += d_out.T @ merged_BTE[:, tokens].flatten(0, 1)
-        del merged_BTE
+            out_sum[:, group.columns] += d_out.T @ _rows(group.out.detach(), tokens)
         (d_merged_BTE,) = map_chunks(lambda d: (d.to(dtype) @ weight,), d_out_BTM, self.config.ff_chunk_tokens)
         d_projected = torch.autograd.grad(group.out, group.projected, self._heads(d_merged_BTE).to(dtype))
         group.projected, group.out = [], group.out.detach()
-        return [d_BhTD.transpose(1, 2).flatten(2) for d_BhTD in d_projected]
+        return list(d_projected)
 
     def _through_projections(
-        self, x_BTM: Tensor, columns: slice, d_BTE: list[Tensor], sums: list[Tensor], d_normed_BTM: Tensor
+        self, x_BTM: Tensor, columns: slice, d_BhTD: list[Tensor], sums: list[Tensor], d_normed_BTM: Tensor
     ) -> None:
         """Adds a group's gradients of the projections' weights to their sums, and of norm(x) to that of others."""
         weights = torch.cat([weight[columns] for weight in self.projection_weights])
         for tokens in token_slices(x_BTM.shape[1], self.config.ff_chunk_tokens):
             normed_BtM = layer_norm(x_BTM[:, tokens], self.norm_weight, self.norm_bias, self.config.norm_eps)
-            d_projected = [d[:, tokens].flatten(0, 1) for d in d_BTE]
+            d_projected = [_rows(d, tokens) for d in d_BhTD]
             for total, d in zip(sums, d_projected, strict=True):
                 total[columns] += d.T @ normed_BtM.flatten(0, 1).to(d.dtype)
             part = (torch.cat(d_projected, dim=-1) @ weights).view_as(normed_BtM)
@@ -218,6 +219,11 @@ class _Attention(nn.Module):
                 normed_BtM = layer_norm(x_BtM, norm_weight, norm_bias, self.config.norm_eps)
             (d_BTM[:, tokens],) = sums.add(normed_BtM, [x_BtM], d_BTM[:, tokens].to(normed_BtM.dtype))
         return sums.sums
+
+
+def _rows(x_BhTD: Tensor, tokens: slice) -> Tensor:
+    """Some tokens with their heads side by side, [B*t, E]."""
+    return x_BhTD[:, :, tokens].transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _taken(held: list[HeadGroup]) -> Iterator[tuple[HeadGroup, None]]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reformer.lsh.rounds import Layout, Round, Tile, by_chunk, by_window
+from reformer.lsh.scratch import scratch
 
 LOG2_E = math.log2(math.e)
 
@@ -142,28 +143,37 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
     """
     dtype = torch.promote_types(q_GTD.dtype, torch.float32)
     n_groups, n_tokens, width = q_GTD.shape
-    out_GTD = torch.empty_like(v_GTD)
+    out_GTD = v_GTD.new_empty(v_GTD.shape)
     top_GT1, norm_GT1 = (q_GTD.new_empty(n_groups, n_tokens, 1, dtype=dtype) for _ in range(2))
     tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
-    by_place = [q_GTD.new_empty(layout.n_places, columns, dtype=dtype) for columns in (width, 1, 1)]
-    total_TD = layout.total_by_token(by_place[0])
-    scratch = [torch.empty_like(total_TD), *(torch.empty_like(top_GT1[0]) for _ in range(2))]
+    n_spare = 0 if out_GTD.dtype == dtype else n_tokens
+    out_SD, one_TD, spare_TD = scratch(q_GTD, dtype, [(n, width) for n in (layout.n_places, n_tokens, n_spare)])
+    total_GTD = _sums(out_GTD, spare_TD)
+    by_place = [out_SD, *(q_GTD.new_empty(layout.n_places, 1, dtype=dtype) for _ in range(2))]
+    one_round = [one_TD, *(torch.empty_like(top_GT1[0]) for _ in range(2))]
     for group in range(n_groups):
         head = _Head(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
+        total_TD = layout.total_by_token(out_SD, total_GTD[group])
         total = [total_TD, norm_GT1[group], top_GT1[group].copy_(head.bound)]
         for r in range(layout.n_rounds):
             round_ = Round(layout, group, r, dtype)
             _forward_round(round_, head, tiles, *by_place)
             if head.is_bounded:
-                for sum_, values, one in zip(total[:2], by_place, scratch, strict=False):
+                for sum_, values, one in zip(total[:2], by_place, one_round, strict=False):
                     round_.add_by_token(sum_, values, one)
             else:
-                _add_unbounded(total, by_place, scratch, round_)
+                _add_unbounded(total, by_place, one_round, round_)
         alone = norm_GT1[group] == 0
         torch.div(total_TD, norm_GT1[group].masked_fill(alone, 1), out=out_GTD[group])
         rows = alone.squeeze(-1).nonzero().squeeze(-1)
         out_GTD[group, rows] = v_GTD[group, rows]
     return out_GTD, top_GT1, norm_GT1
+
+
+def _sums(result_GTD: Tensor, spare_TD: Tensor) -> Tensor:
+    """Where sums over rounds are made: in the result itself or, if its dtype is too coarse, in the spare memory, in
+    which then each head's follow those of another."""
+    return spare_TD.expand_as(result_GTD) if len(spare_TD) else result_GTD
 
 
 def _forward_round(
@@ -193,10 +203,10 @@ def _forward_round(
         torch.bmm(memory.weights, memory.v, out=out_CLD[tile.chunks])
 
 
-def _add_unbounded(total: list[Tensor], by_place: list[Tensor], scratch: list[Tensor], round_: Round) -> None:
+def _add_unbounded(total: list[Tensor], by_place: list[Tensor], one_round: list[Tensor], round_: Round) -> None:
     """Add a round's (output, norm, top) to the sums over the rounds before it, where each has its own top."""
     if round_.round == 0:
-        for sum_, values, one in zip(total, by_place, scratch, strict=True):
+        for sum_, values, one in zip(total, by_place, one_round, strict=True):
             round_.add_by_token(sum_, values, one)
         return
     out, norm, top = (x.index_select(0, round_.inverse) for x in by_place)
@@ -219,15 +229,21 @@ def _backward(
     layout: Layout,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     dtype, (n_groups, n_tokens, width) = top_GT1.dtype, q_GTD.shape
-    dq_GTD, dv_GTD = torch.empty_like(q_GTD), torch.empty_like(v_GTD)
-    dk_GTD = None if k_GTD is None else torch.empty_like(k_GTD)
+    dq_GTD, dv_GTD = q_GTD.new_empty(q_GTD.shape), v_GTD.new_empty(v_GTD.shape)
+    dk_GTD = None if k_GTD is None else k_GTD.new_empty(k_GTD.shape)
     tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
-    key_places = layout.n_places + layout.n_halo
-    dq_SD, dk_SD, dv_SD = (top_GT1.new_empty(n, width) for n in (layout.n_places, key_places, key_places))
-    dq_TD, dk_TD, dv_TD = (layout.total_by_token(x) for x in (dq_SD, dk_SD[layout.own], dv_SD[layout.own]))
-    d_out_TD, scratch_TD = (top_GT1.new_empty(n_tokens, width) for _ in range(2))
+    n_spare = 0 if q_GTD.dtype == dtype else n_tokens
+    n_rows = [layout.n_places, n_tokens, n_spare, n_spare, n_tokens if dk_GTD is None else n_spare]
+    n_rows += [n_tokens, *[layout.n_places + layout.n_halo] * 2]
+    dq_SD, one_TD, *spare, d_out_TD, dv_SD, dk_SD = scratch(q_GTD, dtype, [(n, width) for n in n_rows])
+    results = (dq_GTD, dv_GTD, dq_GTD if dk_GTD is None else dk_GTD)  # shared: that of the keys is in spare memory
+    totals_GTD = [_sums(result, memory) for result, memory in zip(results, spare, strict=True)]
+    by_place = (dq_SD, dv_SD[layout.own], dk_SD[layout.own])
     for group in range(n_groups):
         head = _Head(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
+        dq_TD, dv_TD, dk_TD = (
+            layout.total_by_token(x, total[group]) for x, total in zip(by_place, totals_GTD, strict=True)
+        )
         alone_T1 = norm_GT1[group] == 0
         # Probabilities are weight / sum: the division goes to where there are D numbers, not W.
         torch.div(d_out_GTD[group], norm_GT1[group].masked_fill(alone_T1, 1), out=d_out_TD)
@@ -235,9 +251,9 @@ def _backward(
         for r in range(layout.n_rounds):
             round_ = Round(layout, group, r, dtype)
             _backward_round(round_, head, tiles, (d_out_TD, top_GT1[group], delta_T1), dq_SD, dk_SD, dv_SD)
-            round_.add_by_token(dq_TD, dq_SD, scratch_TD)
-            round_.add_keys_by_token(dk_TD, dk_SD, scratch_TD)
-            round_.add_keys_by_token(dv_TD, dv_SD, scratch_TD)
+            round_.add_by_token(dq_TD, dq_SD, one_TD)
+            round_.add_keys_by_token(dk_TD, dk_SD, one_TD)
+            round_.add_keys_by_token(dv_TD, dv_SD, one_TD)
         for start in range(0, n_tokens, FINISH_TOKENS):
             t = slice(start, start + FINISH_TOKENS)
             dq = dq_TD[t].mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
@@ -280,9 +296,8 @@ def _backward_round(
             memory.d_scores.mul_(keep)
             dropped = torch.mul(memory.weights, keep, out=memory.scratch)
         memory.d_scores.sub_(memory.delta).mul_(memory.weights)
-        dk_SD[tile.new_key_places].zero_(), dv_SD[tile.new_key_places].zero_()
-        tile.add_windows(dv_SD, torch.bmm(dropped.mT, memory.d_out, out=memory.d_window))
-        tile.add_windows(dk_SD, torch.bmm(memory.d_scores.mT, memory.q, out=memory.d_window))
+        tile.put_windows(dv_SD, torch.bmm(dropped.mT, memory.d_out, out=memory.d_window))
+        tile.put_windows(dk_SD, torch.bmm(memory.d_scores.mT, memory.q, out=memory.d_window))
         torch.bmm(memory.d_scores, memory.k, out=dq_CLD[tile.chunks])
 
 

@@ -80,34 +80,35 @@ def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int,
     batch, n_heads, n_tokens = qk_BHTD.shape[:3]
     n_hashes = rotations_HDRF.shape[2]
     halves = [factor // 2 for factor in factors]
-    # All rounds in one product, the columns of a factor side by side: [H, D, R*f1/2 + R*f2/2 + …].
+    # All rounds in one product, the directions of a factor together, [H, R*f1/2 + R*f2/2 + …, D], and tokens last:
+    # maxima over the directions then go by whole vectors of tokens (up to a third of the time less, measured).
     parts = rotations_HDRF.to(device=qk_BHTD.device, dtype=dtype).split(halves, dim=-1)
-    columns_HDC = torch.cat([part.flatten(2) for part in parts], dim=-1)
+    directions_HND = torch.cat([part.flatten(2) for part in parts], dim=-1).mT.contiguous()
     bucket_dtype = torch.int16 if math.prod(factors) <= 2**15 else torch.int32
     buckets = torch.empty(batch, n_heads, n_hashes, n_tokens, dtype=bucket_dtype, device=qk_BHTD.device)
     for start in range(0, n_tokens, HASH_TOKENS):
         x_BHtD = qk_BHTD[:, :, start : start + HASH_TOKENS].detach().to(dtype)
-        projected = torch.matmul(x_BHtD, columns_HDC).split([n_hashes * half for half in halves], dim=-1)
-        bucket_BHtR, stride = torch.zeros((), dtype=dtype, device=qk_BHTD.device), 1
+        projected = torch.matmul(directions_HND, x_BHtD.mT).split([n_hashes * half for half in halves], dim=-2)
+        bucket_BHRt, stride = torch.zeros((), dtype=dtype, device=qk_BHTD.device), 1
         for part, half in zip(projected, halves, strict=True):
-            bucket_BHtR = bucket_BHtR + stride * _argmax_of_both_signs(part.unflatten(-1, (n_hashes, half)))
+            bucket_BHRt = bucket_BHRt + stride * _argmax_of_both_signs(part.unflatten(-2, (n_hashes, half)))
             stride *= 2 * half
-        buckets[..., start : start + HASH_TOKENS] = bucket_BHtR.transpose(2, 3)
+        buckets[..., start : start + HASH_TOKENS] = bucket_BHRt
     return buckets
 
 
-def _argmax_of_both_signs(x: Tensor) -> Tensor:
-    """argmax([x; -x]) over the last dimension, the first of equals, as floating-point numbers.
+def _argmax_of_both_signs(x_Ft: Tensor) -> Tensor:
+    """argmax([x; -x]) over the directions of [..., F, t], the first of equals, as floating-point numbers [..., t].
 
     By vectorised maxima: torch's argmax takes ten times as long on a CPU (measured).
     """
-    n = x.shape[-1]
-    highest, lowest = x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True)
+    n = x_Ft.shape[-2]
+    highest, lowest = x_Ft.amax(dim=-2, keepdim=True), x_Ft.amin(dim=-2, keepdim=True)
     is_negative = -lowest > highest
-    is_extreme = torch.eq(x, torch.where(is_negative, lowest, highest), out=torch.empty_like(x))
-    countdown = torch.arange(n, 0, -1, dtype=x.dtype, device=x.device)
-    first = n - is_extreme.mul_(countdown).amax(dim=-1).clamp_(min=1)  # NaN equals nothing
-    return first.add_(is_negative.squeeze(-1), alpha=n)
+    is_extreme = torch.eq(x_Ft, torch.where(is_negative, lowest, highest), out=torch.empty_like(x_Ft))
+    countdown = torch.arange(n, 0, -1, dtype=x_Ft.dtype, device=x_Ft.device)
+    first = n - is_extreme.mul_(countdown[:, None]).amax(dim=-2).clamp_(min=1)  # NaN equals nothing
+    return first.add_(is_negative.squeeze(-2), alpha=n)
 
 
 def sort_by_bucket(buckets_GRT: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]:

@@ -110,10 +110,10 @@ class Layout:
         before = self.reach[0] * self.chunk_len
         return slice(before, before + self.n_places)
 
-    def total_by_token(self, x_SD: Tensor) -> Tensor:
-        """Memory [T, D] for the sum over the rounds of values by place. Local attention's only round is in the
-        original order: there it is the values themselves."""
-        return x_SD.new_empty(self.n_tokens, x_SD.shape[-1]) if self.is_lsh else x_SD[: self.n_tokens]
+    def total_by_token(self, x_SD: Tensor, memory_TD: Tensor) -> Tensor:
+        """Where the sum over the rounds of values by place is made: in the memory that is given. Local attention's only
+        round is in the original order: there it is the values themselves."""
+        return memory_TD if self.is_lsh else x_SD[: self.n_tokens]
 
     @property
     def window(self) -> int:
@@ -153,17 +153,18 @@ class Tile:
         """The same in a sequence that has the halo around it."""
         return slice(self.places.start, self.places.stop + self.window - self.chunk_len)
 
-    @cached_property
-    def new_key_places(self) -> slice:
-        """Those of `key_places` that no earlier tile of the round has."""
-        halo = self.window - self.chunk_len
-        return slice(self.key_places.start + (halo if self.first else 0), self.key_places.stop)
+    def put_windows(self, total_SD: Tensor, x_NWD: Tensor) -> None:
+        """Sum values by window into values by key place (of the whole round); windows overlap by whole chunks.
 
-    def add_windows(self, total_SD: Tensor, x_NWD: Tensor) -> None:
-        """Add values by window to values by key place (of the whole round); windows overlap by whole chunks."""
-        for offset in range(0, self.window, self.chunk_len):
-            rows = slice(self.places.start + offset, self.places.stop + offset)
-            by_chunk(total_SD[rows], self.chunk_len).add_(x_NWD[:, offset : offset + self.chunk_len])
+        The last chunks of the windows stand where no earlier tile has put anything: the sums start with them.
+        """
+        newest = self.window - self.chunk_len
+        if not self.first:
+            total_SD[:newest].zero_()
+        for offset in range(newest, -1, -self.chunk_len):
+            rows = by_chunk(total_SD[self.places.start + offset : self.places.stop + offset], self.chunk_len)
+            part = x_NWD[:, offset : offset + self.chunk_len]
+            rows.copy_(part) if offset == newest else rows.add_(part)
 
 
 class Round:

@@ -161,7 +161,7 @@ def peak_streams(monkeypatch: pytest.MonkeyPatch, pattern: str, heads_at_once: i
     return counted.peak / x.nbytes
 
 
-@pytest.mark.parametrize(("pattern", "limits"), [("local", (17.0, 15.0, 14.0)), ("lsh", (15.1, 13.6, 12.7))])
+@pytest.mark.parametrize(("pattern", "limits"), [("local", (17.0, 15.0, 14.0)), ("lsh", (14.6, 13.1, 12.2))])
 def test_the_peak_of_a_step_in_streams(
     monkeypatch: pytest.MonkeyPatch, pattern: str, limits: tuple[float, float, float]
 ) -> None:
@@ -172,8 +172,8 @@ def test_the_peak_of_a_step_in_streams(
 
 
 def test_the_count_of_streams_sees_inner_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A feed-forward layer in one piece holds its inner activations, eight times as wide, several times."""
-    assert peak_streams(monkeypatch, "local", 1, ff_chunk_tokens=LONG_TOKENS) > 40
+    """A feed-forward layer in one piece holds its inner activations, eight times as wide, three times."""
+    assert peak_streams(monkeypatch, "local", 1, ff_chunk_tokens=LONG_TOKENS) > 35
 
 
 def test_a_long_autocast_region_does_not_grow() -> None:
