@@ -112,9 +112,9 @@ class _Attention(nn.Module):
 
         def projected(x_BtM: Tensor) -> tuple[Tensor, ...]:
             normed = layer_norm(x_BtM, self.norm_weight, self.norm_bias, self.config.norm_eps)
-            return tuple(F.linear(normed, weight) for weight in weights)
+            return tuple(self._heads(F.linear(normed, weight)) for weight in weights)
 
-        return [self._heads(x) for x in map_chunks(projected, x_BTM, self.config.ff_chunk_tokens)]
+        return [x.transpose(1, 2) for x in map_chunks(projected, x_BTM, self.config.ff_chunk_tokens)]
 
     @property
     def projection_weights(self) -> list[Tensor]:
@@ -131,7 +131,7 @@ class _Attention(nn.Module):
         }
 
     def _heads(self, x_BTE: Tensor) -> Tensor:
-        return x_BTE.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        return x_BTE.unflatten(-1, (-1, self.d_head))
 
     def _groups(
         self, x_BTM: Tensor, call: Call, buckets: Tensor | None, differentiable: bool
@@ -188,8 +188,8 @@ class _Attention(nn.Module):
         for tokens in token_slices(d_out_BTM.shape[1], self.config.ff_chunk_tokens):
             d_out = d_out_BTM[:, tokens].flatten(0, 1).to(dtype)
             out_sum[:, group.columns] += d_out.T @ _rows(group.out.detach(), tokens)
-        (d_merged_BTE,) = map_chunks(lambda d: (d.to(dtype) @ weight,), d_out_BTM, self.config.ff_chunk_tokens)
-        d_projected = torch.autograd.grad(group.out, group.projected, self._heads(d_merged_BTE).to(dtype))
+        (d_BThD,) = map_chunks(lambda d: (self._heads(d.to(dtype) @ weight),), d_out_BTM, self.config.ff_chunk_tokens)
+        d_projected = torch.autograd.grad(group.out, group.projected, d_BThD.transpose(1, 2).to(dtype))
         group.projected, group.out = [], group.out.detach()
         return list(d_projected)
 

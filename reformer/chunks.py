@@ -27,7 +27,13 @@ def map_chunks(
         return tuple(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
     results: tuple[Tensor, ...] = ()
     for tokens, parts in zip(token_slices(x_BTM.shape[1], chunk_tokens), chunks, strict=True):
-        results = results or tuple(part.new_empty(*x_BTM.shape[:2], part.shape[-1]) for part in parts)
+        results = results or tuple(_whole(part, x_BTM.shape[1]) for part in parts)
         for result, part in zip(results, parts, strict=True):
             result[:, tokens] = part
     return results
+
+
+def _whole(part_Bt: Tensor, n_tokens: int) -> Tensor:
+    """Memory for all tokens of a result [B, t, …, M]; of one by heads, [B, t, H, D], a head's tokens stand together."""
+    batch, _, *middle, width = part_Bt.shape
+    return part_Bt.new_empty(batch, *middle, n_tokens, width).movedim(-2, 1)

@@ -10,7 +10,7 @@ from parity import assert_parity, gradients
 from torch import Tensor
 
 from reformer import Reformer, ReformerConfig
-from reformer.chunks import token_slices
+from reformer.chunks import map_chunks, token_slices
 from reformer.loss import IGNORED_LABEL
 from reformer.lsh.rounds import Layout, Tile
 
@@ -151,3 +151,19 @@ def test_logits_and_the_loss_without_gradients_are_the_same_in_chunks() -> None:
             logits, loss = (model(tokens, given, segment_ids=segments) for given in (None, labels))
         results.append({"logits": logits, "loss": loss})
     assert_parity(*results, 1e-12)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 10])
+def test_results_of_chunks_are_put_together_with_gradients_and_without(chunk_tokens: int) -> None:
+    """One by tokens, one by heads; of the latter a head's tokens stand side by side."""
+    x_BTM = torch.randn(2, 7, 6, dtype=torch.float64)
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, (x + 1).unflatten(-1, (3, 2))
+
+    with torch.no_grad():
+        by_token, by_head = map_chunks(both, x_BTM, chunk_tokens)
+    assert by_token.is_contiguous() and by_head.transpose(1, 2).is_contiguous()
+    assert torch.equal(by_token, x_BTM * 2) and torch.equal(by_head, (x_BTM + 1).view(2, 7, 3, 2))
+    for one, other in zip(map_chunks(both, x_BTM, chunk_tokens), (by_token, by_head), strict=True):
+        assert torch.equal(one, other)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reformer.lsh as lsh
 from reformer import lsh_attention
 from reformer.local import local_attention
-from reformer.lsh import chunked, dispatch, dropout, hashing, reference, rounds
+from reformer.lsh import chunked, dispatch, dropout, hashing, reference, rounds, scratch
 from reformer.lsh.dropout import keep_factor
 from reformer.lsh.hashing import default_buckets, hash_to_buckets
 
@@ -208,7 +208,8 @@ def test_the_default_number_of_buckets_is_that_of_the_text() -> None:
 
 
 def test_names_of_the_text_are_names_of_the_code() -> None:
-    code = "\n".join(inspect.getsource(module) for module in (chunked, dispatch, dropout, hashing, reference, rounds))
+    modules = (chunked, dispatch, dropout, hashing, reference, rounds, scratch)
+    code = "\n".join(inspect.getsource(module) for module in modules)
     code += inspect.getsource(local_attention)
     names = set(re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:=\w+)?`", README))
     assert len(names) > 20
