@@ -62,6 +62,8 @@ class FeedForward(nn.Module):
         out_sums = GradientSum([self.out_weight, self.out_bias])
         for tokens in token_slices(x_BTM.shape[1], self.chunk_tokens):
             with torch.enable_grad():
+                # In two dimensions: what F.linear gives for three is a view, and the gradient of a view that is changed
+                # in place, as by relu_, is copied three times by autograd.
                 x = x_BTM[:, tokens].flatten(0, 1).detach().requires_grad_()
                 inner = self._inner(x, *inner_sums.aliases)
             activations, d_out = inner.detach(), d_out_BTM[:, tokens].flatten(0, 1).to(inner.dtype)

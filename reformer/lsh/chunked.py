@@ -146,8 +146,9 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
     out_GTD = v_GTD.new_empty(v_GTD.shape)
     top_GT1, norm_GT1 = (q_GTD.new_empty(n_groups, n_tokens, 1, dtype=dtype) for _ in range(2))
     tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
-    n_spare = 0 if out_GTD.dtype == dtype else n_tokens
-    out_SD, one_TD, spare_TD = scratch(q_GTD, dtype, [(n, width) for n in (layout.n_places, n_tokens, n_spare)])
+    n_sums = n_tokens if layout.is_lsh else 0  # local attention's values by place are its sums
+    n_spare = 0 if out_GTD.dtype == dtype else n_sums
+    out_SD, one_TD, spare_TD = scratch(q_GTD, dtype, [(n, width) for n in (layout.n_places, n_sums, n_spare)])
     total_GTD = _sums(out_GTD, spare_TD)
     by_place = [out_SD, *(q_GTD.new_empty(layout.n_places, 1, dtype=dtype) for _ in range(2))]
     one_round = [one_TD, *(torch.empty_like(top_GT1[0]) for _ in range(2))]
@@ -209,7 +210,9 @@ def _add_unbounded(total: list[Tensor], by_place: list[Tensor], one_round: list[
         for sum_, values, one in zip(total, by_place, one_round, strict=True):
             round_.add_by_token(sum_, values, one)
         return
-    out, norm, top = (x.index_select(0, round_.inverse) for x in by_place)
+    out, norm, top = (
+        torch.index_select(x, 0, round_.inverse, out=one) for x, one in zip(by_place, one_round, strict=True)
+    )
     total_out, total_norm, total_top = total
     new_top = torch.maximum(total_top, top)
     old_weight, new_weight = (total_top - new_top).exp2_(), (top - new_top).exp2_()
@@ -232,8 +235,9 @@ def _backward(
     dq_GTD, dv_GTD = q_GTD.new_empty(q_GTD.shape), v_GTD.new_empty(v_GTD.shape)
     dk_GTD = None if k_GTD is None else k_GTD.new_empty(k_GTD.shape)
     tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
-    n_spare = 0 if q_GTD.dtype == dtype else n_tokens
-    n_rows = [layout.n_places, n_tokens, n_spare, n_spare, n_tokens if dk_GTD is None else n_spare]
+    n_sums = n_tokens if layout.is_lsh else 0
+    n_spare = 0 if q_GTD.dtype == dtype else n_sums
+    n_rows = [layout.n_places, n_sums, n_spare, n_spare, n_sums if dk_GTD is None else n_spare]
     n_rows += [n_tokens, *[layout.n_places + layout.n_halo] * 2]
     dq_SD, one_TD, *spare, d_out_TD, dv_SD, dk_SD = scratch(q_GTD, dtype, [(n, width) for n in n_rows])
     results = (dq_GTD, dv_GTD, dq_GTD if dk_GTD is None else dk_GTD)  # shared: that of the keys is in spare memory

@@ -28,8 +28,8 @@ def shared_scratch() -> Iterator[None]:
 def scratch(like: Tensor, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Tensors of these shapes on like's device, to be written before they are read.
 
-    Within `shared_scratch` they are the caller's until anyone asks again: the i-th has the memory of every other i-th
-    that is not larger than the first ones.
+    Within `shared_scratch` they are the caller's until anyone asks again: the i-th of one call has the memory of the
+    i-th of another, as long as that is of the same dtype and device and large enough; otherwise it is freed for more.
     """
     kept = _shared.get()
     if kept is None:

@@ -173,7 +173,7 @@ def test_the_peak_of_a_step_in_streams(
 
 def test_the_count_of_streams_sees_inner_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A feed-forward layer in one piece holds its inner activations, eight times as wide, three times."""
-    assert peak_streams(monkeypatch, "local", 1, ff_chunk_tokens=LONG_TOKENS) > 35
+    assert 35 < peak_streams(monkeypatch, "local", 1, ff_chunk_tokens=LONG_TOKENS) < 39
 
 
 def test_a_long_autocast_region_does_not_grow() -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from reformer import Reformer, ReformerConfig, attention, lsh_attention
 from reformer.local import local_attention
-from reformer.lsh import chunked
+from reformer.lsh import chunked, rounds
 from reformer.lsh.scratch import scratch, shared_scratch
 
 LIKE = torch.empty(0, dtype=torch.float64)
@@ -73,31 +74,46 @@ def test_another_thread_has_its_own() -> None:
     assert found[0].data_ptr() != here.data_ptr()
 
 
-def lsh(qk: Tensor, v: Tensor, _: Tensor) -> Tensor:
-    rotations = torch.randn(2, D, 2, 3, generator=torch.Generator().manual_seed(3))
-    return lsh_attention(qk, v, n_hashes=2, chunk_len=8, n_buckets=6, rotations=rotations, backend="chunked")[0]
+def lsh(qk: Tensor, v: Tensor, _: Tensor, n_hashes: int = 2, **options: object) -> Tensor:
+    rotations = torch.randn(2, D, n_hashes, 3, generator=torch.Generator().manual_seed(3))
+    options |= {"n_hashes": n_hashes, "chunk_len": 8, "n_buckets": 6, "rotations": rotations, "backend": "chunked"}
+    return lsh_attention(qk, v, **options)[0]
 
 
-def local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return local_attention(q, k, v, chunk_len=8, backend="chunked")
+def local(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+    return local_attention(q, k, v, chunk_len=8, backend="chunked", **options)
+
+
+DROPOUT = {"dropout": 0.3, "dropout_keys": torch.tensor([[3, -4], [5, 6]])}
+MODES = {
+    "lsh": lsh,
+    "lsh, one round": partial(lsh, n_hashes=1),
+    "lsh, bidirectional": partial(lsh, causal=False),
+    "lsh, dropout": partial(lsh, **DROPOUT),
+    "local": local,
+    "local, bidirectional": partial(local, causal=False),
+    "local, dropout": partial(local, **DROPOUT),
+}
 
 
 def run(attend: Callable[..., Tensor], scale: float, dtype: torch.dtype) -> list[Tensor]:
     """Output and gradients for inputs of this size."""
     generator = torch.Generator().manual_seed(round(scale))
-    inputs = [torch.randn(1, 2, T, D, generator=generator).mul(scale).to(dtype).requires_grad_() for _ in range(3)]
+    inputs = [torch.randn(2, 2, T, D, generator=generator).mul(scale).to(dtype).requires_grad_() for _ in range(3)]
     out = attend(*inputs)
     gradients = torch.autograd.grad(out.double().square().sum(), inputs, allow_unused=True)
     return [out.detach(), *(x for x in gradients if x is not None)]
 
 
-@pytest.mark.parametrize("attend", [lsh, local])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_results_do_not_depend_on_who_computed_there_before(
-    monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Tensor], dtype: torch.dtype, scale: float
+    monkeypatch: pytest.MonkeyPatch, mode: str, dtype: torch.dtype, scale: float
 ) -> None:
     """The memory is full of NaN at first, then of another call's numbers; a scale of 1e3 takes the unbounded path."""
+    attend = MODES[mode]
+    monkeypatch.setattr(rounds, "TILE_SCORES_PER_THREAD", 300)  # several tiles, the last one smaller
     alone = run(attend, scale, dtype)
 
     def poisoned(like: Tensor, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> list[Tensor]:
@@ -119,10 +135,12 @@ def test_a_layer_computes_all_its_heads_in_one_memory(monkeypatch: pytest.Monkey
     """Forward, and backward with what it computes again."""
     monkeypatch.setattr(attention, "GROUP_NUMBERS", 1)
     seen: list[list[int]] = []
+    alive: list[Tensor] = []  # so that no address is given twice
 
     def recording(*arguments: object) -> list[Tensor]:
         tensors = scratch(*arguments)  # type: ignore[arg-type]
         seen.append([x.data_ptr() for x in tensors if len(x)])
+        alive.extend(tensors)
         return tensors
 
     monkeypatch.setattr(chunked, "scratch", recording)
