@@ -62,8 +62,6 @@ class FeedForward(nn.Module):
         out_sums = GradientSum([self.out_weight, self.out_bias])
         for tokens in token_slices(x_BTM.shape[1], self.chunk_tokens):
             with torch.enable_grad():
-                # In two dimensions: what F.linear gives for three is a view, and the gradient of a view that is changed
-                # in place, as by relu_, is copied three times by autograd.
                 x = x_BTM[:, tokens].flatten(0, 1).detach().requires_grad_()
                 inner = self._inner(x, *inner_sums.aliases)
             activations, d_out = inner.detach(), d_out_BTM[:, tokens].flatten(0, 1).to(inner.dtype)
@@ -81,7 +79,10 @@ class FeedForward(nn.Module):
         return [self.norm_weight, self.norm_bias, self.in_weight, self.in_bias]
 
     def _inner(self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, in_weight: Tensor, in_bias: Tensor) -> Tensor:
+        """The inner activations [N, d_ff] of tokens [N, M]: in two dimensions, since what F.linear gives for three is a
+        view, and the gradient of a view that is changed in place, as by relu_, is copied three times by autograd."""
         return self.activation(F.linear(layer_norm(x, norm_weight, norm_bias, self.norm_eps), in_weight, in_bias))
 
-    def _whole(self, x: Tensor) -> Tensor:
-        return F.linear(self._inner(x, *self._inner_parameters), self.out_weight, self.out_bias)
+    def _whole(self, x_BtM: Tensor) -> Tensor:
+        inner = self._inner(x_BtM.flatten(0, 1), *self._inner_parameters)
+        return F.linear(inner, self.out_weight, self.out_bias).view(x_BtM.shape)
