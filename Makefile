@@ -29,7 +29,7 @@ bench: install
 # On a machine with a GPU, with whatever Python has a CUDA build of torch there. Nothing is installed: launch/gpu_check.py
 # says what it needs.
 gpu-check:
-	PYTHONPATH=$(CURDIR) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) launch/gpu_check.py
+	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) launch/gpu_check.py
 
 # Four files at a time on two cores: much of their time the tests wait, for clusters and for launchers. A file is one
 # worker's, which makes what its tests share once.
