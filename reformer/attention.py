@@ -32,6 +32,8 @@ from reformer.lsh.scratch import shared_scratch
 
 GROUP_NUMBERS = 2**24
 """A group has so many heads that one of its tensors [B, h, T, D] holds so many numbers, or a single head."""
+GROUP_NUMBERS_GPU = 2**27
+"""The same on a GPU, which has to be kept busy with few launches."""
 
 
 @dataclass
@@ -137,7 +139,8 @@ class _Attention(nn.Module):
         self, x_BTM: Tensor, call: Call, buckets: Tensor | None, differentiable: bool
     ) -> Iterator[tuple[HeadGroup, Tensor | None]]:
         """All heads, group by group, with the buckets of each; `differentiable` in the sense of `HeadGroup.out`."""
-        at_once = max(1, GROUP_NUMBERS // (x_BTM.shape[0] * x_BTM.shape[1] * self.d_head))
+        numbers = GROUP_NUMBERS if x_BTM.device.type == "cpu" else GROUP_NUMBERS_GPU
+        at_once = max(1, numbers // (x_BTM.shape[0] * x_BTM.shape[1] * self.d_head))
         for start in range(0, self.n_heads, at_once):
             heads = slice(start, min(start + at_once, self.n_heads))
             yield self._group(x_BTM, call, None if buckets is None else buckets[:, heads], heads, differentiable)

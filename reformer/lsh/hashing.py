@@ -19,7 +19,9 @@ from torch import Tensor
 MAX_UNFACTORISED = 128
 
 HASH_TOKENS = 1024
-"""Tokens that are hashed at a time, so that their projections stay in cache."""
+"""Tokens that are hashed at a time on a CPU, so that their projections stay in cache."""
+HASH_NUMBERS_GPU = 2**26
+"""Projections that exist at a time on a GPU, where by so few tokens the launches took ten times as long (measured)."""
 
 
 def default_buckets(n_tokens: int, chunk_len: int) -> tuple[int, ...]:
@@ -86,14 +88,17 @@ def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int,
     directions_HND = torch.cat([part.flatten(2) for part in parts], dim=-1).mT.contiguous()
     bucket_dtype = torch.int16 if math.prod(factors) <= 2**15 else torch.int32
     buckets = torch.empty(batch, n_heads, n_hashes, n_tokens, dtype=bucket_dtype, device=qk_BHTD.device)
-    for start in range(0, n_tokens, HASH_TOKENS):
-        x_BHtD = qk_BHTD[:, :, start : start + HASH_TOKENS].detach().to(dtype)
+    at_once = HASH_TOKENS
+    if qk_BHTD.device.type != "cpu":
+        at_once = max(HASH_TOKENS, HASH_NUMBERS_GPU // (batch * n_heads * directions_HND.shape[1]))
+    for start in range(0, n_tokens, at_once):
+        x_BHtD = qk_BHTD[:, :, start : start + at_once].detach().to(dtype)
         projected = torch.matmul(directions_HND, x_BHtD.mT).split([n_hashes * half for half in halves], dim=-2)
         bucket_BHRt, stride = torch.zeros((), dtype=dtype, device=qk_BHTD.device), 1
         for part, half in zip(projected, halves, strict=True):
             bucket_BHRt = bucket_BHRt + stride * _argmax_of_both_signs(part.unflatten(-2, (n_hashes, half)))
             stride *= 2 * half
-        buckets[..., start : start + HASH_TOKENS] = bucket_BHRt
+        buckets[..., start : start + at_once] = bucket_BHRt
     return buckets
 
 
