@@ -4,7 +4,7 @@ Every peer is built by a function: a model with its loss (`MODELS`), or a functi
 (`PEERS`): forward and backward, fp32, no dropout, a batch of one sequence. Each runs in a process of its own, so that
 its peak memory is its own. Equal are:
 
-model      Width, layers, heads, vocabulary, a feed-forward layer four times as wide that takes 4096 tokens at a
+model      Width, layers, heads, vocabulary, a feed-forward layer four times as wide that takes `chunk_tokens` at a
            time, axial positions. Nobody keeps more than a layer's activations: Reformers are reversible, the dense
            model is checkpointed.
 attention  What stands between the projections of one layer: from qk and v [1, T, M] as a projection leaves them to
@@ -33,9 +33,6 @@ from reformer.call import Call
 from reformer.dense import dense_attention
 from reformer.model import Embedding
 
-CHUNK_TOKENS = 4096
-"""Tokens that pass through a feed-forward layer, or a head that can be chunked, at a time."""
-
 Step = Callable[[], None]
 Loss = Callable[[Tensor], Tensor]
 Model = tuple[nn.Module, Loss]
@@ -54,6 +51,8 @@ class Sizes:
     n_hashes: int = 4
     chunk_len: int = 64
     vocab_size: int = 256
+    chunk_tokens: int = 4096
+    """Tokens that pass through a feed-forward layer, or a head that can be chunked, at a time."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def config_of(sizes: Sizes) -> ReformerConfig:
         n_heads=sizes.n_heads,
         n_hashes=sizes.n_hashes,
         lsh_chunk_len=sizes.chunk_len,
-        ff_chunk_tokens=CHUNK_TOKENS,
+        ff_chunk_tokens=sizes.chunk_tokens,
         attn_pattern=("lsh",),
     )
 
@@ -156,8 +155,8 @@ def huggingface_config(sizes: Sizes) -> Any:
         use_cache=False,
         hidden_dropout_prob=0.0,
         lsh_attention_probs_dropout_prob=0.0,
-        chunk_size_feed_forward=min(CHUNK_TOKENS, sizes.seq_len),
-        chunk_size_lm_head=min(CHUNK_TOKENS, sizes.seq_len),
+        chunk_size_feed_forward=min(sizes.chunk_tokens, sizes.seq_len),
+        chunk_size_lm_head=min(sizes.chunk_tokens, sizes.seq_len),
     )
 
 
@@ -183,7 +182,7 @@ def lucidrains(sizes: Sizes) -> Model:
         bucket_size=sizes.chunk_len,
         n_hashes=sizes.n_hashes,
         causal=True,
-        ff_chunks=math.ceil(sizes.seq_len / CHUNK_TOKENS),
+        ff_chunks=math.ceil(sizes.seq_len / sizes.chunk_tokens),
         axial_position_emb=True,
         axial_position_shape=config_of(sizes).axial_shape,
     )
@@ -211,6 +210,7 @@ class DenseModel(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         d_model, d_ff = sizes.d_model, 4 * sizes.d_model
+        self.chunk_tokens = sizes.chunk_tokens
         self.embedding = Embedding(config_of(sizes))
         self.attentions = nn.ModuleList([_DenseAttention(sizes) for _ in range(sizes.n_layers)])
         self.feed_forwards = nn.ModuleList(
@@ -225,8 +225,8 @@ class DenseModel(nn.Module):
         x = self.embedding(tokens_BT)
         for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
             x = x + _recomputed(attention, x)
-            x = torch.cat([part + _recomputed(feed_forward, part) for part in x.split(CHUNK_TOKENS, dim=1)], dim=1)
-        parts = zip(x.split(CHUNK_TOKENS, dim=1), tokens_BT.split(CHUNK_TOKENS, dim=1), strict=True)
+            x = torch.cat([part + _recomputed(feed_forward, part) for part in x.split(self.chunk_tokens, dim=1)], dim=1)
+        parts = zip(x.split(self.chunk_tokens, dim=1), tokens_BT.split(self.chunk_tokens, dim=1), strict=True)
         losses = [_recomputed(self._summed_loss, part, labels) for part, labels in parts]
         return torch.stack(losses).sum() / tokens_BT.numel()
 

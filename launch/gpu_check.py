@@ -5,9 +5,10 @@
     python launch/gpu_check.py --device cpu --seq-len 256 512 --n-layers 2 --d-model 64 --n-heads 2 --skip-tests
 
 First the kernels' tests run on the GPU; then one layer's attention and the training step (forward and backward) of a
-12-layer model are timed from short to long, bf16, each after a first call that does not count; then the longest
-sequence that the GPU trains is looked for (the last example is a dry run, without that). What is expected, from the
-shorter lengths, to take longer than its budget is left out, and the table says so. The share of the roofline is that
+12-layer model are timed from short to long, bf16, each after a first call that does not count, ours and
+FlashAttention's; then the longest sequence that the GPU trains is looked for (the last example is a dry run, without
+that); then the other peers are timed. What is expected, from the shorter lengths, to take longer than its budget is
+left out, and the table says so; of what takes long, the first call is all there is. The share of the roofline is that
 of attention without hashing and sorting; MFU is that of our model, by trainer/flops.py; both only where the device's
 peaks are known (roofline.py).
 
@@ -39,14 +40,14 @@ import torch
 try:
     from benchmark_peers import Sizes, Step, config_of, positive
     from gpu_budget import Budget, expected_call_s, longest
-    from gpu_peers import ATTENTION, MODEL, OUR_MODEL, attention_step, disagreement, model_training_step
+    from gpu_peers import ATTENTION, LONGEST, MODEL, OUR_MODEL, attention_step, disagreement, model_training_step
     from roofline import backward_work, forward_work, mfu, peaks_of
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed here, and is needed: {__doc__.strip().splitlines()[-2]}")
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = "tests/reformer/test_triton.py"
-TEST_PROCESSES = 8
+KERNEL_TESTS = ("tests/reformer/test_triton.py", "tests/reformer/test_triton_hashing.py")
+TEST_PROCESSES = 16
 """Most of the tests' time is the compilation of kernels, one core each."""
 TESTS_S = 200.0
 """After so long the tests are stopped, so that the rest has its time."""
@@ -54,8 +55,12 @@ TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
 """How far the fused path may be from the chunked one, relative to the largest number."""
 REPEAT_S, REPEATS, MOST_CALLS = 0.2, 3, 20
 """The median of three runs of as many calls as fit into so many seconds."""
-LONGEST_SHARE = 0.15
+ONCE_S = 10.0
+"""What is expected to take longer is called once."""
+LONGEST_SHARE = 0.25
 """Of the whole budget, what is kept for the search for the longest sequence."""
+FIRST = ("ours", "ours-attention", "ours-hash-sort", "flash")
+"""Who is timed before that search: what the aims are about."""
 
 Result = dict[str, Any]
 
@@ -73,7 +78,8 @@ def measure(build: Callable[[], Step], device: torch.device, once: bool = False)
     if not once and (calls := min(MOST_CALLS, int(REPEAT_S / seconds[0]))):
         seconds = [_timed(step, calls, device) for _ in range(REPEATS)]
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_gib": peak}
+    first_call = {"first_call": True} if once else {}
+    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_gib": peak, **first_call}
 
 
 def attempt(function: Callable[[], Result]) -> Result:
@@ -107,7 +113,7 @@ def run_kernel_tests() -> Result:
         return {"error": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     begun = time.monotonic()
-    listed = _output([*command, "--collect-only", KERNEL_TESTS], TESTS_S)
+    listed = _output([*command, "--collect-only", *KERNEL_TESTS], TESTS_S)
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     if not names:
         return {"error": "no test could be collected", "output": (listed.stdout + listed.stderr)[-2000:]}
@@ -156,8 +162,8 @@ def items(sizes: Sizes, setting: Setting) -> list[tuple[Result, Callable[[], Ste
     return [(label, build) for label, build in found if label["peer"] in setting.peers]
 
 
-def run_items(sizes: Sizes, setting: Setting, earlier: Sequence[Result]) -> list[Result]:
-    """All measurements at one length, those left out included."""
+def run_items(sizes: Sizes, setting: Setting, earlier: Sequence[Result], reserve_s: float = 0.0) -> list[Result]:
+    """All measurements at one length, those left out included; so much time is to be left after them."""
     results = []
     budget = setting.budget
     for label, build in items(sizes, setting):
@@ -168,10 +174,13 @@ def run_items(sizes: Sizes, setting: Setting, earlier: Sequence[Result]) -> list
             result: Result = {"error": "transformers is not installed"}
         elif stopped:
             result = {"error": stopped["error"]}
-        elif objection := budget.objection(2 * expected_call_s(points, sizes.seq_len), LONGEST_SHARE * budget.total_s):
-            result = {"left_out": objection}
         else:
-            result = attempt(functools.partial(measure, build, setting.device))
+            expected_s = expected_call_s(points, sizes.seq_len)
+            once = expected_s > ONCE_S
+            if objection := budget.objection(expected_s if once else 2 * expected_s, reserve_s):
+                result = {"left_out": objection}
+            else:
+                result = attempt(functools.partial(measure, build, setting.device, once))
         if label["peer"] == "ours-attention" and "seconds" in result:
             result |= achieved(
                 sizes, setting.dtype, label["what"] == "attention fwd+bwd", result["seconds"], setting.peaks
@@ -181,6 +190,15 @@ def run_items(sizes: Sizes, setting: Setting, earlier: Sequence[Result]) -> list
         results.append({**label, **result})
         print(row(results[-1]), flush=True)
     return results
+
+
+def time_all(
+    shapes: Sequence[Sizes], setting: Setting, record: Result, file: Path | None, reserve_s: float = 0.0
+) -> None:
+    """Adds the measurements at all lengths to the record, one length after the other."""
+    for sizes in shapes:
+        record["results"] += run_items(sizes, setting, record["results"], reserve_s)
+        write(file, record)
 
 
 def achieved(
@@ -211,7 +229,8 @@ def row(result: Result) -> str:
     line += f"{result['gb_per_s']:>9.0f} GB/s" if "gb_per_s" in result else ""
     line += f"{result['roofline_share']:>7.0%} of the roofline" if "roofline_share" in result else ""
     line += f"{result['tokens_per_s']:>11,.0f} tokens/s" if "tokens_per_s" in result else ""
-    return line + (f"{result['mfu']:>7.1%} MFU" if "mfu" in result else "")
+    line += f"{result['mfu']:>7.1%} MFU" if "mfu" in result else ""
+    return line + ("  (first call)" if result.get("first_call") else "")
 
 
 def judged(errors: Result, dtype: torch.dtype) -> Result:
@@ -225,7 +244,8 @@ def judged(errors: Result, dtype: torch.dtype) -> Result:
 def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Setting) -> Result:
     """The longest sequence that our model trains on this device, its tokens per second and MFU.
 
-    From the lengths and seconds that are known, upwards until memory or the time that is left forbids it.
+    With `keep_ends` off, which is for this. From the lengths and seconds that are known, upwards until memory or the
+    time that is left forbids it.
     """
     points, tried = list(known), []
 
@@ -235,7 +255,7 @@ def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Sett
             found: Result = {"left_out": objection}
         else:
             shape = replace(sizes, seq_len=seq_len)
-            build = functools.partial(model_training_step, "ours", shape, setting.device, setting.dtype)
+            build = functools.partial(model_training_step, LONGEST, shape, setting.device, setting.dtype)
             found = attempt(functools.partial(measure, build, setting.device, once=True))
             if "seconds" in found:
                 found |= training_speed(shape, "ours", found["seconds"], setting.peaks)
@@ -277,12 +297,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=positive, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="T")
     parser.add_argument("--budget-s", type=positive, default=510, help="for everything (default: %(default)s)")
     parser.add_argument("--item-budget-s", type=positive, default=30, help="for a measurement (default: %(default)s)")
-    names = [*dict.fromkeys((*ATTENTION, *MODEL, "huggingface"))]
+    names = [name for name in dict.fromkeys((*ATTENTION, *MODEL, "huggingface")) if name != LONGEST]
     parser.add_argument("--peers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--skip-tests", action="store_true", help="of the kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="(default: benchmarks/gpu-<device>.json; cpu: none)")
-    shape = Sizes(d_model=1024, n_layers=12, n_heads=8)
-    for name in ("d_model", "n_layers", "n_heads", "n_hashes", "chunk_len"):
+    shape = Sizes(d_model=1024, n_layers=12, n_heads=8, chunk_tokens=2**15)
+    for name in ("d_model", "n_layers", "n_heads", "n_hashes", "chunk_len", "chunk_tokens"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=getattr(shape, name))
     arguments = parser.parse_args()
     arguments.seq_len = sorted(set(arguments.seq_len))
@@ -328,16 +348,18 @@ def main() -> int:
     small = replace(sizes, seq_len=min(arguments.seq_len))
     record["fused_against_chunked"] = judged(attempt(lambda: disagreement(small, device, dtype)), dtype)
     print("fused against chunked:", json.dumps(record["fused_against_chunked"]), flush=True)
+    shapes = [replace(sizes, seq_len=seq_len) for seq_len in arguments.seq_len]
+    first = replace(setting, peers=[name for name in arguments.peers if name in FIRST])
+    others = replace(setting, peers=[name for name in arguments.peers if name not in FIRST])
     record["results"] = []
-    for seq_len in arguments.seq_len:
-        record["results"] += run_items(replace(sizes, seq_len=seq_len), setting, record["results"])
-        write(file, record)
+    time_all(shapes, first, record, file, LONGEST_SHARE * budget.total_s)
     ours = [x for x in record["results"] if x["peer"] == "ours" and "seconds" in x]
     known = [(x["seq_len"], x["seconds"]) for x in ours if x["what"] == "model fwd+bwd"]
     if known and device.type == "cuda":  # on a CPU it would fill the machine's memory
         record["longest"] = find_longest(sizes, known, setting)
         print("longest:", json.dumps({key: x for key, x in record["longest"].items() if key != "tried"}))
         write(file, record)
+    time_all(shapes, others, record, file)
     is_broken = "error" in record["tests"] or not record["fused_against_chunked"]["agrees"]
     return int(is_broken or ("ours" in arguments.peers and not known))
 

@@ -19,6 +19,7 @@ from reformer import Reformer, lsh_attention
 from reformer.lsh.dispatch import Backend, attention_in_chunks
 from reformer.lsh.hashing import default_buckets, draw_rotations, hash_to_buckets, sort_by_bucket
 from reformer.lsh.rounds import Layout
+from reformer.lsh.triton_hashing import triton_hash
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -47,15 +48,17 @@ def lsh(sizes: Sizes, q_BHTD: Tensor, backend: Backend | None = None) -> Attend:
     return lambda q, k, v: attend(q, v)[0]
 
 
-def buckets_of(sizes: Sizes, q_BHTD: Tensor) -> Tensor:
+def hash_and_sort(sizes: Sizes, q_BHTD: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What gives the order of these queries and its inverse, by rotations that are drawn once."""
     factors = default_buckets(sizes.seq_len, sizes.chunk_len)
     rotations = draw_rotations(sizes.n_heads, q_BHTD.shape[-1], sizes.n_hashes, factors, seed=0, step=0, layer=0)
-    return hash_to_buckets(q_BHTD, rotations, factors)
+    rotations = rotations.to(q_BHTD.device)
+    hashed = triton_hash if q_BHTD.is_cuda else hash_to_buckets
+    return lambda: sort_by_bucket(hashed(q_BHTD, rotations, factors).flatten(0, 1), sizes.chunk_len)
 
 
 def layout_of(sizes: Sizes, q_BHTD: Tensor) -> Layout:
-    order, inverse = sort_by_bucket(buckets_of(sizes, q_BHTD).flatten(0, 1), sizes.chunk_len)
-    return Layout(order, inverse, sizes.chunk_len, causal=True, is_lsh=True)
+    return Layout(*hash_and_sort(sizes, q_BHTD)(), sizes.chunk_len, causal=True, is_lsh=True)
 
 
 def only_attention(sizes: Sizes, q_BHTD: Tensor) -> Attend:
@@ -66,7 +69,8 @@ def only_attention(sizes: Sizes, q_BHTD: Tensor) -> Attend:
 
 def only_hash_and_sort(sizes: Sizes, q_BHTD: Tensor) -> Attend:
     """The other part of it; its result is no attention, but an order."""
-    return lambda q, k, v: sort_by_bucket(buckets_of(sizes, q).flatten(0, 1), sizes.chunk_len)[1]
+    hashed_and_sorted = hash_and_sort(sizes, q_BHTD)
+    return lambda q, k, v: hashed_and_sorted()[1]
 
 
 def dense(sizes: Sizes, q_BHTD: Tensor, kernel: SDPBackend) -> Attend:
@@ -160,8 +164,8 @@ class _OtherAttention(nn.Module):
         return layer.out(merged(self.attend(q, k, v)))
 
 
-def _ours(sizes: Sizes, backend: Backend | None = None) -> Step:
-    model = Reformer(config_of(sizes))
+def _ours(sizes: Sizes, backend: Backend | None = None, keep_ends: bool = True) -> Step:
+    model = Reformer(config_of(sizes).model_copy(update={"keep_ends": keep_ends}))
     backend = backend or fused(model.head.weight.device)
     blocks: Any = model.blocks
     for block in blocks:
@@ -176,20 +180,35 @@ def _dense(sizes: Sizes, attend_of: Callable[[Sizes, Tensor], Attend]) -> Step:
     return model_step(model, model, sizes)
 
 
+LONGEST = "ours-longest"
+"""Ours as it trains the longest sequences: it keeps as little as it can."""
 MODEL: dict[str, Callable[[Sizes], Step]] = {
     "ours": _ours,
+    LONGEST: functools.partial(_ours, keep_ends=False),
     "ours-chunked": functools.partial(_ours, backend="chunked"),
     "flash": functools.partial(_dense, attend_of=ATTENTION["flash"]),
     "cudnn": functools.partial(_dense, attend_of=ATTENTION["cudnn"]),
     "flex": functools.partial(_dense, attend_of=flex),
     "huggingface": PEERS["model"]["huggingface"].build,
 }
-OUR_MODEL = ("ours", "ours-chunked")
+OUR_MODEL = ("ours", LONGEST, "ours-chunked")
 """Those of them that are the Reformer, whose FLOPs trainer/flops.py counts."""
 
 
 def model_training_step(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Step:
-    """Forward and backward of a whole model; parameters in `dtype`, ours with its residual streams in fp32."""
+    """Forward and backward of a whole model; parameters in `dtype`, ours with its residual streams in fp32.
+
+    Hugging Face's mixes dtypes, and runs with parameters in fp32 under autocast only.
+    """
     torch.manual_seed(0)
-    with built_on(device, dtype):
-        return MODEL[name](sizes)
+    if name != "huggingface" or dtype == torch.float32:
+        with built_on(device, dtype):
+            return MODEL[name](sizes)
+    with built_on(device, torch.float32):
+        step = MODEL[name](sizes)
+
+    def step_under_autocast() -> None:
+        with torch.autocast(device.type, dtype):
+            step()
+
+    return step_under_autocast

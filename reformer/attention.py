@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reformer.call import Call
-from reformer.chunks import map_chunks, token_slices
+from reformer.chunks import ff_chunk_tokens, map_chunks, token_slices
 from reformer.config import ReformerConfig
 from reformer.dense import dense_attention
 from reformer.feed_forward import layer_norm
@@ -116,7 +116,7 @@ class _Attention(nn.Module):
             normed = layer_norm(x_BtM, self.norm_weight, self.norm_bias, self.config.norm_eps)
             return tuple(self._heads(F.linear(normed, weight)) for weight in weights)
 
-        return [x.transpose(1, 2) for x in map_chunks(projected, x_BTM, self.config.ff_chunk_tokens)]
+        return [x.transpose(1, 2) for x in map_chunks(projected, x_BTM, self._at_once(x_BTM))]
 
     @property
     def projection_weights(self) -> list[Tensor]:
@@ -131,6 +131,13 @@ class _Attention(nn.Module):
             "dropout": call.attn_dropout,
             "dropout_keys": None if keys_BH is None else keys_BH[:, heads],
         }
+
+    def _at_once(self, x_BT: Tensor) -> int:
+        """Tokens that norm and projections take at a time."""
+        return ff_chunk_tokens(self.config, x_BT)
+
+    def _slices(self, x_BT: Tensor) -> Iterator[slice]:
+        return token_slices(x_BT.shape[1], self._at_once(x_BT))
 
     def _heads(self, x_BTE: Tensor) -> Tensor:
         return x_BTE.unflatten(-1, (-1, self.d_head))
@@ -161,9 +168,10 @@ class _Attention(nn.Module):
         """The output projection of a group, added to that of the groups before it."""
         out_BThD, weight = group.out.transpose(1, 2), self.out_weight[:, group.columns]
         if total_BTM is None or torch.is_grad_enabled():
-            (part_BTM,) = map_chunks(lambda x: (F.linear(x.flatten(2), weight),), out_BThD, self.config.ff_chunk_tokens)
+            at_once = self._at_once(out_BThD)
+            (part_BTM,) = map_chunks(lambda x: (F.linear(x.flatten(2), weight),), out_BThD, at_once)
             return part_BTM if total_BTM is None else total_BTM + part_BTM
-        for tokens in token_slices(out_BThD.shape[1], self.config.ff_chunk_tokens):
+        for tokens in self._slices(out_BThD):
             total_BTM[:, tokens] += F.linear(out_BThD[:, tokens].flatten(2), weight)
         return total_BTM
 
@@ -188,10 +196,10 @@ class _Attention(nn.Module):
     def _through_merge(self, group: HeadGroup, d_out_BTM: Tensor, out_sum: Tensor) -> list[Tensor]:
         """The gradients of a group's projections [B, h, T, D]; adds that of the output projection to its sum."""
         dtype, weight = group.out.dtype, self.out_weight[:, group.columns]
-        for tokens in token_slices(d_out_BTM.shape[1], self.config.ff_chunk_tokens):
+        for tokens in self._slices(d_out_BTM):
             d_out = d_out_BTM[:, tokens].flatten(0, 1).to(dtype)
             out_sum[:, group.columns] += d_out.T @ _rows(group.out.detach(), tokens)
-        (d_BThD,) = map_chunks(lambda d: (self._heads(d.to(dtype) @ weight),), d_out_BTM, self.config.ff_chunk_tokens)
+        (d_BThD,) = map_chunks(lambda d: (self._heads(d.to(dtype) @ weight),), d_out_BTM, self._at_once(d_out_BTM))
         d_projected = torch.autograd.grad(group.out, group.projected, d_BThD.transpose(1, 2).to(dtype))
         group.projected, group.out = [], group.out.detach()
         return list(d_projected)
@@ -201,7 +209,7 @@ class _Attention(nn.Module):
     ) -> None:
         """Adds a group's gradients of the projections' weights to their sums, and of norm(x) to that of others."""
         weights = torch.cat([weight[columns] for weight in self.projection_weights])
-        for tokens in token_slices(x_BTM.shape[1], self.config.ff_chunk_tokens):
+        for tokens in self._slices(x_BTM):
             normed_BtM = layer_norm(x_BTM[:, tokens], self.norm_weight, self.norm_bias, self.config.norm_eps)
             d_projected = [_rows(d, tokens) for d in d_BhTD]
             for total, d in zip(sums, d_projected, strict=True):
@@ -216,7 +224,7 @@ class _Attention(nn.Module):
         """From the gradient of norm(x) to that of x, in its place; returns those of the norm's parameters."""
         sums = GradientSum([self.norm_weight, self.norm_bias])
         norm_weight, norm_bias = sums.aliases
-        for tokens in token_slices(x_BTM.shape[1], self.config.ff_chunk_tokens):
+        for tokens in self._slices(x_BTM):
             with torch.enable_grad():
                 x_BtM = x_BTM[:, tokens].detach().requires_grad_()
                 normed_BtM = layer_norm(x_BtM, norm_weight, norm_bias, self.config.norm_eps)

@@ -8,6 +8,33 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from reformer.config import ReformerConfig
+
+FF_CHUNK_TOKENS, FF_CHUNK_NUMBERS_GPU = 4096, 2**27
+"""Tokens that a feed-forward layer takes at a time unless the configuration says it: on a CPU, so that their inner
+activations stay near the cache; on a GPU so many that these are so many numbers, since each chunk costs launches."""
+LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS, LOSS_CHUNK_NUMBERS_GPU = 2048, 2**24, 2**26
+"""The same for the loss: at most so many tokens and so many logits on a CPU, and logits or features on a GPU."""
+
+
+def ff_chunk_tokens(config: ReformerConfig, x_BTM: Tensor) -> int:
+    """Tokens of each sample of x [B, T, M] that pass through a layer's products at a time."""
+    if config.ff_chunk_tokens is not None:
+        return config.ff_chunk_tokens
+    if x_BTM.device.type == "cpu":
+        return FF_CHUNK_TOKENS
+    assert config.d_ff is not None  # filled in by the config
+    return max(1, FF_CHUNK_NUMBERS_GPU // (len(x_BTM) * max(config.d_ff, config.d_model)))
+
+
+def loss_chunk_tokens(config: ReformerConfig, device: torch.device) -> int:
+    """Tokens, of all samples together, whose logits exist at a time when the loss is computed."""
+    if config.loss_chunk_tokens is not None:
+        return config.loss_chunk_tokens
+    if device.type == "cpu":
+        return max(1, min(LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS // config.vocab_size))
+    return max(1, LOSS_CHUNK_NUMBERS_GPU // max(config.vocab_size, 2 * config.d_model))
+
 
 def token_slices(n_tokens: int, chunk_tokens: int) -> Iterator[slice]:
     """The chunks of n_tokens as slices."""

@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 AttentionKind = Literal["local", "lsh", "dense"]
 
-LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS = 2048, 2**24
-"""The most tokens, and the most logits, that the loss takes at a time unless it is told otherwise."""
-
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the value and the way out."""
@@ -62,7 +59,7 @@ def _nearest(name: str, known: list[str]) -> str:
 class ReformerConfig(StrictConfig):
     """Shape and behaviour of a `Reformer` (Kitaev, Kaiser, Levskaya, ICLR 2020)."""
 
-    vocab_size: int = Field(ge=2)
+    vocab_size: int = Field(ge=2, strict=True)
     """Number of token ids."""
     max_seq_len: int = Field(default=65_536, ge=1)
     """Longest sequence in tokens; the axial position table covers exactly this many."""
@@ -98,10 +95,15 @@ class ReformerConfig(StrictConfig):
     """Factors (rows, columns) of max_seq_len for the axial position table; near-square when not given."""
     axial_dims: tuple[int, int] | None = None
     """Widths of the two axial tables, summing to d_model; a quarter and three quarters when not given."""
-    ff_chunk_tokens: int = Field(default=4096, ge=1)
-    """Tokens that pass through a feed-forward layer, or the projections of an attention layer, at a time."""
+    ff_chunk_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that pass through a feed-forward layer, or the projections of an attention layer, at a time; when not
+    given, 4096 on a CPU, and on a GPU as many as make 2^27 inner activations."""
     loss_chunk_tokens: int | None = Field(default=None, ge=1)
-    """Tokens whose logits exist at a time when the loss is computed; 2048, or fewer of a large vocabulary."""
+    """Tokens whose logits exist at a time when the loss is computed; when not given, 2048 on a CPU, or fewer of a
+    large vocabulary, and on a GPU as many as make 2^26 logits."""
+    keep_ends: bool = True
+    """Whether what the two ends of the stack would have to compute again is kept: three streams, and the heads of one
+    layer. False is for sequences as long as memory allows, and costs an attention layer's forward in time."""
     tie_embeddings: bool = False
     """Whether the output head reads the token embedding as its matrix."""
     norm_eps: float = Field(default=1e-6, gt=0.0)
@@ -120,9 +122,6 @@ class ReformerConfig(StrictConfig):
         if not isinstance(values, Mapping):
             return values
         filled = dict(values)
-        vocab_size = filled.get("vocab_size")
-        if filled.get("loss_chunk_tokens") is None and isinstance(vocab_size, int) and vocab_size > 0:
-            filled["loss_chunk_tokens"] = max(1, min(LOSS_CHUNK_TOKENS, LOSS_CHUNK_LOGITS // vocab_size))
         d_model = filled.get("d_model", cls.model_fields["d_model"].default)
         n_heads = filled.get("n_heads", cls.model_fields["n_heads"].default)
         max_seq_len = filled.get("max_seq_len", cls.model_fields["max_seq_len"].default)
@@ -155,10 +154,8 @@ class ReformerConfig(StrictConfig):
                 f"axial_dims={self.axial_dims} must sum to d_model={self.d_model}: "
                 f"give [{self.d_model // 4}, {self.d_model - self.d_model // 4}], or leave axial_dims out"
             )
-        if None in (self.d_head, self.d_ff, self.axial_shape, self.axial_dims, self.loss_chunk_tokens):
-            raise ValueError(
-                "vocab_size, max_seq_len, d_model and n_heads must be whole numbers: 256, not '256' or 256.0"
-            )
+        if None in (self.d_head, self.d_ff, self.axial_shape, self.axial_dims):
+            raise ValueError("max_seq_len, d_model and n_heads must be whole numbers: 256, not '256' or 256.0")
         if not self.attn_pattern:
             raise ValueError("attn_pattern is empty: give the kinds of attention, such as ('local', 'lsh')")
         factors = self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets or 2,)

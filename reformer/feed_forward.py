@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reformer.chunks import map_chunks, token_slices
+from reformer.chunks import ff_chunk_tokens, map_chunks, token_slices
 from reformer.config import ReformerConfig
 from reformer.gradients import GradientSum, with_gradients
 
@@ -25,7 +25,7 @@ class FeedForward(nn.Module):
         super().__init__()
         d_model, d_ff = config.d_model, config.d_ff
         assert d_ff is not None  # filled in by the config
-        self.chunk_tokens, self.norm_eps = config.ff_chunk_tokens, config.norm_eps
+        self.config = config
         # relu_ in place: what goes in is the output of a product, whose gradient does not need it.
         self.activation = torch.relu_ if config.activation == "relu" else F.gelu
         self.norm_weight = nn.Parameter(torch.ones(d_model))
@@ -46,7 +46,7 @@ class FeedForward(nn.Module):
         output itself costs one product more, and is None unless it is needed.
         """
         if d_out_BTM is None:
-            return map_chunks(lambda x: (self._whole(x),), x_BTM, self.chunk_tokens)[0], None
+            return map_chunks(lambda x: (self._whole(x),), x_BTM, ff_chunk_tokens(self.config, x_BTM))[0], None
         with torch.no_grad():  # a graph of the output would keep every chunk's inner activations
             out, gradients = self._with_gradients_by_chunks(x_BTM, d_out_BTM, needs_output)
         inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
@@ -60,7 +60,7 @@ class FeedForward(nn.Module):
         out, d_x = None, torch.empty_like(x_BTM)
         inner_sums = GradientSum(self._inner_parameters)
         out_sums = GradientSum([self.out_weight, self.out_bias])
-        for tokens in token_slices(x_BTM.shape[1], self.chunk_tokens):
+        for tokens in token_slices(x_BTM.shape[1], ff_chunk_tokens(self.config, x_BTM)):
             with torch.enable_grad():
                 x = x_BTM[:, tokens].flatten(0, 1).detach().requires_grad_()
                 inner = self._inner(x, *inner_sums.aliases)
@@ -81,7 +81,9 @@ class FeedForward(nn.Module):
     def _inner(self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, in_weight: Tensor, in_bias: Tensor) -> Tensor:
         """The inner activations [N, d_ff] of tokens [N, M]: in two dimensions, since what F.linear gives for three is a
         view, and the gradient of a view that is changed in place, as by relu_, is copied three times by autograd."""
-        return self.activation(F.linear(layer_norm(x, norm_weight, norm_bias, self.norm_eps), in_weight, in_bias))
+        return self.activation(
+            F.linear(layer_norm(x, norm_weight, norm_bias, self.config.norm_eps), in_weight, in_bias)
+        )
 
     def _whole(self, x_BtM: Tensor) -> Tensor:
         inner = self._inner(x_BtM.flatten(0, 1), *self._inner_parameters)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reformer.chunks import token_slices
+from reformer.chunks import loss_chunk_tokens, token_slices
 from reformer.config import ReformerConfig
 from reformer.feed_forward import layer_norm
 from reformer.gradients import GradientSum, add_product, with_gradients
@@ -37,8 +37,7 @@ class OutputHead(nn.Module):
     def __init__(self, config: ReformerConfig, embedding_VM: Tensor | None = None) -> None:
         super().__init__()
         d_model, width = config.d_model, 2 * config.d_model
-        assert config.loss_chunk_tokens is not None  # filled in by the config
-        self.chunk_tokens, self.norm_eps = config.loss_chunk_tokens, config.norm_eps
+        self.config = config
         self.norm_weight = nn.Parameter(torch.ones(width))
         self.norm_bias = nn.Parameter(torch.zeros(width))
         self.weight: Tensor
@@ -73,11 +72,15 @@ class OutputHead(nn.Module):
         _check_labels(labels, len(self.bias))
         if per_token or not torch.is_grad_enabled():
             losses_BT = self._losses(streams, labels).view(labels_BT.shape)
-            return losses_BT if per_token else mean_loss(losses_BT, labels_BT, self.chunk_tokens)
+            return losses_BT if per_token else mean_loss(losses_BT, labels_BT, self.chunk_tokens(labels.device))
         loss, d_streams, d_parameters = self._loss_and_gradients(streams, labels)
         inputs = [y1_BTM, y2_BTM, self.norm_weight, self.norm_bias, *self._matrices]
         gradients = [*(d.view_as(y1_BTM) for d in d_streams), *d_parameters]
         return with_gradients(loss, inputs, gradients, by_hand=[y1_BTM, y2_BTM])
+
+    def chunk_tokens(self, device: torch.device) -> int:
+        """Tokens whose logits exist at a time on this device."""
+        return loss_chunk_tokens(self.config, device)
 
     @property
     def _matrices(self) -> list[Tensor]:
@@ -85,15 +88,16 @@ class OutputHead(nn.Module):
         return [p for p in (self.weight, self.bias, self.projection_weight) if p is not None]
 
     def _normed(self, streams: list[Tensor], norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-        return layer_norm(torch.cat(streams, dim=-1), norm_weight, norm_bias, self.norm_eps)
+        return layer_norm(torch.cat(streams, dim=-1), norm_weight, norm_bias, self.config.norm_eps)
 
     @torch.no_grad()
     def _losses(self, streams_TM: list[Tensor], labels_T: Tensor) -> Tensor:
         """The loss [T] of each token, 0 where its label is ignored."""
-        chunk = _Chunk(self._matrices, min(self.chunk_tokens, len(labels_T)))
+        chunk_tokens = self.chunk_tokens(labels_T.device)
+        chunk = _Chunk(self._matrices, min(chunk_tokens, len(labels_T)))
         index_T1, valid_T1 = _targets(labels_T)
         losses_T1 = torch.empty_like(labels_T, dtype=_loss_dtype(streams_TM[0]))[:, None]
-        for tokens in token_slices(len(labels_T), self.chunk_tokens):
+        for tokens in token_slices(len(labels_T), chunk_tokens):
             normed = self._normed([y[tokens] for y in streams_TM], self.norm_weight, self.norm_bias)
             nll_t1, _ = _exponentiate(chunk.logits(chunk.read(normed)[1]), index_T1[tokens])
             losses_T1[tokens] = nll_t1.where(valid_T1[tokens], 0)
@@ -104,14 +108,15 @@ class OutputHead(nn.Module):
         self, streams_TM: list[Tensor], labels_T: Tensor
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The mean loss, the gradients of both streams, and those of the norm's parameters and the matrices."""
-        chunk = _Chunk(self._matrices, min(self.chunk_tokens, len(labels_T)))
+        chunk_tokens = self.chunk_tokens(labels_T.device)
+        chunk = _Chunk(self._matrices, min(chunk_tokens, len(labels_T)))
         index_T1, valid_T1 = _targets(labels_T)
         # Applied after the products: half precision would lose a millionth of a probability.
         share = 1 / valid_T1.sum().clamp(min=1).to(chunk.dtype)
         loss = streams_TM[0].new_zeros((), dtype=_loss_dtype(streams_TM[0]))
         d_streams_TM = [torch.empty_like(y) for y in streams_TM]
         norm_sums, matrix_sums = GradientSum([self.norm_weight, self.norm_bias]), GradientSum(self._matrices)
-        for tokens in token_slices(len(labels_T), self.chunk_tokens):
+        for tokens in token_slices(len(labels_T), chunk_tokens):
             index_t1, valid_t1 = index_T1[tokens], valid_T1[tokens]
             with torch.enable_grad():
                 parts = [y[tokens].detach().requires_grad_() for y in streams_TM]

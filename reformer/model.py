@@ -99,6 +99,10 @@ class Reformer(nn.Module):
             attn_dropout=self.config.attn_dropout if self.training else 0.0,
             n_hashes=n_hashes,
         )
-        x = self.embedding(tokens)
+        return self.head(*self._streams(tokens, call), labels, per_token)
+
+    def _streams(self, tokens_BT: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """The two streams [B, T, M] after the stack; what goes into it does not outlive this call."""
+        x = self.embedding(tokens_BT)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.head(*reversible_stack(self.blocks, x, x, call), labels, per_token)
+        return reversible_stack(self.blocks, x, x, call, self.config.keep_ends)

@@ -7,7 +7,7 @@ its outputs and differentiates the two halves on the way. Per layer the forward 
 reconstructed inputs differ from the originals by rounding: hashed again, some tokens would change buckets, and the
 gradient would be that of another function. At the two ends of the stack there is less to compute again: the inputs of
 the first block are kept, and of the last one, whose backward comes first, what its attention's backward needs. That is
-one block's memory, whatever the depth.
+one block's memory, whatever the depth, and is left out where `keep_ends` is False.
 """
 
 from collections.abc import Sequence
@@ -136,7 +136,9 @@ def _difference(stream: Tensor, update: Tensor) -> Tensor:
     return torch.sub(stream, update, out=update) if update.dtype == stream.dtype else stream - update
 
 
-def reversible_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def reversible_stack(
+    blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call, keep_ends: bool = True
+) -> tuple[Tensor, Tensor]:
     """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward, once.
 
     The streams' gradients may come by autograd or by hand, see `Handed`; the backward adds them up.
@@ -147,7 +149,7 @@ def reversible_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) 
         return x1, x2
     if not (x1.requires_grad or x2.requires_grad):
         x1 = x1.detach().requires_grad_()  # a frozen embedding must not freeze the stack
-    return _ReversibleStack.apply(x1, x2, tuple(blocks), call)
+    return _ReversibleStack.apply(x1, x2, tuple(blocks), call, keep_ends)
 
 
 @dataclass
@@ -155,59 +157,79 @@ class _Kept:
     """What lives from the forward to the backward, which takes it apart as it goes. An output of the stack is here
     without its graph: that would be a circle of references."""
 
+    buckets: list[Tensor | None]
+    """Of all blocks; if the ends are kept, of all but the last."""
+    y1: Tensor
+    y2: Tensor
+    """The streams after the last block; if the ends are kept, the second one before it."""
+    ends: "_Ends | None" = None
+
+
+@dataclass
+class _Ends:
+    """Of the two ends of the stack, what they need not compute again."""
+
     first_x2: Tensor
     """The second stream before the first block."""
-    buckets: list[Tensor | None]
-    """Of all blocks but the last."""
     last_x1: Tensor
-    last_x2: Tensor
-    """The streams before the last block."""
-    last_y1: Tensor
-    """The first stream after it."""
+    """The first stream before the last block."""
     held: list[HeadGroup]
-    """What the backward of its attention needs."""
+    """What the backward of the last block's attention needs."""
 
 
 class _ReversibleStack(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call
+        ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call, keep_ends: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.call, ctx.handed, ctx.autocast = blocks, call, Handed(), _autocast_state(x1.device.type)
-        first_x2, buckets = x2.detach(), []
-        held: list[HeadGroup] = []
-        *others, last = blocks
-        for block in others:
+        first_x2, buckets = x2.detach() if keep_ends else None, []
+        for block in blocks[:-1] if keep_ends else blocks:
             x1, x2, used = block(x1, x2, call)
             buckets.append(used)
-        attended, _ = last.attend(x2, call, held=held)
+        if first_x2 is None:
+            ctx.kept = _Kept(buckets, x1.detach(), x2.detach())
+            return x1, x2
+        held: list[HeadGroup] = []
+        attended, _ = blocks[-1].attend(x2, call, held=held)
         y1 = _sum(x1, attended)
-        ctx.kept = _Kept(first_x2, buckets, x1.detach(), x2.detach(), y1.detach(), held)
-        return y1, _sum(x2, last.feed(y1, call))
+        ctx.kept = _Kept(buckets, y1.detach(), x2.detach(), _Ends(first_x2, x1.detach(), held))
+        return y1, _sum(x2, blocks[-1].feed(y1, call))
 
     @staticmethod
-    def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("second derivatives (create_graph=True) are not available through a reversible stack")
         if ctx.kept is None:
             raise RuntimeError("this stack was differentiated already: run the forward again")
         kept, ctx.kept = ctx.kept, None
-        call, (*others, last) = ctx.call, ctx.blocks
-        first_x2, last_x1, held, buckets = kept.first_x2, kept.last_x1, kept.held, kept.buckets
-        at = Streams(kept.last_y1, kept.last_x2, *ctx.handed.added_to([d_y1, d_y2]))
+        at = Streams(kept.y1, kept.y2, *ctx.handed.added_to([d_y1, d_y2]))
+        buckets, ends = kept.buckets, kept.ends
         del kept, d_y1, d_y2
         with torch.autocast(**ctx.autocast):
-            last.feed_backward(at, call, needs_output=False)
-            at.x1 = last_x1
-            del last_x1
-            last.attend_backward(at, call, held=held, needs_output=False)
-            for block in reversed(others[1:]):
-                block.backward(at, call, buckets.pop())
-            for block in others[:1]:
-                block.feed_backward(at, call, needs_output=False)
-                at.x1 = at.x2 = first_x2
-                block.attend_backward(at, call, buckets.pop(), needs_output=False)
-        return at.d_x1, at.d_x2, None, None
+            if ends is not None:
+                _backward_with_ends(at, ctx.blocks, ctx.call, buckets, ends)
+            else:
+                for block in reversed(ctx.blocks):
+                    block.backward(at, ctx.call, buckets.pop())
+        return at.d_x1, at.d_x2, None, None, None
+
+
+def _backward_with_ends(
+    at: Streams, blocks: Sequence[ReversibleBlock], call: Call, buckets: list[Tensor | None], ends: _Ends
+) -> None:
+    """From the outputs of the stack to its inputs, with less to do in the last block and in the first."""
+    *others, last = blocks
+    last.feed_backward(at, call, needs_output=False)
+    at.x1 = ends.last_x1
+    del ends.last_x1
+    last.attend_backward(at, call, held=ends.held, needs_output=False)
+    for block in reversed(others[1:]):
+        block.backward(at, call, buckets.pop())
+    for block in others[:1]:
+        block.feed_backward(at, call, needs_output=False)
+        at.x1 = at.x2 = ends.first_x2
+        block.attend_backward(at, call, buckets.pop(), needs_output=False)
 
 
 def _autocast_state(device_type: str) -> dict[str, Any]:

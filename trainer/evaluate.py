@@ -173,7 +173,7 @@ def evaluate(
         batch = together(partial(_read, rows, share, token_bytes, device), launch, device)
         losses_BT = _losses(engine, batch, config.run.eval_n_hashes)
         # Its mean as the model itself gives it, to the bit, which a sum in float64 would not be.
-        mean = mean_loss(losses_BT, batch.labels, engine.module.head.chunk_tokens)
+        mean = mean_loss(losses_BT, batch.labels, engine.module.head.chunk_tokens(device))
         nll += mean.double() * batch.n_tokens
         n_tokens += batch.n_tokens
         n_bytes += batch.n_bytes

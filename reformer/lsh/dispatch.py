@@ -18,7 +18,8 @@ from reformer.lsh.dropout import check_dropout
 from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket
 from reformer.lsh.reference import lsh_attention_reference
 from reformer.lsh.rounds import Layout, by_head, renumbered
-from reformer.lsh.triton_attention import triton_attention, why_not
+from reformer.lsh.triton_attention import triton_attention, why_no_kernel, why_not
+from reformer.lsh.triton_hashing import triton_hash
 
 Backend = Literal["auto", "triton", "chunked", "dense", "reference"]
 
@@ -84,7 +85,7 @@ def lsh_attention(
         raise ValueError(f"backend={backend!r}: choose 'auto', 'triton', 'chunked', 'dense' or 'reference'")
     n_heads, n_tokens, _ = qk.shape[1:]
     if buckets is None:
-        buckets = _hashed(qk, n_hashes, bucket_factors(n_buckets, n_tokens, chunk_len), rotations)
+        buckets = _hashed(qk, n_hashes, bucket_factors(n_buckets, n_tokens, chunk_len), rotations, backend)
     if backend == "reference":
         _announce("LSH", backend, "it was asked for")
         with torch.autocast(qk.device.type, enabled=False):
@@ -129,15 +130,20 @@ def lsh_attention(
 
 
 @torch.no_grad()
-def _hashed(qk: Tensor, n_hashes: int, factors: tuple[int, ...], rotations: Tensor | None) -> Tensor:
-    """The buckets [B, H, R, T] of qk, by the given rotations or new ones."""
+def _hashed(qk: Tensor, n_hashes: int, factors: tuple[int, ...], rotations: Tensor | None, backend: Backend) -> Tensor:
+    """The buckets [B, H, R, T] of qk, by the given rotations or new ones.
+
+    By the fused kernel where that of attention would be taken, whatever the length of its chunks.
+    """
     shape = (qk.shape[1], qk.shape[3], n_hashes, sum(factors) // 2)
     if rotations is None:
         rotations = torch.randn(shape, device=qk.device, dtype=torch.float32)
     elif rotations.shape != shape:
         raise ValueError(f"rotations must be {list(shape)} = [H, D, R, F], got {list(rotations.shape)}")
     with torch.autocast(qk.device.type, enabled=False):  # rounded products would change buckets
-        return hash_to_buckets(qk, rotations, factors)
+        may_be_fused = backend == "triton" or (backend == "auto" and qk.device.type == "cuda")
+        hashed = triton_hash if may_be_fused and not why_no_kernel(qk) else hash_to_buckets
+        return hashed(qk, rotations, factors)
 
 
 def why_not_dense(n_tokens: int, chunk_len: int, attend_across_buckets: bool, dropout: float) -> str | None:

@@ -84,10 +84,9 @@ def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int,
     halves = [factor // 2 for factor in factors]
     # All rounds in one product, the directions of a factor together, [H, R*f1/2 + R*f2/2 + …, D], and tokens last:
     # maxima over the directions then go by whole vectors of tokens (up to a third of the time less, measured).
-    parts = rotations_HDRF.to(device=qk_BHTD.device, dtype=dtype).split(halves, dim=-1)
+    parts = to_device(rotations_HDRF, qk_BHTD.device).to(dtype).split(halves, dim=-1)
     directions_HND = torch.cat([part.flatten(2) for part in parts], dim=-1).mT.contiguous()
-    bucket_dtype = torch.int16 if math.prod(factors) <= 2**15 else torch.int32
-    buckets = torch.empty(batch, n_heads, n_hashes, n_tokens, dtype=bucket_dtype, device=qk_BHTD.device)
+    buckets = torch.empty(batch, n_heads, n_hashes, n_tokens, dtype=bucket_dtype(factors), device=qk_BHTD.device)
     at_once = HASH_TOKENS
     if qk_BHTD.device.type != "cpu":
         at_once = max(HASH_TOKENS, HASH_NUMBERS_GPU // (batch * n_heads * directions_HND.shape[1]))
@@ -100,6 +99,18 @@ def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int,
             stride *= 2 * half
         buckets[..., start : start + at_once] = bucket_BHRt
     return buckets
+
+
+def bucket_dtype(factors: tuple[int, ...]) -> torch.dtype:
+    """int16, or int32 above 32,767 buckets."""
+    return torch.int16 if math.prod(factors) <= 2**15 else torch.int32
+
+
+def to_device(rotations: Tensor, device: torch.device) -> Tensor:
+    """Rotations where they are used, without the host waiting for a GPU: from pageable memory it would."""
+    if device.type == "cuda" and rotations.device.type == "cpu":
+        rotations = rotations.pin_memory()
+    return rotations.to(device, non_blocking=True)
 
 
 def _argmax_of_both_signs(x_Ft: Tensor) -> Tensor:

@@ -34,20 +34,27 @@ STAGES = 2
 
 def why_not(q_GTD: Tensor, k_GTD: Tensor | None, layout: Layout) -> str | None:
     """Why the Triton path cannot run for these inputs, as a half sentence; None where it can."""
-    if not find_spec("triton"):
-        return "Triton is not installed (pip install triton)"
-    if q_GTD.device.type != "cuda" and not interpreting():
-        return f"the tensors are on the {q_GTD.device.type.upper()}"
-    if q_GTD.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q_GTD.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(q_GTD.device)} is older than compute capability 8.0"
-    if q_GTD.dtype not in DTYPES:
-        return f"its kernels know bfloat16, float16 and float32, not {q_GTD.dtype}".replace("torch.", "")
+    if reason := why_no_kernel(q_GTD):
+        return reason
     if layout.chunk_len not in CHUNK_LENGTHS:
         return f"its chunk lengths are {', '.join(map(str, CHUNK_LENGTHS))}, not {layout.chunk_len}"
-    if q_GTD.shape[-1] > MAX_HEAD_DIM:
-        return f"its head dims go up to {MAX_HEAD_DIM}, not to {q_GTD.shape[-1]}"
     if layout.is_lsh != (k_GTD is None) or (k_GTD is not None and layout.n_rounds > 1):
         return "it has keys of their own in local attention only, where there is one round"
+    return None
+
+
+def why_no_kernel(x: Tensor) -> str | None:
+    """The part of it that is about a tensor [..., D] alone, for every kernel here."""
+    if not find_spec("triton"):
+        return "Triton is not installed (pip install triton)"
+    if x.device.type != "cuda" and not interpreting():
+        return f"the tensors are on the {x.device.type.upper()}"
+    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} is older than compute capability 8.0"
+    if x.dtype not in DTYPES:
+        return f"its kernels know bfloat16, float16 and float32, not {x.dtype}".replace("torch.", "")
+    if x.shape[-1] > MAX_HEAD_DIM:
+        return f"its head dims go up to {MAX_HEAD_DIM}, not to {x.shape[-1]}"
     return None
 
 
@@ -70,9 +77,9 @@ def triton_attention(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout:
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor | None, v: Tensor, layout: Layout) -> Tensor:
-        q, v = _with_whole_rows(q), _with_whole_rows(v)
-        k = None if k is None else _with_whole_rows(k)
-        with _on_device(q):
+        q, v = with_whole_rows(q), with_whole_rows(v)
+        k = None if k is None else with_whole_rows(k)
+        with on_device(q):
             out, *statistics = _forward(q, k, v, layout)
         ctx.save_for_backward(q, k, v, out, *statistics)
         ctx.layout = layout
@@ -81,8 +88,8 @@ class _TritonAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
-        with _on_device(d_out):
-            dq, dk, dv = _backward(ctx.saved_tensors, _with_whole_rows(d_out), ctx.layout)
+        with on_device(d_out):
+            dq, dk, dv = _backward(ctx.saved_tensors, with_whole_rows(d_out), ctx.layout)
         return dq, dk, dv, None
 
 
@@ -213,10 +220,10 @@ def _rows(x_GTD: Tensor) -> Any:
     return Rows(x_GTD, x_GTD.stride(0), x_GTD.stride(1))
 
 
-def _with_whole_rows(x_GTD: Tensor) -> Tensor:
+def with_whole_rows(x_GTD: Tensor) -> Tensor:
     return x_GTD if x_GTD.stride(-1) == 1 else x_GTD.contiguous()
 
 
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

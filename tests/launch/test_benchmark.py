@@ -223,8 +223,7 @@ def test_the_dense_model_learns_from_every_parameter(monkeypatch: pytest.MonkeyP
     models: list[nn.Module] = []
     build = benchmark_peers.DenseModel
     monkeypatch.setattr(benchmark_peers, "DenseModel", lambda sizes: models.append(build(sizes)) or models[-1])
-    monkeypatch.setattr(benchmark_peers, "CHUNK_TOKENS", 100)
-    benchmark.PEERS["model"]["dense"].build(TINY)()
+    benchmark.PEERS["model"]["dense"].build(replace(TINY, chunk_tokens=100))()
     missing = [name for name, p in models[0].named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert missing == []
 

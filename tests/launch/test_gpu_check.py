@@ -134,6 +134,7 @@ def test_every_length_of_the_model_and_the_longest_have_their_mfu(monkeypatch: p
             {"seconds": 1, "peak_gib": None, "gb_per_s": 2000.0, "roofline_share": 0.42},
             "2000 GB/s    42% of the roofline",
         ),
+        ({"seconds": 1, "peak_gib": None, "first_call": True}, "1000.000 ms  (first call)"),
         ({"error": "out of memory"}, "flash            out of memory"),
         ({"left_out": "left out: why"}, "left out: why"),
     ],
@@ -171,10 +172,54 @@ def test_a_peer_that_failed_or_is_missing_is_not_asked_again(monkeypatch: pytest
     assert len(asked) == n_asked and all("error" in x for x in second)
 
 
+def test_what_takes_long_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fake(build: Any, device: torch.device, once: bool = False) -> Any:
+        asked.append(once)
+        return {"seconds": 1.0, "peak_gib": 1.0}
+
+    monkeypatch.setattr(gpu_check, "measure", fake)
+    setting = gpu_check.Setting(torch.device("cpu"), torch.float32, gpu_check.Budget(100, 25), None, ["flash"])
+
+    def earlier(seconds: float) -> Any:
+        return [{"what": "model fwd+bwd", "peer": "flash", "seq_len": 64, "seconds": seconds}]
+
+    for seconds, expected in ((2.4, [False]), (2.6, [True]), (6.3, [])):  # four times that are expected at 128
+        asked.clear()
+        model = gpu_check.run_items(gpu_check.Sizes(seq_len=128), setting, earlier(seconds))[-1]
+        assert model["what"] == "model fwd+bwd" and asked[2:] == expected, seconds
+
+
+def test_the_longest_is_looked_for_before_other_peers_are_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[Any] = []
+
+    def run_items(sizes: Any, setting: Any, earlier: Any, reserve_s: float) -> Any:
+        done.append((sizes.seq_len, tuple(setting.peers), reserve_s))
+        return [
+            {"what": "model fwd+bwd", "peer": peer, "seq_len": sizes.seq_len, "seconds": 1} for peer in setting.peers
+        ]
+
+    monkeypatch.setattr(gpu_check, "run_items", run_items)
+    monkeypatch.setattr(gpu_check, "find_longest", lambda *_: done.append("longest") or {})
+    monkeypatch.setattr(gpu_check, "disagreement", lambda *_: {"out": 0.0})
+    monkeypatch.setattr(gpu_check, "hardware", lambda *_: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    words = f"--seq-len 64 128 --skip-tests --budget-s 100 --peers flex flash ours cudnn --json {tmp_path}/x.json"
+    monkeypatch.setattr(sys, "argv", ["launch/gpu_check.py", *words.split()])
+    assert gpu_check.main() == 0
+    reserve_s = 100 * gpu_check.LONGEST_SHARE
+    first, others = ("flash", "ours"), ("flex", "cudnn")
+    assert done == [(64, first, reserve_s), (128, first, reserve_s), "longest", (64, others, 0.0), (128, others, 0.0)]
+
+
 def test_kernel_tests_run_in_shares_and_failures_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "test_these.py"
     file.write_text("import pytest\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n):\n    assert n < 2\n")
-    monkeypatch.setattr(gpu_check, "KERNEL_TESTS", str(file))
+    monkeypatch.setattr(gpu_check, "KERNEL_TESTS", (str(file),))
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "TEST_PROCESSES", 2)
     found = gpu_check.run_kernel_tests()

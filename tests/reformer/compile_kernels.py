@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from reformer.lsh import triton_attention, triton_kernels
+from reformer.lsh import triton_attention, triton_hash_kernel, triton_hashing, triton_kernels
 from reformer.lsh.hashing import sort_by_bucket
 from reformer.lsh.rounds import Layout
 
@@ -54,8 +54,12 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(AbsentGpu())
     for name in ("forward_kernel", "prepare_kernel", "backward_kernel"):
         setattr(triton_kernels, name, CompileOnly(getattr(triton_kernels, name), name))
+    triton_hash_kernel.hash_kernel = CompileOnly(triton_hash_kernel.hash_kernel, "hash_kernel")
     labels = torch.zeros(2, 200, dtype=torch.int64)
     compile_for(torch.bfloat16, 128, n_hashes=2, is_lsh=True, causal=True)
     everything = {"segment_ids_GT": labels, "key_mask_GT": labels == 0, "dropout": 0.1}
     keys = torch.zeros(2, dtype=torch.int64)
     compile_for(torch.bfloat16, 24, n_hashes=1, is_lsh=False, causal=False, dropout_keys_G=keys, **everything)
+    triton_hashing.why_no_kernel = lambda x: None  # the tensors are on the CPU
+    for dtype in (torch.bfloat16, torch.float32):
+        triton_hashing.triton_hash(torch.zeros(1, 2, 200, 128, dtype=dtype), torch.zeros(2, 128, 4, 48), (32, 64))

@@ -12,4 +12,5 @@ import torch
 if find_spec("triton") and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        import reformer.lsh.triton_hash_kernel
         import reformer.lsh.triton_kernels  # noqa: F401

@@ -10,7 +10,7 @@ from parity import assert_parity, gradients
 from torch import Tensor
 
 from reformer import Reformer, ReformerConfig
-from reformer.chunks import map_chunks, token_slices
+from reformer.chunks import ff_chunk_tokens, loss_chunk_tokens, map_chunks, token_slices
 from reformer.loss import IGNORED_LABEL
 from reformer.lsh.rounds import Layout, Tile
 
@@ -167,3 +167,34 @@ def test_results_of_chunks_are_put_together_with_gradients_and_without(chunk_tok
     assert torch.equal(by_token, x_BTM * 2) and torch.equal(by_head, (x_BTM + 1).view(2, 7, 3, 2))
     for one, other in zip(map_chunks(both, x_BTM, chunk_tokens), (by_token, by_head), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "on_cpu", "on_gpu"),
+    [
+        (2, 2048, 131_072),  # features, not logits, are the most numbers
+        (8192, 2048, 8192),
+        (8193, 2047, 8191),
+        (131_072, 128, 512),
+        (2**24, 1, 4),
+        (2**30, 1, 1),
+    ],
+)
+def test_a_large_vocabulary_makes_the_chunks_of_the_loss_short(vocab_size: int, on_cpu: int, on_gpu: int) -> None:
+    for device, expected in (("cpu", on_cpu), ("meta", on_gpu)):
+        assert loss_chunk_tokens(ReformerConfig(vocab_size=vocab_size), torch.device(device)) == expected
+        given = ReformerConfig(vocab_size=vocab_size, loss_chunk_tokens=77)
+        assert loss_chunk_tokens(given, torch.device(device)) == 77
+
+
+def test_chunks_of_layers_are_larger_on_a_gpu() -> None:
+    """ "meta" stands for whatever is no CPU."""
+    for config, batch, on_cpu, on_gpu in (
+        (ReformerConfig(vocab_size=9), 1, 4096, 131_072),
+        (ReformerConfig(vocab_size=9, d_model=1024), 1, 4096, 32_768),
+        (ReformerConfig(vocab_size=9, d_model=1024), 4, 4096, 8192),
+        (ReformerConfig(vocab_size=9, d_ff=8), 2, 4096, 262_144),
+        (ReformerConfig(vocab_size=9, ff_chunk_tokens=5), 3, 5, 5),
+    ):
+        for device, expected in (("cpu", on_cpu), ("meta", on_gpu)):
+            assert ff_chunk_tokens(config, torch.empty(batch, 7, config.d_model, device=device)) == expected

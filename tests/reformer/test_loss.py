@@ -48,7 +48,7 @@ def plain_loss(model: Reformer, tokens: Tensor, labels: Tensor) -> Tensor:
     for block in model.blocks:
         y1, y2, _ = block(y1, y2, Call(0))
     head, both = model.head, torch.cat([y1, y2], dim=-1)
-    normed = F.layer_norm(both, both.shape[-1:], head.norm_weight, head.norm_bias, head.norm_eps)
+    normed = F.layer_norm(both, both.shape[-1:], head.norm_weight, head.norm_bias, model.config.norm_eps)
     if model.config.tie_embeddings:
         logits = (normed @ head.projection_weight.T) @ model.embedding.tokens.weight.T + head.bias
     else:

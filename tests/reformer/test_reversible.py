@@ -54,8 +54,11 @@ def plain_loss(model: Reformer, tokens: Tensor, labels: Tensor, segments: Tensor
 @pytest.mark.parametrize("n_layers", [1, 4])
 @pytest.mark.parametrize(("dropout", "attn_dropout"), [(0.0, 0.0), (0.2, 0.0), (0.2, 0.3)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradients_equal_plain_autograd(n_layers: int, dropout: float, attn_dropout: float, causal: bool) -> None:
-    options = {"dropout": dropout, "attn_dropout": attn_dropout, "causal": causal}
+@pytest.mark.parametrize("keep_ends", [True, False])
+def test_gradients_equal_plain_autograd(
+    n_layers: int, dropout: float, attn_dropout: float, causal: bool, keep_ends: bool
+) -> None:
+    options = {"dropout": dropout, "attn_dropout": attn_dropout, "causal": causal, "keep_ends": keep_ends}
     model = make_model(n_layers=n_layers, attn_pattern=["lsh", "local"], **options)
     tokens, labels, segments = make_batch()
     loss = model(tokens, labels, segment_ids=segments, step=3)
@@ -66,8 +69,9 @@ def test_gradients_equal_plain_autograd(n_layers: int, dropout: float, attn_drop
     assert_parity({"loss": loss.detach(), **reversible}, {"loss": expected.detach(), **gradients(model)}, 1e-9)
 
 
-def test_every_parameter_gets_its_gradient_once() -> None:
-    model = make_model(dropout=0.1)
+@pytest.mark.parametrize("keep_ends", [True, False])
+def test_every_parameter_gets_its_gradient_once(keep_ends: bool) -> None:
+    model = make_model(dropout=0.1, keep_ends=keep_ends)
     counts = dict.fromkeys((name for name, _ in model.named_parameters()), 0)
     for name, parameter in model.named_parameters():
 

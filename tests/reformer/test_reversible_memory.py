@@ -141,7 +141,9 @@ def plain_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tu
 LONG_TOKENS = 1024
 
 
-def peak_streams(monkeypatch: pytest.MonkeyPatch, pattern: str, heads_at_once: int, ff_chunk_tokens: int = 32) -> float:
+def peak_streams(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, heads_at_once: int, ff_chunk_tokens: int = 32, keep_ends: bool = True
+) -> float:
     """The peak of a step of three layers in units of one stream [T, M], where all that is of a fixed size is small."""
     monkeypatch.setattr(attention, "GROUP_NUMBERS", heads_at_once * LONG_TOKENS * 4)
     monkeypatch.setattr(rounds, "TILE_SCORES_PER_THREAD", 512)
@@ -157,7 +159,7 @@ def peak_streams(monkeypatch: pytest.MonkeyPatch, pattern: str, heads_at_once: i
     gc.collect()
     known = [tensor for leaf in (x, *model.parameters()) for tensor in (leaf, leaf.grad)]
     with LiveBytes(known) as counted:
-        model.head(*reversible_stack(model.blocks, x, x, Call(0, 0, (0,))), tokens).backward()
+        model.head(*reversible_stack(model.blocks, x, x, Call(0, 0, (0,)), keep_ends), tokens).backward()
     return counted.peak / x.nbytes
 
 
@@ -169,6 +171,15 @@ def test_the_peak_of_a_step_in_streams(
     peaks = [peak_streams(monkeypatch, pattern, heads_at_once) for heads_at_once in (4, 2, 1)]
     print(f"{pattern}: {', '.join(f'{peak:.2f}' for peak in peaks)} streams")
     assert all(peak <= limit for peak, limit in zip(peaks, limits, strict=True))
+
+
+@pytest.mark.parametrize(("pattern", "limit"), [("local", 10.4), ("lsh", 10.4)])
+def test_without_what_the_ends_keep_the_peak_is_lower(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, limit: float
+) -> None:
+    peak = peak_streams(monkeypatch, pattern, 1, keep_ends=False)
+    print(f"{pattern}: {peak:.2f} streams")
+    assert peak <= limit
 
 
 def test_the_count_of_streams_sees_inner_activations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,76 @@
+"""The kernel of `triton_hash`: projections, and the largest of both signs, in one pass for all rounds of a factor.
+
+A program is a block of tokens of one head. Its vectors are read once; the directions of all rounds go by, a few at a
+time, and of the projections nothing leaves the registers but the places of the highest and the lowest.
+
+Products are those of fp32: a bf16 vector meets directions that are split into three bf16 parts, whose sum is the fp32
+number and whose products with it are exact, on the tensor cores; other vectors meet fp32 directions in fp32. Sums are
+fp32.
+
+Axes: N tokens of a block, D head dim, F directions that are looked at together.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _projected(
+    x_ND, directions, part_stride, row_stride, n_left,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """x times the next directions, [N, F]; zeros where none is left."""
+    row, column = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, COLUMNS)[None, :]
+    exists = (row < D) & (column < n_left)
+    sums = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    for part in tl.static_range(PARTS):
+        start = directions + part * part_stride
+        part_DF = tl.load(start + row * row_stride + column, mask=exists, other=0.0).to(OPERAND)
+        sums = tl.dot(x_ND, part_DF, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def hash_kernel(
+    x, batch_stride, head_stride, row_stride, directions, part_stride, buckets, n_heads, n_tokens, n_rounds,
+    n_directions, first, half, stride,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    OPERAND: tl.constexpr, IS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """buckets [B, H, R, T] of x [B, H, T, D], whose rows are contiguous, by directions [PARTS, H, D, R, F].
+
+    Of the F = n_directions of a round this factor has `half`, from `first` on; its digit counts `stride` times. Unless
+    IS_FIRST, it is added to what the factors before it found.
+    """
+    n_blocks = tl.cdiv(n_tokens, BLOCK)
+    group, block = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
+    head = group % n_heads
+    token, column = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    rows = x + group // n_heads * batch_stride + head * head_stride + token.to(tl.int64)[:, None] * row_stride
+    exists = token < n_tokens
+    x_ND = tl.load(rows + column[None, :], mask=exists[:, None] & (column < D)[None, :], other=0.0).to(OPERAND)
+    row_of_directions = n_rounds * n_directions
+    of_head = directions + head * D * row_of_directions + first
+    for round_ in range(n_rounds):
+        highest, lowest = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], float("inf"), tl.float32)
+        highest_at, lowest_at = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+        for seen in range(0, half, COLUMNS):
+            some = of_head + round_ * n_directions + seen
+            projected = _projected(
+                x_ND, some, part_stride, row_of_directions, half - seen,
+                D, BLOCK_D, BLOCK, COLUMNS, PARTS, OPERAND,
+            )  # fmt: skip
+            is_one = (tl.arange(0, COLUMNS) < half - seen)[None, :]
+            top, top_at = tl.max(tl.where(is_one, projected, float("-inf")), 1, return_indices=True)
+            bottom, bottom_at = tl.min(tl.where(is_one, projected, float("inf")), 1, return_indices=True)
+            # Strictly: of equals the first counts.
+            highest_at = tl.where(top > highest, seen + top_at, highest_at)
+            lowest_at = tl.where(bottom < lowest, seen + bottom_at, lowest_at)
+            highest, lowest = tl.maximum(highest, top), tl.minimum(lowest, bottom)
+        digit = tl.where(-lowest > highest, half + lowest_at, highest_at)
+        to = buckets + (group * n_rounds + round_) * n_tokens + token
+        bucket = digit * stride
+        if not IS_FIRST:
+            bucket += tl.load(to, mask=exists, other=0).to(tl.int32)
+        tl.store(to, bucket.to(buckets.dtype.element_ty), mask=exists)
