@@ -16,13 +16,14 @@ Axes: as in rounds.py. "By place" means in sorted order, "by token" in the origi
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer.lsh.rounds import Layout, Round, Tile, by_chunk, by_window
+from reformer.lsh.rounds import Layout, Run, Tile, by_chunk, by_window
 from reformer.lsh.scratch import scratch
 
 LOG2_E = math.log2(math.e)
@@ -60,20 +61,24 @@ class _ChunkedAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-class _Head:
-    """One head's tensors by token, and what turns keys into those that scores are made with: times log2(e) / |k|."""
+class _Heads:
+    """Some heads' tensors by token, one head's tokens behind another's [T, …].
 
-    def __init__(self, q_TD: Tensor, k_TD: Tensor | None, v_TD: Tensor, dtype: torch.dtype) -> None:
-        self.q, self.v = q_TD.to(dtype), v_TD.to(dtype)
+    `key_scale` turns keys into those that scores are made with: times log2(e) / |k|.
+    """
+
+    def __init__(self, q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, dtype: torch.dtype) -> None:
+        self.q, self.v = q_GTD.flatten(0, 1).to(dtype), v_GTD.flatten(0, 1).to(dtype)
         norm_T1 = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True)
-        self.is_shared = k_TD is None
-        if k_TD is None:
+        self.is_shared = k_GTD is None
+        if k_GTD is None:
             # The key of a zero vector is zero, without gradient.
             self.key_scale = (LOG2_E / norm_T1).masked_fill_(norm_T1 < torch.finfo(dtype).tiny, 0)
             self.k, self.bound = self.q, LOG2_E * norm_T1
         else:
-            self.k, self.key_scale = k_TD.to(dtype), torch.full_like(norm_T1, LOG2_E)
-            self.bound = LOG2_E * norm_T1 * torch.linalg.vector_norm(self.k, dim=-1).max()
+            self.k, self.key_scale = k_GTD.flatten(0, 1).to(dtype), torch.full_like(norm_T1, LOG2_E)
+            longest_G1 = torch.linalg.vector_norm(self.k, dim=-1).view(len(k_GTD), -1).amax(dim=1, keepdim=True)
+            self.bound = (LOG2_E * norm_T1.view(len(k_GTD), -1) * longest_G1).view(-1, 1)
         self.is_bounded = bool(self.bound.max() <= SAFE_BOUND[dtype])
 
 
@@ -105,20 +110,20 @@ class _TileMemory:
         )
         self.d_window = rows(n_chunks * W, D).view(-1, W, D)
 
-    def gather(self, head: _Head, round_: Round, tile: Tile) -> None:
+    def gather(self, heads: _Heads, run: Run, tile: Tile) -> None:
         """Fill in queries, keys and values."""
-        key_rows = round_.key_rows[tile.key_places]
-        torch.index_select(head.k, 0, key_rows, out=self.unscaled_rows)
-        torch.index_select(head.key_scale, 0, key_rows, out=self.key_scale_rows)
+        key_rows = run.key_rows[tile.key_places]
+        torch.index_select(heads.k, 0, key_rows, out=self.unscaled_rows)
+        torch.index_select(heads.key_scale, 0, key_rows, out=self.key_scale_rows)
         torch.mul(self.unscaled_rows, self.key_scale_rows, out=self.k_rows)
-        torch.index_select(head.v, 0, key_rows, out=self.v_rows)
-        if not head.is_shared:
-            torch.index_select(head.q, 0, round_.query_rows[tile.places], out=self.q_rows)
+        torch.index_select(heads.v, 0, key_rows, out=self.v_rows)
+        if not heads.is_shared:
+            torch.index_select(heads.q, 0, run.query_rows[tile.places], out=self.q_rows)
 
-    def score(self, round_: Round, tile: Tile) -> None:
+    def score(self, run: Run, tile: Tile) -> None:
         """Fill in scores, in the place of the weights, and how much each key counts."""
         torch.bmm(self.q, self.k.mT, out=self.weights)
-        round_.visibility(tile, self.visibility, self.scratch)
+        run.visibility(tile, self.visibility, self.scratch)
 
     def weigh(self, is_bounded: bool) -> None:
         """Scores to weights: 2 ** (score - top) times how much the key counts."""
@@ -127,13 +132,31 @@ class _TileMemory:
         self.weights.sub_(self.top).exp2_().mul_(self.visibility)
 
 
-def _tiles(layout: Layout, like: Tensor, is_shared: bool) -> list[tuple[Tile, _TileMemory]]:
-    """The tiles of a round, and the memory that those of one size share."""
-    memory: dict[int, _TileMemory] = {}
-    tiles = layout.tiles()
-    for tile in tiles:
-        memory.setdefault(tile.count, _TileMemory(layout, tile.count, like, is_shared))
-    return [(tile, memory[tile.count]) for tile in tiles]
+class _Runs:
+    """A call's runs, each with its tiles, and the memory that tiles of one size share."""
+
+    def __init__(self, layout: Layout, like: Tensor, is_shared: bool) -> None:
+        self.layout, self.like, self.is_shared = layout, like, is_shared
+        self.memory: dict[int, _TileMemory] = {}
+
+    def heads(self) -> list[slice]:
+        """Heads that are computed together."""
+        return _slices(len(self.layout.order_GRS), self.layout.at_once[0])
+
+    def of(self, heads: slice, dtype: torch.dtype) -> Iterator[tuple[Run, list[tuple[Tile, _TileMemory]]]]:
+        """The runs of these heads, one after the other."""
+        for rounds in _slices(self.layout.n_rounds, self.layout.at_once[1]):
+            run = Run(self.layout, heads, rounds, dtype)
+            yield run, [(tile, self._memory(tile.count)) for tile in self.layout.tiles(run.n_chunks)]
+
+    def _memory(self, n_chunks: int) -> _TileMemory:
+        if n_chunks not in self.memory:
+            self.memory[n_chunks] = _TileMemory(self.layout, n_chunks, self.like, self.is_shared)
+        return self.memory[n_chunks]
+
+
+def _slices(n: int, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, n)) for start in range(0, n, at_once)]
 
 
 def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,83 +165,99 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
     Top and sum are kept apart: a logsumexp would lose the sum to rounding where the top is large.
     """
     dtype = torch.promote_types(q_GTD.dtype, torch.float32)
-    n_groups, n_tokens, width = q_GTD.shape
+    width = q_GTD.shape[-1]
     out_GTD = v_GTD.new_empty(v_GTD.shape)
-    top_GT1, norm_GT1 = (q_GTD.new_empty(n_groups, n_tokens, 1, dtype=dtype) for _ in range(2))
-    tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
-    n_sums = n_tokens if layout.is_lsh else 0  # local attention's values by place are its sums
-    n_spare = 0 if out_GTD.dtype == dtype else n_sums
-    out_SD, one_TD, spare_TD = scratch(q_GTD, dtype, [(n, width) for n in (layout.n_places, n_sums, n_spare)])
-    total_GTD = _sums(out_GTD, spare_TD)
-    by_place = [out_SD, *(q_GTD.new_empty(layout.n_places, 1, dtype=dtype) for _ in range(2))]
-    one_round = [one_TD, *(torch.empty_like(top_GT1[0]) for _ in range(2))]
-    for group in range(n_groups):
-        head = _Head(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
-        total_TD = layout.total_by_token(out_SD, total_GTD[group])
-        total = [total_TD, norm_GT1[group], top_GT1[group].copy_(head.bound)]
-        for r in range(layout.n_rounds):
-            round_ = Round(layout, group, r, dtype)
-            _forward_round(round_, head, tiles, *by_place)
-            if head.is_bounded:
-                for sum_, values, one in zip(total[:2], by_place, one_round, strict=False):
-                    round_.add_by_token(sum_, values, one)
+    top_GT1, norm_GT1 = (q_GTD.new_empty(*q_GTD.shape[:2], 1, dtype=dtype) for _ in range(2))
+    runs = _Runs(layout, q_GTD, is_shared=k_GTD is None)
+    n_gathered, n_spare = _sizes(layout, out_GTD.dtype == dtype)
+    out_SD, gathered_TD, spare_TD = scratch(
+        q_GTD, dtype, [(n, width) for n in (layout.n_run_places, n_gathered, n_spare)]
+    )
+    by_place = [out_SD, *(q_GTD.new_empty(layout.n_run_places, 1, dtype=dtype) for _ in range(2))]
+    gathered = [gathered_TD, *(q_GTD.new_empty(len(gathered_TD), 1, dtype=dtype) for _ in range(2))]
+    for group in runs.heads():
+        heads = _Heads(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
+        out_TD, norm_T1, top_T1 = (x[group].flatten(0, 1) for x in (out_GTD, norm_GT1, top_GT1))
+        total_TD, is_bounded = _sums(out_TD, spare_TD), heads.is_bounded
+        top_T1.copy_(heads.bound)
+        for run, tiles in runs.of(group, dtype):
+            if run.is_first:
+                total_TD = run.total_by_token(out_SD, total_TD)
+            values = [x[: run.n_places] for x in by_place]
+            _forward_run(run, heads, tiles, *values)
+            if is_bounded:
+                for sum_, x, memory in zip((total_TD, norm_T1), values, gathered, strict=False):
+                    run.add_by_token(sum_, x, memory)
             else:
-                _add_unbounded(total, by_place, one_round, round_)
-        alone = norm_GT1[group] == 0
-        torch.div(total_TD, norm_GT1[group].masked_fill(alone, 1), out=out_GTD[group])
+                _add_unbounded([total_TD, norm_T1, top_T1], values, gathered, run)
+        alone = norm_T1 == 0
+        torch.div(total_TD, norm_T1.masked_fill(alone, 1), out=out_TD)
         rows = alone.squeeze(-1).nonzero().squeeze(-1)
-        out_GTD[group, rows] = v_GTD[group, rows]
+        out_TD[rows] = heads.v[rows].to(out_TD.dtype)
     return out_GTD, top_GT1, norm_GT1
 
 
-def _sums(result_GTD: Tensor, spare_TD: Tensor) -> Tensor:
+def _sizes(layout: Layout, is_exact: bool) -> tuple[int, int]:
+    """Rows of what a run's values are gathered in by token, and of the spare memory for sums that results in a dtype
+    too coarse for them need. The only round of one local head needs neither."""
+    n_heads, n_rounds = layout.at_once
+    n_sums = n_heads * layout.n_tokens if layout.is_lsh or n_heads > 1 else 0
+    return n_rounds * n_sums if layout.is_lsh else 0, 0 if is_exact else n_sums
+
+
+def _sums(result_TD: Tensor, spare_TD: Tensor) -> Tensor:
     """Where sums over rounds are made: in the result itself or, if its dtype is too coarse, in the spare memory, in
-    which then each head's follow those of another."""
-    return spare_TD.expand_as(result_GTD) if len(spare_TD) else result_GTD
+    which then some heads' follow those of others."""
+    return spare_TD[: len(result_TD)] if len(spare_TD) else result_TD
 
 
-def _forward_round(
-    round_: Round,
-    head: _Head,
+def _forward_run(
+    run: Run,
+    heads: _Heads,
     tiles: list[tuple[Tile, _TileMemory]],
     out_SD: Tensor,
     norm_S1: Tensor,
     top_S1: Tensor,
 ) -> None:
     """Fills in, by place, the sums of weighted values and of weights and, if not bounded, what they are relative to."""
-    out_CLD, norm_CL1, top_CL1 = (by_chunk(x, round_.layout.chunk_len) for x in (out_SD, norm_S1, top_S1))
+    out_CLD, norm_CL1, top_CL1 = (by_chunk(x, run.layout.chunk_len) for x in (out_SD, norm_S1, top_S1))
     for tile, memory in tiles:
-        memory.gather(head, round_, tile)
-        memory.score(round_, tile)
-        if head.is_bounded:
-            torch.index_select(head.bound, 0, round_.query_rows[tile.places], out=memory.top_rows)
+        memory.gather(heads, run, tile)
+        memory.score(run, tile)
+        if heads.is_bounded:
+            torch.index_select(heads.bound, 0, run.query_rows[tile.places], out=memory.top_rows)
         else:
             visible = memory.weights.masked_fill(memory.visibility == 0, -torch.inf)
             torch.amax(visible, dim=-1, keepdim=True, out=memory.top)
             memory.top.clamp_(min=torch.finfo(visible.dtype).min)
             top_CL1[tile.chunks] = memory.top
-        memory.weigh(head.is_bounded)
+        memory.weigh(heads.is_bounded)
         torch.sum(memory.weights, dim=-1, keepdim=True, out=norm_CL1[tile.chunks])
-        if round_.layout.dropout:
-            memory.weights.mul_(round_.keep(tile))
+        if run.layout.dropout:
+            memory.weights.mul_(run.keep(tile))
         torch.bmm(memory.weights, memory.v, out=out_CLD[tile.chunks])
 
 
-def _add_unbounded(total: list[Tensor], by_place: list[Tensor], one_round: list[Tensor], round_: Round) -> None:
-    """Add a round's (output, norm, top) to the sums over the rounds before it, where each has its own top."""
-    if round_.round == 0:
-        for sum_, values, one in zip(total, by_place, one_round, strict=True):
-            round_.add_by_token(sum_, values, one)
+def _add_unbounded(total: list[Tensor], by_place: list[Tensor], gathered: list[Tensor], run: Run) -> None:
+    """Add a run's (output, norm, top) to the sums over the rounds before it, where each has its own top."""
+    if not run.layout.is_lsh:
+        for sum_, values, memory in zip(total, by_place, gathered, strict=True):
+            run.add_by_token(sum_, values, memory)
         return
-    out, norm, top = (
-        torch.index_select(x, 0, round_.inverse, out=one) for x, one in zip(by_place, one_round, strict=True)
-    )
     total_out, total_norm, total_top = total
-    new_top = torch.maximum(total_top, top)
-    old_weight, new_weight = (total_top - new_top).exp2_(), (top - new_top).exp2_()
-    total_out.mul_(old_weight).addcmul_(out, new_weight)
-    total_norm.mul_(old_weight).addcmul_(norm, new_weight)
-    total_top.copy_(new_top)
+    of_rounds = [
+        torch.index_select(x, 0, run.inverse, out=memory[: len(run.inverse)]).view(run.n_rounds, *sum_.shape)
+        for x, memory, sum_ in zip(by_place, gathered, total, strict=True)
+    ]
+    for round_, (out, norm, top) in enumerate(zip(*of_rounds, strict=True)):
+        if run.is_first and not round_:
+            total_out.copy_(out), total_norm.copy_(norm), total_top.copy_(top)
+            continue
+        new_top = torch.maximum(total_top, top)
+        old_weight, new_weight = (total_top - new_top).exp2_(), (top - new_top).exp2_()
+        total_out.mul_(old_weight).addcmul_(out, new_weight)
+        total_norm.mul_(old_weight).addcmul_(norm, new_weight)
+        total_top.copy_(new_top)
 
 
 def _backward(
@@ -231,48 +270,54 @@ def _backward(
     d_out_GTD: Tensor,
     layout: Layout,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    dtype, (n_groups, n_tokens, width) = top_GT1.dtype, q_GTD.shape
+    dtype, width = top_GT1.dtype, q_GTD.shape[-1]
     dq_GTD, dv_GTD = q_GTD.new_empty(q_GTD.shape), v_GTD.new_empty(v_GTD.shape)
     dk_GTD = None if k_GTD is None else k_GTD.new_empty(k_GTD.shape)
-    tiles = _tiles(layout, q_GTD, is_shared=k_GTD is None)
-    n_sums = n_tokens if layout.is_lsh else 0
-    n_spare = 0 if q_GTD.dtype == dtype else n_sums
-    n_rows = [layout.n_places, n_sums, n_spare, n_spare, n_sums if dk_GTD is None else n_spare]
-    n_rows += [n_tokens, *[layout.n_places + layout.n_halo] * 2]
-    dq_SD, one_TD, *spare, d_out_TD, dv_SD, dk_SD = scratch(q_GTD, dtype, [(n, width) for n in n_rows])
-    results = (dq_GTD, dv_GTD, dq_GTD if dk_GTD is None else dk_GTD)  # shared: that of the keys is in spare memory
-    totals_GTD = [_sums(result, memory) for result, memory in zip(results, spare, strict=True)]
-    by_place = (dq_SD, dv_SD[layout.own], dk_SD[layout.own])
-    for group in range(n_groups):
-        head = _Head(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
-        dq_TD, dv_TD, dk_TD = (
-            layout.total_by_token(x, total[group]) for x, total in zip(by_place, totals_GTD, strict=True)
-        )
-        alone_T1 = norm_GT1[group] == 0
+    runs = _Runs(layout, q_GTD, is_shared=k_GTD is None)
+    n_places, n_rows = layout.n_run_places, layout.at_once[0] * layout.n_tokens
+    n_gathered, n_spare = _sizes(layout, q_GTD.dtype == dtype)
+    n_keys = _sizes(layout, is_exact=False)[1] if dk_GTD is None else n_spare  # shared: those of keys are no result
+    sizes = [n_places, n_gathered, n_spare, n_spare, n_keys, n_rows, n_places, n_places]
+    dq_SD, gathered_TD, *spare, d_out_TD, dv_SD, dk_SD = scratch(q_GTD, dtype, [(n, width) for n in sizes])
+    for group in runs.heads():
+        heads = _Heads(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
+        results = [x[group].flatten(0, 1) for x in (dq_GTD, dv_GTD, dq_GTD if dk_GTD is None else dk_GTD)]
+        totals = [_sums(result, memory) for result, memory in zip(results, spare, strict=True)]
+        out_TD, top_T1, norm_T1, d_TD = (x[group].flatten(0, 1) for x in (out_GTD, top_GT1, norm_GT1, d_out_GTD))
+        alone_T1, d_out_rows = norm_T1 == 0, d_out_TD[: len(norm_T1)]
         # Probabilities are weight / sum: the division goes to where there are D numbers, not W.
-        torch.div(d_out_GTD[group], norm_GT1[group].masked_fill(alone_T1, 1), out=d_out_TD)
-        delta_T1 = torch.mul(d_out_TD, out_GTD[group], out=dq_TD).sum(dim=-1, keepdim=True)
-        for r in range(layout.n_rounds):
-            round_ = Round(layout, group, r, dtype)
-            _backward_round(round_, head, tiles, (d_out_TD, top_GT1[group], delta_T1), dq_SD, dk_SD, dv_SD)
-            round_.add_by_token(dq_TD, dq_SD, one_TD)
-            round_.add_keys_by_token(dk_TD, dk_SD, one_TD)
-            round_.add_keys_by_token(dv_TD, dv_SD, one_TD)
-        for start in range(0, n_tokens, FINISH_TOKENS):
-            t = slice(start, start + FINISH_TOKENS)
-            dq = dq_TD[t].mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
-            if dk_GTD is None:
-                dq.add_(_key_gradient_of_query(head.q[t], dk_TD[t], head.key_scale[t]))
-            dq_GTD[group, t] = dq
-            torch.addcmul(dv_TD[t], alone_T1[t].to(dtype), d_out_TD[t], out=dv_GTD[group, t])
-        if dk_GTD is not None:
-            dk_GTD[group] = dk_TD
+        torch.div(d_TD, norm_T1.masked_fill(alone_T1, 1), out=d_out_rows)
+        delta_T1 = (d_out_rows * out_TD).sum(dim=-1, keepdim=True)
+        for run, tiles in runs.of(group, dtype):
+            dq, dv, dk = dq_SD[: run.n_places], dv_SD[: run.n_key_places], dk_SD[: run.n_key_places]
+            if run.is_first:
+                by_place = (dq, dv[run.own], dk[run.own])
+                totals = [run.total_by_token(x, total) for x, total in zip(by_place, totals, strict=True)]
+            _backward_run(run, heads, tiles, (d_out_rows, top_T1, delta_T1), dq, dk, dv)
+            run.add_by_token(totals[0], dq, gathered_TD)
+            run.add_keys_by_token(totals[1], dv, gathered_TD)
+            run.add_keys_by_token(totals[2], dk, gathered_TD)
+        _finish(heads, totals, results, d_out_rows, alone_T1)
     return dq_GTD, dk_GTD, dv_GTD
 
 
-def _backward_round(
-    round_: Round,
-    head: _Head,
+def _finish(heads: _Heads, totals: list[Tensor], results: list[Tensor], d_out_TD: Tensor, alone_T1: Tensor) -> None:
+    """From the sums over rounds to the gradients of queries, values and keys."""
+    dq_TD, dv_TD, dk_TD = totals
+    for start in range(0, len(dq_TD), FINISH_TOKENS):
+        t = slice(start, start + FINISH_TOKENS)
+        dq = dq_TD[t].mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
+        if heads.is_shared:
+            dq.add_(_key_gradient_of_query(heads.q[t], dk_TD[t], heads.key_scale[t]))
+        results[0][t] = dq
+        torch.addcmul(dv_TD[t], alone_T1[t].to(dq.dtype), d_out_TD[t], out=results[1][t])
+    if not heads.is_shared:
+        results[2].copy_(dk_TD)
+
+
+def _backward_run(
+    run: Run,
+    heads: _Heads,
     tiles: list[tuple[Tile, _TileMemory]],
     by_token: tuple[Tensor, Tensor, Tensor],
     dq_SD: Tensor,
@@ -283,20 +328,20 @@ def _backward_round(
 
     `by_token`: the gradient of the output divided by the sum of weights, top, delta = <output, that gradient>.
     """
-    dq_CLD = by_chunk(dq_SD, round_.layout.chunk_len)
+    dq_CLD = by_chunk(dq_SD, run.layout.chunk_len)
     for tile, memory in tiles:
-        memory.gather(head, round_, tile)
+        memory.gather(heads, run, tile)
         for values, rows in zip(by_token, (memory.d_out_rows, memory.top_rows, memory.delta_rows), strict=True):
-            torch.index_select(values, 0, round_.query_rows[tile.places], out=rows)
-        if tile.places.stop > round_.layout.n_tokens:  # the places of padding stand for no query
-            padding = round_.is_padding_CL1[tile.chunks]
+            torch.index_select(values, 0, run.query_rows[tile.places], out=rows)
+        if run.has_padding(tile):  # its places stand for no query
+            padding = run.is_padding_CL1[tile.chunks]
             memory.d_out.masked_fill_(padding, 0), memory.delta.masked_fill_(padding, 0)
-        memory.score(round_, tile)
-        memory.weigh(head.is_bounded)
+        memory.score(run, tile)
+        memory.weigh(heads.is_bounded)
         torch.bmm(memory.d_out, memory.v.mT, out=memory.d_scores)
         dropped = memory.weights
-        if round_.layout.dropout:
-            keep = round_.keep(tile)
+        if run.layout.dropout:
+            keep = run.keep(tile)
             memory.d_scores.mul_(keep)
             dropped = torch.mul(memory.weights, keep, out=memory.scratch)
         memory.d_scores.sub_(memory.delta).mul_(memory.weights)

@@ -59,13 +59,13 @@ def keep_factor(
     return keep_factor_of_words(query_word, key_word, dropout, dtype)
 
 
-def query_words(key: Tensor, round_: int, position: Tensor) -> Tensor:
-    """The words a_i, int32, of the queries at these original positions."""
+def query_words(key: Tensor, round_: int | Tensor, position: Tensor) -> Tensor:
+    """The words a_i, int32, of the queries at these original positions, in these rounds."""
     return _words(key, QUERY_TAG, round_, position).bitwise_or_(1)
 
 
-def key_words(key: Tensor, round_: int, position: Tensor) -> Tensor:
-    """The words b_j, int32, of the keys at these original positions."""
+def key_words(key: Tensor, round_: int | Tensor, position: Tensor) -> Tensor:
+    """The words b_j, int32, of the keys at these original positions, for queries of these rounds."""
     return _words(key, KEY_TAG, round_, position).bitwise_and_(~1)
 
 
@@ -93,6 +93,6 @@ def _shifted_xor(word: Tensor, bits: int) -> Tensor:
     return word ^ ((word >> bits) & (2 ** (32 - bits) - 1))
 
 
-def _words(key: Tensor, tag: int, round_: int, position: Tensor) -> Tensor:
+def _words(key: Tensor, tag: int, round_: int | Tensor, position: Tensor) -> Tensor:
     stream = mix(mix(key.to(torch.int32) ^ tag) + round_)
     return mix(stream + position.to(torch.int32))

@@ -1,12 +1,13 @@
 """Who stands where and who sees whom: the index arithmetic of attention within chunks of a sorted sequence.
 
-A `Layout` describes all heads and rounds of a call, a `Round` one round of one head in sorted order, a `Tile` a few
-of its chunks. Visibility is decided by ORIGINAL position, so that one comparison does causality and self at once.
-It is kept as factors of 0 and 1 in floating point: on CPUs a vectorised product is ten times faster than a masked
-fill (measured), and exp never meets an infinity.
+A `Layout` describes all heads and rounds of a call, a `Run` a round of a head in sorted order (of short sequences
+several rounds of several heads, one behind the other), a `Tile` a few of its chunks. Visibility is decided by
+ORIGINAL position, so that one comparison does causality and self at once. It is kept as factors of 0 and 1 in floating
+point: on CPUs a vectorised product is ten times faster than a masked fill (measured), and exp never meets an infinity.
 
-Axes: G batch times heads, R hash rounds, T tokens, D head dim, C chunks of one round, L chunk length,
-S = C*L places of one round, N chunks in a tile, W tokens visible from one chunk (its window).
+Axes: G batch times heads, R hash rounds, T tokens, D head dim, C chunks of a run, L chunk length, S = C*L its places,
+N chunks in a tile, W tokens visible from one chunk (its window), g heads and r rounds of a run, K key places of one of
+these heads.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from reformer.lsh.dropout import keep_factor_of_words, key_words, query_words
 # what else the tile needs (twice as many take 1.3 times as long, measured); a GPU wants few, large launches.
 TILE_SCORES_PER_THREAD = 2**17
 TILE_SCORES_GPU = 2**26
+
+RUN_PLACES, RUN_PLACES_GPU = 2**13, 2**19
+"""So many places a run may have and be of more than one round: short ones cost little but the calls that they take."""
 
 MAX_EXACT_FLOAT32 = 2**24
 """Positions up to here are exact in fp32."""
@@ -105,35 +109,39 @@ class Layout:
         return sum(self.reach) * self.chunk_len
 
     @property
-    def own(self) -> slice:
-        """Where a round itself stands among its key places."""
-        before = self.reach[0] * self.chunk_len
-        return slice(before, before + self.n_places)
+    def at_once(self) -> tuple[int, int]:
+        """Heads and rounds of a run; several heads only with all of their rounds."""
+        most = RUN_PLACES if self.order_GRS.device.type == "cpu" else RUN_PLACES_GPU
+        n_rounds = min(self.n_rounds, max(1, most // self.n_places))
+        if n_rounds < self.n_rounds:
+            return 1, n_rounds
+        return min(len(self.order_GRS), max(1, most // (n_rounds * self.n_places + self.n_halo))), n_rounds
 
-    def total_by_token(self, x_SD: Tensor, memory_TD: Tensor) -> Tensor:
-        """Where the sum over the rounds of values by place is made: in the memory that is given. Local attention's only
-        round is in the original order: there it is the values themselves."""
-        return memory_TD if self.is_lsh else x_SD[: self.n_tokens]
+    @property
+    def n_run_places(self) -> int:
+        """Key places of the largest run."""
+        n_heads, n_rounds = self.at_once
+        return n_heads * (n_rounds * self.n_places + self.n_halo)
 
     @property
     def window(self) -> int:
         """Tokens visible from one chunk."""
         return self.n_halo + self.chunk_len
 
-    def tiles(self) -> "list[Tile]":
-        """The chunks of a round in runs of as many as fit a tile; only the last may be smaller."""
+    def tiles(self, n_chunks: int) -> "list[Tile]":
+        """So many chunks, as many as fit a tile at a time; only the last may be smaller."""
         on_cpu = self.order_GRS.device.type == "cpu"
         scores = TILE_SCORES_PER_THREAD * torch.get_num_threads() if on_cpu else TILE_SCORES_GPU
-        count = min(self.n_chunks, max(1, scores // (self.chunk_len * self.window)))
+        count = min(n_chunks, max(1, scores // (self.chunk_len * self.window)))
         return [
-            Tile(first, min(count, self.n_chunks - first), self.chunk_len, self.window)
-            for first in range(0, self.n_chunks, count)
+            Tile(first, min(count, n_chunks - first), self.chunk_len, self.window)
+            for first in range(0, n_chunks, count)
         ]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Some neighbouring chunks of a round, [N, L] places, and the keys [N, W] of their windows."""
+    """Some neighbouring chunks of a run, [N, L] places, and the keys [N, W] of their windows."""
 
     first: int
     count: int
@@ -154,7 +162,7 @@ class Tile:
         return slice(self.places.start, self.places.stop + self.window - self.chunk_len)
 
     def put_windows(self, total_SD: Tensor, x_NWD: Tensor) -> None:
-        """Sum values by window into values by key place (of the whole round); windows overlap by whole chunks.
+        """Sum values by window into values by key place (of the whole run); windows overlap by whole chunks.
 
         The last chunks of the windows stand where no earlier tile has put anything: the sums start with them.
         """
@@ -167,38 +175,76 @@ class Tile:
             rows.copy_(part) if offset == newest else rows.add_(part)
 
 
-class Round:
-    """One round of one head in sorted order, with a halo: the chunks of neighbouring rounds that its ends see."""
+class Run:
+    """Some rounds of some heads in sorted order, with a halo: the chunks of neighbouring rounds that their ends see.
 
-    def __init__(self, layout: Layout, group: int, round_: int, dtype: torch.dtype) -> None:
-        self.layout, self.group, self.round, self.dtype = layout, group, round_, dtype
-        order_RS = layout.order_GRS[group]
+    Key places are, head by head, the halo before, the rounds, and the halo behind; queries stand at all of them but the
+    first halo and the last. So between two heads there are chunks whose queries count for nothing, like padding.
+    """
+
+    def __init__(self, layout: Layout, heads: slice, rounds: slice, dtype: torch.dtype) -> None:
+        self.layout, self.heads, self.dtype = layout, heads, dtype
+        self.is_first = rounds.start == 0
+        self.n_heads, self.n_rounds = heads.stop - heads.start, rounds.stop - rounds.start
         last = layout.n_tokens - 1
         before, after = (chunks * layout.chunk_len for chunks in layout.reach)
-        self.own = layout.own
-        query_token = order_RS[round_]
-        key_token = torch.cat(
-            [
-                order_RS[round_ - 1, layout.n_places - before :],
-                query_token,
-                order_RS[(round_ + 1) % layout.n_rounds, :after],
-            ]
-        )
-        self.query_rows, self.key_rows = query_token.clamp(max=last), key_token.clamp(max=last)
-        self.inverse = layout.inverse_GRT[group, round_]
+        self.of_head = slice(before, before + self.n_rounds * layout.n_places)
+        self.n_head_places = self.of_head.stop + after
+        self.own = slice(before, self.n_heads * self.n_head_places - after)
+        """Where queries stand among the key places."""
+        self.n_places, self.n_key_places = self.own.stop - before, self.n_heads * self.n_head_places
+        self.n_chunks = self.n_places // layout.chunk_len
+        order_gRS = layout.order_GRS[heads]
+        halos = order_gRS[:, rounds.start - 1, layout.n_places - before :], order_gRS[:, rounds.stop % layout.n_rounds]
+        token_gK = torch.cat([halos[0], order_gRS[:, rounds].flatten(1), halos[1][:, :after]], dim=1)
+        rows_gK = token_gK.clamp(max=last)
+        if self.n_heads > 1:
+            rows_gK = rows_gK + self._by_head(layout.n_tokens)
+        self.key_rows = rows_gK.flatten()
+        self.query_rows = self.key_rows[self.own]
+        self.inverse = self._inverse(layout.inverse_GRT[heads, rounds])
 
+        key_token, halo = token_gK.flatten(), self._halo()
+        query_token, is_padding = key_token[self.own], key_token[self.own] > last
+        if self.n_heads > 1:
+            is_padding = is_padding | halo[self.own]
         position_dtype = dtype if layout.n_tokens < MAX_EXACT_FLOAT32 else torch.float64
-        hidden = self._hidden(key_token)
-        self.is_padding_CL1 = self._of_queries(query_token > last)
+        hidden = self._hidden(key_token, halo)
+        self.is_padding_CL1 = self._of_queries(is_padding)
         self.position_CL1 = self._of_queries(query_token.to(position_dtype))
         self.key_position_C1W = self._of_keys(key_token.masked_fill(hidden, layout.n_tokens).to(position_dtype))
         self.key_seen_C1W = None if layout.causal else self._of_keys((~hidden).to(dtype))
-        self.labels = [(self._of_queries(x[self.own]), self._of_keys(x)) for x in self._labels(position_dtype)]
+        labels = self._labels(rounds, halo)
+        self.labels = [
+            (self._of_queries(x[self.own]), self._of_keys(x)) for x in (x.to(position_dtype) for x in labels)
+        ]
         if layout.dropout:
-            assert layout.dropout_keys_G is not None
-            key = layout.dropout_keys_G[group]
-            self.query_word_CL1 = self._of_queries(query_words(key, round_, query_token))
-            self.key_word_C1W = self._of_keys(key_words(key, round_, key_token))
+            self.query_word_CL1, self.key_word_C1W = self._words(rounds, key_token)
+
+    def _by_head(self, distance: int) -> Tensor:
+        """0, distance, 2 * distance, … for the heads, [g, 1]."""
+        return torch.arange(self.n_heads, dtype=torch.int32, device=self.layout.order_GRS.device)[:, None] * distance
+
+    def _by_round(self, rounds: slice) -> Tensor:
+        """The number of its round for each key place, [g*K]; in the halo anything."""
+        number_K = torch.arange(rounds.start, rounds.stop, dtype=torch.int32, device=self.key_rows.device)
+        number_K = number_K.repeat_interleave(self.layout.n_places)
+        halo = (self.of_head.start, self.n_head_places - self.of_head.stop)
+        return torch.nn.functional.pad(number_K, halo).repeat(self.n_heads)
+
+    def _halo(self) -> Tensor:
+        """True at the halo's key places [g*K]."""
+        halo_gK = torch.ones(self.n_heads, self.n_head_places, dtype=torch.bool, device=self.key_rows.device)
+        halo_gK[:, self.of_head] = False
+        return halo_gK.flatten()
+
+    def _inverse(self, inverse_grT: Tensor) -> Tensor:
+        """Where each token stands among the queries, round by round and in each of them head by head, [r*g*T]."""
+        if self.n_heads == self.n_rounds == 1:
+            return inverse_grT.flatten()
+        starts = torch.arange(self.n_rounds, dtype=torch.int32, device=inverse_grT.device) * self.layout.n_places
+        starts_gr = starts + self._by_head(self.n_head_places)
+        return (inverse_grT + starts_gr[..., None]).transpose(0, 1).flatten()
 
     def _of_queries(self, x_S: Tensor) -> Tensor:
         """[S] by place -> [C, L, 1]."""
@@ -208,26 +254,41 @@ class Round:
         """[S + halo] by key place -> [C, 1, W]."""
         return by_window(x_S, self.layout.chunk_len, self.layout.window)[:, None, :]
 
-    def _hidden(self, key_token: Tensor) -> Tensor:
+    def _hidden(self, key_token: Tensor, halo: Tensor) -> Tensor:
         """True at key places that no one sees: padding, masked tokens, and what stands around a local sequence."""
         hidden = key_token >= self.layout.n_tokens
         if not self.layout.is_lsh:
-            hidden[: self.own.start] = hidden[self.own.stop :] = True
+            hidden |= halo
         if self.layout.key_mask_GT is not None:
-            hidden |= ~self.layout.key_mask_GT[self.group][self.key_rows]
+            hidden |= ~self.layout.key_mask_GT[self.heads].flatten()[self.key_rows]
         return hidden
 
-    def _labels(self, dtype: torch.dtype) -> list[Tensor]:
+    def _labels(self, rounds: slice, halo: Tensor) -> list[Tensor]:
         """Numbers by key place that must equal the query's for the key to be visible: segment, bucket."""
         layout, labels = self.layout, []
         if layout.segment_ids_GT is not None:
-            labels.append(layout.segment_ids_GT[self.group][self.key_rows].to(dtype))
+            labels.append(layout.segment_ids_GT[self.heads].flatten()[self.key_rows])
         if layout.buckets_GRT is not None:
-            bucket = layout.buckets_GRT[self.group, self.round][self.key_rows].to(dtype)
-            if layout.n_rounds > 1:  # the halo belongs to other rounds
-                bucket[: self.own.start] = bucket[self.own.stop :] = -1
+            round_ = self._by_round(rounds)
+            bucket = layout.buckets_GRT[self.heads].transpose(0, 1).flatten(1)[round_.long(), self.key_rows.long()]
+            if layout.n_rounds > 1:  # the halo belongs to other rounds, and neighbours of one round are others
+                bucket = (2 * bucket + round_ % 2).masked_fill(halo, -1)
             labels.append(bucket)
         return labels
+
+    def _words(self, rounds: slice, key_token: Tensor) -> tuple[Tensor, Tensor]:
+        """The words [C, L, 1] and [C, 1, W] of dropout, whose round is that of the query."""
+        assert self.layout.dropout_keys_G is not None
+        of_head = self.layout.dropout_keys_G[self.heads, None].expand(-1, self.n_head_places).flatten()
+        key_CL1, round_CL1 = (self._of_queries(x[self.own]) for x in (of_head, self._by_round(rounds)))
+        of_queries = query_words(key_CL1, round_CL1, self._of_queries(key_token[self.own]))
+        return of_queries, key_words(key_CL1[:, :1], round_CL1[:, :1], self._of_keys(key_token))
+
+    def has_padding(self, tile: Tile) -> bool:
+        """Whether queries of this tile may count for nothing."""
+        layout = self.layout
+        ends_in_padding = layout.n_places > layout.n_tokens
+        return self.n_heads > 1 or (ends_in_padding and (self.n_rounds > 1 or tile.places.stop > layout.n_tokens))
 
     def visibility(self, tile: Tile, factor: Tensor, scratch: Tensor) -> Tensor:
         """How much each key counts for each query: 0 where it is not visible, 1 (or 1 / N_ij) elsewhere.
@@ -257,19 +318,19 @@ class Round:
         layout = self.layout
         query_rows, key_rows = self.query_rows[tile.places], self.key_rows[tile.key_places]
 
-        def of_pairs(x_T: Tensor) -> tuple[Tensor, Tensor]:
-            return self._of_queries(x_T[query_rows]), self._of_keys(x_T[key_rows])
+        def of_pairs(x_gT: Tensor) -> tuple[Tensor, Tensor]:
+            return self._of_queries(x_gT.flatten()[query_rows]), self._of_keys(x_gT.flatten()[key_rows])
 
         rounds = torch.arange(layout.n_rounds, device=query_rows.device)
-        chunk_RT = layout.inverse_GRT[self.group] // layout.chunk_len + layout.n_chunks * rounds[:, None]
-        chunks = [of_pairs(chunk_T) for chunk_T in chunk_RT]
+        chunk_gRT = layout.inverse_GRT[self.heads] // layout.chunk_len + layout.n_chunks * rounds[:, None]
+        chunks = [of_pairs(chunk_gT) for chunk_gT in chunk_gRT.unbind(1)]
         count = torch.zeros((), dtype=self.dtype, device=query_rows.device)
         for r, (query_chunk, key_chunk) in enumerate(chunks):
             if layout.buckets_GRT is None:
                 for _, key_chunk_of_any_round in chunks:
                     count = count + self._in_reach(query_chunk, key_chunk_of_any_round)
             else:
-                query_bucket, key_bucket = of_pairs(layout.buckets_GRT[self.group, r])
+                query_bucket, key_bucket = of_pairs(layout.buckets_GRT[self.heads, r])
                 count = count + ((query_bucket == key_bucket) & self._in_reach(query_chunk, key_chunk))
         return count.clamp_(min=1)
 
@@ -279,19 +340,32 @@ class Round:
         before, after = self.layout.reach
         return (query_chunk - key_chunk + after) % n_total <= before + after
 
+    def total_by_token(self, x_SD: Tensor, memory_TD: Tensor) -> Tensor:
+        """Where the sum over the rounds of values by place is made, [g*T, D]: in the memory that is given. The only
+        round of local attention is in the original order: of one head, the values themselves are the sum."""
+        return memory_TD if self.layout.is_lsh or self.n_heads > 1 else x_SD[: self.layout.n_tokens]
+
     def add_by_token(self, total_TD: Tensor, x_SD: Tensor, scratch_TD: Tensor) -> None:
-        """Add values by place to the sum over rounds by token; the first round starts the sum."""
+        """Add values by place to the sum [g*T, D] over rounds by token; the first round starts the sum."""
         if not self.layout.is_lsh:
-            if total_TD.data_ptr() != x_SD.data_ptr():  # see Layout.total_by_token
-                total_TD.copy_(x_SD[: self.layout.n_tokens])
-        elif self.round == 0:
-            torch.index_select(x_SD, 0, self.inverse, out=total_TD)
-        else:
-            total_TD += torch.index_select(x_SD, 0, self.inverse, out=scratch_TD)
+            if total_TD.data_ptr() != x_SD.data_ptr():  # see total_by_token
+                n_tokens = self.layout.n_tokens
+                total_TD.view(-1, n_tokens, x_SD.shape[1]).copy_(by_window(x_SD, self.n_head_places, n_tokens))
+            return
+        is_total = self.is_first and self.n_rounds == 1
+        by_token = torch.index_select(
+            x_SD, 0, self.inverse, out=total_TD if is_total else scratch_TD[: len(self.inverse)]
+        )
+        if self.n_rounds > 1:
+            of_rounds = by_token.view(self.n_rounds, *total_TD.shape)
+            by_token = torch.sum(of_rounds, dim=0, out=total_TD) if self.is_first else of_rounds.sum(dim=0)
+        if not self.is_first:
+            total_TD += by_token
 
     def add_keys_by_token(self, total_TD: Tensor, x_SD: Tensor, scratch_TD: Tensor) -> None:
-        """The same by key place: the round's own by a gather, then the halo's few rows."""
+        """The same by key place: the rounds' own by a gather, then the halo's few rows."""
         self.add_by_token(total_TD, x_SD[self.own], scratch_TD)
         if self.layout.is_lsh:
-            for halo in (slice(0, self.own.start), slice(self.own.stop, None)):
-                total_TD.index_add_(0, self.key_rows[halo], x_SD[halo])
+            x_gKD, rows_gK = x_SD.view(self.n_heads, self.n_head_places, -1), self.key_rows.view(self.n_heads, -1)
+            for halo in (slice(0, self.of_head.start), slice(self.of_head.stop, None)):
+                total_TD.index_add_(0, rows_gK[:, halo].flatten(), x_gKD[:, halo].flatten(0, 1))

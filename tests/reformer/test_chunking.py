@@ -80,18 +80,19 @@ def test_some_chunk_of_those_has_no_label_at_all(size: int) -> None:
 def test_tiles_of_attention_do_not_change_the_result(
     chunks_per_tile: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """101 tokens are 13 chunks; the last tile is smaller, unless it is one chunk too."""
+    """101 tokens are 13 chunks of a round; the last tile is smaller, unless it is one chunk too."""
     model = make_model(causal=causal)
     whole = loss_and_gradients(model)
     tiles, counts = Layout.tiles, []
 
-    def counted(layout: Layout) -> list[Tile]:
-        found = tiles(layout)
+    def counted(layout: Layout, n_chunks: int) -> list[Tile]:
+        found = tiles(layout, n_chunks)
         counts.append([tile.count for tile in found])
         return found
 
     scores_of_chunk = 8 * 8 * (2 if causal else 3)
     monkeypatch.setattr("reformer.lsh.rounds.TILE_SCORES_PER_THREAD", chunks_per_tile * scores_of_chunk)
+    monkeypatch.setattr("reformer.lsh.rounds.RUN_PLACES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(Layout, "tiles", counted)
     parts = loss_and_gradients(model)

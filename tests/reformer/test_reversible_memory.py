@@ -147,6 +147,7 @@ def peak_streams(
     """The peak of a step of three layers in units of one stream [T, M], where all that is of a fixed size is small."""
     monkeypatch.setattr(attention, "GROUP_NUMBERS", heads_at_once * LONG_TOKENS * 4)
     monkeypatch.setattr(rounds, "TILE_SCORES_PER_THREAD", 512)
+    monkeypatch.setattr(rounds, "RUN_PLACES", 64)
     monkeypatch.setattr(hashing, "HASH_TOKENS", 64)
     monkeypatch.setattr(chunked, "FINISH_TOKENS", 64)
     sizes = {"max_seq_len": LONG_TOKENS, "d_ff": 128, "n_layers": 3, "n_heads": 4, "n_hashes": 1, "dropout": 0.0}
