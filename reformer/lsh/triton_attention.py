@@ -28,8 +28,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 BLOCK = {2: 64, 4: 32}
 """Most places of a block, by bytes per number: its rows of up to four tensors stand in shared memory."""
-STAGES = 2
-"""Software pipelining: the next block of a window is fetched while this one is multiplied."""
+FORWARD_STAGES, BACKWARD_STAGES = 1, 2
+"""Software pipelining: with two stages the next block of a window is fetched while this one is multiplied. The forward
+took as long without (measured on an H200), and half of the shared memory."""
+FORWARD_REGISTERS = 168
+"""Of a thread, so that three programs of the forward share a multiprocessor, with next to no spills (by the compiler's
+count for D = 128 in bf16; the gain is yet to be measured)."""
 
 
 def why_not(q_GTD: Tensor, k_GTD: Tensor | None, layout: Layout) -> str | None:
@@ -112,12 +116,13 @@ def _forward(
     several = layout.n_rounds > 1
     total = torch.empty(v_GTD.shape, dtype=torch.float32, device=v_GTD.device) if several else out_GTD
     places, constants = _places(layout), _constants(q_GTD, layout)
+    limits = {"maxnreg": FORWARD_REGISTERS} if torch.version.hip is None else {}
     q, k, v, out, total = (_rows(x) for x in (q_GTD, q_GTD if k_GTD is None else k_GTD, v_GTD, out_GTD, total))
     for round_ in range(layout.n_rounds):
         kernels.forward_kernel[_grid(q_GTD, layout)](
             q, k, v, out, total, top_GT, norm_GT, key_scale_GT, places, round_,
-            IS_FIRST=round_ == 0, IS_LAST=round_ == layout.n_rounds - 1,
-            num_warps=_warps(q_GTD, layout), **constants,
+            IS_FIRST=round_ == 0, IS_LAST=round_ == layout.n_rounds - 1, STAGES=FORWARD_STAGES,
+            num_warps=_warps(q_GTD, layout), **constants, **limits,
         )  # fmt: skip
     return out_GTD, top_GT, norm_GT, key_scale_GT
 
@@ -147,7 +152,7 @@ def _backward(saved: tuple[Any, ...], d_out_GTD: Tensor, layout: Layout) -> tupl
         dq_to, dv_to = result_rows if round_ == layout.n_rounds - 1 else total_rows
         kernels.backward_kernel[_grid(q_GTD, layout)](
             q, k, v, d_out, *total_rows, dq_to, dk_to, dv_to, stats_GT4, places, round_,
-            IS_FIRST=round_ == 0, num_warps=2 * _warps(q_GTD, layout), **constants,
+            IS_FIRST=round_ == 0, STAGES=BACKWARD_STAGES, num_warps=2 * _warps(q_GTD, layout), **constants,
         )  # fmt: skip
     return dq_GTD, dk_GTD, dv_GTD
 
@@ -196,7 +201,6 @@ def _constants(q_GTD: Tensor, layout: Layout) -> dict[str, Any]:
         "DUPLICATE_ROUNDS": layout.n_rounds if layout.duplicate_correction else 0,
         # The interpreter works with numpy, which has no bfloat16.
         "OPERAND": tl.float32 if dtype is tl.bfloat16 and interpreting() else dtype,
-        "STAGES": STAGES,
     }
 
 

@@ -16,9 +16,9 @@ once (a chunk's neighbours find them in the second-level cache), and so is d_out
 round on, an fp32 row per token is read and written in the forward, two in the backward. That is why there is one sum
 for the gradient of q and of its key, why the last round writes its result in the inputs' dtype, and why the four
 numbers that the backward needs of a token stand side by side (one 32-byte sector).
-What the compiler makes of them for an H100 at D = 128, L = 64, bf16: the forward takes about 200 registers in each of
-128 threads and 80 KiB of shared memory, so that two programs share a multiprocessor; the backward 255 in each of 256
-threads, one program. Fewer registers there are the first thing to try where its memory waits.
+What the compiler makes of them for an H100 at D = 128, L = 64, bf16: the forward takes 168 registers in each of 128
+threads (200 if it may) and 48 KiB of shared memory, so that three programs share a multiprocessor; the backward 255 in
+each of 256 threads, one program. Fewer registers there are the first thing to try where its memory waits.
 
 Axes: G batch times heads, T tokens, D head dim (BLOCK_D: the next power of two), L chunk length, N places of a
 block. `query` and `key` are original positions, [N, 1] and [1, N] or the other way round.
