@@ -32,8 +32,8 @@ FORWARD_STAGES, BACKWARD_STAGES = 1, 2
 """Software pipelining: with two stages the next block of a window is fetched while this one is multiplied. The forward
 took as long without (measured on an H200), and half of the shared memory."""
 FORWARD_REGISTERS = 168
-"""Of a thread, so that three programs of the forward share a multiprocessor, with next to no spills (by the compiler's
-count for D = 128 in bf16; the gain is yet to be measured)."""
+"""Of a thread in half precision, so that three programs of the forward share a multiprocessor, with next to no spills (by
+the compiler's count for D = 128; the gain is yet to be measured)."""
 
 
 def why_not(q_GTD: Tensor, k_GTD: Tensor | None, layout: Layout) -> str | None:
@@ -116,7 +116,8 @@ def _forward(
     several = layout.n_rounds > 1
     total = torch.empty(v_GTD.shape, dtype=torch.float32, device=v_GTD.device) if several else out_GTD
     places, constants = _places(layout), _constants(q_GTD, layout)
-    limits = {"maxnreg": FORWARD_REGISTERS} if torch.version.hip is None else {}
+    is_limited = torch.version.hip is None and q_GTD.dtype.itemsize == 2
+    limits = {"maxnreg": FORWARD_REGISTERS} if is_limited else {}
     q, k, v, out, total = (_rows(x) for x in (q_GTD, q_GTD if k_GTD is None else k_GTD, v_GTD, out_GTD, total))
     for round_ in range(layout.n_rounds):
         kernels.forward_kernel[_grid(q_GTD, layout)](

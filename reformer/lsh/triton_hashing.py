@@ -12,8 +12,10 @@ from torch import Tensor
 from reformer.lsh.hashing import bucket_dtype, to_device
 from reformer.lsh.triton_attention import interpreting, on_device, why_no_kernel, with_whole_rows
 
-BLOCK = 128
-"""Tokens of a program."""
+PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+"""bf16 numbers that a number is the sum of."""
+BLOCK = {1: 128, 2: 128, 3: 64}
+"""Tokens of a program, by these parts, all of which stand in shared memory."""
 MAX_COLUMNS = 64
 """Most directions that a program looks at together."""
 
@@ -33,23 +35,20 @@ def triton_hash(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int, ...
 
     x = with_whole_rows(qk_BHTD.detach())
     batch, n_heads, n_tokens, d_head = x.shape
-    directions_PHDRF = to_device(rotations_HDRF, x.device)[None].float().contiguous()
-    operand = tl.float32
-    if x.dtype == torch.bfloat16:
-        directions_PHDRF = in_bf16_parts(directions_PHDRF[0])
-        operand = tl.float32 if interpreting() else tl.bfloat16  # numpy, which it works with, has no bf16
+    directions_PHDRF = in_bf16_parts(to_device(rotations_HDRF, x.device).float())
     n_hashes, n_directions = rotations_HDRF.shape[2:]
     buckets = torch.empty(batch, n_heads, n_hashes, n_tokens, dtype=bucket_dtype(factors), device=x.device)
-    first, stride = 0, 1
+    first, stride, block = 0, 1, BLOCK[PARTS[x.dtype]]
     with on_device(x):
         for factor in factors:
             half = factor // 2
-            hash_kernel[(batch * n_heads * triton.cdiv(n_tokens, BLOCK),)](
+            hash_kernel[(batch * n_heads * triton.cdiv(n_tokens, block),)](
                 x, *x.stride()[:3], directions_PHDRF, directions_PHDRF.stride(0), buckets, n_heads, n_tokens, n_hashes,
                 n_directions, first, half, stride,
-                D=d_head, BLOCK_D=max(16, triton.next_power_of_2(d_head)), BLOCK=BLOCK,
-                COLUMNS=min(MAX_COLUMNS, max(16, triton.next_power_of_2(half))), PARTS=len(directions_PHDRF),
-                OPERAND=operand, IS_FIRST=first == 0,
+                D=d_head, BLOCK_D=max(16, triton.next_power_of_2(d_head)), BLOCK=block,
+                COLUMNS=min(MAX_COLUMNS, max(16, triton.next_power_of_2(half))), PARTS=PARTS[x.dtype],
+                OPERAND=tl.float32 if interpreting() else tl.bfloat16,  # the interpreter's numpy has no bf16
+                IS_FIRST=first == 0, num_warps=block // 16, num_stages=1,
             )  # fmt: skip
             first, stride = first + half, stride * factor
     return buckets

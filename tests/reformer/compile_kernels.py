@@ -61,5 +61,5 @@ if __name__ == "__main__":
     keys = torch.zeros(2, dtype=torch.int64)
     compile_for(torch.bfloat16, 24, n_hashes=1, is_lsh=False, causal=False, dropout_keys_G=keys, **everything)
     triton_hashing.why_no_kernel = lambda x: None  # the tensors are on the CPU
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         triton_hashing.triton_hash(torch.zeros(1, 2, 200, 128, dtype=dtype), torch.zeros(2, 128, 4, 48), (32, 64))

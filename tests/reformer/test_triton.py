@@ -261,5 +261,5 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     shared = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 12
+    assert len(shared) == 14
     assert max(shared) <= 227 * 1024  # what a program may have on an H100 and H200

@@ -9,7 +9,7 @@ from torch import Tensor
 from reformer import lsh_attention
 from reformer.lsh import dispatch
 from reformer.lsh.hashing import bucket_dtype, hash_to_buckets
-from reformer.lsh.triton_hashing import BLOCK, in_bf16_parts, triton_hash
+from reformer.lsh.triton_hashing import BLOCK, PARTS, in_bf16_parts, triton_hash
 
 if not find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -52,15 +52,17 @@ def shortfall(qk: Tensor, rotations: Tensor, factors: tuple[int, ...], buckets: 
     ("shape", "n_hashes", "factors"),
     [
         ((1, 1, 1, 16), 1, (2,)),
-        ((2, 3, BLOCK + 5, 24), 2, (4, 6)),
-        ((1, 2, BLOCK, 64), 3, (34, 200)),  # more directions than are looked at together
-        ((1, 1, 2 * BLOCK - 1, 8), 2, (6, 4, 8)),
+        ((2, 3, 128 + 5, 24), 2, (4, 6)),
+        ((1, 2, 128, 64), 3, (34, 200)),  # more directions than are looked at together
+        ((1, 1, 2 * 128 - 1, 8), 2, (6, 4, 8)),
         ((1, 1, 70, 128), 1, (256, 256)),  # beyond int16
     ],
 )
 def test_equals_the_definition(
     shape: tuple[int, int, int, int], n_hashes: int, factors: tuple[int, ...], dtype: torch.dtype
 ) -> None:
+    """At whole blocks of tokens, just above, and just below."""
+    assert 128 % BLOCK[PARTS[dtype]] == 0
     qk, rotations = vectors(*shape, dtype), rotations_for(shape[1], shape[3], n_hashes, factors)
     buckets = triton_hash(qk, rotations, factors)
     assert buckets.dtype == bucket_dtype(factors)
