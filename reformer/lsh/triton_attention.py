@@ -32,8 +32,8 @@ FORWARD_STAGES, BACKWARD_STAGES = 1, 2
 """Software pipelining: with two stages the next block of a window is fetched while this one is multiplied. The forward
 took as long without (measured on an H200), and half of the shared memory."""
 FORWARD_REGISTERS = 168
-"""Of a thread in half precision, so that three programs of the forward share a multiprocessor, with next to no spills (by
-the compiler's count for D = 128; the gain is yet to be measured)."""
+"""Of a thread in half precision, so that three programs of the forward share a multiprocessor, with next to no spills
+(by the compiler's count for D = 128; the gain is yet to be measured)."""
 
 
 def why_not(q_GTD: Tensor, k_GTD: Tensor | None, layout: Layout) -> str | None:
