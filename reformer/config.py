@@ -97,10 +97,10 @@ class ReformerConfig(StrictConfig):
     """Widths of the two axial tables, summing to d_model; a quarter and three quarters when not given."""
     ff_chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens that pass through a feed-forward layer, or the projections of an attention layer, at a time; when not
-    given, 4096 on a CPU, and on a GPU as many as make 2^27 inner activations."""
+    given, 4096 on a CPU, and on a GPU so many that a micro batch has 2^27 inner activations."""
     loss_chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at a time when the loss is computed; when not given, 2048 on a CPU, or fewer of a
-    large vocabulary, and on a GPU as many as make 2^26 logits."""
+    large vocabulary, and on a GPU so many that their logits or, if more, their features are 2^26 numbers."""
     keep_ends: bool = True
     """Whether what the two ends of the stack would have to compute again is kept: three streams, and the heads of one
     layer. False is for sequences as long as memory allows, and costs an attention layer's forward in time."""

@@ -14,6 +14,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": 23, "max_seq_len": 96, "d_model": 20, "n_layers": 4, "n_heads": 2, "d_head": 6, "d_ff": 28,
     "n_buckets": (2, 6), "n_hashes": 2, "lsh_chunk_len": 8, "local_chunk_len": 16, "axial_shape": (8, 12),
     "axial_dims": (7, 13), "norm_eps": 1e-5, "seed": 3, "ff_chunk_tokens": 50, "loss_chunk_tokens": 70,
+    "keep_ends": False,
 }  # fmt: skip
 
 

@@ -26,8 +26,9 @@ FIXED = (
     "deepspeed.data_types",
 )
 """What must be the same when a run continues: the model, the order of the data, what the optimizer computes."""
-FREE = "deepspeed.optimizer.params.lr"
-"""What need not be, of these: the course of the learning rate may be changed, as by run.steps and run.decay."""
+FREE = ("deepspeed.optimizer.params.lr", "model.ff_chunk_tokens", "model.loss_chunk_tokens", "model.keep_ends")
+"""What need not be, of these: the course of the learning rate may be changed, as by run.steps and run.decay; and what
+decides about memory changes the numbers by rounding only."""
 
 
 def identity(
@@ -82,7 +83,7 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     return [
         f"{name} {what}: {_way_back(name)}, or start anew in another run.dir"
         for name, what in changes(saved, current).items()
-        if name != FREE and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
+        if name not in FREE and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
     ]
 
 

@@ -119,6 +119,8 @@ class _TileMemory:
         torch.index_select(heads.v, 0, key_rows, out=self.v_rows)
         if not heads.is_shared:
             torch.index_select(heads.q, 0, run.query_rows[tile.places], out=self.q_rows)
+        if run.has_padding(tile):  # between heads, it would meet keys of which its bound knows nothing
+            self.q.masked_fill_(run.is_padding_CL1[tile.chunks], 0)
 
     def score(self, run: Run, tile: Tile) -> None:
         """Fill in scores, in the place of the weights, and how much each key counts."""
@@ -287,7 +289,7 @@ def _backward(
         alone_T1, d_out_rows = norm_T1 == 0, d_out_TD[: len(norm_T1)]
         # Probabilities are weight / sum: the division goes to where there are D numbers, not W.
         torch.div(d_TD, norm_T1.masked_fill(alone_T1, 1), out=d_out_rows)
-        delta_T1 = (d_out_rows * out_TD).sum(dim=-1, keepdim=True)
+        delta_T1 = torch.mul(d_out_rows, out_TD, out=dq_SD[: len(d_out_rows)]).sum(dim=-1, keepdim=True)
         for run, tiles in runs.of(group, dtype):
             dq, dv, dk = dq_SD[: run.n_places], dv_SD[: run.n_key_places], dk_SD[: run.n_key_places]
             if run.is_first:
@@ -333,9 +335,6 @@ def _backward_run(
         memory.gather(heads, run, tile)
         for values, rows in zip(by_token, (memory.d_out_rows, memory.top_rows, memory.delta_rows), strict=True):
             torch.index_select(values, 0, run.query_rows[tile.places], out=rows)
-        if run.has_padding(tile):  # its places stand for no query
-            padding = run.is_padding_CL1[tile.chunks]
-            memory.d_out.masked_fill_(padding, 0), memory.delta.masked_fill_(padding, 0)
         memory.score(run, tile)
         memory.weigh(heads.is_bounded)
         torch.bmm(memory.d_out, memory.v.mT, out=memory.d_scores)
@@ -345,6 +344,9 @@ def _backward_run(
             memory.d_scores.mul_(keep)
             dropped = torch.mul(memory.weights, keep, out=memory.scratch)
         memory.d_scores.sub_(memory.delta).mul_(memory.weights)
+        if run.has_padding(tile):  # its places stand for no query, whatever they hold
+            for x in (memory.d_out, memory.d_scores, dropped):
+                x.masked_fill_(run.is_padding_CL1[tile.chunks], 0)
         tile.put_windows(dv_SD, torch.bmm(dropped.mT, memory.d_out, out=memory.d_window))
         tile.put_windows(dk_SD, torch.bmm(memory.d_scores.mT, memory.q, out=memory.d_window))
         torch.bmm(memory.d_scores, memory.k, out=dq_CLD[tile.chunks])

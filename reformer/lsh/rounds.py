@@ -23,8 +23,9 @@ from reformer.lsh.dropout import keep_factor_of_words, key_words, query_words
 TILE_SCORES_PER_THREAD = 2**17
 TILE_SCORES_GPU = 2**26
 
-RUN_PLACES, RUN_PLACES_GPU = 2**13, 2**19
-"""So many places a run may have and be of more than one round: short ones cost little but the calls that they take."""
+RUN_PLACES, RUN_PLACES_GPU = 2**13, 2**17
+"""So many places a run may have and be of more than one round, or of more than one head: short rounds cost little but
+the calls that they take."""
 
 MAX_EXACT_FLOAT32 = 2**24
 """Positions up to here are exact in fp32."""

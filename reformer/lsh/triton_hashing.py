@@ -35,7 +35,7 @@ def triton_hash(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int, ...
 
     x = with_whole_rows(qk_BHTD.detach())
     batch, n_heads, n_tokens, d_head = x.shape
-    directions_PHDRF = in_bf16_parts(to_device(rotations_HDRF, x.device).float())
+    directions_PHDRF = in_bf16_parts(to_device(rotations_HDRF, x.device).float().contiguous())
     n_hashes, n_directions = rotations_HDRF.shape[2:]
     buckets = torch.empty(batch, n_heads, n_hashes, n_tokens, dtype=bucket_dtype(factors), device=x.device)
     first, stride, block = 0, 1, BLOCK[PARTS[x.dtype]]

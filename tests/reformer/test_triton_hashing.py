@@ -86,6 +86,13 @@ def test_of_equals_the_first_counts(dtype: torch.dtype) -> None:
     assert not buckets[:, :, :, ::7].any()
 
 
+def test_rotations_may_have_any_strides() -> None:
+    qk, rotations = vectors(1, 2, 40, 16, torch.bfloat16), rotations_for(2, 16, 3, (6, 10))
+    permuted = rotations.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert not permuted.is_contiguous() and torch.equal(permuted, rotations)
+    assert torch.equal(triton_hash(qk, permuted, (6, 10)), triton_hash(qk, rotations, (6, 10)))
+
+
 def test_three_parts_in_bf16_are_the_number() -> None:
     x = torch.cat([torch.randn(1000) * 10.0**power for power in range(-20, 20, 5)])
     parts = in_bf16_parts(x)
@@ -93,7 +100,7 @@ def test_three_parts_in_bf16_are_the_number() -> None:
     assert torch.equal(parts.double().sum(dim=0), x.double())
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_numbers_that_are_none_get_some_bucket() -> None:
     qk = vectors(1, 1, 40, 16, torch.float32)
     qk[:, :, ::3] = torch.nan

@@ -56,6 +56,19 @@ def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
     assert changes(old, IDENTITY) == {}
 
 
+def test_what_decides_about_memory_only_may_change_and_is_told(tmp_path: Path) -> None:
+    """Versions before had numbers where "by device" stands now."""
+    old = json.loads(json.dumps(IDENTITY))
+    old["model"] |= {"ff_chunk_tokens": 4096, "loss_chunk_tokens": 2048, "keep_ends": False}
+    publish(tmp_path, 50, old)
+    refuse_another_run(tmp_path, IDENTITY, new=False)
+    assert changes(old, IDENTITY) == {
+        "model.ff_chunk_tokens": "was 4096 and is None now",
+        "model.loss_chunk_tokens": "was 2048 and is None now",
+        "model.keep_ends": "was False and is True now",
+    }
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
