@@ -73,6 +73,22 @@ def test_runs_do_not_change_the_result(
             assert_parity(results(kind, causal, scale, tokens, **options, **more), alone, 1e-9)
 
 
+def test_a_head_of_long_keys_next_to_one_of_long_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they have scores that neither one's bound knows of, and that overflow in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, TOKENS, WIDTH, generator=generator) for _ in range(3))
+    q *= torch.tensor([0.01, 1])[:, None, None]
+    k *= torch.tensor([100, 0.01])[:, None, None]
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    found = []
+    for most in (1, 2**13):
+        monkeypatch.setattr(rounds, "RUN_PLACES", most)
+        out = local_attention(*inputs, chunk_len=CHUNK)
+        grads = torch.autograd.grad(out.sum(), inputs)
+        found.append({"out": out.detach(), **{f"d{i}": x for i, x in enumerate(grads)}})
+    assert_parity(found[1], found[0], 1e-5)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["local", "lsh"])
 @pytest.mark.parametrize("bad", [0, 1])
