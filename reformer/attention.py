@@ -30,7 +30,7 @@ from reformer.lsh import lsh_attention
 from reformer.lsh.hashing import bucket_factors, draw_rotations
 from reformer.lsh.scratch import shared_scratch
 
-GROUP_NUMBERS = 2**24
+GROUP_NUMBERS = 2**25
 """A group has so many heads that one of its tensors [B, h, T, D] holds so many numbers, or a single head."""
 GROUP_NUMBERS_GPU = 2**27
 """The same on a GPU, which has to be kept busy with few launches."""
