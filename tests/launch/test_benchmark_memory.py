@@ -27,6 +27,7 @@ TINY = benchmark_peers.Sizes(seq_len=96, d_model=16, n_layers=2, n_heads=2, n_ha
 OPTIONS = {"d_model": 16, "n_heads": 2, "n_hashes": 2, "chunk_len": 16, "vocab_size": 20, "threads": 1}
 TINY_OPTIONS = [word for key, value in OPTIONS.items() for word in (benchmark_process.option(key), str(value))]
 SIZES = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_hashes": 2, "chunk_len": 16, "vocab_size": 20}
+SIZES |= {"chunk_tokens": 4096}
 GIB = 2**30
 RESULT_KEYS = {"part", "peer", "seq_len", "n_layers", "vocab_size", "seconds", "step_s", "wall_s", "threads"}
 RESULT_KEYS |= {"peak_gib", "imports_gib", "parameters", "gradients", "optimizer"}

@@ -56,9 +56,13 @@ def test_with_dense_attention_torch_counts_the_same(n_tokens: int, causal: bool,
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("n_buckets", [None, 6, (4, 6)])
 def test_attention_in_chunks_computes_that_and_its_scores_again(
-    pattern: tuple[str, ...], causal: bool, n_buckets: int | tuple[int, ...] | None
+    pattern: tuple[str, ...],
+    causal: bool,
+    n_buckets: int | tuple[int, ...] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whole chunks, so that nothing is padded. Its backward computes the scores again: one product more than needed."""
+    """Whole chunks and one head at a time, so that nothing is padded. Its backward computes the scores again: one product more than needed."""
+    monkeypatch.setattr("reformer.lsh.rounds.RUN_PLACES", 1)
     config = ReformerConfig(**TINY, attn_pattern=pattern, causal=causal, n_buckets=n_buckets)
     forward = forward_flops(config, 64)
     attention = forward["local_attention"] + forward["lsh_attention"]
