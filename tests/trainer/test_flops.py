@@ -61,7 +61,8 @@ def test_attention_in_chunks_computes_that_and_its_scores_again(
     n_buckets: int | tuple[int, ...] | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whole chunks and one head at a time, so that nothing is padded. Its backward computes the scores again: one product more than needed."""
+    """Whole chunks and one head at a time, so that nothing is padded. Its backward computes the scores again: one
+    product more than needed."""
     monkeypatch.setattr("reformer.lsh.rounds.RUN_PLACES", 1)
     config = ReformerConfig(**TINY, attn_pattern=pattern, causal=causal, n_buckets=n_buckets)
     forward = forward_flops(config, 64)
