@@ -1,11 +1,11 @@
 """Dense attention with shared queries and keys: what LSH attention approximates, for comparison and evaluation.
 
 A token sees every other token that the masks allow, and itself only if it sees nothing else; keys are qk / ||qk||,
-scores q.k. LSH attention whose chunks are as long as the sequence is the same function. What is special: scores
-exist for one head and a block of queries at a time, in the backward too, so that memory grows with T and not with
-T * T.
+scores q.k. LSH attention of a short sequence is the same with keys that count as often as its rounds find them, and
+takes this path with `Counts`. What is special: scores exist for a block of queries at a time (of
+one head, or of several where they are short), in the backward too, so that memory grows with T and not with T * T.
 
-Axes: B batch, H heads, T tokens, D head dim, G = B*H, L queries of a block, W keys that any of them may see.
+Axes: B batch, H heads, T tokens, D head dim, G = B*H, g heads and L queries of a block, W keys that they may see.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reformer.lsh.counts import Counts
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import by_head
+from reformer.lsh.shared_keys import LOG2_E, SAFE_BOUND, key_gradient_of_query, key_scale_and_bound
 
 BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**26}
 """Scores of one block; on a CPU 2 MiB of fp32, the fastest from 2**17 to 2**23 (measured at 8,192 tokens)."""
 
-MIN_BLOCK = 64
-"""Queries of a block at least: each block reads all keys and values, and adds to all of their gradients."""
+MIN_BLOCK, MAX_BLOCK = 64, {"cpu": 256, "cuda": 2**12}
+"""Queries of a block at least: each block reads all keys and values, and adds to all of their gradients. And at most:
+what is not seen of a block is computed all the same; short sequences have several heads in a block instead."""
 
 
 def dense_attention(
@@ -35,6 +38,7 @@ def dense_attention(
     segment_ids: Tensor | None = None,
     dropout: float = 0.0,
     dropout_keys: Tensor | None = None,
+    counts: Counts | None = None,
 ) -> Tensor:
     """Softmax attention [B, H, T, D] in v's dtype, statistics in fp32 or better; O(T^2) time, O(T) memory.
 
@@ -48,6 +52,7 @@ def dense_attention(
             value of a token that sees nothing but itself is never dropped.
         dropout_keys: integers [B, H] in the range of int32, needed with dropout: they decide what is dropped, as in
             round 0 of LSH attention.
+        counts: how often each key counts, of G = B*H; None: once.
 
     Raises:
         ValueError: a shape, dtype or probability that does not fit, with what was expected.
@@ -57,108 +62,150 @@ def dense_attention(
     n_heads = qk.shape[1]
     view = _View(
         causal=causal,
-        hidden_GT=None if key_padding_mask is None else by_head(~key_padding_mask.bool(), n_heads),
+        counts=counts,
+        key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
         segment_ids_GT=None if segment_ids is None else by_head(segment_ids, n_heads),
         dropout=dropout,
         dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten(),
     )
     dtype = torch.promote_types(qk.dtype, torch.float32)
     with torch.autocast(qk.device.type, enabled=False):
-        q = qk.to(dtype)
-        norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
-        k = q / norm.masked_fill(norm == 0, torch.inf)
-        out: Tensor = _DenseAttention.apply(*(x.flatten(0, 1) for x in (q, k, v.to(dtype))), view)
+        out: Tensor = _DenseAttention.apply(qk.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1), view)
     return out.view_as(v).to(v.dtype)
 
 
 @dataclass(frozen=True)
 class _View:
-    """Who sees whom, and what is dropped of it."""
+    """Who sees whom, how much it counts, and what is dropped of it."""
 
     causal: bool
-    hidden_GT: Tensor | None
+    counts: Counts | None
+    key_mask_GT: Tensor | None
     segment_ids_GT: Tensor | None
     dropout: float
     dropout_keys_G: Tensor | None
 
-    def blocks(self, like_GTD: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Queries [L] and the keys [W] that they may see, block by block."""
-        n_tokens = like_GTD.shape[1]
-        scores = BLOCK_SCORES.get(like_GTD.device.type, BLOCK_SCORES["cuda"])
-        length = max(MIN_BLOCK, scores // n_tokens)
-        for first in range(0, n_tokens, length):
-            queries = slice(first, min(first + length, n_tokens))
-            yield queries, slice(0, queries.stop if self.causal else n_tokens)
+    def blocks(self, like_GTD: Tensor) -> "Iterator[_Block]":
+        """All queries of all heads, block by block, each with the keys that they may see."""
+        n_heads, n_tokens, _ = like_GTD.shape
+        kind = "cpu" if like_GTD.device.type == "cpu" else "cuda"
+        scores = BLOCK_SCORES[kind]
+        length = min(n_tokens, MAX_BLOCK[kind], max(MIN_BLOCK, scores // n_tokens))
+        at_once = max(1, scores // (length * n_tokens))
+        for head in range(0, n_heads, at_once):
+            for first in range(0, n_tokens, length):
+                queries = slice(first, min(first + length, n_tokens))
+                yield _Block(
+                    slice(head, min(head + at_once, n_heads)),
+                    queries,
+                    slice(0, queries.stop if self.causal else n_tokens),
+                )
 
-    def hide(self, scores_LW: Tensor, group: int, queries: slice, keys: slice) -> Tensor:
-        """The scores with -inf where a query does not see a key, in place."""
-        own = scores_LW[:, queries]
-        hidden = torch.ones(own.shape, dtype=torch.bool, device=own.device)
-        own.masked_fill_(hidden.triu() if self.causal else hidden.triu().tril(), -torch.inf)
-        if self.hidden_GT is not None:
-            scores_LW.masked_fill_(self.hidden_GT[group, keys], -torch.inf)
+    def hide(self, x_gLW: Tensor, at: "_Block") -> Tensor:
+        """Numbers of a block, in place: 0 where a query does not see a key, times how often it counts elsewhere."""
+        if self.causal:
+            x_gLW[..., at.queries].tril_(-1)
+        else:
+            x_gLW.diagonal(at.queries.start, dim1=-2, dim2=-1).zero_()
+        if self.key_mask_GT is not None:
+            x_gLW.mul_(self.key_mask_GT[at.heads, None, at.keys])
         if self.segment_ids_GT is not None:
-            segment_T = self.segment_ids_GT[group]
-            scores_LW.masked_fill_(segment_T[queries, None] != segment_T[keys], -torch.inf)
-        return scores_LW
+            segment_gT = self.segment_ids_GT[at.heads]
+            x_gLW.mul_(segment_gT[:, at.queries, None] == segment_gT[:, None, at.keys])
+        if self.counts is not None:
+            x_gLW.mul_(self.counts.between(at.heads, at.queries, at.keys, x_gLW.dtype))
+        return x_gLW
 
-    def drop(self, x_LW: Tensor, group: int, queries: slice, keys: slice) -> Tensor:
+    def drop(self, x_gLW: Tensor, at: "_Block") -> Tensor:
         """x times the factors of dropout; x itself without dropout."""
         if not self.dropout:
-            return x_LW
+            return x_gLW
         assert self.dropout_keys_G is not None
-        position = torch.arange(keys.stop, device=x_LW.device)
-        key = self.dropout_keys_G[group]
-        return x_LW * keep_factor(key, 0, position[queries, None], position, self.dropout, x_LW.dtype)
+        position = torch.arange(at.keys.stop, device=x_gLW.device)
+        key_g11 = self.dropout_keys_G[at.heads, None, None]
+        return x_gLW * keep_factor(key_g11, 0, position[at.queries, None], position, self.dropout, x_gLW.dtype)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some heads, the queries of these, and the keys that any of them may see."""
+
+    heads: slice
+    queries: slice
+    keys: slice
 
 
 class _DenseAttention(torch.autograd.Function):
-    """Of queries, keys and values [G, T, D], and nothing of size T * T."""
+    """Of shared queries and keys and of values [G, T, D], and nothing of size T * T."""
 
     @staticmethod
-    def forward(ctx: Any, q_GTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, view: _View) -> Tensor:
-        out_GTD, lse_GT1 = torch.empty_like(v_GTD), v_GTD.new_empty(*v_GTD.shape[:2], 1)
-        for group, (q, k, v, out, lse) in enumerate(zip(q_GTD, k_GTD, v_GTD, out_GTD, lse_GT1, strict=True)):
-            for queries, keys in view.blocks(v_GTD):
-                scores = view.hide(q[queries] @ k[keys].T, group, queries, keys)
-                lse[queries] = scores.logsumexp(dim=-1, keepdim=True)
-                weights = _weights(scores, lse[queries])
-                out[queries] = view.drop(weights, group, queries, keys) @ v[keys]
-            out.copy_(torch.where(lse == -torch.inf, v, out))
-        ctx.save_for_backward(q_GTD, k_GTD, v_GTD, out_GTD, lse_GT1)
+    def forward(ctx: Any, q_GTD: Tensor, v_GTD: Tensor, view: _View) -> Tensor:
+        scores = _Scores(q_GTD, view)
+        out_GTD = torch.empty_like(v_GTD)
+        norm_GT1 = torch.empty_like(scores.top_GT1)
+        for at in view.blocks(v_GTD):
+            weights = scores.weights(at, find_top=True)
+            norm_GT1[at.heads, at.queries] = weights.sum(dim=-1, keepdim=True)
+            out_GTD[at.heads, at.queries] = view.drop(weights, at) @ v_GTD[at.heads, at.keys]
+        alone = norm_GT1 == 0
+        out_GTD = torch.where(alone, v_GTD, out_GTD.div_(norm_GT1.masked_fill(alone, 1)))
+        ctx.save_for_backward(q_GTD, v_GTD, out_GTD, scores.top_GT1, norm_GT1)
         ctx.view = view
         return out_GTD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out_GTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, d_out_GTD: Tensor) -> tuple[Tensor, Tensor, None]:
         with torch.autocast(d_out_GTD.device.type, enabled=False):
-            q, k, v, out, lse = ctx.saved_tensors
-            return *_gradients(q, k, v, out, lse, d_out_GTD, ctx.view), None
+            q, v, out, top, norm = ctx.saved_tensors
+            return *_gradients(q, v, out, top, norm, d_out_GTD, ctx.view), None
+
+
+class _Scores:
+    """The scores of a call, block by block, all in the same memory."""
+
+    def __init__(self, q_GTD: Tensor, view: _View, top_GT1: Tensor | None = None) -> None:
+        self.q, self.view = q_GTD, view
+        self.key_scale_GT1, bound_GT1 = key_scale_and_bound(q_GTD)
+        self.k = q_GTD * self.key_scale_GT1
+        self.is_bounded = bool(bound_GT1.max() <= SAFE_BOUND[q_GTD.dtype])
+        self.top_GT1 = bound_GT1 if top_GT1 is None else top_GT1
+        """What weights are relative to: 2 ** (score - top)."""
+
+    def weights(self, at: _Block, find_top: bool = False) -> Tensor:
+        """The weights [g, L, W] of a block, where a key is not seen 0."""
+        x_gLW = torch.bmm(self.q[at.heads, at.queries], self.k[at.heads, at.keys].mT)
+        top_gL1 = self.top_GT1[at.heads, at.queries]
+        if not self.is_bounded:
+            if find_top:
+                hidden = self.view.hide(torch.ones_like(x_gLW), at) == 0
+                highest = x_gLW.masked_fill(hidden, -torch.inf).amax(dim=-1, keepdim=True)
+                top_gL1.copy_(highest.clamp_(min=torch.finfo(x_gLW.dtype).min))
+            x_gLW = torch.minimum(x_gLW, top_gL1)  # what is not visible may be larger: no overflow
+        return self.view.hide(x_gLW.sub_(top_gL1).exp2_(), at)
 
 
 def _gradients(
-    q_GTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, out_GTD: Tensor, lse_GT1: Tensor, d_out_GTD: Tensor, view: _View
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values."""
-    dq_GTD, dk_GTD = torch.empty_like(q_GTD), torch.zeros_like(k_GTD)
-    dv_GTD = d_out_GTD * (lse_GT1 == -torch.inf)  # who sees nothing else has its own value
+    q_GTD: Tensor, v_GTD: Tensor, out_GTD: Tensor, top_GT1: Tensor, norm_GT1: Tensor, d_out_GTD: Tensor, view: _View
+) -> tuple[Tensor, Tensor]:
+    """The gradients of shared queries and keys, and of values."""
+    scores = _Scores(q_GTD, view, top_GT1)
+    dq_GTD, dk_GTD = torch.empty_like(q_GTD), torch.zeros_like(q_GTD)
+    alone_GT1 = norm_GT1 == 0
+    # Probabilities are weight / sum: the division goes to where there are D numbers, not W.
+    d_out_GTD = d_out_GTD / norm_GT1.masked_fill(alone_GT1, 1)
     delta_GT1 = (d_out_GTD * out_GTD).sum(dim=-1, keepdim=True)
-    for group, (q, k, v) in enumerate(zip(q_GTD, k_GTD, v_GTD, strict=True)):
-        for queries, keys in view.blocks(v_GTD):
-            d_out = d_out_GTD[group, queries]
-            weights = _weights(view.hide(q[queries] @ k[keys].T, group, queries, keys), lse_GT1[group, queries])
-            dv_GTD[group, keys].addmm_(view.drop(weights, group, queries, keys).T, d_out)
-            d_weights = view.drop(d_out @ v[keys].T, group, queries, keys)
-            d_scores = d_weights.sub_(delta_GT1[group, queries]).mul_(weights)
-            dq_GTD[group, queries] = d_scores @ k[keys]
-            dk_GTD[group, keys].addmm_(d_scores.T, q[queries])
-    return dq_GTD, dk_GTD, dv_GTD
-
-
-def _weights(scores_LW: Tensor, lse_L1: Tensor) -> Tensor:
-    """exp(score - lse), in place; zeros in rows that see nothing."""
-    return scores_LW.sub_(lse_L1.masked_fill(lse_L1 == -torch.inf, 0)).exp_()
+    dv_GTD = d_out_GTD * alone_GT1  # who sees nothing else has its own value
+    for at in view.blocks(v_GTD):
+        queries, keys = (at.heads, at.queries), (at.heads, at.keys)
+        weights = scores.weights(at)
+        dv_GTD[keys].baddbmm_(view.drop(weights, at).mT, d_out_GTD[queries])
+        d_weights = view.drop(torch.bmm(d_out_GTD[queries], v_GTD[keys].mT), at)
+        d_scores = d_weights.sub_(delta_GT1[queries]).mul_(weights)
+        dq_GTD[queries] = d_scores @ scores.k[keys]
+        dk_GTD[keys].baddbmm_(d_scores.mT, q_GTD[queries])
+    dq_GTD.mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
+    return dq_GTD.add_(key_gradient_of_query(q_GTD, dk_GTD, scores.key_scale_GT1)), dv_GTD
 
 
 def _check_arguments(qk: Tensor, v: Tensor, key_padding_mask: Tensor | None, segment_ids: Tensor | None) -> None:

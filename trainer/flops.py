@@ -2,15 +2,15 @@
 
 Model FLOPs in the sense of PaLM (Chowdhery et al., 2022, appendix B): products of matrices only, a multiplication and
 an addition counted as two, and nothing that an implementation computes again, so that a reversible stack, which runs
-every layer a second time, gets no credit for it. What is special: attention is counted by the keys that a round lets a
-token see, whether or not a causal mask hides some of them (PaLM counts so too), and never more than there are tokens.
+every layer a second time, gets no credit for it. What is special: attention is counted by the keys that the rounds let
+a token see, whether or not a causal mask hides some of them (PaLM counts so too), and never more than there are tokens.
 
     projections       query, key, value and output of local layers; shared query and key, value and output of others
     feed_forward      two products, d_model by d_ff
     head              both streams side by side with the vocabulary; tied, with d_model columns and the embedding
     local_attention   scores and weighted values with 2 chunks of keys a token, 3 when bidirectional
-    lsh_attention     the same in each of n_hashes rounds; where all fits one chunk, in one round, since each sees all
-                      (so too with attn_dropout or without attend_across_buckets, which do make the rounds differ)
+    lsh_attention     the same in n_hashes rounds, with no more keys in all of them together than there are tokens: all
+                      rounds are one softmax (so counted too with attn_dropout or without attend_across_buckets)
     dense_attention   the same with all tokens as keys
     hashing           one product with the rotations, sum(factors) / 2 columns a round; it has no gradient
 """
@@ -44,21 +44,21 @@ def forward_flops(config: ReformerConfig, seq_len: int) -> dict[str, int]:
     kinds = [config.attention_kind(layer) for layer in range(config.n_layers)]
     heads_width = config.n_heads * config.d_head
     factors = bucket_factors(config.n_buckets, seq_len, config.lsh_chunk_len)
-    lsh_rounds = 1 if seq_len <= config.lsh_chunk_len else config.n_hashes
-    lsh_keys, local_keys = (visible_keys(config, seq_len, n) for n in (config.lsh_chunk_len, config.local_chunk_len))
+    lsh_keys = visible_keys(config, seq_len, config.n_hashes * config.lsh_chunk_len)
+    local_keys = visible_keys(config, seq_len, config.local_chunk_len)
     products_per_token = {
         "projections": sum(PROJECTIONS[kind] for kind in kinds) * config.d_model * heads_width,
         "feed_forward": config.n_layers * 2 * config.d_model * config.d_ff,
         "head": config.d_model
         * (2 * config.d_model + config.vocab_size if config.tie_embeddings else 2 * config.vocab_size),
         "local_attention": kinds.count("local") * 2 * local_keys * heads_width,
-        "lsh_attention": kinds.count("lsh") * lsh_rounds * 2 * lsh_keys * heads_width,
+        "lsh_attention": kinds.count("lsh") * 2 * lsh_keys * heads_width,
         "dense_attention": kinds.count("dense") * 2 * seq_len * heads_width,
         "hashing": kinds.count("lsh") * config.n_hashes * heads_width * (sum(factors) // 2),
     }
     return {part: FLOPS_OF_PRODUCT * seq_len * products for part, products in products_per_token.items()}
 
 
-def visible_keys(config: ReformerConfig, seq_len: int, chunk_len: int) -> int:
-    """Keys that a token finds in the chunks which it sees in one round: its own, the one before, the one after."""
-    return min(seq_len, (2 if config.causal else 3) * chunk_len)
+def visible_keys(config: ReformerConfig, seq_len: int, chunks_len: int) -> int:
+    """Keys that a token finds in the chunks that it sees: its own (in each round), those before, those after."""
+    return min(seq_len, (2 if config.causal else 3) * chunks_len)

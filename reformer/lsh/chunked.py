@@ -6,16 +6,14 @@ one round). The derivation is in README.md beside this file. What is special:
 - One autograd Function with a hand-written backward. Nothing of size R*T*D is ever kept: weights are relative to a
   bound of the scores that is the same for all rounds, so that rounds simply add up, and the backward computes them
   again from the bound and the sum.
-- The bound is |q| |k| (Cauchy-Schwarz; keys of LSH have norm 1), known before any score is. Where queries are so
-  long that a weight relative to it could underflow, the largest visible score takes its place.
-- Scores are in base 2 (keys carry a factor log2(e)): on CPUs exp2 is three times as fast as exp (measured).
+- The bound is |q| |k| (shared_keys.py: keys of LSH have norm 1), known before any score is. Where queries are so long
+  that a weight relative to it could underflow, the largest visible score takes its place.
 - Work goes by tiles of a few chunks, gathered by the sort order into one set of buffers that stays in cache: fresh
   memory costs a page fault per 4 KiB: a tile's backward took 6.0 ms with it and 3.8 ms without (measured).
 
 Axes: as in rounds.py. "By place" means in sorted order, "by token" in the original one.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,11 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from reformer.lsh.rounds import Layout, Run, Tile, by_chunk, by_window
 from reformer.lsh.scratch import scratch
-
-LOG2_E = math.log2(math.e)
-
-SAFE_BOUND = {torch.float32: 40.0, torch.float64: 400.0}
-"""The smallest weight, 2 ** (-2 * bound), leaves its inverse as much room again before it overflows."""
+from reformer.lsh.shared_keys import LOG2_E, SAFE_BOUND, key_gradient_of_query, key_scale_and_bound
 
 FINISH_TOKENS = 4096
 """Tokens whose gradients are put together at a time, so that what is between stays in cache."""
@@ -69,13 +63,12 @@ class _Heads:
 
     def __init__(self, q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, dtype: torch.dtype) -> None:
         self.q, self.v = q_GTD.flatten(0, 1).to(dtype), v_GTD.flatten(0, 1).to(dtype)
-        norm_T1 = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True)
         self.is_shared = k_GTD is None
         if k_GTD is None:
-            # The key of a zero vector is zero, without gradient.
-            self.key_scale = (LOG2_E / norm_T1).masked_fill_(norm_T1 < torch.finfo(dtype).tiny, 0)
-            self.k, self.bound = self.q, LOG2_E * norm_T1
+            self.k = self.q
+            self.key_scale, self.bound = key_scale_and_bound(self.q)
         else:
+            norm_T1 = torch.linalg.vector_norm(self.q, dim=-1, keepdim=True)
             self.k, self.key_scale = k_GTD.flatten(0, 1).to(dtype), torch.full_like(norm_T1, LOG2_E)
             longest_G1 = torch.linalg.vector_norm(self.k, dim=-1).view(len(k_GTD), -1).amax(dim=1, keepdim=True)
             self.bound = (LOG2_E * norm_T1.view(len(k_GTD), -1) * longest_G1).view(-1, 1)
@@ -310,7 +303,7 @@ def _finish(heads: _Heads, totals: list[Tensor], results: list[Tensor], d_out_TD
         t = slice(start, start + FINISH_TOKENS)
         dq = dq_TD[t].mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
         if heads.is_shared:
-            dq.add_(_key_gradient_of_query(heads.q[t], dk_TD[t], heads.key_scale[t]))
+            dq.add_(key_gradient_of_query(heads.q[t], dk_TD[t], heads.key_scale[t]))
         results[0][t] = dq
         torch.addcmul(dv_TD[t], alone_T1[t].to(dq.dtype), d_out_TD[t], out=results[1][t])
     if not heads.is_shared:
@@ -350,10 +343,3 @@ def _backward_run(
         tile.put_windows(dv_SD, torch.bmm(dropped.mT, memory.d_out, out=memory.d_window))
         tile.put_windows(dk_SD, torch.bmm(memory.d_scores.mT, memory.q, out=memory.d_window))
         torch.bmm(memory.d_scores, memory.k, out=dq_CLD[tile.chunks])
-
-
-def _key_gradient_of_query(q: Tensor, dk: Tensor, key_scale: Tensor) -> Tensor:
-    """What reaches q by way of k = q / |q|: (dk - k (k.dk)) / |q|."""
-    inverse_norm = key_scale / LOG2_E
-    k = q * inverse_norm
-    return dk.sub(k.mul_((k * dk).sum(dim=-1, keepdim=True))).mul_(inverse_norm)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reformer.dense import dense_attention
 from reformer.lsh.chunked import chunked_attention
+from reformer.lsh.counts import Counts
 from reformer.lsh.dropout import check_dropout
 from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket
 from reformer.lsh.reference import lsh_attention_reference
@@ -68,9 +69,9 @@ def lsh_attention(
         dropout_keys: integers [B, H] in the range of int32, needed with dropout: what is dropped is a function of
             them, the round and the two positions (dropout.py).
         rotations: N(0, 1) [H, D, n_hashes, sum(factors) / 2]; None draws from torch's global generator.
-        backend: "triton" (fused kernels, on GPUs), "chunked" (any device), "dense" (where that is the same function:
-            see `why_not_dense`), "reference" (O(T^2), the oracle), or "auto": on a GPU triton where it can run, on a
-            CPU dense where it is the same, else chunked.
+        backend: "triton" (fused kernels, on GPUs), "chunked" (any device), "dense" (any device, O(T^2),
+            where that is the same function: see `why_not_dense`), "reference" (O(T^2), the oracle), or "auto": on a
+            GPU triton where it can run; on a CPU dense where it is the same and no more work; else chunked.
 
     Returns:
         The output [B, H, T, D] in v's dtype and the buckets [B, H, n_hashes, T] that were used. Buckets carry no
@@ -103,14 +104,19 @@ def lsh_attention(
                 dropout_keys=dropout_keys,
             )
         return out, buckets
-    not_dense = why_not_dense(n_tokens, chunk_len, attend_across_buckets, dropout)
-    if backend == "dense" and not_dense:
-        raise ValueError(f"backend='dense' cannot run: {not_dense}; choose 'auto' or 'chunked'")
-    if backend == "dense" or (backend == "auto" and qk.device.type == "cpu" and not not_dense):
-        _announce("LSH", "dense", f"the sequence fits one chunk of {chunk_len}, where every token sees all")
-        out = dense_attention(qk, v, causal=causal, key_padding_mask=key_padding_mask, segment_ids=segment_ids)
-        return out, buckets
     buckets_GRT = buckets.flatten(0, 1)
+    if _takes_dense(backend, qk, n_hashes, chunk_len, causal, attend_across_buckets, dropout):
+        # In a single chunk each round shows all tokens, and equally often.
+        once = n_tokens <= chunk_len
+        out = dense_attention(
+            qk,
+            v,
+            causal=causal,
+            key_padding_mask=key_padding_mask,
+            segment_ids=segment_ids,
+            counts=None if once else Counts.of(buckets_GRT, chunk_len, causal, duplicate_correction),
+        )
+        return out, buckets
     order, inverse = sort_by_bucket(buckets_GRT, chunk_len)
     layout = Layout(
         order,
@@ -146,16 +152,38 @@ def _hashed(qk: Tensor, n_hashes: int, factors: tuple[int, ...], rotations: Tens
         return hashed(qk, rotations, factors)
 
 
-def why_not_dense(n_tokens: int, chunk_len: int, attend_across_buckets: bool, dropout: float) -> str | None:
-    """Why LSH attention is not the same function as dense attention here; None where it is.
+def _takes_dense(
+    backend: Backend,
+    qk: Tensor,
+    n_hashes: int,
+    chunk_len: int,
+    causal: bool,
+    attend_across_buckets: bool,
+    dropout: float,
+) -> bool:
+    """Whether all rounds are computed as one dense softmax whose keys count as often as they are found (counts.py).
 
-    In a sequence of one chunk each round sees all tokens, and equally often, so that the rounds' softmaxes are one
-    and the same. There dense attention is several times as fast on a CPU: it has one round, and sorts nothing.
+    That is the same function, but for rounds that differ by more than whom they find. On a CPU it is taken where the
+    rounds bring a query as many keys as there are tokens, or more: the products are then fewer, and nothing is moved.
+    Raises ValueError for backend="dense" where it is another function.
     """
-    if n_tokens > chunk_len:
-        return f"{n_tokens} tokens do not fit one chunk of {chunk_len}, so that not every token sees all"
+    reason = why_not_dense(attend_across_buckets, dropout)
+    if backend == "dense":
+        if reason:
+            raise ValueError(f"backend='dense' cannot run: {reason}; choose 'auto' or 'chunked'")
+        _announce("LSH", "dense", "it was asked for")
+        return True
+    n_keys = n_hashes * (2 if causal else 3) * chunk_len
+    if backend != "auto" or qk.device.type != "cpu" or reason or qk.shape[2] > n_keys:
+        return False
+    _announce("LSH", "dense", f"there are no more tokens than the {n_keys} keys that {n_hashes} rounds give a query")
+    return True
+
+
+def why_not_dense(attend_across_buckets: bool, dropout: float) -> str | None:
+    """Why the rounds are not one dense softmax whose keys count as often as they are found; None where they are."""
     if not attend_across_buckets:
-        return "attend_across_buckets=False hides other buckets"
+        return "attend_across_buckets=False hides other buckets, in each round others"
     if dropout:
         return "each round drops weights of its own"
     return None

@@ -53,6 +53,11 @@ def renumbered(labels: Tensor) -> Tensor:
     return torch.unique(labels, return_inverse=True)[1]
 
 
+def circular_reach(n_chunks: int, causal: bool) -> tuple[int, int]:
+    """Chunks visible before and after the own one where so many stand in a circle; none is visible twice."""
+    return min(1, n_chunks - 1), 0 if causal else min(1, max(0, n_chunks - 2))
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where every token stands and what it may see. `order` and `inverse` are those of `sort_by_bucket`."""
@@ -98,11 +103,10 @@ class Layout:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Chunks visible before and after the own one; in a small circle no chunk is visible twice."""
+        """Chunks visible before and after the own one."""
         if not self.is_lsh:
             return 1, 0 if self.causal else 1
-        others = self.n_rounds * self.n_chunks - 1
-        return min(1, others), 0 if self.causal else min(1, max(0, others - 1))
+        return circular_reach(self.n_rounds * self.n_chunks, self.causal)
 
     @property
     def n_halo(self) -> int:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reformer.lsh as lsh
 from reformer import lsh_attention
 from reformer.local import local_attention
-from reformer.lsh import chunked, dispatch, dropout, hashing, reference, rounds, scratch
+from reformer.lsh import chunked, counts, dispatch, dropout, hashing, reference, rounds, scratch, shared_keys
 from reformer.lsh.dropout import keep_factor
 from reformer.lsh.hashing import default_buckets, hash_to_buckets
 
@@ -83,7 +83,20 @@ def forward_by_hand(q: Tensor, v: Tensor, n: Tensor, mu: Tensor, m: Tensor, corr
     assert (
         (s - tau[:, None]).exp()[visible] >= (-2 * tau[:, None]).exp().expand_as(s)[visible] * (1 - 1e-12)
     ).all()  # (15)
-    return {"o": o, "by_rounds": by_rounds, "by_mean": by_mean, "by_maxima": by_pairs, "k": k, "w": w, "Z": Z}
+    once = n.sum(dim=0).clamp(max=1) if correct else n.sum(dim=0)
+    c_all = mu * once
+    by_counts = (c_all * s.exp()) @ v / (c_all * s.exp()).sum(dim=1)[:, None]  # (29), which has no dropout
+    by_counts[alone] = v[alone]
+    return {
+        "by_counts": by_counts,
+        "o": o,
+        "by_rounds": by_rounds,
+        "by_mean": by_mean,
+        "by_maxima": by_pairs,
+        "k": k,
+        "w": w,
+        "Z": Z,
+    }
 
 
 def by_maxima(m: Tensor, c: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
@@ -156,8 +169,25 @@ def test_equations(causal: bool, across: bool, correct: bool, p: float) -> None:
     assert (forward["Z"] == 0).any() and (forward["Z"] > 0).sum() > T // 2
     expected = {"out": forward["o"], **backward}
     assert_parity({"out": out.detach()[0, 0], "d_qk": d_qk[0, 0], "d_v": d_v[0, 0]}, expected, 1e-11)
-    same = dict.fromkeys(("by_rounds", "by_mean", "by_maxima"), forward["o"])
+    same = dict.fromkeys(("by_rounds", "by_mean", "by_maxima", *(() if p else ("by_counts",))), forward["o"])
     assert_parity({name: forward[name] for name in same}, same, 1e-11)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_counts_are_a_product_of_chunks(causal: bool) -> None:
+    """A, B and N of (29), and what the code makes of them."""
+    T, L, R = 21, 4, 3
+    C = math.ceil(T / L)
+    b = torch.randint(0, 4, (R, T), generator=torch.Generator().manual_seed(5))
+    p = [[sum((int(b[r, j]), j) < (int(b[r, i]), i) for j in range(T)) for i in range(T)] for r in range(R)]  # (3)
+    g = torch.tensor([[r * C + p[r][i] // L for i in range(T)] for r in range(R)])  # (4)
+    A = torch.stack([(g == chunk).sum(dim=0) for chunk in range(R * C)])
+    B = sum(A.roll(-step, 0) for step in ((0, -1) if causal else (0, -1, 1)))  # (5)
+    N = A.T @ B
+    assert torch.equal(N, reach_by_hand(b, L, causal, True).sum(dim=0).long())
+    whole = slice(0, T)
+    found = counts.Counts.of(b[None], L, causal, once=False).between(slice(0, 1), whole, whole, torch.float64)
+    assert torch.equal(found[0].long(), N)
 
 
 def test_a_key_may_stand_twice_in_a_window() -> None:
@@ -208,7 +238,7 @@ def test_the_default_number_of_buckets_is_that_of_the_text() -> None:
 
 
 def test_names_of_the_text_are_names_of_the_code() -> None:
-    modules = (chunked, dispatch, dropout, hashing, reference, rounds, scratch)
+    modules = (chunked, counts, dispatch, dropout, hashing, reference, rounds, scratch, shared_keys)
     code = "\n".join(inspect.getsource(module) for module in modules)
     code += inspect.getsource(local_attention)
     names = set(re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:=\w+)?`", README))

@@ -7,8 +7,10 @@ import torch
 from parity import assert_parity
 from torch import Tensor
 
-from reformer import lsh_attention
+from reformer import dense, lsh_attention
 from reformer.lsh import dispatch, rounds
+from reformer.lsh.counts import Counts
+from reformer.lsh.reference import reach_counts
 
 LENGTHS = [1, 5, 16, 17, 63, 100]
 
@@ -33,6 +35,8 @@ def assert_equals_oracle(n_tokens: int, **options: object) -> None:
     fast, buckets = run(qk, v, None, backend="chunked", **options)
     exact, _ = run(qk, v, buckets, backend="reference", **options)
     assert_parity(fast, exact, 1e-9)
+    if options.get("attend_across_buckets", True):
+        assert_parity(run(qk, v, buckets, backend="dense", **options)[0], exact, 1e-9)
 
 
 @pytest.mark.parametrize("n_tokens", LENGTHS)
@@ -71,27 +75,29 @@ def test_every_mode_equals_oracle(
 
 @pytest.mark.parametrize("scale", [1e-150, 1e3])
 @pytest.mark.parametrize("causal", [True, False])
-def test_queries_of_any_length_equal_oracle(scale: float, causal: bool) -> None:
+@pytest.mark.parametrize("backend", ["chunked", "dense"])
+def test_queries_of_any_length_equal_oracle(scale: float, causal: bool, backend: str) -> None:
     """Beyond a norm of 277 (28 in fp32) a weight relative to the bound |q| could underflow: another path."""
     qk, v = random_inputs(63)
     with torch.no_grad():
         qk[:, :, ::2] *= scale
     options = {"n_hashes": 3, "chunk_len": 8, "causal": causal, "duplicate_correction": True}
-    fast, buckets = run(qk, v, None, **options)
+    fast, buckets = run(qk, v, None, backend=backend, **options)
     exact, _ = run(qk, v, buckets, backend="reference", **options)
     # Tiny queries have huge gradients of their direction; compare them at their own size.
     assert_parity({"out": fast["out"], "d_v": fast["d_v"]}, {"out": exact["out"], "d_v": exact["d_v"]}, 1e-9)
     assert torch.allclose(fast["d_qk"], exact["d_qk"], rtol=1e-6, atol=1e-9 * exact["d_qk"][:, :, 1::2].abs().max())
 
 
-def test_keys_opposite_to_long_queries_leave_room_for_large_gradients() -> None:
+@pytest.mark.parametrize("backend", ["chunked", "dense"])
+def test_keys_opposite_to_long_queries_leave_room_for_large_gradients(backend: str) -> None:
     """There the sum of weights is as small as can be, and its inverse meets the gradient (of a scaled loss)."""
     qk, v = random_inputs(16, torch.float32)
     with torch.no_grad():
         qk.zero_()[..., 0] = 40.0
         qk[:, :, 8:] *= -1  # all that a later token sees before it is opposite, or itself
     buckets = torch.cat([torch.zeros(2, 2, 1, 8), torch.ones(2, 2, 1, 8)], dim=-1).long()
-    out, _ = lsh_attention(qk, v, buckets, n_hashes=1, chunk_len=1)
+    out, _ = lsh_attention(qk, v, buckets, n_hashes=1, chunk_len=1, backend=backend)
     gradients = torch.autograd.grad(out, (qk, v), torch.full_like(out, 2.0**24))
     assert all(gradient.isfinite().all() for gradient in gradients)
 
@@ -116,7 +122,6 @@ def test_a_sequence_of_one_chunk_takes_the_dense_path_and_is_the_same(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"n_tokens": 17}, "17 tokens do not fit one chunk of 16"),
         ({"attend_across_buckets": False}, "attend_across_buckets=False hides other buckets"),
         ({"dropout": 0.1, "dropout_keys": torch.zeros(2, 2, dtype=torch.int32)}, "each round drops weights of its own"),
     ],
@@ -124,7 +129,7 @@ def test_a_sequence_of_one_chunk_takes_the_dense_path_and_is_the_same(
 def test_the_dense_path_is_never_another_function(
     changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    qk, v = random_inputs(changes.pop("n_tokens", 16))
+    qk, v = random_inputs(16)
     with pytest.raises(ValueError, match=f"backend='dense' cannot run: {reason}"):
         lsh_attention(qk, v, n_hashes=2, chunk_len=16, backend="dense", **changes)
     dispatch._announce.cache_clear()
@@ -135,6 +140,57 @@ def test_the_dense_path_is_never_another_function(
         "LSH attention runs as 'chunked'",
         "LSH attention runs as 'dense'",
     ]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_dense_path_runs_up_to_as_many_tokens_as_the_rounds_give_keys(
+    causal: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And gives nothing else than what the other paths give, on both sides of that length."""
+    options = {"n_hashes": 3, "chunk_len": 8, "causal": causal}
+    most = 3 * (2 if causal else 3) * 8
+    for n_tokens, path in ((most, "dense"), (most + 1, "chunked")):
+        qk, v = random_inputs(n_tokens)
+        dispatch._announce.cache_clear()
+        with caplog.at_level("INFO", logger="reformer.lsh"):
+            caplog.clear()
+            fast, buckets = run(qk, v, None, **options)
+        assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"LSH attention runs as '{path}'"]
+        assert_parity(fast, run(qk, v, buckets, backend="reference", **options)[0], 1e-9)
+
+
+@pytest.mark.parametrize(("n_tokens", "chunk_len"), [(1, 1), (2, 1), (4, 4), (5, 4), (8, 4), (9, 4), (21, 4)])
+@pytest.mark.parametrize("n_hashes", [1, 2, 3])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("once", [True, False])
+def test_counts_are_those_of_the_definition(
+    n_tokens: int, chunk_len: int, n_hashes: int, causal: bool, once: bool
+) -> None:
+    """The smallest circles of chunks too, in which a neighbour before is one behind, or the chunk itself."""
+    buckets = torch.randint(0, 4, (3, n_hashes, n_tokens), generator=torch.Generator().manual_seed(4))
+    counts = Counts.of(buckets, chunk_len, causal, once)
+    heads, queries, keys = slice(1, 3), slice(n_tokens // 3, n_tokens), slice(0, n_tokens)
+    for dtype in (torch.float32, torch.float64):
+        found = counts.between(heads, queries, keys, dtype)
+        exact = torch.stack(
+            [reach_counts(b, chunk_len, causal=causal, attend_across_buckets=True).sum(dim=0) for b in buckets[heads]]
+        )[:, queries]
+        assert found.dtype == dtype and torch.equal(found.long(), exact.clamp(max=1) if once else exact)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_blocks_do_not_change_the_result(causal: bool, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of dense attention: three heads and then one, 20 queries three times and then 3; long queries too."""
+    qk, v = random_inputs(63)
+    with torch.no_grad():
+        qk.mul_(scale)
+    segments = torch.arange(2 * 63).view(2, 63) // 40
+    options = {"n_hashes": 4, "chunk_len": 8, "causal": causal, "segment_ids": segments, "backend": "dense"}
+    whole, buckets = run(qk, v, None, **options)
+    monkeypatch.setitem(dense.MAX_BLOCK, "cpu", 20)
+    monkeypatch.setitem(dense.BLOCK_SCORES, "cpu", 3 * 20 * 63)
+    assert_parity(run(qk, v, buckets, **options)[0], whole, 1e-13)
 
 
 def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,12 +234,13 @@ def test_duplicate_correction_is_one_softmax_over_the_union() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_zero_vectors_have_no_key_and_no_gradient_through_it(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["chunked", "dense"])
+def test_zero_vectors_have_no_key_and_no_gradient_through_it(dtype: torch.dtype, backend: str) -> None:
     qk, v = random_inputs(40, dtype)
     with torch.no_grad():
         qk[:, :, 3:30:5] = 0
     options = {"n_hashes": 2, "chunk_len": 8}
-    fast, buckets = run(qk, v, None, **options)
+    fast, buckets = run(qk, v, None, backend=backend, **options)
     double_qk, double_v = (x.detach().double().requires_grad_() for x in (qk, v))
     exact, _ = run(double_qk, double_v, buckets, backend="reference", **options)
     tolerance = 1e-9 if dtype is torch.float64 else 16 * torch.finfo(dtype).eps
@@ -208,13 +265,14 @@ def test_causal_output_does_not_depend_on_the_future() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lower_precision_is_finite_and_near(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["chunked", "dense"])
+def test_lower_precision_is_finite_and_near(dtype: torch.dtype, backend: str) -> None:
     qk, v = random_inputs(200)
     with torch.no_grad():
         qk.mul_(4)  # scores far from zero
     options = {"n_hashes": 2, "chunk_len": 16}
     low_qk, low_v = (x.detach().to(dtype).requires_grad_() for x in (qk, v))
-    low, buckets = run(low_qk, low_v, None, **options)
+    low, buckets = run(low_qk, low_v, None, backend=backend, **options)
     exact, _ = run(
         low_qk.detach().double().requires_grad_(),
         low_v.detach().double().requires_grad_(),

@@ -144,7 +144,7 @@ def test_a_layer_computes_all_its_heads_in_one_memory(monkeypatch: pytest.Monkey
         return tensors
 
     monkeypatch.setattr(chunked, "scratch", recording)
-    sizes = {"vocab_size": 20, "max_seq_len": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}
+    sizes = {"vocab_size": 20, "max_seq_len": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_hashes": 2}
     model = Reformer(ReformerConfig(**sizes, lsh_chunk_len=8, attn_pattern=["lsh"]))
     tokens = torch.randint(0, 20, (1, 64))
     model(tokens, tokens).backward()

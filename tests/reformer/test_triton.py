@@ -240,7 +240,7 @@ def test_on_the_cpu_it_runs_in_the_interpreter_only(monkeypatch: pytest.MonkeyPa
 
 def test_the_path_taken_is_said_once_per_reason(caplog: pytest.LogCaptureFixture) -> None:
     dispatch._announce.cache_clear()
-    q = torch.zeros(1, 1, 20, 16)  # more than a chunk
+    q = torch.zeros(1, 1, 40, 16)  # more than two chunks: not dense
     with caplog.at_level("INFO", logger="reformer.lsh"):
         for backend in ("auto", "chunked", "auto", "chunked"):
             lsh_attention(q, q, n_hashes=1, chunk_len=16, backend=backend)

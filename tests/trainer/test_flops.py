@@ -64,7 +64,9 @@ def test_attention_in_chunks_computes_that_and_its_scores_again(
     """Whole chunks and one head at a time, so that nothing is padded. Its backward computes the scores again: one
     product more than needed."""
     monkeypatch.setattr("reformer.lsh.rounds.RUN_PLACES", 1)
-    config = ReformerConfig(**TINY, attn_pattern=pattern, causal=causal, n_buckets=n_buckets)
+    config = ReformerConfig(
+        **{**TINY, "n_hashes": 2}, attn_pattern=pattern, causal=causal, n_buckets=n_buckets
+    )  # with 3 rounds a bidirectional one would be dense
     forward = forward_flops(config, 64)
     attention = forward["local_attention"] + forward["lsh_attention"]
     step = functools.partial(plain_step, Reformer(config), 64)
@@ -97,10 +99,11 @@ def test_by_hand() -> None:
 
 
 def test_nobody_sees_more_than_there_is() -> None:
-    """In a sequence of one chunk the rounds of LSH attention are all the same: that of dense attention."""
+    """Up to as many tokens as all rounds give keys, 3 times 2 chunks of 8, LSH attention costs what dense does."""
     lsh, dense = (ReformerConfig(**TINY, attn_pattern=(kind,)) for kind in ("lsh", "dense"))
-    for n_tokens in (1, 5, 8):
+    for n_tokens in (1, 5, 8, 9, 47, 48):
         assert forward_flops(lsh, n_tokens)["lsh_attention"] == forward_flops(dense, n_tokens)["dense_attention"]
+    assert forward_flops(lsh, 64)["lsh_attention"] == forward_flops(dense, 64)["dense_attention"] * 48 // 64
     local = ReformerConfig(**TINY, attn_pattern=("local",), causal=False)
     keys = [forward_flops(local, n)["local_attention"] // (3 * n * 2 * 5 * 4) for n in (1, 7, 11, 12, 13, 64)]
     assert keys == [1, 7, 11, 12, 12, 12]
