@@ -24,7 +24,7 @@ from reformer.chunks import ff_chunk_tokens, map_chunks, token_slices
 from reformer.config import ReformerConfig
 from reformer.dense import dense_attention
 from reformer.feed_forward import layer_norm
-from reformer.gradients import GradientSum, with_gradients
+from reformer.gradients import GradientSum, add_product, with_gradients
 from reformer.local import local_attention
 from reformer.lsh import lsh_attention
 from reformer.lsh.hashing import bucket_factors, draw_rotations
@@ -198,7 +198,7 @@ class _Attention(nn.Module):
         dtype, weight = group.out.dtype, self.out_weight[:, group.columns]
         for tokens in self._slices(d_out_BTM):
             d_out = d_out_BTM[:, tokens].flatten(0, 1).to(dtype)
-            out_sum[:, group.columns] += d_out.T @ _rows(group.out.detach(), tokens)
+            add_product(out_sum[:, group.columns], d_out.T, _rows(group.out.detach(), tokens))
         (d_BThD,) = map_chunks(lambda d: (self._heads(d.to(dtype) @ weight),), d_out_BTM, self._at_once(d_out_BTM))
         d_projected = torch.autograd.grad(group.out, group.projected, d_BThD.transpose(1, 2).to(dtype))
         group.projected, group.out = [], group.out.detach()
@@ -213,7 +213,7 @@ class _Attention(nn.Module):
             normed_BtM = layer_norm(x_BTM[:, tokens], self.norm_weight, self.norm_bias, self.config.norm_eps)
             d_projected = [_rows(d, tokens) for d in d_BhTD]
             for total, d in zip(sums, d_projected, strict=True):
-                total[columns] += d.T @ normed_BtM.flatten(0, 1).to(d.dtype)
+                add_product(total[columns], d.T, normed_BtM.flatten(0, 1).to(d.dtype))
             part = (torch.cat(d_projected, dim=-1) @ weights).view_as(normed_BtM)
             if columns.start:
                 d_normed_BTM[:, tokens] += part

@@ -3,7 +3,7 @@
 Axes: B batch, T tokens, t tokens of a chunk, M model (or any other width).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,12 +52,21 @@ def map_chunks(
     chunks = (function(x_BtM) for x_BtM in x_BTM.split(chunk_tokens, dim=1))
     if torch.is_grad_enabled():
         return tuple(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
-    results: tuple[Tensor, ...] = ()
+    results: list[Tensor] = []
     for tokens, parts in zip(token_slices(x_BTM.shape[1], chunk_tokens), chunks, strict=True):
-        results = results or tuple(_whole(part, x_BTM.shape[1]) for part in parts)
-        for result, part in zip(results, parts, strict=True):
-            result[:, tokens] = part
-    return results
+        so_far: Sequence[Tensor | None] = results or [None] * len(parts)
+        results = [put(result, tokens, part, x_BTM.shape[1]) for result, part in zip(so_far, parts, strict=True)]
+    return tuple(results)
+
+
+def put(result: Tensor | None, tokens: slice, part_Bt: Tensor, n_tokens: int) -> Tensor:
+    """The result [B, T, …] with a chunk's part at its tokens; None becomes memory for all, or a part that is all."""
+    if result is None:
+        if part_Bt.ndim == 3 and part_Bt.shape[1] == n_tokens:
+            return part_Bt
+        result = _whole(part_Bt, n_tokens)
+    result[:, tokens] = part_Bt
+    return result
 
 
 def _whole(part_Bt: Tensor, n_tokens: int) -> Tensor:

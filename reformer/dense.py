@@ -145,8 +145,8 @@ class _DenseAttention(torch.autograd.Function):
         norm_GT1 = torch.empty_like(scores.top_GT1)
         for at in view.blocks(v_GTD):
             weights = scores.weights(at, find_top=True)
-            norm_GT1[at.heads, at.queries] = weights.sum(dim=-1, keepdim=True)
-            out_GTD[at.heads, at.queries] = view.drop(weights, at) @ v_GTD[at.heads, at.keys]
+            torch.sum(weights, dim=-1, keepdim=True, out=norm_GT1[at.heads, at.queries])
+            torch.bmm(view.drop(weights, at), v_GTD[at.heads, at.keys], out=out_GTD[at.heads, at.queries])
         alone = norm_GT1 == 0
         out_GTD = torch.where(alone, v_GTD, out_GTD.div_(norm_GT1.masked_fill(alone, 1)))
         ctx.save_for_backward(q_GTD, v_GTD, out_GTD, scores.top_GT1, norm_GT1)
@@ -202,7 +202,7 @@ def _gradients(
         dv_GTD[keys].baddbmm_(view.drop(weights, at).mT, d_out_GTD[queries])
         d_weights = view.drop(torch.bmm(d_out_GTD[queries], v_GTD[keys].mT), at)
         d_scores = d_weights.sub_(delta_GT1[queries]).mul_(weights)
-        dq_GTD[queries] = d_scores @ scores.k[keys]
+        torch.bmm(d_scores, scores.k[keys], out=dq_GTD[queries])
         dk_GTD[keys].baddbmm_(d_scores.mT, q_GTD[queries])
     dq_GTD.mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
     return dq_GTD.add_(key_gradient_of_query(q_GTD, dk_GTD, scores.key_scale_GT1)), dv_GTD

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reformer.chunks import ff_chunk_tokens, map_chunks, token_slices
+from reformer.chunks import ff_chunk_tokens, map_chunks, put, token_slices
 from reformer.config import ReformerConfig
 from reformer.gradients import GradientSum, with_gradients
 
@@ -57,7 +57,8 @@ class FeedForward(nn.Module):
         self, x_BTM: Tensor, d_out_BTM: Tensor, needs_output: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The output if it is needed, and the gradients of x and of the parameters."""
-        out, d_x = None, torch.empty_like(x_BTM)
+        out = d_x = None
+        batch, n_tokens, _ = x_BTM.shape
         inner_sums = GradientSum(self._inner_parameters)
         out_sums = GradientSum([self.out_weight, self.out_bias])
         for tokens in token_slices(x_BTM.shape[1], ff_chunk_tokens(self.config, x_BTM)):
@@ -67,11 +68,11 @@ class FeedForward(nn.Module):
             activations, d_out = inner.detach(), d_out_BTM[:, tokens].flatten(0, 1).to(inner.dtype)
             if needs_output:
                 part = F.linear(activations, self.out_weight, self.out_bias)
-                out = part.new_empty(x_BTM.shape) if out is None else out
-                out[:, tokens] = part.view_as(out[:, tokens])
+                out = put(out, tokens, part.unflatten(0, (batch, -1)), n_tokens)
             out_sums.add_known([d_out.T @ activations, d_out.sum(dim=0)])
             (d_part,) = inner_sums.add(inner, [x], (d_out @ self.out_weight).to(inner.dtype))
-            d_x[:, tokens] = d_part.view_as(d_x[:, tokens])
+            d_x = put(d_x, tokens, d_part.unflatten(0, (batch, -1)), n_tokens)
+        assert d_x is not None
         return out, [d_x, *inner_sums.sums, *out_sums.sums]
 
     @property

@@ -79,6 +79,10 @@ class _KnownGradients(torch.autograd.Function):
 
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     """The gradient times a scalar, in place where that loses nothing: a factor in bf16 would be off by up to 0.4%."""
+    if (
+        factor.device.type == "cpu" and factor.item() == 1
+    ):  # always so within a stack; a GPU would have to be waited for
+        return gradient
     if torch.promote_types(gradient.dtype, factor.dtype) == gradient.dtype:
         return gradient.mul_(factor)
     return gradient.to(factor.dtype) * factor
@@ -102,7 +106,15 @@ class GradientSum:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         # Aliases without the originals' hooks: what is differentiated chunk by chunk.
         self.aliases = [parameter.detach().requires_grad_() for parameter in parameters]
-        self.sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        self._dtypes = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
+        self._sums: list[Tensor] = []
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """One for each parameter, zeros as long as nothing was added."""
+        if not self._sums:
+            self._sums = [torch.zeros_like(p, dtype=d) for p, d in zip(self.aliases, self._dtypes, strict=True)]
+        return self._sums
 
     def add(self, output: Tensor, chunk_inputs: Sequence[Tensor], d_output: Tensor | None = None) -> list[Tensor]:
         """Differentiate a chunk's output: add to the parameters' sums, return the gradients of the inputs."""
@@ -111,7 +123,10 @@ class GradientSum:
         return list(gradients[: len(chunk_inputs)])
 
     def add_known(self, gradients: Sequence[Tensor]) -> None:
-        """Add a chunk's gradients of the parameters."""
+        """Add a chunk's gradients of the parameters, which the sums take over if they are the first."""
+        if not self._sums:
+            self._sums = [x.to(dtype).contiguous() for x, dtype in zip(gradients, self._dtypes, strict=True)]
+            return
         for total, gradient in zip(self.sums, gradients, strict=True):
             total += gradient
 

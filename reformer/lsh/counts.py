@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer.lsh.hashing import sort_by_bucket
+from reformer.lsh.hashing import stable_order
 from reformer.lsh.rounds import circular_reach
 
 
@@ -32,12 +32,14 @@ class Counts:
     @classmethod
     def of(cls, buckets_GRT: Tensor, chunk_len: int, causal: bool, once: bool) -> "Counts":
         """Of rounds of LSH attention with these buckets, whose tokens see other buckets too."""
-        _, inverse_GRT = sort_by_bucket(buckets_GRT, chunk_len)
-        n_rounds, n_tokens = inverse_GRT.shape[1:]
+        order_GRT = stable_order(buckets_GRT)
+        n_rounds, n_tokens = order_GRT.shape[1:]
         per_round = -(-n_tokens // chunk_len)
-        starts_R1 = torch.arange(n_rounds, device=inverse_GRT.device)[:, None] * per_round
+        rounds_R, places_T = (torch.arange(n, device=order_GRT.device) for n in (n_rounds, n_tokens))
+        chunk_RT = rounds_R[:, None] * per_round + places_T // chunk_len
+        chunk_GRT = torch.empty_like(order_GRT).scatter_(-1, order_GRT, chunk_RT.expand_as(order_GRT))
         n_chunks = n_rounds * per_round
-        return cls(inverse_GRT // chunk_len + starts_R1, n_chunks, circular_reach(n_chunks, causal), once)
+        return cls(chunk_GRT, n_chunks, circular_reach(n_chunks, causal), once)
 
     def between(self, heads: slice, queries: slice, keys: slice, dtype: torch.dtype) -> Tensor:
         """N_ij [g, L, W], or 0 and 1 with `once`."""
