@@ -68,10 +68,7 @@ def dense_attention(
         dropout=dropout,
         dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten(),
     )
-    dtype = torch.promote_types(qk.dtype, torch.float32)
-    with torch.autocast(qk.device.type, enabled=False):
-        out: Tensor = _DenseAttention.apply(qk.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1), view)
-    return out.view_as(v).to(v.dtype)
+    return _DenseAttention.apply(qk, v, view)
 
 
 @dataclass(frozen=True)
@@ -136,29 +133,37 @@ class _Block:
 
 
 class _DenseAttention(torch.autograd.Function):
-    """Of shared queries and keys and of values [G, T, D], and nothing of size T * T."""
+    """Of shared queries and keys and of values [B, H, T, D], and nothing of size T * T."""
 
     @staticmethod
-    def forward(ctx: Any, q_GTD: Tensor, v_GTD: Tensor, view: _View) -> Tensor:
-        scores = _Scores(q_GTD, view)
-        out_GTD = torch.empty_like(v_GTD)
-        norm_GT1 = torch.empty_like(scores.top_GT1)
-        for at in view.blocks(v_GTD):
-            weights = scores.weights(at, find_top=True)
-            torch.sum(weights, dim=-1, keepdim=True, out=norm_GT1[at.heads, at.queries])
-            torch.bmm(view.drop(weights, at), v_GTD[at.heads, at.keys], out=out_GTD[at.heads, at.queries])
-        alone = norm_GT1 == 0
-        out_GTD = torch.where(alone, v_GTD, out_GTD.div_(norm_GT1.masked_fill(alone, 1)))
-        ctx.save_for_backward(q_GTD, v_GTD, out_GTD, scores.top_GT1, norm_GT1)
+    def forward(ctx: Any, qk_BHTD: Tensor, v_BHTD: Tensor, view: _View) -> Tensor:
+        with torch.autocast(qk_BHTD.device.type, enabled=False):
+            q_GTD, v_GTD = _heads(qk_BHTD), _heads(v_BHTD)
+            scores = _Scores(q_GTD, view)
+            out_GTD = torch.empty_like(v_GTD)
+            norm_GT1 = torch.empty_like(scores.top_GT1)
+            for at in view.blocks(v_GTD):
+                weights = scores.weights(at, find_top=True)
+                torch.sum(weights, dim=-1, keepdim=True, out=norm_GT1[at.heads, at.queries])
+                torch.bmm(view.drop(weights, at), v_GTD[at.heads, at.keys], out=out_GTD[at.heads, at.queries])
+            alone = norm_GT1 == 0
+            out_GTD = torch.where(alone, v_GTD, out_GTD.div_(norm_GT1.masked_fill(alone, 1)))
+        ctx.save_for_backward(qk_BHTD, v_BHTD, out_GTD, scores.top_GT1, norm_GT1)
         ctx.view = view
-        return out_GTD
+        return out_GTD.view(v_BHTD.shape).to(v_BHTD.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out_GTD: Tensor) -> tuple[Tensor, Tensor, None]:
-        with torch.autocast(d_out_GTD.device.type, enabled=False):
-            q, v, out, top, norm = ctx.saved_tensors
-            return *_gradients(q, v, out, top, norm, d_out_GTD, ctx.view), None
+    def backward(ctx: Any, d_out_BHTD: Tensor) -> tuple[Tensor, Tensor, None]:
+        with torch.autocast(d_out_BHTD.device.type, enabled=False):
+            qk, v, out, top, norm = ctx.saved_tensors
+            dq_GTD, dv_GTD = _gradients(_heads(qk), _heads(v), out, top, norm, _heads(d_out_BHTD), ctx.view)
+        return dq_GTD.view(qk.shape).to(qk.dtype), dv_GTD.view(v.shape).to(v.dtype), None
+
+
+def _heads(x_BHTD: Tensor) -> Tensor:
+    """[G, T, D] in fp32 or better."""
+    return x_BHTD.flatten(0, 1).to(torch.promote_types(x_BHTD.dtype, torch.float32))
 
 
 class _Scores:
