@@ -1,9 +1,10 @@
 """Dense attention with shared queries and keys: what LSH attention approximates, for comparison and evaluation.
 
 A token sees every other token that the masks allow, and itself only if it sees nothing else; keys are qk / ||qk||,
-scores q.k. LSH attention of a short sequence is the same with keys that count as often as its rounds find them, and
-takes this path with `Counts`. What is special: scores exist for a block of queries at a time (of
-one head, or of several where they are short), in the backward too, so that memory grows with T and not with T * T.
+scores q.k. LSH attention (without dropout, and across buckets) is the same with keys that count as often as its rounds
+find them, and takes this path with `Counts` where the sequence is short. What is special: scores exist for a block of
+queries at a time (of one head, or of several where they are short), in the backward too, so that memory grows with T
+and not with T * T; counts alone take a number for each token and chunk.
 
 Axes: B batch, H heads, T tokens, D head dim, G = B*H, g heads and L queries of a block, W keys that they may see.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reformer.lsh.counts import Counts
+from reformer.lsh.counts import Counts, PairCounts
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import by_head
 from reformer.lsh.shared_keys import LOG2_E, SAFE_BOUND, key_gradient_of_query, key_scale_and_bound
@@ -40,7 +41,9 @@ def dense_attention(
     dropout_keys: Tensor | None = None,
     counts: Counts | None = None,
 ) -> Tensor:
-    """Softmax attention [B, H, T, D] in v's dtype, statistics in fp32 or better; O(T^2) time, O(T) memory.
+    """Softmax attention [B, H, T, D] in v's dtype, statistics in fp32 or better.
+
+    O(T^2) time and, without counts, O(T) memory.
 
     Args:
         qk: shared queries and keys [B, H, T, D], floating point. The key of a zero vector is zero, without gradient.
@@ -52,7 +55,8 @@ def dense_attention(
             value of a token that sees nothing but itself is never dropped.
         dropout_keys: integers [B, H] in the range of int32, needed with dropout: they decide what is dropped, as in
             round 0 of LSH attention.
-        counts: how often each key counts, of G = B*H; None: once.
+        counts: how often each key counts, of G = B*H; None: once. They take two numbers for each token and chunk, of as
+            many heads as a block has.
 
     Raises:
         ValueError: a shape, dtype or probability that does not fit, with what was expected.
@@ -90,13 +94,11 @@ class _View:
         length = min(n_tokens, MAX_BLOCK[kind], max(MIN_BLOCK, scores // n_tokens))
         at_once = max(1, scores // (length * n_tokens))
         for head in range(0, n_heads, at_once):
+            heads = slice(head, min(head + at_once, n_heads))
+            counts = None if self.counts is None else self.counts.of_heads(heads, like_GTD.dtype)
             for first in range(0, n_tokens, length):
                 queries = slice(first, min(first + length, n_tokens))
-                yield _Block(
-                    slice(head, min(head + at_once, n_heads)),
-                    queries,
-                    slice(0, queries.stop if self.causal else n_tokens),
-                )
+                yield _Block(heads, queries, slice(0, queries.stop if self.causal else n_tokens), counts)
 
     def hide(self, x_gLW: Tensor, at: "_Block") -> Tensor:
         """Numbers of a block, in place: 0 where a query does not see a key, times how often it counts elsewhere."""
@@ -105,12 +107,12 @@ class _View:
         else:
             x_gLW.diagonal(at.queries.start, dim1=-2, dim2=-1).zero_()
         if self.key_mask_GT is not None:
-            x_gLW.mul_(self.key_mask_GT[at.heads, None, at.keys])
+            x_gLW.masked_fill_(~self.key_mask_GT[at.heads, None, at.keys], 0)  # whatever is there, NaN too
         if self.segment_ids_GT is not None:
             segment_gT = self.segment_ids_GT[at.heads]
-            x_gLW.mul_(segment_gT[:, at.queries, None] == segment_gT[:, None, at.keys])
-        if self.counts is not None:
-            x_gLW.mul_(self.counts.between(at.heads, at.queries, at.keys, x_gLW.dtype))
+            x_gLW.masked_fill_(segment_gT[:, at.queries, None] != segment_gT[:, None, at.keys], 0)
+        if at.counts is not None:
+            x_gLW.mul_(at.counts.between(at.queries, at.keys))
         return x_gLW
 
     def drop(self, x_gLW: Tensor, at: "_Block") -> Tensor:
@@ -130,6 +132,7 @@ class _Block:
     heads: slice
     queries: slice
     keys: slice
+    counts: PairCounts | None
 
 
 class _DenseAttention(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Rounds add up: the sum over the rounds of exp(score) is exp(score) N_ij, with N_ij the number of times that their
 chunks bring query i and key j together. So they all are one dense softmax whose weights count N_ij times
-(README.md, section 1), and N is a product of two matrices of zeros and ones: the chunks that a query stands in, one
+(README.md, section 13), and N is a product of two matrices of zeros and ones: the chunks that a query stands in, one
 a round, and the chunks that see a key.
 
 Axes: G batch times heads, R hash rounds, T tokens, C chunks of all rounds, g heads, L queries, W keys of a block.
@@ -41,8 +41,8 @@ class Counts:
         n_chunks = n_rounds * per_round
         return cls(chunk_GRT, n_chunks, circular_reach(n_chunks, causal), once)
 
-    def between(self, heads: slice, queries: slice, keys: slice, dtype: torch.dtype) -> Tensor:
-        """N_ij [g, L, W], or 0 and 1 with `once`."""
+    def of_heads(self, heads: slice, dtype: torch.dtype) -> "PairCounts":
+        """What N of these heads is a product of: a number for each token and chunk."""
         chunk_gRT = self.chunk_GRT[heads]
         stands_gCT = torch.zeros(
             len(chunk_gRT), self.n_chunks, chunk_gRT.shape[-1], dtype=dtype, device=chunk_gRT.device
@@ -52,5 +52,18 @@ class Counts:
         seen_gCT = stands_gCT
         for offset in (*range(1, before + 1), *range(-after, 0)):  # a chunk c sees the keys of chunk c - offset
             seen_gCT = seen_gCT + stands_gCT.roll(offset, dims=1)
-        counts = torch.bmm(stands_gCT[..., queries].mT, seen_gCT[..., keys])
+        return PairCounts(stands_gCT, seen_gCT, self.once)
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """Of some heads, the chunks that queries stand in and the chunks that see keys, as zeros and ones [g, C, T]."""
+
+    stands_gCT: Tensor
+    seen_gCT: Tensor
+    once: bool
+
+    def between(self, queries: slice, keys: slice) -> Tensor:
+        """N_ij [g, L, W], or 0 and 1 with `once`."""
+        counts = torch.bmm(self.stands_gCT[..., queries].mT, self.seen_gCT[..., keys])
         return counts.clamp_(max=1) if self.once else counts

@@ -71,7 +71,7 @@ def lsh_attention(
         rotations: N(0, 1) [H, D, n_hashes, sum(factors) / 2]; None draws from torch's global generator.
         backend: "triton" (fused kernels, on GPUs), "chunked" (any device), "dense" (any device, O(T^2),
             where that is the same function: see `why_not_dense`), "reference" (O(T^2), the oracle), or "auto": on a
-            GPU triton where it can run; on a CPU dense where it is the same and no more work; else chunked.
+            GPU triton where it can run; on a CPU dense where it is the same and less work; else chunked.
 
     Returns:
         The output [B, H, T, D] in v's dtype and the buckets [B, H, n_hashes, T] that were used. Buckets carry no
@@ -163,8 +163,8 @@ def _takes_dense(
 ) -> bool:
     """Whether all rounds are computed as one dense softmax whose keys count as often as they are found (counts.py).
 
-    That is the same function, but for rounds that differ by more than whom they find. On a CPU it is taken where the
-    rounds bring a query as many keys as there are tokens, or more: the products are then fewer, and nothing is moved.
+    That is the same function, but for rounds that differ by more than whom they find. On a CPU it is taken where it is
+    less work (`dense_is_less`), and no row is gathered.
     Raises ValueError for backend="dense" where it is another function.
     """
     reason = why_not_dense(attend_across_buckets, dropout)
@@ -173,11 +173,24 @@ def _takes_dense(
             raise ValueError(f"backend='dense' cannot run: {reason}; choose 'auto' or 'chunked'")
         _announce("LSH", "dense", "it was asked for")
         return True
-    n_keys = n_hashes * (2 if causal else 3) * chunk_len
-    if backend != "auto" or qk.device.type != "cpu" or reason or qk.shape[2] > n_keys:
+    if backend != "auto" or qk.device.type != "cpu" or reason:
         return False
-    _announce("LSH", "dense", f"there are no more tokens than the {n_keys} keys that {n_hashes} rounds give a query")
+    if not dense_is_less(qk.shape[2], qk.shape[3], n_hashes, chunk_len, causal):
+        return False
+    _announce("LSH", "dense", f"for so few tokens it is less work than {n_hashes} rounds are")
     return True
+
+
+def dense_is_less(n_tokens: int, d_head: int, n_hashes: int, chunk_len: int, causal: bool) -> bool:
+    """Whether one dense softmax with counts has fewer products than the rounds, and no more keys.
+
+    Forward and backward have 7 products of width D for a pair, and the counts 2 whose width is that of all chunks;
+    of the pairs a causal mask leaves half. (Blocks compute more of them, which costs less than gathering does.)
+    """
+    n_keys = n_hashes * (2 if causal else 3) * chunk_len
+    n_chunks = n_hashes * -(-n_tokens // chunk_len)
+    n_pairs = n_tokens / 2 if causal else n_tokens
+    return n_tokens <= n_keys and n_pairs * (7 * d_head + 2 * n_chunks) <= n_keys * 7 * d_head
 
 
 def why_not_dense(attend_across_buckets: bool, dropout: float) -> str | None:

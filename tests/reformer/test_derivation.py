@@ -186,7 +186,8 @@ def test_counts_are_a_product_of_chunks(causal: bool) -> None:
     N = A.T @ B
     assert torch.equal(N, reach_by_hand(b, L, causal, True).sum(dim=0).long())
     whole = slice(0, T)
-    found = counts.Counts.of(b[None], L, causal, once=False).between(slice(0, 1), whole, whole, torch.float64)
+    pairs = counts.Counts.of(b[None], L, causal, once=False).of_heads(slice(0, 1), torch.float64)
+    found = pairs.between(whole, whole)
     assert torch.equal(found[0].long(), N)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import assert_parity
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from reformer import dense, lsh_attention
 from reformer.lsh import dispatch, rounds
@@ -143,12 +144,10 @@ def test_the_dense_path_is_never_another_function(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_dense_path_runs_up_to_as_many_tokens_as_the_rounds_give_keys(
-    causal: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_dense_path_runs_as_long_as_it_is_less_work(causal: bool, caplog: pytest.LogCaptureFixture) -> None:
     """And gives nothing else than what the other paths give, on both sides of that length."""
     options = {"n_hashes": 3, "chunk_len": 8, "causal": causal}
-    most = 3 * (2 if causal else 3) * 8
+    most = max(n for n in range(1, 100) if dispatch.dense_is_less(n, 8, 3, 8, causal))
     for n_tokens, path in ((most, "dense"), (most + 1, "chunked")):
         qk, v = random_inputs(n_tokens)
         dispatch._announce.cache_clear()
@@ -157,6 +156,43 @@ def test_the_dense_path_runs_up_to_as_many_tokens_as_the_rounds_give_keys(
             fast, buckets = run(qk, v, None, **options)
         assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"LSH attention runs as '{path}'"]
         assert_parity(fast, run(qk, v, buckets, backend="reference", **options)[0], 1e-9)
+
+
+@pytest.mark.parametrize("n_hashes", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_auto_takes_hardly_more_operations_than_the_rounds(n_hashes: int, causal: bool) -> None:
+    """Counted by torch, forward and backward, up to as many tokens as the rounds give keys. A causal block of queries
+    is computed whole: of short sequences that is all of them."""
+    options = {"n_hashes": n_hashes, "chunk_len": 16, "causal": causal}
+    paths = set()
+    for n_tokens in (16, 32, n_hashes * 16, n_hashes * (2 if causal else 3) * 16):
+        x = torch.randn(1, 1, n_tokens, 16, requires_grad=True)
+        counted = {}
+        for backend in ("auto", "chunked", "dense"):
+            with FlopCounterMode(display=False) as counter:
+                lsh_attention(x, x, backend=backend, **options)[0].sum().backward()
+            counted[backend] = counter.get_total_flops()
+        paths.add("dense" if counted["auto"] == counted["dense"] else "chunked")
+        assert counted["auto"] in (counted["chunked"], counted["dense"])
+        assert counted["auto"] <= (1.5 if causal else 1.0) * counted["chunked"]
+    assert "dense" in paths
+
+
+@pytest.mark.parametrize("masked_by", ["key_padding_mask", "segment_ids"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_masked_may_be_anything_in_dense_attention(masked_by: str, bad: float) -> None:
+    qk, v = (x.detach() for x in random_inputs(20))
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[:, 5] = False
+    for backend in ("dense", "reference"):
+        _, buckets = lsh_attention(qk, v, n_hashes=2, chunk_len=8, backend=backend, **{masked_by: mask})
+        spoilt = qk.clone()
+        spoilt[:, :, 5] = bad
+        out, _ = lsh_attention(
+            spoilt, v, buckets, n_hashes=2, chunk_len=8, causal=False, backend="dense", **{masked_by: mask}
+        )
+        others = torch.arange(20) != 5
+        assert out[:, :, others].isfinite().all()
 
 
 @pytest.mark.parametrize(("n_tokens", "chunk_len"), [(1, 1), (2, 1), (4, 4), (5, 4), (8, 4), (9, 4), (21, 4)])
@@ -171,7 +207,7 @@ def test_counts_are_those_of_the_definition(
     counts = Counts.of(buckets, chunk_len, causal, once)
     heads, queries, keys = slice(1, 3), slice(n_tokens // 3, n_tokens), slice(0, n_tokens)
     for dtype in (torch.float32, torch.float64):
-        found = counts.between(heads, queries, keys, dtype)
+        found = counts.of_heads(heads, dtype).between(queries, keys)
         exact = torch.stack(
             [reach_counts(b, chunk_len, causal=causal, attend_across_buckets=True).sum(dim=0) for b in buckets[heads]]
         )[:, queries]
