@@ -170,7 +170,7 @@ def _heads(x_BHTD: Tensor) -> Tensor:
 
 
 class _Scores:
-    """The scores of a call, block by block, all in the same memory."""
+    """What scores are made of, and the weights that they give, block by block."""
 
     def __init__(self, q_GTD: Tensor, view: _View, top_GT1: Tensor | None = None) -> None:
         self.q, self.view = q_GTD, view

@@ -106,15 +106,14 @@ def lsh_attention(
         return out, buckets
     buckets_GRT = buckets.flatten(0, 1)
     if _takes_dense(backend, qk, n_hashes, chunk_len, causal, attend_across_buckets, dropout):
-        # In a single chunk each round shows all tokens, and equally often.
-        once = n_tokens <= chunk_len
+        is_one_chunk = n_tokens <= chunk_len  # each round shows all tokens, and equally often
         out = dense_attention(
             qk,
             v,
             causal=causal,
             key_padding_mask=key_padding_mask,
             segment_ids=segment_ids,
-            counts=None if once else Counts.of(buckets_GRT, chunk_len, causal, duplicate_correction),
+            counts=None if is_one_chunk else Counts.of(buckets_GRT, chunk_len, causal, duplicate_correction),
         )
         return out, buckets
     order, inverse = sort_by_bucket(buckets_GRT, chunk_len)

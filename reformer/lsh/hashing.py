@@ -150,9 +150,7 @@ def sort_by_bucket(buckets_GRT: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]
 
 def stable_order(buckets_GRT: Tensor) -> Tensor:
     """Indices, int64, that sort the last dimension, equal buckets by position."""
-    if buckets_GRT.device.type != "cpu":
-        return torch.sort(buckets_GRT, dim=-1, stable=True).indices
-    if buckets_GRT.shape[-1] < RADIX_TOKENS:
+    if buckets_GRT.device.type != "cpu" or buckets_GRT.shape[-1] < RADIX_TOKENS:
         return torch.sort(buckets_GRT, dim=-1, stable=True).indices
     rows = [torch.sort(row, stable=True).indices for row in buckets_GRT.reshape(-1, buckets_GRT.shape[-1])]
     return torch.stack(rows).view(buckets_GRT.shape)
