@@ -138,6 +138,8 @@ class Loader(Iterator[list[MicroBatch]]):
 
     def _read(self, position: int) -> _Read:
         try:
+            if self.on_damage == "skip" and self._n_parts > 1:  # what is damaged in one part is left out in all
+                self.samples.slice_of(position, 0, 1)
             return _Read(self.samples.slice_of(position, self._part, self._n_parts), None)
         except DataError as error:
             if self.on_damage == "strict":

@@ -8,6 +8,9 @@ the whole sequence there are, besides the streams, the projections of these few,
 last layer of a stack keeps those of all heads from its forward to its backward: see reversible.py.)
 Norm and projections go by chunks of tokens, like the feed-forward layers.
 
+Where the tokens are one part of a sequence, a group's heads are divided among the holders of its parts while they
+attend: see sequence_part.py.
+
 Axes: B batch, H heads, h heads of a group, T tokens, t tokens of a chunk, D head dim, E = h*D, M model, R hash rounds.
 """
 
@@ -78,6 +81,9 @@ class _Attention(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """The output [B, T, M], and LSH attention's buckets [B, H, R, T]; given buckets, nothing is hashed.
 
+        Where the tokens are a part of a sequence, the buckets are those of the heads that this holder attends with, of
+        the whole sequence.
+
         With an empty list `held` the output has no graph, and what the backward needs is put there.
 
         Given the gradient of the output, as in `FeedForward`: the output without a graph (None unless it is needed),
@@ -105,7 +111,10 @@ class _Attention(nn.Module):
     def attend(
         self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice
     ) -> tuple[Tensor, Tensor | None]:
-        """The inner attention's output [B, h, T, D] for some heads, and buckets if there are any."""
+        """The inner attention's output [B, h, T, D] for some heads, and buckets if there are any.
+
+        Of a whole sequence: where the tokens of the layer are a part of one, these heads are this holder's.
+        """
         raise NotImplementedError
 
     def project(self, x_BTM: Tensor, columns: slice = slice(None)) -> list[Tensor]:
@@ -148,9 +157,12 @@ class _Attention(nn.Module):
         """All heads, group by group, with the buckets of each; `differentiable` in the sense of `HeadGroup.out`."""
         numbers = GROUP_NUMBERS if x_BTM.device.type == "cpu" else GROUP_NUMBERS_GPU
         at_once = max(1, numbers // (x_BTM.shape[0] * x_BTM.shape[1] * self.d_head))
+        if call.part:  # every holder gets as many of a group
+            at_once = call.part.n_parts * max(1, at_once // call.part.n_parts)
         for start in range(0, self.n_heads, at_once):
             heads = slice(start, min(start + at_once, self.n_heads))
-            yield self._group(x_BTM, call, None if buckets is None else buckets[:, heads], heads, differentiable)
+            held = call.part.held_heads(heads) if call.part else heads
+            yield self._group(x_BTM, call, None if buckets is None else buckets[:, held], heads, differentiable)
 
     def _group(
         self, x_BTM: Tensor, call: Call, buckets: Tensor | None, heads: slice, differentiable: bool
@@ -161,7 +173,12 @@ class _Attention(nn.Module):
         if differentiable:
             projected = [x_BhTD.requires_grad_() for x_BhTD in projected]
         with torch.set_grad_enabled(torch.is_grad_enabled() or differentiable):
-            out_BhTD, used = self.attend(projected, call, buckets, heads)
+            if call.part is None:
+                out_BhTD, used = self.attend(projected, call, buckets, heads)
+            else:
+                whole = call.part.to_heads(projected)
+                out, used = self.attend(whole, call, buckets, call.part.own_heads(heads))
+                out_BhTD = call.part.to_tokens(out)
         return HeadGroup(columns, projected, out_BhTD), used
 
     def _merged(self, group: HeadGroup, total_BTM: Tensor | None) -> Tensor:

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from reformer.lsh.hashing import derive_seed
+from reformer.sequence_part import SequencePart
+
+DROPOUT_BLOCKS = 16
+"""A sequence's dropout masks are drawn in so many blocks, so that one part of it needs not draw those of the others."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +31,35 @@ class Call:
     dropout: float = 0.0
     """0 in evaluation."""
     segment_ids_BT: Tensor | None = None
-    """Documents packed in one row; they do not see each other."""
+    """Documents packed in one row; they do not see each other. Of the whole sequence, also where this is a part."""
     attn_dropout: float = 0.0
     """Of attention weights; 0 in evaluation."""
     n_hashes: int | None = None
     """Rounds of LSH attention in place of the configuration's; round r is the same whatever their number."""
+    part: SequencePart | None = None
+    """Which part of a sequence the tokens are; None: all of it."""
 
     def dropout_scale(self, like_BTM: Tensor, layer: int, half: Literal["attention", "feed_forward"]) -> Tensor | None:
         """Factors [B, T, M]: 0 where an element is dropped, 1 / (1 - p) elsewhere; None without dropout."""
         if not self.dropout:
             return None
-        masks = []
-        for sample_id in self.sample_ids:
-            seed = derive_seed(self.seed, self.step, layer, int(half == "attention"), sample_id)
-            generator = torch.Generator(like_BTM.device).manual_seed(seed)
-            masks.append(torch.rand(like_BTM.shape[1:], generator=generator, device=like_BTM.device) >= self.dropout)
+        place = (self.seed, self.step, layer, int(half == "attention"))
+        masks = [self._kept(like_BTM, derive_seed(*place, sample_id)) for sample_id in self.sample_ids]
         # In fp32 or better: the forward and the backward of a block must use the same numbers, whatever they scale.
         return torch.stack(masks).to(torch.promote_types(like_BTM.dtype, torch.float32)) / (1 - self.dropout)
+
+    def _kept(self, like_BTM: Tensor, seed: int) -> Tensor:
+        """Which elements [T, M] of a sample are not dropped: the same however its sequence is cut into parts."""
+        _, n_tokens, width = like_BTM.shape
+        start, seq_len = (self.part.start(n_tokens), self.part.seq_len(n_tokens)) if self.part else (0, n_tokens)
+        block_len = -(-seq_len // DROPOUT_BLOCKS)
+        first, last = start // block_len, (start + n_tokens - 1) // block_len
+        drawn = []
+        for block in range(first, last + 1):
+            generator = torch.Generator(like_BTM.device).manual_seed(derive_seed(seed, block))
+            drawn.append(torch.rand(block_len, width, generator=generator, device=like_BTM.device) >= self.dropout)
+        skipped = start - first * block_len
+        return torch.cat(drawn)[skipped : skipped + n_tokens]
 
     def attn_dropout_keys(self, layer: int, n_heads: int, device: torch.device) -> Tensor | None:
         """int32 [B, H], what decides which attention weights are dropped; None without attention dropout."""

@@ -1,17 +1,17 @@
 """How well LSH attention works in a model: are its buckets even, how much of dense attention do they recover, what
 is a model without it, and how exactly does the reversible stack give its inputs back.
 
-What is special: nothing is kept on the model. `observed` puts a wrapper around the inner attention of each LSH layer,
-the seam that oracles and kernels use too, for as long as a `with` statement lasts, so that what is reported is what
-really ran, in no pass of its own; `ablated` puts nothing in its place. Dense attention is computed for a sample of
-queries only: O(samples * T * D) a head instead of O(T^2 * D).
+What is special: nothing is kept on the model. `observed` puts a wrapper around the attention of each LSH layer for as
+long as a `with` statement lasts, so that what is reported is what really ran, in no pass of its own; `ablated` puts
+nothing in the place of the inner attention, the seam that oracles and kernels use too. Dense attention is computed for
+a sample of queries only: O(samples * T * D) a head instead of O(T^2 * D).
 
 Axes: B batch, H heads, R hash rounds, T tokens, D head dim, S sampled queries, L chunk length, C chunks of one round,
 M model.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,15 +20,12 @@ from torch import Tensor
 
 from reformer.attention import LSHSelfAttention
 from reformer.call import Call
-from reformer.lsh.hashing import derive_seed, sort_by_bucket
+from reformer.lsh.hashing import bucket_factors, derive_seed, sort_by_bucket
 from reformer.model import Reformer
 from reformer.reversible import ReversibleBlock
 
 SAMPLED_QUERIES = 64
 """Per head: 4 heads give the mean of a layer to about 0.02 where queries differ by 0.3."""
-
-Inner = Callable[..., tuple[Tensor, Tensor | None]]
-"""The inner attention of an LSH layer."""
 
 BLOCK_SCORES = 2**22
 """Scores of sampled queries that exist at a time."""
@@ -45,11 +42,21 @@ def observed(model: Reformer, n_tokens: int | None = None) -> Iterator[dict[str,
         lsh/layer01/recovered_mass             see `recovered_mass`; the mean over the sampled queries of all heads
 
     Queries are drawn from the first `n_tokens` places (all, if not given; padding has nothing to tell), the same
-    ones at every call. Later passes within the statement change nothing.
+    ones at every call. Later passes within the statement change nothing. Where the pass has a part of a sequence, the
+    numbers are of its own heads: see `of_all_heads`.
     """
     found: dict[str, float] = {}
-    with _wrapped(model, lambda layer: _reporting(layer, n_tokens, found)):
+    with _replaced(_lsh_layers(model), "attend", lambda layer: _reporting(layer, n_tokens, found)):
         yield found
+
+
+def of_all_heads(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What `observed` would find in one pass, from what it found where holders of parts had as many heads each."""
+    return {
+        tag: max(values) if tag.endswith("/largest_bucket_over_mean") else sum(values) / len(values)
+        for tag in found[0]
+        for values in [[own[tag] for own in found]]
+    }
 
 
 @contextmanager
@@ -58,7 +65,7 @@ def ablated(model: Reformer) -> Iterator[None]:
 
     Their modules are called as always, so that ZeRO-3 finds what it expects, and hash nothing.
     """
-    with _wrapped(model, lambda _: _nothing):
+    with _replaced(_lsh_layers(model), "inner", lambda _: _nothing):
         yield
 
 
@@ -66,57 +73,66 @@ def _nothing(qk: Tensor, v: Tensor, buckets: Tensor | None = None, **options: An
     return torch.zeros_like(v), None
 
 
+def _lsh_layers(model: Reformer) -> list[LSHSelfAttention]:
+    return [block.attention for block in model.blocks if isinstance(block.attention, LSHSelfAttention)]
+
+
 @contextmanager
-def _wrapped(model: Reformer, wrapper: Callable[[LSHSelfAttention], Inner]) -> Iterator[None]:
-    """Each LSH layer has another inner attention, until the statement ends."""
-    layers = [block.attention for block in model.blocks if isinstance(block.attention, LSHSelfAttention)]
-    inner = [layer.inner for layer in layers]
+def _replaced(
+    layers: Sequence[LSHSelfAttention], name: str, replacement: Callable[[LSHSelfAttention], Callable[..., Any]]
+) -> Iterator[None]:
+    """Each layer has another function of this name, until the statement ends."""
+    before = [vars(layer).get(name) for layer in layers]  # None: the class has it
     for layer in layers:
-        layer.inner = wrapper(layer)
+        setattr(layer, name, replacement(layer))
     try:
         yield
     finally:
-        for layer, own in zip(layers, inner, strict=True):
-            layer.inner = own
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                delattr(layer, name)
+            else:
+                setattr(layer, name, own)
 
 
-def _reporting(layer: LSHSelfAttention, n_tokens: int | None, found: dict[str, float]) -> Inner:
-    """The layer's inner attention, which also reports on its first pass, a few heads at a time as they come."""
-    inner, prefix = layer.inner, f"lsh/layer{layer.layer:02d}"
-    largest: list[float] = []  # these three: of each group of heads
+def _reporting(layer: LSHSelfAttention, n_tokens: int | None, found: dict[str, float]) -> Callable[..., Any]:
+    """The layer's `attend`, which also reports on its first pass, a few heads at a time as they come."""
+    attend, prefix, config = layer.attend, f"lsh/layer{layer.layer:02d}", layer.config
+    firsts: set[int] = set()  # each group of heads by its first
+    largest: list[float] = []  # these three: of each group
     empty: list[float] = []
     masses: list[Tensor] = []
 
     @torch.no_grad()
-    def report(qk_BHTD: Tensor, buckets_BHRT: Tensor, options: dict[str, Any]) -> None:
-        done, n_heads = sum(len(mass) for mass in masses), qk_BHTD.shape[1]
-        queries = sample_queries(layer.n_heads, n_tokens or qk_BHTD.shape[2], seed=layer.layer)
-        segment_ids = options["segment_ids"]
-        mass_HS = recovered_mass(
-            qk_BHTD[0],
-            buckets_BHRT[0],
-            queries[done : done + n_heads].to(qk_BHTD.device),
-            chunk_len=options["chunk_len"],
-            causal=options["causal"],
-            segment_ids_T=None if segment_ids is None else segment_ids[0],
-            attend_across_buckets=options["attend_across_buckets"],
+    def report(qk_BhTD: Tensor, buckets_BhRT: Tensor, call: Call, heads: slice) -> None:
+        seq_len = qk_BhTD.shape[2]
+        queries = sample_queries(layer.n_heads, n_tokens or seq_len, seed=layer.layer)
+        mass_hS = recovered_mass(
+            qk_BhTD[0],
+            buckets_BhRT[0],
+            queries[heads].to(qk_BhTD.device),
+            chunk_len=config.lsh_chunk_len,
+            causal=config.causal,
+            segment_ids_T=None if call.segment_ids_BT is None else call.segment_ids_BT[0],
+            attend_across_buckets=config.attend_across_buckets,
         )
-        of_largest, of_empty = bucket_occupancy(buckets_BHRT[:1], math.prod(options["n_buckets"]))
+        factors = bucket_factors(config.n_buckets, seq_len, config.lsh_chunk_len)
+        of_largest, of_empty = bucket_occupancy(buckets_BhRT[:1], math.prod(factors))
         largest.append(of_largest)
-        empty.append(of_empty * n_heads)
-        masses.append(mass_HS)
-        if done + n_heads == layer.n_heads:
-            found[f"{prefix}/largest_bucket_over_mean"] = max(largest)
-            found[f"{prefix}/empty_buckets"] = sum(empty) / layer.n_heads
-            found[f"{prefix}/recovered_mass"] = torch.cat(masses).mean().item()
+        empty.append(of_empty * len(mass_hS))
+        masses.append(mass_hS)
+        found[f"{prefix}/largest_bucket_over_mean"] = max(largest)
+        found[f"{prefix}/empty_buckets"] = sum(empty) / sum(len(mass) for mass in masses)
+        found[f"{prefix}/recovered_mass"] = torch.cat(masses).mean().item()
 
-    def attention(qk: Tensor, v: Tensor, buckets: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-        out, used = inner(qk, v, buckets, **options)
-        if f"{prefix}/recovered_mass" not in found:
-            report(qk, used, options)
+    def reporting(projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice) -> tuple[Tensor, Tensor]:
+        out, used = attend(projected, call, buckets, heads)
+        if heads.start not in firsts:
+            firsts.add(heads.start)
+            report(projected[0], used, call, heads)
         return out, used
 
-    return attention
+    return reporting
 
 
 def bucket_occupancy(buckets_BHRT: Tensor, n_buckets: int) -> tuple[float, float]:

@@ -14,10 +14,11 @@ from reformer.config import ReformerConfig
 from reformer.loss import EMBEDDING_STD, OutputHead
 from reformer.positions import AxialPositions
 from reformer.reversible import ReversibleBlock, reversible_stack
+from reformer.sequence_part import SequencePart
 
 
 class Embedding(nn.Module):
-    """Tokens [B, T] -> [B, T, M]: token embedding plus position embedding."""
+    """Tokens [B, T] from position `start` on -> [B, T, M]: token embedding plus position embedding."""
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
@@ -25,8 +26,8 @@ class Embedding(nn.Module):
         nn.init.normal_(self.tokens.weight, std=EMBEDDING_STD)
         self.positions = AxialPositions(config)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.tokens(tokens_BT) + self.positions(tokens_BT.shape[1])
+    def forward(self, tokens_BT: Tensor, start: int = 0) -> Tensor:
+        return self.tokens(tokens_BT) + self.positions(tokens_BT.shape[1], start)
 
 
 class Reformer(nn.Module):
@@ -49,6 +50,7 @@ class Reformer(nn.Module):
         sample_ids: Sequence[int] | Tensor | None = None,
         n_hashes: int | None = None,
         per_token: bool = False,
+        part: SequencePart | None = None,
     ) -> Tensor:
         """Logits [B, T, V]; or, given labels, the mean loss in nats over labels != -100, an fp32 scalar.
 
@@ -61,10 +63,13 @@ class Reformer(nn.Module):
             n_hashes: rounds of LSH attention, more or fewer than the model was trained with; None: as configured.
             per_token: the loss of each token, fp32 [B, T], in place of their mean; 0 where its label is -100. Under
                 torch.no_grad() only.
+            part: the tokens, labels and segment_ids are one of the equal parts that sequences are cut into, whose other
+                holders make the same pass at the same time. What is returned is of this part alone. A parameter's
+                gradient, added up over the parts, each weighted with its number of labels, is that of the sequence.
 
         Raises:
             ValueError: n_hashes below 1, or in a model without LSH attention; labels or segment_ids of another shape;
-                per_token without labels, or where gradients are wanted.
+                per_token without labels, or where gradients are wanted; more parts than divide the heads.
             RuntimeError: tied embeddings that are two parameters by now.
         """
         if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:
@@ -90,6 +95,13 @@ class Reformer(nn.Module):
             raise ValueError(
                 "per_token gives the loss of each token without gradients: give labels, in torch.no_grad()"
             )
+        if part is not None and self.config.n_heads % part.n_parts:
+            raise ValueError(
+                f"a sequence in {part.n_parts} parts needs a number of heads that can be divided by it "
+                f"(n_heads={self.config.n_heads}): choose another number of parts"
+            )
+        if part is not None and segment_ids is not None:
+            segment_ids = part.whole(segment_ids)
         call = Call(
             seed=self.config.seed,
             step=step,
@@ -98,11 +110,12 @@ class Reformer(nn.Module):
             segment_ids_BT=segment_ids,
             attn_dropout=self.config.attn_dropout if self.training else 0.0,
             n_hashes=n_hashes,
+            part=part,
         )
         return self.head(*self._streams(tokens, call), labels, per_token)
 
     def _streams(self, tokens_BT: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """The two streams [B, T, M] after the stack; what goes into it does not outlive this call."""
-        x = self.embedding(tokens_BT)
+        x = self.embedding(tokens_BT, call.part.start(tokens_BT.shape[1]) if call.part else 0)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return reversible_stack(self.blocks, x, x, call, self.config.keep_ends)

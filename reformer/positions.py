@@ -11,7 +11,7 @@ from reformer.config import ReformerConfig
 
 
 class AxialPositions(nn.Module):
-    """Embeddings [T, M] of the first T of max_seq_len positions."""
+    """Embeddings [T, M] of T of the max_seq_len positions."""
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
@@ -20,14 +20,17 @@ class AxialPositions(nn.Module):
         self.rows = nn.Parameter(torch.randn(n_rows, d_rows) * 0.02)
         self.columns = nn.Parameter(torch.randn(n_columns, d_columns) * 0.02)
 
-    def forward(self, n_tokens: int) -> Tensor:
+    def forward(self, n_tokens: int, start: int = 0) -> Tensor:
+        """Those of the positions start, start + 1, …"""
         n_rows, n_columns = len(self.rows), len(self.columns)
-        if n_tokens > n_rows * n_columns:
+        stop = start + n_tokens
+        if stop > n_rows * n_columns:
             raise ValueError(
-                f"the sequence has {n_tokens} tokens but the position table covers {n_rows} x {n_columns} = "
+                f"the sequence has {stop} tokens but the position table covers {n_rows} x {n_columns} = "
                 f"{n_rows * n_columns}: raise max_seq_len (and axial_shape), or cut the sequence"
             )
-        used_rows = -(-n_tokens // n_columns)
-        grid = (used_rows, n_columns, -1)
-        table = torch.cat([self.rows[:used_rows, None].expand(grid), self.columns[None].expand(grid)], dim=-1)
-        return table.flatten(0, 1)[:n_tokens]
+        first_row, end_row = start // n_columns, -(-stop // n_columns)
+        grid = (end_row - first_row, n_columns, -1)
+        table = torch.cat([self.rows[first_row:end_row, None].expand(grid), self.columns[None].expand(grid)], dim=-1)
+        skipped = start - first_row * n_columns
+        return table.flatten(0, 1)[skipped : skipped + n_tokens]

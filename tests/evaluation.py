@@ -15,6 +15,7 @@ from reformer import Reformer
 from trainer.config import RunConfig
 from trainer.distributed import Launch
 from trainer.evaluate import HeldOut, held_out
+from trainer.sequence_parallel import Place
 
 CPU = torch.device("cpu")
 
@@ -66,4 +67,5 @@ class PlainEngine:
 def report(engine: Any, plan: RunConfig, store: Store, launch: Launch) -> HeldOut:
     """All that is reported on the store's held-out rows."""
     token_bytes = torch.from_numpy(store.token_bytes.astype("int64"))
-    return held_out(engine, RowDataset(store, "val"), plan, launch, CPU, token_bytes)
+    place = Place.of(launch.rank, launch.world_size, plan.run.sequence_parallel).joined()
+    return held_out(engine, RowDataset(store, "val"), plan, launch, place, CPU, token_bytes)

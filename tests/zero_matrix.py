@@ -23,7 +23,7 @@ from reformer.call import Call
 from trainer.config import RunConfig
 from trainer.engine import parameter_groups
 
-RANKS, BATCH, SEQ_LEN, VOCAB = 2, 4, 43, 31
+RANKS, BATCH, SEQ_LEN, VOCAB = 2, 4, 42, 31
 N_LABELS = (41, 7, 0, 23)
 """Tokens to predict in each sample of a global batch: ranks and micro-batches differ, and one has none at all."""
 LR_FACTORS = (0.5, 1.0, 1.0)
@@ -81,15 +81,18 @@ class Case:
     large: bool = False
     """Whether the vocabulary is one whose matrices DeepSpeed keeps on a drive: it does from 1 MiB a rank on."""
     optimizer: str = "AdamW"
+    n_parts: int = 1
+    """Of each sequence, with a rank for each."""
 
     def __str__(self) -> str:
         precision, tied = "bf16" if self.bf16 else "fp32", "tied" if self.tied else "untied"
         parts = (f"zero{self.stage}", f"acc{self.accumulation}", precision, f"dropout{self.dropout}", tied)
-        return "-".join([*parts, *filter(None, [self.variant, self.optimizer.removeprefix("AdamW")])])
+        shared = f"{self.n_parts}parts" if self.n_parts > 1 else ""
+        return "-".join([*parts, *filter(None, [self.variant, self.optimizer.removeprefix("AdamW"), shared])])
 
     @property
     def plain(self) -> "Case":
-        """What decides the plain run: neither ZeRO nor how the batch is cut."""
+        """What decides the plain run: neither ZeRO nor how the batch or its sequences are cut."""
         return Case(0, bf16=self.bf16, dropout=self.dropout, tied=self.tied, large=self.large, optimizer=self.optimizer)
 
 
@@ -100,8 +103,12 @@ MATRIX = [
     for bf16 in (False, True)
     for dropout in (0.0, 0.1)
     for tied in (False, True)
+] + [
+    Case(stage, accumulation, bf16, 0.1, tied, n_parts=RANKS)
+    for stage in (0, 1, 2, 3)
+    for accumulation, tied in ((1, False), (2, True))
+    for bf16 in (False, True)
 ]
-
 
 Parameters = Mapping[str, Tensor]
 
@@ -168,7 +175,7 @@ def run_config(case: Case) -> RunConfig:
         "tie_embeddings": case.tied,
     }
     run = {"dir": "runs/matrix", "deepspeed_config": "matrix.json", "steps": len(LR_FACTORS)}
-    schedule = {"warmup_steps": 2, "decay": "constant"}
+    schedule = {"warmup_steps": 2, "decay": "constant", "sequence_parallel": case.n_parts}
     return RunConfig(model=model, data={"store": "data/matrix"}, run={**run, **schedule})
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample, part_bounds
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import shares
 from data_pipeline.store import Store
+from reformer.sequence_part import SequencePart
 from trainer.config import DataConfig
 
 
@@ -47,6 +48,8 @@ class Batch:
     """Tokens to predict."""
     n_bytes: int
     """Bytes that these tokens stand for."""
+    part: SequencePart | None = None
+    """Which part of the sequences these tokens are; None: all of them."""
 
 
 def evaluation_shares(n_rows: int, micro_batch_size: int, rank: int, world_size: int) -> list[list[int | None]]:
@@ -63,9 +66,16 @@ def evaluation_shares(n_rows: int, micro_batch_size: int, rank: int, world_size:
 
 
 def collate(
-    samples: Sequence[Sample], sample_ids: Sequence[int], token_bytes: torch.Tensor, device: torch.device
+    samples: Sequence[Sample],
+    sample_ids: Sequence[int],
+    token_bytes: torch.Tensor,
+    device: torch.device,
+    part: SequencePart | None = None,
 ) -> Batch:
-    """Stack samples into a micro-batch. `token_bytes` holds the number of bytes of each token id."""
+    """Stack samples, or the same part of each, into a micro-batch.
+
+    `token_bytes` holds the number of bytes of each token id.
+    """
     labels = torch.stack([sample.labels for sample in samples])
     predicted = labels[labels != IGNORED_LABEL]
     return Batch(
@@ -75,7 +85,16 @@ def collate(
         sample_ids=sample_ids,
         n_tokens=predicted.numel(),
         n_bytes=int(token_bytes[predicted].sum()),
+        part=part,
     )
+
+
+def part_of(sample: Sample, part: SequencePart | None) -> Sample:
+    """One of the equal parts of a whole row; all of it for None. Segments stay numbered as in the row."""
+    if part is None:
+        return sample
+    start, stop = part_bounds(len(sample.tokens), part.index, part.n_parts)
+    return Sample(*(x[start:stop] for x in sample))
 
 
 def blank(sample: Sample) -> Sample:

@@ -4,6 +4,7 @@ It runs on every rank before any process group starts, so nothing can hang, and 
 concerns DeepSpeed's JSON alone is in check_deepspeed.py, check_optimizer.py and check_offload.py.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -47,7 +48,7 @@ def check(
     """
     problems = [
         *keys(deepspeed),
-        *batch(deepspeed, world_size),
+        *(_sharing(config, store, world_size) or batch(deepspeed, world_size, config.run.sequence_parallel)),
         *clipping(deepspeed),
         # A stage that is none has no relation to anything else.
         *(zero_stage(deepspeed) or [*precision(deepspeed), *optimizer(deepspeed), *offload(deepspeed)]),
@@ -56,6 +57,22 @@ def check(
     # DeepSpeed's own opinion is asked last: it would only repeat the ones above.
     if problems := (problems or objections(deepspeed)):
         raise ConfigError("\n".join(problems))
+
+
+def _sharing(config: RunConfig, store: StoreFacts, world_size: int) -> list[str]:
+    """Ranks that share sequences are as many in each group, and have equal parts and as many heads."""
+    n_parts = config.run.sequence_parallel
+    shared = {
+        f"{world_size} ranks": world_size,
+        f"model.n_heads={config.model.n_heads}": config.model.n_heads,
+        f"the rows of {config.data.store}, of {store.seq_len} tokens": store.seq_len,
+    }
+    return [
+        f"run.sequence_parallel={n_parts} does not divide {what}: the most that divides ranks, heads and rows is "
+        f"{math.gcd(*shared.values())}"
+        for what, number in shared.items()
+        if number % n_parts
+    ]
 
 
 def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts]) -> list[str]:

@@ -82,8 +82,11 @@ def keys(deepspeed: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def batch(deepspeed: Mapping[str, Any], world_size: int) -> list[str]:
-    """The global batch must be micro-batch * accumulation * ranks; DeepSpeed works out what is left out."""
+def batch(deepspeed: Mapping[str, Any], world_size: int, n_parts: int = 1) -> list[str]:
+    """The global batch must be micro-batch * accumulation * ranks; DeepSpeed works out what is left out.
+
+    Ranks that share each sequence, n_parts of them, count as one.
+    """
     given = {name: deepspeed[name] for name in BATCH_KEYS if name in deepspeed}
     if wrong := [
         f"deepspeed.{name}={value!r}: give a number >= 1" for name, value in given.items() if not _is_count(value)
@@ -93,10 +96,12 @@ def batch(deepspeed: Mapping[str, Any], world_size: int) -> list[str]:
     size = given.pop(total, None)
     if size is None:
         return [] if micro in given else [f"deepspeed: give {total} (sequences per step) or {micro}"]
-    each = math.prod(given.values()) * world_size
+    n_groups = world_size // n_parts
+    each = math.prod(given.values()) * n_groups
     if size == each or (size % each == 0 and len(given) < 2):
         return []
-    parts = " times ".join([*(f"{name}={value}" for name, value in given.items()), f"{world_size} ranks"])
+    ranks = f"{world_size} ranks" if n_parts == 1 else f"{n_groups} groups of {n_parts} ranks"
+    parts = " times ".join([*(f"{name}={value}" for name, value in given.items()), ranks])
     if len(given) == 2:
         return [f"deepspeed.train_batch_size={size} is not {parts}: {each} would be, or leave one of them out"]
     near = sorted({max(each, size // each * each), (size // each + 1) * each})

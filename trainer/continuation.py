@@ -14,6 +14,7 @@ from data_pipeline.errors import DataError
 from reformer.config import ConfigError, ReformerConfig
 from trainer.checkpoint import published, read_state
 from trainer.config import RunConfig, flatten
+from trainer.sequence_parallel import global_batch_size
 
 FIXED = (
     "store_fingerprint",
@@ -38,12 +39,9 @@ def identity(
     world_size: int,
 ) -> dict[str, Any]:
     """What a checkpoint says about its run, as plain JSON values."""
-    micro, accumulation = (
-        deepspeed_config.get(key, 1) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
     return {
         "store_fingerprint": store_fingerprint,
-        "train_batch_size": deepspeed_config.get("train_batch_size", micro * accumulation * world_size),
+        "train_batch_size": global_batch_size(deepspeed_config, world_size, config.run.sequence_parallel),
         **config.model_dump(mode="json"),
         "deepspeed": dict(deepspeed_config),
     }

@@ -1,7 +1,8 @@
 """The one place where a model meets DeepSpeed: build the engine, run a micro-batch, take a step.
 
 What is special: the loss is scaled so that every update is that of the mean over all tokens of the global batch, on
-any number of ranks, with any accumulation, under ZeRO 0 to 3, whichever rank got the rows with more to predict.
+any number of ranks, with any accumulation, under ZeRO 0 to 3, whichever rank got the rows, or the parts of them, with
+more to predict.
 """
 
 import math
@@ -20,6 +21,7 @@ from torch import nn
 from reformer import Reformer
 from trainer.batches import Batch
 from trainer.config import RunConfig
+from trainer.sequence_parallel import as_data_parallel
 
 
 def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deepspeed.DeepSpeedEngine:
@@ -32,7 +34,7 @@ def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deep
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),
-        config=_with_plain_linear(deepspeed_config),
+        config=_with_plain_linear(as_data_parallel(deepspeed_config, config.run.sequence_parallel)),
     )
     if engine.bfloat16_enabled() and not engine.zero_optimization():
         # Here DeepSpeed has already taken a step, on gradients of zero: weights decayed, Adam counted one too many.
@@ -88,6 +90,7 @@ def forward(engine: deepspeed.DeepSpeedEngine, batch: Batch, step: int) -> torch
         segment_ids=batch.segment_ids,
         step=step,
         sample_ids=batch.sample_ids,
+        part=batch.part,
     )
 
 

@@ -15,7 +15,7 @@ on the number of ranks. The tags, all of the model after so many steps, hash rot
     eval/loss_without_lsh       of the first run.ablation_rows of these rows, with nothing in place of LSH attention; a
                                 row costs 0.7 times as much again (measured, the demo's model)
     eval/lsh_gain               by how much that is more than the loss of the same rows with it
-    lsh/…, reversible/…         see metrics.py; of the first row, on rank 0 alone
+    lsh/…, reversible/…         see metrics.py; of the first row, on the ranks that have it in the first pass
 """
 
 import math
@@ -32,11 +32,12 @@ from data_pipeline.dataset import IGNORED_LABEL, RowDataset
 from reformer.config import ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.loss import mean_loss
-from trainer.batches import Batch, blank, collate, evaluation_shares
+from trainer.batches import Batch, blank, collate, evaluation_shares, part_of
 from trainer.config import RunConfig
 from trainer.diagnostics import diagnosed
 from trainer.distributed import Launch, all_sum, together
 from trainer.samples import sample_continuation
+from trainer.sequence_parallel import Place
 
 FIRST_RANGE, FIRST_RANGE_OF_SHORT_ROWS = 1024, 4
 """Where the first range of positions ends; each of the others ends at four times the position of the one before."""
@@ -102,22 +103,24 @@ def held_out(
     rows: RowDataset,
     config: RunConfig,
     launch: Launch,
+    place: Place,
     device: torch.device,
     token_bytes: Tensor,
 ) -> HeldOut:
     """Everything that an evaluation reports. All ranks call it, and make the same passes.
 
-    rows: those of the held-out split; token_bytes: int64 [V], the bytes that each token stands for.
+    rows: those of the held-out split; place: of this rank, joined; token_bytes: int64 [V], the bytes that each token
+    stands for.
 
     Raises DataError, on one rank while the others end, where a row or the store's tokenizer is damaged.
     """
     plan = config.run
     n_rows = min(plan.eval_rows, len(rows))
     n_ablated = min(plan.ablation_rows, n_rows) if has_lsh(config.model) else 0
-    evaluated = partial(evaluate, engine, rows, config, launch, device, token_bytes, n_first=n_ablated)
+    evaluated = partial(evaluate, engine, rows, config, launch, place, device, token_bytes, n_first=n_ablated)
     watch: AbstractContextManager[dict[str, float]] = nullcontext({})
     if plan.diagnostics:
-        watch = diagnosed(engine, rows, launch, device)
+        watch = diagnosed(engine, rows, launch, place, device)
     engine.eval()
     with watch as diagnostics:
         scores = evaluated(n_rows=n_rows)
@@ -153,6 +156,7 @@ def evaluate(
     rows: RowDataset,
     config: RunConfig,
     launch: Launch,
+    place: Place,
     device: torch.device,
     token_bytes: Tensor,
     *,
@@ -169,8 +173,8 @@ def evaluate(
     parts = torch.zeros(1 + len(ends), 2, dtype=torch.float64, device=device)  # `_sums` of n_first, and of each range
     n_tokens = n_bytes = 0
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
-    for share in evaluation_shares(n_rows, micro_batch_size, launch.rank, launch.world_size):
-        batch = together(partial(_read, rows, share, token_bytes, device), launch, device)
+    for share in evaluation_shares(n_rows, micro_batch_size, place.replica, place.n_replicas):
+        batch = together(partial(_read, rows, share, place, token_bytes, device), launch, device)
         losses_BT = _losses(engine, batch, config.run.eval_n_hashes)
         # Its mean as the model itself gives it, to the bit, which a sum in float64 would not be.
         mean = mean_loss(losses_BT, batch.labels, engine.module.head.chunk_tokens(device))
@@ -178,16 +182,18 @@ def evaluate(
         n_tokens += batch.n_tokens
         n_bytes += batch.n_bytes
         is_first_B = torch.tensor([row is not None and row < n_first for row in share], device=device)
-        masks = [is_first_B[:, None], *range_masks(positions(batch.segment_ids), ends)]
+        masks = [is_first_B[:, None], *range_masks(_positions(batch), ends)]
         parts += torch.stack([_sums(losses_BT, batch.labels, mask) for mask in masks])
     nll_sum, tokens_sum, bytes_sum, *sums = all_sum([nll, n_tokens, n_bytes, *parts.flatten()], device)
     first, *by_range = (Score(*pair, n_bytes=0) for pair in zip(sums[::2], sums[1::2], strict=True))
     return Scores(Score(nll_sum, tokens_sum, bytes_sum), first, dict(zip(ends, by_range, strict=True)))
 
 
-def _read(rows: RowDataset, share: Sequence[int | None], token_bytes: Tensor, device: torch.device) -> Batch:
-    samples = [blank(rows[0]) if row is None else rows[row] for row in share]
-    return collate(samples, range(len(share)), token_bytes, device)
+def _read(
+    rows: RowDataset, share: Sequence[int | None], place: Place, token_bytes: Tensor, device: torch.device
+) -> Batch:
+    samples = [part_of(blank(rows[0]) if row is None else rows[row], place.sequence) for row in share]
+    return collate(samples, range(len(share)), token_bytes, device, place.sequence)
 
 
 def _losses(engine: deepspeed.DeepSpeedEngine, batch: Batch, n_hashes: int | None) -> Tensor:
@@ -199,6 +205,7 @@ def _losses(engine: deepspeed.DeepSpeedEngine, batch: Batch, n_hashes: int | Non
         sample_ids=batch.sample_ids,
         n_hashes=n_hashes,
         per_token=True,
+        part=batch.part,
     )
 
 
@@ -220,6 +227,15 @@ def range_masks(position_BT: Tensor, ends: Sequence[int]) -> Iterator[Tensor]:
     """Of each range of positions, which tokens [B, T] are in it."""
     for begin, end in zip([0, *ends], ends, strict=False):
         yield (begin <= position_BT) & (position_BT < end)
+
+
+def _positions(batch: Batch) -> Tensor:
+    """`positions` of a batch's tokens [B, T] in their whole sequences."""
+    if batch.part is None:
+        return positions(batch.segment_ids)
+    n_tokens = batch.segment_ids.shape[1]
+    start = batch.part.start(n_tokens)
+    return positions(batch.part.whole(batch.segment_ids))[:, start : start + n_tokens]
 
 
 def positions(segment_ids_BT: Tensor) -> Tensor:

@@ -4,10 +4,8 @@ What is special: nothing that decides the next step lives in the loop. A step's 
 learning rate follow from its number, so a run that stopped and continued equals one that did not.
 """
 
-import logging
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 
 from data_pipeline.dataset import RowDataset, Samples
@@ -39,8 +36,9 @@ from trainer.profiling import Profiler
 from trainer.record import write_record
 from trainer.reports import Progress, Spent, Step, own_figures, step_values
 from trainer.schedule import learning_rate
-from trainer.state import local_square_sum
-from trainer.terminal import Summary, Terminal, eval_line, show
+from trainer.sequence_parallel import Place
+from trainer.state import local_square_sum, n_parameters
+from trainer.terminal import Summary, Terminal, eval_line, show, show_model_messages
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
 
@@ -91,7 +89,7 @@ class Trainer:
         self.terminal: Terminal | None = None
         self.say(distributed.describe(job.launch, device))
         if self.leads:
-            _show_model_messages()
+            show_model_messages()
         self.start = checkpoint.sound_start(self.plan.dir, self.launch, device, self.say)
         self.first_step = self.start.step if self.start else 0
         self.progress = Progress()
@@ -134,13 +132,18 @@ class Trainer:
             saved = checkpoint.read_state(self.start.path)
             self.progress = Progress.from_state(saved["progress"])
             self.changes = changes(saved["run"], self.job.identity)
-        self.batch_size = self.engine.train_batch_size()
+        self.place = place = Place.of(launch.rank, launch.world_size, self.plan.sequence_parallel).joined()
+        if place.sequence:
+            self.say(f"{place.n_parts} ranks share each sequence, of which {place.n_replicas} are computed at a time")
+        self.batch_size = self.engine.train_batch_size() // place.n_parts  # DeepSpeed counts each part as a sequence
         self.loader = Loader(
             self.job.samples,
             self.batch_size,
             self.engine.train_micro_batch_size_per_gpu(),
-            launch.rank,
-            launch.world_size,
+            place.replica,
+            place.n_replicas,
+            part=place.part,
+            n_parts=place.n_parts,
             n_consumed=self.first_step * self.batch_size,
             on_damage=config.data.on_damage,
         )
@@ -162,7 +165,7 @@ class Trainer:
         checkpoint.remove_leftovers(self.plan.dir)
         try:
             self.metrics = Metrics(self.plan.dir, self.first_step)
-            write_record(self.job, self.device, self.metrics, sum(parameter_sizes(self.engine)))
+            write_record(self.job, self.device, self.metrics, n_parameters(self.engine))
         except OSError as error:
             raise self.unreported(error) from None
         self.terminal = Terminal(self.plan.steps, self.first_step)
@@ -261,7 +264,13 @@ class Trainer:
     def read(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the next step."""
         with self.part(step, "data"):
-            return [collate(samples, ids, self.token_bytes, self.device) for ids, samples in next(self.loader)]
+            part = self.place.sequence
+            return [collate(samples, ids, self.token_bytes, self.device, part) for ids, samples in next(self.loader)]
+
+    @property
+    def skipped_rows(self) -> int:
+        """Damaged rows that this rank left out; of ranks that share rows and leave out the same, the first counts."""
+        return 0 if self.place.part else self.loader.n_skipped
 
     def watch_health(self, done: int, score: Score, result: StepResult) -> None:
         """Report a step that changed nothing or a loss that jumped, and stop before good checkpoints are replaced."""
@@ -290,7 +299,7 @@ class Trainer:
     def log(self, done: int, score: Score, lr: float, norm: float) -> None:
         """Report a step, and the speed since the last report."""
         self.watchdog.mark(done, "log")
-        own = own_figures(self.stopwatch.read(), memory.memory_gib(self.device), self.loader.n_skipped)
+        own = own_figures(self.stopwatch.read(), memory.memory_gib(self.device), self.skipped_rows)
         everyone = [dict(zip(own, row, strict=True)) for row in all_gather(list(own.values()), self.device)]
         param_norm = math.sqrt(all_sum([local_square_sum(self.engine)], self.device)[0])
         step = Step(score, lr, norm, param_norm)
@@ -313,7 +322,8 @@ class Trainer:
         if self.eval_rows is None:
             return
         self.watchdog.mark(done, "evaluate")
-        found = held_out(self.engine, self.eval_rows, self.job.config, self.launch, self.device, self.token_bytes)
+        config, launch, place = self.job.config, self.launch, self.place
+        found = held_out(self.engine, self.eval_rows, config, launch, place, self.device, self.token_bytes)
         self.newest |= found.values
 
         def write(metrics: Metrics) -> None:
@@ -331,7 +341,7 @@ class Trainer:
         """Publish a checkpoint of the state after `done` steps."""
         self.watchdog.mark(done, "save")
         begun = time.perf_counter()
-        skipped = all_sum([self.loader.n_skipped], self.device)[0]
+        skipped = all_sum([self.skipped_rows], self.device)[0]
         self.progress.skipped_rows = self.before.skipped_rows + int(skipped)
         self.report(Metrics.sync)
         state = (self.engine, self.plan, done, self.job.identity, asdict(self.progress))
@@ -379,18 +389,6 @@ class Trainer:
         self.terminal.close(summary.text())
 
 
-def _show_model_messages() -> None:
-    """Print what the model logs: which path its attention takes, and why."""
-    logger = logging.getLogger("reformer")
-    logger.handlers = [logging.StreamHandler(sys.stdout)]
-    logger.setLevel(logging.INFO)
-
-
 def due(every: int, done: int, steps: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens now; never if `every` is 0."""
     return every > 0 and (done % every == 0 or done == steps)
-
-
-def parameter_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
-    """Elements of each parameter; under ZeRO-3 the tensors themselves are empty between uses."""
-    return [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()]

@@ -102,6 +102,11 @@ def _on_cpu(value: Any, copies: bool) -> Tensor:
     return torch.from_numpy(tensor.numpy())
 
 
+def n_parameters(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Elements of all parameters; under ZeRO-3 the tensors themselves are empty between uses."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+
+
 def local_square_sum(engine: deepspeed.DeepSpeedEngine) -> Tensor:
     """Of this rank's weights, float64 []: their sum over all ranks is the squared norm of the parameters.
 

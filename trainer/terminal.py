@@ -5,6 +5,7 @@ the same lines and nothing else, so that they can be searched, and followed with
 written, since the disk with the log is full or the reader of a pipe is gone, is lost, and costs the run nothing.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -175,3 +176,10 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     h, m = divmod(minutes, 60)
     return f"{h}:{m:02d}:{s:02d}"
+
+
+def show_model_messages() -> None:
+    """Print what the model logs: which path its attention takes, and why."""
+    logger = logging.getLogger("reformer")
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logger.setLevel(logging.INFO)

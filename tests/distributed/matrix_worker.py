@@ -9,6 +9,7 @@ import gc
 import sys
 import traceback
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,11 @@ from zero_matrix import (
 )
 
 from data_pipeline.order import shares
-from trainer.batches import Batch, collate
+from trainer.batches import Batch, collate, part_of
 from trainer.check import StoreFacts, check
 from trainer.distributed import all_sum
 from trainer.engine import backward, build_engine, forward, optimizer_step, set_learning_rate
+from trainer.sequence_parallel import Place
 
 CPU = torch.device("cpu")
 FETCHED: Counter[str] = Counter()
@@ -55,7 +57,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         losses, norms = [], []
         for step in range(len(LR_FACTORS)):
             set_learning_rate(engine, OPTIMIZERS[case.optimizer]["lr"] * LR_FACTORS[step])
-            loss, norm = train_step(engine, step)
+            loss, norm = train_step(engine, step, places(case.n_parts))
             losses.append(loss)
             norms.append(norm)
             seen.append(masters(engine))
@@ -72,9 +74,9 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         engine.destroy()
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, step: int) -> tuple[float, float]:
+def train_step(engine: deepspeed.DeepSpeedEngine, step: int, place: Place) -> tuple[float, float]:
     """Loss and gradient norm of one update, as Trainer.step computes them."""
-    batches = read(engine, step)
+    batches = read(engine, step, place)
     (n_tokens,) = all_sum([sum(batch.n_tokens for batch in batches)], CPU)
     nll, result = 0.0, None
     for batch in batches:
@@ -86,12 +88,18 @@ def train_step(engine: deepspeed.DeepSpeedEngine, step: int) -> tuple[float, flo
     return all_sum([nll], CPU)[0] / n_tokens, result.norm
 
 
-def read(engine: deepspeed.DeepSpeedEngine, step: int) -> list[Batch]:
+@cache
+def places(n_parts: int) -> Place:
+    """This rank's, with a group of processes that all cases share."""
+    return Place.of(dist.get_rank(), RANKS, n_parts).joined()
+
+
+def read(engine: deepspeed.DeepSpeedEngine, step: int, place: Place) -> list[Batch]:
     """This rank's micro-batches."""
     rows, token_bytes = samples(step), torch.ones(VOCAB, dtype=torch.int64)
     return [
-        collate([rows[i] for i in ids], ids, token_bytes, CPU)
-        for ids in shares(BATCH, engine.train_micro_batch_size_per_gpu(), dist.get_rank(), RANKS)
+        collate([part_of(rows[i], place.sequence) for i in ids], ids, token_bytes, CPU, place.sequence)
+        for ids in shares(BATCH, engine.train_micro_batch_size_per_gpu(), place.replica, place.n_replicas)
     ]
 
 

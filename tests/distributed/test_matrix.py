@@ -39,7 +39,7 @@ LIMITS = {False: (1e-6, 1e-6, 1e-4, 1e-6), True: (2e-4, 5e-3, 0.1, 2.5e-3)}
 hundredth of the weight that it is subtracted from), 8.1e-8 and 1.7e-7, 1.9e-3, 4.0e-2, 5.1e-4; 3.5e-5 of the loss where
 a token changed buckets."""
 VARIANTS = [
-    Case(stage, 2, bf16, 0.1, True, variant)
+    Case(stage, 2, bf16, 0.1, True, variant, n_parts=n_parts)
     for bf16 in (False, True)
     for variant, stages in {
         "overlap": (1, 2),  # the default is not to overlap under ZeRO 1 and 2, and to do so under ZeRO-3
@@ -49,6 +49,7 @@ VARIANTS = [
         "cpu-parameters": (3,),
     }.items()
     for stage in stages
+    for n_parts in ((1, RANKS) if variant in ("overlap", "prefetch") else (1,))
 ]
 NVME = [
     Case(3, 2, bf16, 0.1, False, f"nvme-{part}", large=True)

@@ -19,6 +19,7 @@ from trainer.config import ConfigError, RunConfig, load
 from trainer.distributed import Launch
 from trainer.evaluate import Score, Scores, evaluate, position_tag, positions, range_ends, range_masks
 from trainer.figures import figure_by_position
+from trainer.sequence_parallel import Place
 
 ALONE = Launch("this test")
 HERE = Path(__file__).parent
@@ -54,7 +55,7 @@ def three_rows() -> _Rows:
 
 def scores(model: Reformer, plan: RunConfig, n_rows: int = 3, n_first: int = 0) -> Scores:
     engine = PlainEngine(model.eval(), micro_batch_size=2)
-    return evaluate(engine, three_rows(), plan, ALONE, CPU, torch.ones(20), n_rows=n_rows, n_first=n_first)
+    return evaluate(engine, three_rows(), plan, ALONE, Place(), CPU, torch.ones(20), n_rows=n_rows, n_first=n_first)
 
 
 def row_sums(model: Reformer, **options: object) -> list[tuple[float, int]]:
@@ -111,7 +112,7 @@ def test_the_first_rows_and_the_ranges_are_parts_of_the_whole() -> None:
     late = [*range(3 + 16, 3 + 40), *range(43 + 16, 64)]
     only_last = _Rows([three_rows()[2]])
     engine = PlainEngine(model, micro_batch_size=1)
-    found = evaluate(engine, only_last, plan, ALONE, CPU, torch.ones(20), n_rows=1, n_first=1)
+    found = evaluate(engine, only_last, plan, ALONE, Place(), CPU, torch.ones(20), n_rows=1, n_first=1)
     assert found.by_position[64].loss == pytest.approx(-log_p[late, labels[late]].mean().item(), rel=1e-6)
 
 

@@ -14,6 +14,7 @@ from trainer.evaluate import Score
 from trainer.loop import Trainer
 from trainer.profiling import Profiler
 from trainer.reports import Progress, Spent
+from trainer.sequence_parallel import Place
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def saving(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[bool]]:
     trainer.plan = LoopConfig(dir=Path("run"), deepspeed_config=Path("x.json"), steps=9)
     trainer.watchdog = trainer.loader = trainer.engine = trainer.launch = trainer.job = Anything()  # type: ignore[assignment]
     trainer.job.identity = {}  # type: ignore[misc]
-    trainer.progress, trainer.before = Progress(), Progress()
+    trainer.progress, trainer.before, trainer.place = Progress(), Progress(), Place()
     trainer.device, trainer.leads, trainer.terminal = torch.device("cpu"), False, None
     return trainer, removes
 

@@ -1,0 +1,64 @@
+"""Ranks that share each sequence: who holds which part of which sequence, and how the holders exchange.
+
+What is special: only reformer's attention knows that there are parts (sequence_part.py there), and DeepSpeed knows
+nothing of them. To it each rank is one of as many data-parallel ranks as there are processes; and since every rank's
+loss is weighted with what it has to predict (`engine.backward`), the gradient is that of the mean over all tokens
+whichever rank holds them, under ZeRO 0 to 3 alike, its norm and clipping included.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from reformer.sequence_part import SequencePart
+from trainer.check_deepspeed import BATCH_KEYS
+from trainer.distributed import COLLECTIVE_TIMEOUT
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is among n_replicas * n_parts: neighbours share sequences, since they are the best connected."""
+
+    part: int = 0
+    """Which part of its sequences it holds."""
+    n_parts: int = 1
+    replica: int = 0
+    """Which share of each global batch it works at, with all holders of the parts."""
+    n_replicas: int = 1
+    sequence: SequencePart | None = None
+    """The part as the model takes it; None: all of each sequence, or the ranks have not been joined yet."""
+
+    @classmethod
+    def of(cls, rank: int, world_size: int, n_parts: int) -> Self:
+        """The place of a rank; n_parts divides world_size."""
+        return cls(rank % n_parts, n_parts, rank // n_parts, world_size // n_parts)
+
+    def joined(self) -> Self:
+        """With what exchanges with the other holders. All ranks call this, once."""
+        if self.n_parts == 1:
+            return self
+        group, _ = dist.new_subgroups(group_size=self.n_parts, timeout=COLLECTIVE_TIMEOUT)
+
+        def all_to_all(x_P: Tensor) -> Tensor:
+            received_P = torch.empty_like(x_P)
+            dist.all_to_all_single(received_P, x_P, group=group)
+            return received_P
+
+        return replace(self, sequence=SequencePart(self.part, self.n_parts, all_to_all))
+
+
+def global_batch_size(deepspeed: Mapping[str, Any], world_size: int, n_parts: int) -> int:
+    """Sequences in a step, from a DeepSpeed configuration that gives their number or what it follows from."""
+    total, *factors = BATCH_KEYS
+    micro, accumulation = (deepspeed.get(key, 1) for key in factors)
+    return int(deepspeed.get(total, micro * accumulation * world_size // n_parts))
+
+
+def as_data_parallel(deepspeed: Mapping[str, Any], n_parts: int) -> dict[str, Any]:
+    """The configuration as DeepSpeed is to see it, to which the holders of n_parts parts have a sequence each."""
+    total = BATCH_KEYS[0]
+    return {**deepspeed, total: deepspeed[total] * n_parts} if total in deepspeed else dict(deepspeed)
