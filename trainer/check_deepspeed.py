@@ -46,6 +46,7 @@ REFUSED = {
     "fp16": "the trainer runs in fp32 or bf16; use bf16",
     "gradient_allreduce_op": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
     "managed_gradient_accumulation": "the loss is scaled for DeepSpeed's default; leave it out",
+    "sequence_parallel_size": "ranks that share each sequence are run.sequence_parallel; leave it out",
     "activation_checkpointing": "reversible layers keep no activations to checkpoint; leave it out",
     "tensorboard": "the trainer writes TensorBoard events to run.dir; leave it out",
 }

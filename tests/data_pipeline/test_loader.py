@@ -150,6 +150,21 @@ def test_a_damaged_row_can_be_skipped(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+@pytest.mark.parametrize("damaged_part", [0, 1])
+def test_a_row_that_is_damaged_in_one_part_is_skipped_in_all(damaged_part: int) -> None:
+    class Halved(Numbered):
+        def slice_of(self, position: int, part: int, n_parts: int) -> Sample:
+            if position == 2 and (n_parts == 1 or part == damaged_part):
+                raise DataError(f"part {damaged_part} is damaged")
+            return super().slice_of(position, part, n_parts)
+
+    for part in (0, 1):
+        with Loader(Halved(), BATCH, on_damage="skip", part=part, n_parts=2) as loader:
+            delivered = [sample for _, samples in next(loader) for sample in samples]
+        assert loader.n_skipped == 1
+        assert [i for i, sample in enumerate(delivered) if sample.labels[0] == IGNORED_LABEL] == [2]
+
+
 def test_what_has_no_blank_cannot_be_skipped() -> None:
     with (
         Loader(Numbered(damaged=(3,), blanks=False), BATCH, on_damage="skip") as loader,

@@ -42,6 +42,32 @@ def test_a_good_configuration_passes_on_any_number_of_ranks(world_size: int) -> 
     check(make_config(), DEEPSPEED, STORE, world_size)
 
 
+@pytest.mark.parametrize(("world_size", "n_parts"), [(2, 2), (8, 2), (4, 4), (32, 4)])
+def test_ranks_that_share_sequences_count_as_one(world_size: int, n_parts: int) -> None:
+    config = make_config(run_sequence_parallel=n_parts, model_n_heads=4)
+    check(config, DEEPSPEED, STORE, world_size)
+    too_many = {**DEEPSPEED, "train_batch_size": 2 * world_size // n_parts + 1, "train_micro_batch_size_per_gpu": 2}
+    groups = f"times {world_size // n_parts} groups of {n_parts} ranks"
+    with pytest.raises(ConfigError, match=f"is not divisible by train_micro_batch_size_per_gpu=2 {groups}"):
+        check(config, too_many, STORE, world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "n_heads", "seq_len", "n_parts", "what"),
+    [
+        (6, 4, 256, 4, "6 ranks: the most that divides ranks, heads and rows is 2"),
+        (8, 2, 256, 4, "model.n_heads=2: .* is 2"),
+        (9, 3, 256, 3, "the rows of data/store, of 256 tokens: .* is 1"),
+        (1, 4, 256, 2, "1 ranks: .* is 1"),
+    ],
+)
+def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len: int, n_parts: int, what: str) -> None:
+    config = make_config(run_sequence_parallel=n_parts, model_n_heads=n_heads, model_d_model=12 * n_heads)
+    facts = replace(STORE, seq_len=seq_len)
+    with pytest.raises(ConfigError, match=f"run.sequence_parallel={n_parts} does not divide {what}"):
+        check(config, DEEPSPEED, facts, world_size)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -52,7 +78,7 @@ def test_a_good_configuration_passes_on_any_number_of_ranks(world_size: int) -> 
         ({"gradient_accumulation_steps": 3}, "train_batch_size=8 is not .*=1 times .*=3 times 2 ranks: 6 would be"),
         ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler: the learning rate's course belongs to"),
         ({"fp16": {"enabled": True}}, "use bf16"),
-        ({"sequence_parallel_size": 2}, "deepspeed.sequence_parallel_size: not a key that this trainer passes"),
+        ({"sequence_parallel_size": 2}, "deepspeed.sequence_parallel_size: .* run.sequence_parallel; leave it out"),
         ({"zero_optimisation": {}}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"stag": 2}}, "deepspeed.zero_optimization: unknown key 'stag': did you mean 'stage'"),
         (

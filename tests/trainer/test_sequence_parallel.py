@@ -1,0 +1,34 @@
+"""Who holds which part of what, in plain integers; the exchange itself is in tests/distributed."""
+
+import pytest
+
+from trainer.sequence_parallel import Place, as_data_parallel, global_batch_size
+
+
+@pytest.mark.parametrize(("world_size", "n_parts"), [(1, 1), (4, 1), (4, 2), (4, 4), (12, 3)])
+def test_every_part_of_every_share_has_one_rank_and_neighbours_share(world_size: int, n_parts: int) -> None:
+    places = [Place.of(rank, world_size, n_parts) for rank in range(world_size)]
+    assert [(place.replica, place.part) for place in places] == [
+        (replica, part) for replica in range(world_size // n_parts) for part in range(n_parts)
+    ]
+    assert {(place.n_replicas, place.n_parts) for place in places} == {(world_size // n_parts, n_parts)}
+
+
+def test_a_rank_that_shares_nothing_joins_nobody() -> None:
+    place = Place.of(1, 2, n_parts=1)
+    assert place.joined() is place and place.sequence is None
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "sequences"),
+    [
+        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}, 8),
+        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 12),
+        ({"train_micro_batch_size_per_gpu": 2}, 4),
+    ],
+)
+def test_deepspeed_counts_parts_and_the_trainer_sequences(deepspeed: dict[str, int], sequences: int) -> None:
+    assert global_batch_size(deepspeed, world_size=4, n_parts=2) == sequences
+    seen = as_data_parallel(deepspeed, n_parts=2)
+    assert seen == {**deepspeed, **({"train_batch_size": 16} if "train_batch_size" in deepspeed else {})}
+    assert global_batch_size(seen, world_size=4, n_parts=1) == 2 * sequences
