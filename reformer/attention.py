@@ -32,6 +32,7 @@ from reformer.local import local_attention
 from reformer.lsh import lsh_attention
 from reformer.lsh.hashing import bucket_factors, draw_rotations
 from reformer.lsh.scratch import shared_scratch
+from reformer.sequence_part import SequencePart
 
 GROUP_NUMBERS = 2**25
 """A group has so many heads that one of its tensors [B, h, T, D] holds so many numbers, or a single head."""
@@ -41,7 +42,10 @@ GROUP_NUMBERS_GPU = 2**27
 
 @dataclass
 class HeadGroup:
-    """Some heads on their way through a layer: what their backward needs, which takes it from here."""
+    """Some heads on their way through a layer: what their backward needs, which takes it from here.
+
+    Where the tokens are a part of a sequence, the tensors are of the own heads, h of them, and of all its tokens.
+    """
 
     columns: slice
     """Where they stand in the merged output, of H*D; and in the rows of the projections."""
@@ -93,14 +97,14 @@ class _Attention(nn.Module):
         if d_out_BTM is not None:
             groups = _taken(held) if held else self._groups(x_BTM, call, buckets, differentiable=True)
             with torch.no_grad(), shared_scratch():
-                out, gradients = self._with_gradients(x_BTM, groups, d_out_BTM, needs_output)
+                out, gradients = self._with_gradients(x_BTM, call.part, groups, d_out_BTM, needs_output)
             inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
             parameters = [self.norm_weight, self.norm_bias, *self.projection_weights, self.out_weight]
             return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
         out, used = None, []
         with shared_scratch():
             for group, bucket in self._groups(x_BTM, call, buckets, differentiable=held is not None):
-                out = self._merged(group, out)
+                out = self._merged(call.part.to_tokens([group.out])[0], group.columns, out)
                 used.append(bucket)
                 if held is not None:
                     held.append(group)
@@ -157,33 +161,27 @@ class _Attention(nn.Module):
         """All heads, group by group, with the buckets of each; `differentiable` in the sense of `HeadGroup.out`."""
         numbers = GROUP_NUMBERS if x_BTM.device.type == "cpu" else GROUP_NUMBERS_GPU
         at_once = max(1, numbers // (x_BTM.shape[0] * x_BTM.shape[1] * self.d_head))
-        if call.part:  # every holder gets as many of a group
-            at_once = call.part.n_parts * max(1, at_once // call.part.n_parts)
+        at_once = call.part.n_parts * max(1, at_once // call.part.n_parts)  # every holder gets as many of a group
         for start in range(0, self.n_heads, at_once):
             heads = slice(start, min(start + at_once, self.n_heads))
-            held = call.part.held_heads(heads) if call.part else heads
-            yield self._group(x_BTM, call, None if buckets is None else buckets[:, held], heads, differentiable)
+            held = None if buckets is None else buckets[:, call.part.held_heads(heads)]
+            yield self._group(x_BTM, call, held, heads, differentiable)
 
     def _group(
         self, x_BTM: Tensor, call: Call, buckets: Tensor | None, heads: slice, differentiable: bool
     ) -> tuple[HeadGroup, Tensor | None]:
         columns = slice(heads.start * self.d_head, heads.stop * self.d_head)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not differentiable):
-            projected = self.project(x_BTM, columns)
+            projected = call.part.to_heads(self.project(x_BTM, columns))
         if differentiable:
             projected = [x_BhTD.requires_grad_() for x_BhTD in projected]
         with torch.set_grad_enabled(torch.is_grad_enabled() or differentiable):
-            if call.part is None:
-                out_BhTD, used = self.attend(projected, call, buckets, heads)
-            else:
-                whole = call.part.to_heads(projected)
-                out, used = self.attend(whole, call, buckets, call.part.own_heads(heads))
-                out_BhTD = call.part.to_tokens(out)
+            out_BhTD, used = self.attend(projected, call, buckets, call.part.own_heads(heads))
         return HeadGroup(columns, projected, out_BhTD), used
 
-    def _merged(self, group: HeadGroup, total_BTM: Tensor | None) -> Tensor:
-        """The output projection of a group, added to that of the groups before it."""
-        out_BThD, weight = group.out.transpose(1, 2), self.out_weight[:, group.columns]
+    def _merged(self, out_BhTD: Tensor, columns: slice, total_BTM: Tensor | None) -> Tensor:
+        """The output projection of a group's output, added to that of the groups before it."""
+        out_BThD, weight = out_BhTD.transpose(1, 2), self.out_weight[:, columns]
         if total_BTM is None or torch.is_grad_enabled():
             at_once = self._at_once(out_BThD)
             (part_BTM,) = map_chunks(lambda x: (F.linear(x.flatten(2), weight),), out_BThD, at_once)
@@ -195,6 +193,7 @@ class _Attention(nn.Module):
     def _with_gradients(
         self,
         x_BTM: Tensor,
+        part: SequencePart,
         groups: Iterator[tuple[HeadGroup, Tensor | None]],
         d_out_BTM: Tensor,
         needs_output: bool,
@@ -204,22 +203,31 @@ class _Attention(nn.Module):
         weight_sums = GradientSum([*self.projection_weights, self.out_weight])
         *projection_sums, out_sum = weight_sums.sums
         for group, _ in groups:
-            d_projected_BhTD = self._through_merge(group, d_out_BTM, out_sum)
-            out_BTM = self._merged(group, out_BTM) if needs_output else None  # here, not where the most is alive
+            (out_BhTD,) = part.to_tokens([group.out.detach()])
+            d_projected_BhTD = self._through_merge(group, part, out_BhTD, d_out_BTM, out_sum)
+            # Here, not where the most is alive.
+            out_BTM = self._merged(out_BhTD, group.columns, out_BTM) if needs_output else None
             self._through_projections(x_BTM, group.columns, d_projected_BhTD, projection_sums, d_x_BTM)
-            del group, d_projected_BhTD  # before the next group is made
+            del group, out_BhTD, d_projected_BhTD  # before the next group is made
         return out_BTM, [d_x_BTM, *self._through_norm(x_BTM, d_x_BTM), *weight_sums.sums]
 
-    def _through_merge(self, group: HeadGroup, d_out_BTM: Tensor, out_sum: Tensor) -> list[Tensor]:
-        """The gradients of a group's projections [B, h, T, D]; adds that of the output projection to its sum."""
+    def _through_merge(
+        self, group: HeadGroup, part: SequencePart, out_BhTD: Tensor, d_out_BTM: Tensor, out_sum: Tensor
+    ) -> list[Tensor]:
+        """The gradients of a group's projections [B, h, T, D]; adds that of the output projection to its sum.
+
+        out_BhTD: the group's output, of the tokens of the layer. The group gives up its own.
+        """
         dtype, weight = group.out.dtype, self.out_weight[:, group.columns]
         for tokens in self._slices(d_out_BTM):
             d_out = d_out_BTM[:, tokens].flatten(0, 1).to(dtype)
-            add_product(out_sum[:, group.columns], d_out.T, _rows(group.out.detach(), tokens))
+            add_product(out_sum[:, group.columns], d_out.T, _rows(out_BhTD, tokens))
         (d_BThD,) = map_chunks(lambda d: (self._heads(d.to(dtype) @ weight),), d_out_BTM, self._at_once(d_out_BTM))
-        d_projected = torch.autograd.grad(group.out, group.projected, d_BThD.transpose(1, 2).to(dtype))
-        group.projected, group.out = [], group.out.detach()
-        return list(d_projected)
+        d_out_of_heads = part.to_heads([d_BThD.transpose(1, 2).to(dtype)])
+        del d_BThD
+        d_projected = torch.autograd.grad([group.out], group.projected, d_out_of_heads)
+        group.projected, group.out = [], out_BhTD
+        return part.to_tokens(d_projected)
 
     def _through_projections(
         self, x_BTM: Tensor, columns: slice, d_BhTD: list[Tensor], sums: list[Tensor], d_normed_BTM: Tensor

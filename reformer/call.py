@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reformer.lsh.hashing import derive_seed
-from reformer.sequence_part import SequencePart
+from reformer.sequence_part import WHOLE, SequencePart
 
 DROPOUT_BLOCKS = 16
 """A sequence's dropout masks are drawn in so many blocks, so that one part of it needs not draw those of the others."""
@@ -36,8 +36,8 @@ class Call:
     """Of attention weights; 0 in evaluation."""
     n_hashes: int | None = None
     """Rounds of LSH attention in place of the configuration's; round r is the same whatever their number."""
-    part: SequencePart | None = None
-    """Which part of a sequence the tokens are; None: all of it."""
+    part: SequencePart = WHOLE
+    """Which part of a sequence the tokens are."""
 
     def dropout_scale(self, like_BTM: Tensor, layer: int, half: Literal["attention", "feed_forward"]) -> Tensor | None:
         """Factors [B, T, M]: 0 where an element is dropped, 1 / (1 - p) elsewhere; None without dropout."""
@@ -51,8 +51,7 @@ class Call:
     def _kept(self, like_BTM: Tensor, seed: int) -> Tensor:
         """Which elements [T, M] of a sample are not dropped: the same however its sequence is cut into parts."""
         _, n_tokens, width = like_BTM.shape
-        start, seq_len = (self.part.start(n_tokens), self.part.seq_len(n_tokens)) if self.part else (0, n_tokens)
-        block_len = -(-seq_len // DROPOUT_BLOCKS)
+        start, block_len = self.part.start(n_tokens), -(-self.part.seq_len(n_tokens) // DROPOUT_BLOCKS)
         first, last = start // block_len, (start + n_tokens - 1) // block_len
         drawn = []
         for block in range(first, last + 1):

@@ -14,7 +14,7 @@ from reformer.config import ReformerConfig
 from reformer.loss import EMBEDDING_STD, OutputHead
 from reformer.positions import AxialPositions
 from reformer.reversible import ReversibleBlock, reversible_stack
-from reformer.sequence_part import SequencePart
+from reformer.sequence_part import WHOLE, SequencePart
 
 
 class Embedding(nn.Module):
@@ -50,7 +50,7 @@ class Reformer(nn.Module):
         sample_ids: Sequence[int] | Tensor | None = None,
         n_hashes: int | None = None,
         per_token: bool = False,
-        part: SequencePart | None = None,
+        part: SequencePart = WHOLE,
     ) -> Tensor:
         """Logits [B, T, V]; or, given labels, the mean loss in nats over labels != -100, an fp32 scalar.
 
@@ -95,19 +95,17 @@ class Reformer(nn.Module):
             raise ValueError(
                 "per_token gives the loss of each token without gradients: give labels, in torch.no_grad()"
             )
-        if part is not None and self.config.n_heads % part.n_parts:
+        if self.config.n_heads % part.n_parts:
             raise ValueError(
                 f"a sequence in {part.n_parts} parts needs a number of heads that can be divided by it "
                 f"(n_heads={self.config.n_heads}): choose another number of parts"
             )
-        if part is not None and segment_ids is not None:
-            segment_ids = part.whole(segment_ids)
         call = Call(
             seed=self.config.seed,
             step=step,
             sample_ids=tuple(int(sample_id) for sample_id in ids),
             dropout=self.config.dropout if self.training else 0.0,
-            segment_ids_BT=segment_ids,
+            segment_ids_BT=None if segment_ids is None else part.whole(segment_ids),
             attn_dropout=self.config.attn_dropout if self.training else 0.0,
             n_hashes=n_hashes,
             part=part,
@@ -116,6 +114,6 @@ class Reformer(nn.Module):
 
     def _streams(self, tokens_BT: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """The two streams [B, T, M] after the stack; what goes into it does not outlive this call."""
-        x = self.embedding(tokens_BT, call.part.start(tokens_BT.shape[1]) if call.part else 0)
+        x = self.embedding(tokens_BT, call.part.start(tokens_BT.shape[1]))
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return reversible_stack(self.blocks, x, x, call, self.config.keep_ends)

@@ -50,21 +50,31 @@ class SequencePart:
 
     def to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """From some tokens of all heads, [B, H, S, D] each, to all tokens of the own heads, [B, h, T, D]."""
+        if self.n_parts == 1:
+            return list(tensors)
         by_holder = [x.unflatten(1, (self.n_parts, -1)).movedim(1, 0) for x in tensors]
         return [x.movedim(0, 2).flatten(2, 3) for x in self._exchanged(by_holder)]
 
-    def to_tokens(self, x_BhTD: Tensor) -> Tensor:
-        """The way back, [B, h, T, D] to [B, H, S, D]."""
-        (x,) = self._exchanged([x_BhTD.unflatten(2, (self.n_parts, -1)).movedim(2, 0)])
-        return x.movedim(0, 1).flatten(1, 2)
+    def to_tokens(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The way back, [B, h, T, D] each to [B, H, S, D]."""
+        if self.n_parts == 1:
+            return list(tensors)
+        by_holder = [x.unflatten(2, (self.n_parts, -1)).movedim(2, 0) for x in tensors]
+        return [x.movedim(0, 1).flatten(1, 2) for x in self._exchanged(by_holder)]
 
     def whole(self, x_BS: Tensor) -> Tensor:
         """A value of each token, of all parts end to end, [B, T]; without a gradient."""
+        if self.n_parts == 1:
+            return x_BS
         parts_PBS = self.all_to_all(x_BS.detach().expand(self.n_parts, *x_BS.shape).contiguous())
         return parts_PBS.movedim(0, 1).flatten(1, 2)
 
     def _exchanged(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return _Exchange.apply(self.all_to_all, *tensors)
+
+
+WHOLE = SequencePart(0, 1, lambda x: x)
+"""A sequence that one holder has, who exchanges nothing."""
 
 
 class _Exchange(torch.autograd.Function):

@@ -13,7 +13,7 @@ from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample, part_bounds
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import shares
 from data_pipeline.store import Store
-from reformer.sequence_part import SequencePart
+from reformer.sequence_part import WHOLE, SequencePart
 from trainer.config import DataConfig
 
 
@@ -48,8 +48,8 @@ class Batch:
     """Tokens to predict."""
     n_bytes: int
     """Bytes that these tokens stand for."""
-    part: SequencePart | None = None
-    """Which part of the sequences these tokens are; None: all of them."""
+    part: SequencePart = WHOLE
+    """Which part of the sequences these tokens are."""
 
 
 def evaluation_shares(n_rows: int, micro_batch_size: int, rank: int, world_size: int) -> list[list[int | None]]:
@@ -70,7 +70,7 @@ def collate(
     sample_ids: Sequence[int],
     token_bytes: torch.Tensor,
     device: torch.device,
-    part: SequencePart | None = None,
+    part: SequencePart = WHOLE,
 ) -> Batch:
     """Stack samples, or the same part of each, into a micro-batch.
 
@@ -89,10 +89,8 @@ def collate(
     )
 
 
-def part_of(sample: Sample, part: SequencePart | None) -> Sample:
-    """One of the equal parts of a whole row; all of it for None. Segments stay numbered as in the row."""
-    if part is None:
-        return sample
+def part_of(sample: Sample, part: SequencePart) -> Sample:
+    """One of the equal parts of a whole row. Segments stay numbered as in the row."""
     start, stop = part_bounds(len(sample.tokens), part.index, part.n_parts)
     return Sample(*(x[start:stop] for x in sample))
 

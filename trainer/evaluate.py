@@ -231,8 +231,6 @@ def range_masks(position_BT: Tensor, ends: Sequence[int]) -> Iterator[Tensor]:
 
 def _positions(batch: Batch) -> Tensor:
     """`positions` of a batch's tokens [B, T] in their whole sequences."""
-    if batch.part is None:
-        return positions(batch.segment_ids)
     n_tokens = batch.segment_ids.shape[1]
     start = batch.part.start(n_tokens)
     return positions(batch.part.whole(batch.segment_ids))[:, start : start + n_tokens]

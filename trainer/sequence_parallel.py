@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from reformer.sequence_part import SequencePart
+from reformer.sequence_part import WHOLE, SequencePart
 from trainer.check_deepspeed import BATCH_KEYS
 from trainer.distributed import COLLECTIVE_TIMEOUT
 
@@ -29,8 +29,8 @@ class Place:
     replica: int = 0
     """Which share of each global batch it works at, with all holders of the parts."""
     n_replicas: int = 1
-    sequence: SequencePart | None = None
-    """The part as the model takes it; None: all of each sequence, or the ranks have not been joined yet."""
+    sequence: SequencePart = WHOLE
+    """The part as the model takes it, once the ranks have been joined."""
 
     @classmethod
     def of(cls, rank: int, world_size: int, n_parts: int) -> Self:

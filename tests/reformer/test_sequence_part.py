@@ -19,7 +19,7 @@ from torch import Tensor
 from reformer import Reformer, ReformerConfig, attention
 from reformer.call import Call
 from reformer.diagnostics import ablated, observed, of_all_heads
-from reformer.sequence_part import SequencePart
+from reformer.sequence_part import WHOLE, SequencePart
 
 BATCH, N_HEADS, VOCAB = 2, 4, 20
 STEP, SAMPLE_IDS = 3, (6, 9)
@@ -134,7 +134,7 @@ def test_losses_and_logits_without_gradients() -> None:
     model, (tokens, labels, segments) = make_model().eval(), make_batch(44)
 
     @torch.no_grad()
-    def results(part: SequencePart | None, *inputs: Tensor) -> dict[str, Tensor]:
+    def results(part: SequencePart, *inputs: Tensor) -> dict[str, Tensor]:
         own_tokens, own_labels, own_segments = inputs
         options = {"segment_ids": own_segments, "n_hashes": 3, "part": part}
         return {
@@ -144,7 +144,7 @@ def test_losses_and_logits_without_gradients() -> None:
 
     found = held(2, lambda part: results(part, *(share(x, part) for x in (tokens, labels, segments))))
     joined = {name: torch.cat([each[name] for each in found], dim=1) for name in found[0]}
-    assert_parity(joined, results(None, tokens, labels, segments), 1e-12)
+    assert_parity(joined, results(WHOLE, tokens, labels, segments), 1e-12)
 
 
 def test_diagnostics_of_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:

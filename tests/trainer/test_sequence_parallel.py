@@ -2,6 +2,7 @@
 
 import pytest
 
+from reformer.sequence_part import WHOLE
 from trainer.sequence_parallel import Place, as_data_parallel, global_batch_size
 
 
@@ -16,7 +17,7 @@ def test_every_part_of_every_share_has_one_rank_and_neighbours_share(world_size:
 
 def test_a_rank_that_shares_nothing_joins_nobody() -> None:
     place = Place.of(1, 2, n_parts=1)
-    assert place.joined() is place and place.sequence is None
+    assert place.joined() is place and place.sequence is WHOLE
 
 
 @pytest.mark.parametrize(
