@@ -48,7 +48,7 @@ class HeadGroup:
     """
 
     columns: slice
-    """Where they stand in the merged output, of H*D; and in the rows of the projections."""
+    """Where the group stands in the merged output, of H*D; and in the rows of the projections."""
     projected: list[Tensor]
     """[B, h, T, D] for each projection."""
     out: Tensor

@@ -134,7 +134,7 @@ class Trainer:
             self.changes = changes(saved["run"], self.job.identity)
         self.place = place = Place.of(launch.rank, launch.world_size, self.plan.sequence_parallel).joined()
         if place.n_parts > 1:
-            self.say(f"{place.n_parts} ranks share each sequence, of which {place.n_replicas} are computed at a time")
+            self.say(f"{place.n_parts} ranks share each sequence")
         self.batch_size = self.engine.train_batch_size() // place.n_parts  # DeepSpeed counts each part as a sequence
         self.loader = Loader(
             self.job.samples,

@@ -28,7 +28,7 @@ def test_the_run_of_one_process(train, reference: Run, tmp_path: Path, stage: in
     """Dropout, rows of unequal content, clipping; with four ranks two sequences at a time."""
     run = train(ranks, tmp_path / "run", SHARED, DROPOUT, f"deepspeed.zero_optimization.stage={stage}")
     assert run.code == 0, run.errors
-    assert f"2 ranks share each sequence, of which {ranks // 2} are computed at a time" in run.output
+    assert "2 ranks share each sequence\n" in run.output
     tags = (*CURVES, *EVALUATED, "train/param_norm")
     differences = {tag: largest_difference(run, reference, tag) for tag in tags if tag != "eval/lsh_gain"}
     print(f"\nZeRO {stage}, {ranks} ranks:", {tag: f"{value:.1e}" for tag, value in differences.items()})

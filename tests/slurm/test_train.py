@@ -39,6 +39,8 @@ class Training:
     config: Path
     dir: Path
     job: str = ""
+    changes: tuple[str, ...] = ()
+    """Of the configuration."""
 
     @property
     def log(self) -> str:
@@ -49,7 +51,7 @@ class Training:
         self.job = self.cluster.submit(*options, SLURM / script, self.config, *self.settings())
 
     def settings(self) -> list[str]:
-        return [f"run.dir={self.dir}", *(f"run.{name}={value}" for name, value in SETTINGS.items())]
+        return [f"run.dir={self.dir}", *(f"run.{name}={value}" for name, value in SETTINGS.items()), *self.changes]
 
     def curves(self) -> Curves:
         path = self.dir / "metrics.jsonl"
@@ -181,10 +183,25 @@ def test_a_job_that_is_cancelled(training: Training, undisturbed: Curves) -> Non
     training.submit("--nodes=1")
     training.ends()
     assert f"after step {done}" in training.log
-    for tag, expected in undisturbed.items():
-        found = training.curves()[tag]
-        assert [step for step, _ in found] == [step for step, _ in expected]
-        assert [value for _, value in found] == pytest.approx([value for _, value in expected], abs=1e-5)
+    assert_nearly_equal(training.curves(), undisturbed)
+
+
+def test_nodes_that_share_each_sequence(training: Training, undisturbed: Curves) -> None:
+    """Half of it on each, through a signal and the restart after it."""
+    training.changes = ("run.sequence_parallel=2",)
+    training.submit()
+    training.wait_for_steps(5)
+    training.cluster.run("scancel", "--signal=USR1", training.job)
+    training.ends()
+    assert "SIGUSR1 after step" in training.log and training.restarts() == 1
+    assert training.log.count("2 ranks share each sequence") == 2
+    assert_nearly_equal(training.curves(), undisturbed)
+
+
+def assert_nearly_equal(found: Curves, expected: Curves) -> None:
+    for tag, points in expected.items():
+        assert [step for step, _ in found[tag]] == [step for step, _ in points]
+        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in points], abs=1e-5)
 
 
 def test_mpirun_in_a_job(training: Training, undisturbed: Curves) -> None:
