@@ -98,7 +98,6 @@ def _replaced(
 def _reporting(layer: LSHSelfAttention, n_tokens: int | None, found: dict[str, float]) -> Callable[..., Any]:
     """The layer's `attend`, which also reports on its first pass, a few heads at a time as they come."""
     attend, prefix, config = layer.attend, f"lsh/layer{layer.layer:02d}", layer.config
-    firsts: set[int] = set()  # each group of heads by its first
     largest: list[float] = []  # these three: of each group
     empty: list[float] = []
     masses: list[Tensor] = []
@@ -127,8 +126,7 @@ def _reporting(layer: LSHSelfAttention, n_tokens: int | None, found: dict[str, f
 
     def reporting(projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice) -> tuple[Tensor, Tensor]:
         out, used = attend(projected, call, buckets, heads)
-        if heads.start not in firsts:
-            firsts.add(heads.start)
+        if sum(len(mass) for mass in masses) < layer.n_heads // call.part.n_parts:  # more of the first pass
             report(projected[0], used, call, heads)
         return out, used
 

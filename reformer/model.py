@@ -64,12 +64,13 @@ class Reformer(nn.Module):
             per_token: the loss of each token, fp32 [B, T], in place of their mean; 0 where its label is -100. Under
                 torch.no_grad() only.
             part: the tokens, labels and segment_ids are one of the equal parts that sequences are cut into, whose other
-                holders make the same pass at the same time. What is returned is of this part alone. A parameter's
-                gradient, added up over the parts, each weighted with its number of labels, is that of the sequence.
+                holders make the same pass, of as many tokens, at the same time. What is returned is of this part alone.
+                A parameter's gradient, added up over the parts, each weighted with its number of labels, is that of
+                the sequence.
 
         Raises:
             ValueError: n_hashes below 1, or in a model without LSH attention; labels or segment_ids of another shape;
-                per_token without labels, or where gradients are wanted; more parts than divide the heads.
+                per_token without labels, or where gradients are wanted; a number of parts that does not divide n_heads.
             RuntimeError: tied embeddings that are two parameters by now.
         """
         if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:

@@ -63,15 +63,15 @@ def _sharing(config: RunConfig, store: StoreFacts, world_size: int) -> list[str]
     """Ranks that share sequences are as many in each group, and have equal parts and as many heads."""
     n_parts = config.run.sequence_parallel
     shared = {
-        f"{world_size} ranks": world_size,
-        f"model.n_heads={config.model.n_heads}": config.model.n_heads,
-        f"the rows of {config.data.store}, of {store.seq_len} tokens": store.seq_len,
+        "the number of ranks": world_size,
+        "model.n_heads": config.model.n_heads,
+        f"the length of the rows of {config.data.store}": store.seq_len,
     }
+    if not (wrong := [f"{what}, {number}" for what, number in shared.items() if number % n_parts]):
+        return []
+    most = math.gcd(*shared.values())
     return [
-        f"run.sequence_parallel={n_parts} does not divide {what}: the most that divides ranks, heads and rows is "
-        f"{math.gcd(*shared.values())}"
-        for what, number in shared.items()
-        if number % n_parts
+        f"run.sequence_parallel={n_parts} does not divide {' and '.join(wrong)}: {most} is the most that divides all"
     ]
 
 

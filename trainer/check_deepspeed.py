@@ -101,7 +101,7 @@ def batch(deepspeed: Mapping[str, Any], world_size: int, n_parts: int = 1) -> li
     each = math.prod(given.values()) * n_groups
     if size == each or (size % each == 0 and len(given) < 2):
         return []
-    ranks = f"{world_size} ranks" if n_parts == 1 else f"{n_groups} groups of {n_parts} ranks"
+    ranks = f"{world_size} ranks" if n_parts == 1 else f"{n_groups} ({world_size} ranks by {n_parts} for a sequence)"
     parts = " times ".join([*(f"{name}={value}" for name, value in given.items()), ranks])
     if len(given) == 2:
         return [f"deepspeed.train_batch_size={size} is not {parts}: {each} would be, or leave one of them out"]

@@ -144,7 +144,8 @@ class Slowest:
 def slow_ranks(busy_s: Sequence[float], hosts: Sequence[str]) -> Slowest:
     """Which rank is slowest, and by how much.
 
-    busy_s: seconds by rank, of its own data and forward passes over the same steps; hosts: their names, by rank.
+    busy_s: seconds by rank, of its own data and forward passes over the same steps, without the exchanges of ranks that
+    share sequences, which wait for each other there; hosts: their names, by rank.
 
     Only what a rank does by itself tells it apart. Backward passes and updates wait for each other, and under ZeRO-3
     forward passes do too, layer by layer: they last equally long on all ranks, and what is left to be seen is a rank

@@ -36,7 +36,7 @@ from trainer.profiling import Profiler
 from trainer.record import write_record
 from trainer.reports import Progress, Spent, Step, own_figures, step_values
 from trainer.schedule import learning_rate
-from trainer.sequence_parallel import Place
+from trainer.sequence_parallel import Place, timed
 from trainer.state import local_square_sum, n_parameters
 from trainer.terminal import Summary, Terminal, eval_line, show, show_model_messages
 from trainer.timing import Stopwatch
@@ -264,13 +264,8 @@ class Trainer:
     def read(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the next step."""
         with self.part(step, "data"):
-            part = self.place.sequence
+            part = timed(self.place.sequence, self.stopwatch)
             return [collate(samples, ids, self.token_bytes, self.device, part) for ids, samples in next(self.loader)]
-
-    @property
-    def skipped_rows(self) -> int:
-        """Damaged rows that this rank left out; of ranks that share rows and leave out the same, the first counts."""
-        return 0 if self.place.part else self.loader.n_skipped
 
     def watch_health(self, done: int, score: Score, result: StepResult) -> None:
         """Report a step that changed nothing or a loss that jumped, and stop before good checkpoints are replaced."""
@@ -299,7 +294,7 @@ class Trainer:
     def log(self, done: int, score: Score, lr: float, norm: float) -> None:
         """Report a step, and the speed since the last report."""
         self.watchdog.mark(done, "log")
-        own = own_figures(self.stopwatch.read(), memory.memory_gib(self.device), self.skipped_rows)
+        own = own_figures(self.stopwatch.read(), memory.memory_gib(self.device), self.loader.n_skipped)
         everyone = [dict(zip(own, row, strict=True)) for row in all_gather(list(own.values()), self.device)]
         param_norm = math.sqrt(all_sum([local_square_sum(self.engine)], self.device)[0])
         step = Step(score, lr, norm, param_norm)
@@ -307,7 +302,8 @@ class Trainer:
         if (share := mfu(self.step_flops, values["speed/step_s"], self.launch.world_size, self.peak)) is not None:
             values["speed/mfu"] = share
         if self.job.config.data.on_damage == "skip":
-            values["data/skipped_rows"] = self.before.skipped_rows + sum(each["data/skipped_rows"] for each in everyone)
+            skipped = self.place.rows_of([each["data/skipped_rows"] for each in everyone])
+            values["data/skipped_rows"] = self.before.skipped_rows + skipped
         self.newest |= values
         self.report(partial(Metrics.write, step=done, values=values))
         if self.terminal:
@@ -341,8 +337,8 @@ class Trainer:
         """Publish a checkpoint of the state after `done` steps."""
         self.watchdog.mark(done, "save")
         begun = time.perf_counter()
-        skipped = all_sum([self.skipped_rows], self.device)[0]
-        self.progress.skipped_rows = self.before.skipped_rows + int(skipped)
+        skipped = self.place.rows_of([own for (own,) in all_gather([self.loader.n_skipped], self.device)])
+        self.progress.skipped_rows = self.before.skipped_rows + skipped
         self.report(Metrics.sync)
         state = (self.engine, self.plan, done, self.job.identity, asdict(self.progress))
         try:

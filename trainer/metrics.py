@@ -19,6 +19,8 @@ of TensorBoard, floats in full precision, null for what is no finite number:
     speed/sequences_per_s               likewise
     speed/data_s, speed/forward_s,      seconds of a step by part (timing.py), of the rank on which that part took the
     speed/backward_s, speed/optimizer_s longest
+    speed/exchange_s                    likewise, within forward and backward: what ranks that share sequences exchange
+                                        or wait for each other; only where there are such
     speed/data_stall                    share of step_s that the slowest rank spent on its data: waiting for rows that
                                         are read in the background, and making batches of them
     speed/save_s, speed/save_share      seconds of the newest checkpoint; share of the run that all of them took

@@ -65,9 +65,14 @@ class Step:
 
 
 def own_figures(seconds: Mapping[str, float], memory_gib: Mapping[str, float], skipped_rows: int) -> dict[str, float]:
-    """What each rank tells the others: seconds by part of a step (timing.py), memory, damaged rows, all by tag."""
+    """What each rank tells the others: seconds by part of a step (timing.py), memory, damaged rows, all by tag; and as
+    "busy_s" the seconds of its data and forward passes, without those in which it waited for whom it shares sequences
+    with."""
     parts = {f"speed/{part}_s": seconds.get(part, 0.0) for part in STEP_PARTS}
-    return {**parts, **memory_gib, "data/skipped_rows": skipped_rows}
+    exchanges = {part: seconds.get(f"{part}/exchange", 0.0) for part in ("forward", "backward")}
+    busy_s = parts["speed/data_s"] + parts["speed/forward_s"] - exchanges["forward"]
+    shared = {"speed/exchange_s": sum(exchanges.values()), "busy_s": busy_s}
+    return {**parts, **shared, **memory_gib, "data/skipped_rows": skipped_rows}
 
 
 def step_values(
@@ -75,7 +80,7 @@ def step_values(
 ) -> tuple[dict[str, float], Slowest]:
     """The values of a step by the tags of metrics.py, and the slowest rank. figures: `own_figures` by rank."""
     most = {tag: max(own[tag] for own in figures) for tag in figures[0]}
-    slowest = slow_ranks([own["speed/data_s"] + own["speed/forward_s"] for own in figures], hosts)
+    slowest = slow_ranks([own["busy_s"] for own in figures], hosts)
     values = {
         "train/loss": step.score.loss,
         "train/bits_per_byte": step.score.bits_per_byte,
@@ -90,6 +95,7 @@ def step_values(
         "speed/sequences_per_s": spent.n_samples / spent.seconds,
         "speed/step_s": spent.seconds / spent.steps,
         **{f"speed/{part}_s": most[f"speed/{part}_s"] / spent.steps for part in STEP_PARTS},
+        **({"speed/exchange_s": most["speed/exchange_s"] / spent.steps} if most["speed/exchange_s"] else {}),
         "speed/data_stall": most["speed/data_s"] / spent.seconds,
         "speed/slowest_rank": slowest.rank,
         "speed/slowest_over_median": slowest.over_median,

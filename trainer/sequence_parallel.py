@@ -6,7 +6,7 @@ loss is weighted with what it has to predict (`engine.backward`), the gradient i
 whichever rank holds them, under ZeRO 0 to 3 alike, its norm and clipping included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from reformer.sequence_part import WHOLE, SequencePart
 from trainer.check_deepspeed import BATCH_KEYS
 from trainer.distributed import COLLECTIVE_TIMEOUT
+from trainer.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Place:
         """The place of a rank; n_parts divides world_size."""
         return cls(rank % n_parts, n_parts, rank // n_parts, world_size // n_parts)
 
+    def rows_of(self, counts: Sequence[float]) -> int:
+        """Rows that ranks have counted, from the numbers of all ranks: each once, whoever shares them."""
+        return int(sum(max(counts[first : first + self.n_parts]) for first in range(0, len(counts), self.n_parts)))
+
     def joined(self) -> Self:
         """With what exchanges with the other holders. All ranks call this, once."""
         if self.n_parts == 1:
@@ -49,6 +54,16 @@ class Place:
             return received_P
 
         return replace(self, sequence=SequencePart(self.part, self.n_parts, all_to_all))
+
+
+def timed(part: SequencePart, stopwatch: Stopwatch) -> SequencePart:
+    """The same part, whose exchanges are timed as "exchange" within whatever they are made in."""
+
+    def all_to_all(x_P: Tensor) -> Tensor:
+        with stopwatch.part("exchange"):
+            return part.all_to_all(x_P)
+
+    return replace(part, all_to_all=all_to_all)
 
 
 def global_batch_size(deepspeed: Mapping[str, Any], world_size: int, n_parts: int) -> int:

@@ -21,6 +21,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._open: list[str] = []  # parts that have begun, the outermost first
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
@@ -28,21 +29,22 @@ class Stopwatch:
         """Time what is done inside; a profile (profiling.py) shows it under the same name.
 
         Parts may follow each other in any order and as often as they like, and a part counts if it ends in an error.
+        One within another is a part of it, and is read as "outer/inner".
         """
-        with record_function(name):
+        with record_function(name), self._opened(name) as path:
             if self._device.type == "cuda":
                 begin = self._mark()
                 try:
                     yield
                 finally:
-                    self._pending.append((name, begin, self._mark()))
+                    self._pending.append((path, begin, self._mark()))
                     self._settle()
             else:
                 begun = time.perf_counter()
                 try:
                     yield
                 finally:
-                    self._seconds[name] += time.perf_counter() - begun
+                    self._seconds[path] += time.perf_counter() - begun
 
     def read(self) -> dict[str, float]:
         """Seconds by part since the last time that this was called; waits for the device to be through with them."""
@@ -52,6 +54,14 @@ class Stopwatch:
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
 
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[str]:
+        self._open.append(name)
+        try:
+            yield "/".join(self._open)
+        finally:
+            self._open.pop()
+
     def _mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
@@ -60,5 +70,5 @@ class Stopwatch:
     def _settle(self) -> None:
         """Count what the device is through with, so that no more events are kept than it is behind the host."""
         while self._pending and self._pending[0][2].query():
-            name, begin, end = self._pending.popleft()
-            self._seconds[name] += begin.elapsed_time(end) / 1000.0
+            path, begin, end = self._pending.popleft()
+            self._seconds[path] += begin.elapsed_time(end) / 1000.0

@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from trainer.faults import SLOW
 
 
@@ -27,12 +29,20 @@ def slowed(run_dir: Path, rank: int, over: threading.Event) -> None:
             time.sleep(0.01)
 
 
-def test_a_slow_rank_is_named(train_by_srun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_a_slow_rank_is_named(train_by_srun, tmp_path: Path, n_parts: int) -> None:
+    """Also where the other one shares its sequences, and waits for it in every attention."""
     over = threading.Event()
     thread = threading.Thread(target=slowed, args=(tmp_path / "run", 1, over))
     thread.start()
     try:
-        options = ("run.steps=25", "run.log_every=5", "run.eval_every=0", "run.save_every=0")
+        options = (
+            "run.steps=25",
+            "run.log_every=5",
+            "run.eval_every=0",
+            "run.save_every=0",
+            f"run.sequence_parallel={n_parts}",
+        )
         run = train_by_srun(2, tmp_path / "run", *options)
     finally:
         over.set()

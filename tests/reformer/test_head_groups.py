@@ -97,6 +97,7 @@ def test_buckets_and_diagnostics_by_groups(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(attention, "GROUP_NUMBERS", numbers)
         with torch.no_grad(), observed(model) as diagnostics:
             model(tokens, segment_ids=segments)
+            model(tokens[:1, :20])  # a later pass, by other groups
         found.append(diagnostics)
     assert len(found[0]) == 6  # two LSH layers
     assert found[1] == pytest.approx(found[0], rel=1e-12) and found[2] == pytest.approx(found[0], rel=1e-12)

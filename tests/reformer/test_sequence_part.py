@@ -15,6 +15,7 @@ import pytest
 import torch
 from parity import assert_parity, gradients
 from torch import Tensor
+from torch.nn import functional as F
 
 from reformer import Reformer, ReformerConfig, attention
 from reformer.call import Call
@@ -120,14 +121,38 @@ def test_in_every_mode(changes: dict[str, object]) -> None:
     assert_parity(run_in_parts(model, 44, 2), whole_run(model, 44), 1e-11)
 
 
-@pytest.mark.parametrize(("n_parts", "at_once"), [(2, 1), (2, 3), (2, 4), (4, 1)])
-def test_by_groups_of_heads(monkeypatch: pytest.MonkeyPatch, n_parts: int, at_once: int) -> None:
+@pytest.mark.parametrize(("n_parts", "at_once", "own"), [(2, 1, 1), (2, 3, 1), (2, 4, 2), (4, 1, 1)])
+def test_by_groups_of_heads(monkeypatch: pytest.MonkeyPatch, n_parts: int, at_once: int, own: int) -> None:
     """Of four heads: two groups of two where one or three would fit, since every holder gets as many of a group."""
     model = make_model(dropout=0.1, attn_dropout=0.1)
     expected = whole_run(model, 44)
     d_head = 16 // N_HEADS
     monkeypatch.setattr(attention, "GROUP_NUMBERS", at_once * BATCH * (44 // n_parts) * d_head)
-    assert_parity(run_in_parts(model, 44, n_parts), expected, 1e-11)
+    with counted(model) as seen:
+        assert_parity(run_in_parts(model, 44, n_parts), expected, 1e-11)
+    assert set(seen) == {(own, 44)}
+    n_groups = N_HEADS // n_parts // own
+    assert len(seen) == n_parts * n_groups * (3 + 2)  # the last block's attention is not computed again
+
+
+def test_blocks_one_after_the_other_by_plain_autograd() -> None:
+    """As the reference of other tests has it: gradients go back through the exchange."""
+    model, (tokens, labels, segments) = make_model(), make_batch(44)
+    copies = [deepcopy(model) for _ in range(2)]
+
+    def work(part: SequencePart) -> dict[str, Tensor]:
+        own, targets = copies[part.index], share(labels, part)
+        y1 = y2 = own.embedding(share(tokens, part), part.start(22))
+        for block in own.blocks:
+            y1, y2, _ = block(y1, y2, Call(0, STEP, SAMPLE_IDS, segment_ids_BT=segments, part=part))
+        logits = own.head(y1, y2).flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), reduction="sum") / (labels != -100).sum()
+        loss.backward()
+        return {"loss": loss.detach(), **gradients(own)}
+
+    found = held(2, work)
+    joined = {name: torch.stack([each[name] for each in found]).sum(dim=0) for name in found[0]}
+    assert_parity(joined, whole_run(model, 44), 1e-9)
 
 
 def test_losses_and_logits_without_gradients() -> None:

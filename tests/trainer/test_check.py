@@ -47,7 +47,7 @@ def test_ranks_that_share_sequences_count_as_one(world_size: int, n_parts: int) 
     config = make_config(run_sequence_parallel=n_parts, model_n_heads=4)
     check(config, DEEPSPEED, STORE, world_size)
     too_many = {**DEEPSPEED, "train_batch_size": 2 * world_size // n_parts + 1, "train_micro_batch_size_per_gpu": 2}
-    groups = f"times {world_size // n_parts} groups of {n_parts} ranks"
+    groups = rf"times {world_size // n_parts} \({world_size} ranks by {n_parts} for a sequence\)"
     with pytest.raises(ConfigError, match=f"is not divisible by train_micro_batch_size_per_gpu=2 {groups}"):
         check(config, too_many, STORE, world_size)
 
@@ -55,10 +55,10 @@ def test_ranks_that_share_sequences_count_as_one(world_size: int, n_parts: int) 
 @pytest.mark.parametrize(
     ("world_size", "n_heads", "seq_len", "n_parts", "what"),
     [
-        (6, 4, 256, 4, "6 ranks: the most that divides ranks, heads and rows is 2"),
-        (8, 2, 256, 4, "model.n_heads=2: .* is 2"),
-        (9, 3, 256, 3, "the rows of data/store, of 256 tokens: .* is 1"),
-        (1, 4, 256, 2, "1 ranks: .* is 1"),
+        (6, 4, 256, 4, "the number of ranks, 6: 2 is the most that divides all"),
+        (8, 2, 256, 4, "model.n_heads, 2: 2 is"),
+        (9, 3, 256, 3, "the length of the rows of data/store, 256: 1 is"),
+        (1, 2, 256, 4, "the number of ranks, 1 and model.n_heads, 2: 1 is"),
     ],
 )
 def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len: int, n_parts: int, what: str) -> None:

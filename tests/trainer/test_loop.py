@@ -34,7 +34,7 @@ def saving(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[bool]]:
             pass
 
     monkeypatch.setattr(checkpoint, "save", save)
-    monkeypatch.setattr("trainer.loop.all_sum", lambda values, device: values)
+    monkeypatch.setattr("trainer.loop.all_gather", lambda values, device: [values])
     monkeypatch.setattr(Trainer, "report", lambda *_: None)
     trainer = object.__new__(Trainer)
     trainer.plan = LoopConfig(dir=Path("run"), deepspeed_config=Path("x.json"), steps=9)

@@ -15,6 +15,11 @@ def test_every_part_of_every_share_has_one_rank_and_neighbours_share(world_size:
     assert {(place.n_replicas, place.n_parts) for place in places} == {(world_size // n_parts, n_parts)}
 
 
+def test_rows_that_ranks_share_are_counted_once() -> None:
+    assert Place.of(0, 6, n_parts=1).rows_of([1, 0, 2, 0, 0, 3]) == 6
+    assert Place.of(3, 6, n_parts=2).rows_of([1, 1, 2, 0, 0, 3]) == 6
+
+
 def test_a_rank_that_shares_nothing_joins_nobody() -> None:
     place = Place.of(1, 2, n_parts=1)
     assert place.joined() is place and place.sequence is WHOLE

@@ -87,6 +87,21 @@ def test_a_gpu_is_timed_by_its_own_clock_and_waited_for_only_when_read(monkeypat
     assert watch.read() == {}
 
 
+def test_a_part_within_another_is_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    watch = Stopwatch(torch.device("cuda:0"))
+    for name in ("forward", "backward"):
+        with pytest.raises(KeyError), watch.part(name):
+            device.work(1000.0)
+            with watch.part("exchange"):
+                device.work(500.0)
+                raise KeyError
+    with watch.part("exchange"):
+        device.work(250.0)
+    seconds = {"forward": 1.5, "forward/exchange": 0.5, "backward": 1.5, "backward/exchange": 0.5, "exchange": 0.25}
+    assert watch.read() == seconds
+
+
 def test_a_gpu_keeps_no_more_events_than_it_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch)
     watch = Stopwatch(torch.device("cuda:0"))
