@@ -35,7 +35,8 @@ from reformer.lsh.scratch import shared_scratch
 from reformer.sequence_part import SequencePart
 
 GROUP_NUMBERS = 2**25
-"""A group has so many heads that one of its tensors [B, h, T, D] holds so many numbers, or a single head."""
+"""A group has so many heads that one of its tensors [B, h, T, D] holds so many numbers, or a single head. (Of a whole
+sequence: the holders of its parts have their shares of it.)"""
 GROUP_NUMBERS_GPU = 2**27
 """The same on a GPU, which has to be kept busy with few launches."""
 
@@ -160,8 +161,9 @@ class _Attention(nn.Module):
     ) -> Iterator[tuple[HeadGroup, Tensor | None]]:
         """All heads, group by group, with the buckets of each; `differentiable` in the sense of `HeadGroup.out`."""
         numbers = GROUP_NUMBERS if x_BTM.device.type == "cpu" else GROUP_NUMBERS_GPU
-        at_once = max(1, numbers // (x_BTM.shape[0] * x_BTM.shape[1] * self.d_head))
-        at_once = call.part.n_parts * max(1, at_once // call.part.n_parts)  # every holder gets as many of a group
+        n_samples, n_tokens, n_parts = x_BTM.shape[0], call.part.seq_len(x_BTM.shape[1]), call.part.n_parts
+        at_once = max(1, numbers // (n_samples * n_tokens * self.d_head))
+        at_once = -(-at_once // n_parts) * n_parts  # every holder gets as many of a group
         for start in range(0, self.n_heads, at_once):
             heads = slice(start, min(start + at_once, self.n_heads))
             held = None if buckets is None else buckets[:, call.part.held_heads(heads)]

@@ -121,13 +121,13 @@ def test_in_every_mode(changes: dict[str, object]) -> None:
     assert_parity(run_in_parts(model, 44, 2), whole_run(model, 44), 1e-11)
 
 
-@pytest.mark.parametrize(("n_parts", "at_once", "own"), [(2, 1, 1), (2, 3, 1), (2, 4, 2), (4, 1, 1)])
+@pytest.mark.parametrize(("n_parts", "at_once", "own"), [(2, 1, 1), (2, 2, 1), (2, 3, 2), (4, 1, 1), (4, 4, 1)])
 def test_by_groups_of_heads(monkeypatch: pytest.MonkeyPatch, n_parts: int, at_once: int, own: int) -> None:
-    """Of four heads: two groups of two where one or three would fit, since every holder gets as many of a group."""
+    """Of four heads: where there is room for one or three at once it is two or four, as many for every holder."""
     model = make_model(dropout=0.1, attn_dropout=0.1)
     expected = whole_run(model, 44)
     d_head = 16 // N_HEADS
-    monkeypatch.setattr(attention, "GROUP_NUMBERS", at_once * BATCH * (44 // n_parts) * d_head)
+    monkeypatch.setattr(attention, "GROUP_NUMBERS", at_once * BATCH * 44 * d_head)
     with counted(model) as seen:
         assert_parity(run_in_parts(model, 44, n_parts), expected, 1e-11)
     assert set(seen) == {(own, 44)}
