@@ -57,7 +57,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         losses, norms = [], []
         for step in range(len(LR_FACTORS)):
             set_learning_rate(engine, OPTIMIZERS[case.optimizer]["lr"] * LR_FACTORS[step])
-            loss, norm = train_step(engine, step, places(case.n_parts))
+            loss, norm = train_step(engine, step, case.n_parts)
             losses.append(loss)
             norms.append(norm)
             seen.append(masters(engine))
@@ -74,9 +74,9 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         engine.destroy()
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, step: int, place: Place) -> tuple[float, float]:
+def train_step(engine: deepspeed.DeepSpeedEngine, step: int, n_parts: int = 1) -> tuple[float, float]:
     """Loss and gradient norm of one update, as Trainer.step computes them."""
-    batches = read(engine, step, place)
+    batches = read(engine, step, n_parts)
     (n_tokens,) = all_sum([sum(batch.n_tokens for batch in batches)], CPU)
     nll, result = 0.0, None
     for batch in batches:
@@ -94,8 +94,9 @@ def places(n_parts: int) -> Place:
     return Place.of(dist.get_rank(), RANKS, n_parts).joined()
 
 
-def read(engine: deepspeed.DeepSpeedEngine, step: int, place: Place) -> list[Batch]:
+def read(engine: deepspeed.DeepSpeedEngine, step: int, n_parts: int = 1) -> list[Batch]:
     """This rank's micro-batches."""
+    place = places(n_parts)
     rows, token_bytes = samples(step), torch.ones(VOCAB, dtype=torch.int64)
     return [
         collate([part_of(rows[i], place.sequence) for i in ids], ids, token_bytes, CPU, place.sequence)
