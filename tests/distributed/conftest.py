@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -76,6 +77,18 @@ def build_store(folder: Path, seed: int) -> Path:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_store(tmp_path_factory.mktemp("data"), seed=0)
+
+
+@pytest.fixture
+def damaged(store: Path, tmp_path: Path) -> Path:
+    """The store with a flipped bit in its first row: sizes are right, so only the checksum tells when it is read."""
+    path = tmp_path / "store"
+    shutil.copytree(store, path)
+    shard = path / "tokens/c/0/0"
+    content = bytearray(shard.read_bytes())
+    content[20] ^= 1
+    shard.write_bytes(content)
+    return path
 
 
 @pytest.fixture(scope="session")

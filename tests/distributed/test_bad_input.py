@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
 from data_pipeline.order import permute
 
 
@@ -44,18 +42,6 @@ def test_a_missing_shard(train, store: Path, tmp_path: Path):
     assert str(shard) in run.errors
     assert "Traceback" not in run.errors
     assert not run.dir.exists()
-
-
-@pytest.fixture
-def damaged(store: Path, tmp_path: Path) -> Path:
-    """The store with a flipped bit in its first row: sizes are right, so only the checksum tells when it is read."""
-    path = tmp_path / "store"
-    shutil.copytree(store, path)
-    shard = path / "tokens/c/0/0"
-    content = bytearray(shard.read_bytes())
-    content[20] ^= 1
-    shard.write_bytes(content)
-    return path
 
 
 def test_a_damaged_shard_found_while_training(train, damaged: Path, tmp_path: Path):
