@@ -4,9 +4,9 @@
     python launch/gpu_check.py --seq-len 4096 65536 --skip-tests --json other.json
     python launch/gpu_check.py --device cpu --seq-len 256 512 --n-layers 2 --d-model 64 --n-heads 2 --skip-tests
 
-First the kernels' tests run on the GPU; then one layer's attention and the training step (forward and backward) of a
-12-layer model are timed from short to long, bf16, each after a first call that does not count, ours and
-FlashAttention's; then the longest sequence that the GPU trains is looked for (the last example is a dry run, without
+First the tests of the kernels run on the GPU, and those of the trainer where its packages are installed; then one
+layer's attention and the training step (forward and backward) of a 12-layer model are timed from short to long, bf16,
+each after a first call that does not count, ours and FlashAttention's; then the longest sequence that the GPU trains is looked for (the last example is a dry run, without
 that); then the other peers are timed. What is expected, from the shorter lengths, to take longer than its budget is
 left out, and the table says so; of what takes long, the first call is all there is. The share of the roofline is that
 of attention without hashing and sorting; MFU is that of our model, by trainer/flops.py; both only where the device's
@@ -47,6 +47,8 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = ("tests/reformer/test_triton.py", "tests/reformer/test_triton_hashing.py")
+TRAINER_TESTS = ("tests/distributed/test_on_gpu.py", "tests/trainer/test_timing.py")
+TRAINER_NEEDS = ("deepspeed", "zarr", "sentencepiece", "tensorboard", "tqdm")
 TEST_PROCESSES = 16
 """Most of the tests' time is the compilation of kernels, one core each."""
 TESTS_S = 200.0
@@ -107,13 +109,16 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def run_kernel_tests() -> Result:
-    """The kernels' tests in several processes, each with its share of them."""
+def run_tests() -> Result:
+    """The tests of the kernels, and of the trainer where it can run, in several processes with a share each."""
     if not find_spec("pytest"):
         return {"error": "pytest is not installed"}
+    missing = [package for package in TRAINER_NEEDS if not find_spec(package)]
+    files = KERNEL_TESTS if missing else (*KERNEL_TESTS, *TRAINER_TESTS)
+    left_out = {"left_out": f"tests of the trainer, which needs {', '.join(missing)}"} if missing else {}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     begun = time.monotonic()
-    listed = _output([*command, "--collect-only", *KERNEL_TESTS], TESTS_S)
+    listed = _output([*command, "--collect-only", *files], TESTS_S)
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     if not names:
         return {"error": "no test could be collected", "output": (listed.stdout + listed.stderr)[-2000:]}
@@ -121,10 +126,12 @@ def run_kernel_tests() -> Result:
     with ThreadPoolExecutor(len(shares)) as pool:
         left_s = TESTS_S - (time.monotonic() - begun)
         done = list(pool.map(lambda share: _output([*command, *share], left_s), shares))
+    done.insert(0, listed)  # a file that cannot be imported has no test that could fail
     failed = [line for process in done for line in process.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     broken = any(process.returncode for process in done)
     output = "".join(process.stdout[-1500:] for process in done if process.returncode)
-    return {"tests": len(names), "failed": failed, **({"error": "tests failed", "output": output} if broken else {})}
+    error = {"error": "tests failed", "output": output} if broken else {}
+    return {"tests": len(names), "failed": failed, **left_out, **error}
 
 
 def _output(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
@@ -343,8 +350,8 @@ def main() -> int:
     except OSError as error:
         print(f"error: {file} cannot be written: {error}; give another --json FILE", file=sys.stderr)
         return 2
-    record["tests"] = {"skipped": True} if arguments.skip_tests else run_kernel_tests()
-    print("kernel tests:", record["tests"].get("output") or json.dumps(record["tests"]), flush=True)
+    record["tests"] = {"skipped": True} if arguments.skip_tests else run_tests()
+    print("tests:", record["tests"].get("output") or json.dumps(record["tests"]), flush=True)
     small = replace(sizes, seq_len=min(arguments.seq_len))
     record["fused_against_chunked"] = judged(attempt(lambda: disagreement(small, device, dtype)), dtype)
     print("fused against chunked:", json.dumps(record["fused_against_chunked"]), flush=True)

@@ -216,16 +216,28 @@ def test_the_longest_is_looked_for_before_other_peers_are_timed(
     assert done == [(64, first, reserve_s), (128, first, reserve_s), "longest", (64, others, 0.0), (128, others, 0.0)]
 
 
-def test_kernel_tests_run_in_shares_and_failures_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tests_run_in_shares_and_failures_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "test_these.py"
     file.write_text("import pytest\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n):\n    assert n < 2\n")
     monkeypatch.setattr(gpu_check, "KERNEL_TESTS", (str(file),))
+    monkeypatch.setattr(gpu_check, "TRAINER_TESTS", (str(tmp_path / "test_others.py"),))
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "TEST_PROCESSES", 2)
-    found = gpu_check.run_kernel_tests()
+    monkeypatch.setattr(gpu_check, "TRAINER_NEEDS", ("a_package_that_is_not_there",))
+    found = gpu_check.run_tests()
     assert (found["tests"], found["error"]) == (3, "tests failed") and "test_it[2]" in found["failed"][0]
+    assert found["left_out"] == "tests of the trainer, which needs a_package_that_is_not_there"
+
+    (tmp_path / "test_others.py").write_text("def test_that():\n    pass\n")
+    file.write_text(file.read_text().replace("n < 2", "True"))
+    monkeypatch.setattr(gpu_check, "TRAINER_NEEDS", ("pytest",))
+    assert gpu_check.run_tests() == {"tests": 4, "failed": []}
+    (tmp_path / "test_others.py").write_text("import a_package_that_is_not_there\n")
+    found = gpu_check.run_tests()
+    assert (found["tests"], found["error"]) == (3, "tests failed") and "test_others.py" in found["failed"][0]
+
     monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
-    assert gpu_check.run_kernel_tests() == {"error": "pytest is not installed"}
+    assert gpu_check.run_tests() == {"error": "pytest is not installed"}
 
 
 def test_models_are_built_in_the_dtype_asked_for_and_the_default_is_restored() -> None:
@@ -303,7 +315,7 @@ def test_bad_arguments_are_refused_before_anything_runs(
     words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["launch/gpu_check.py", "--device", "cpu", *words.split()])
-    monkeypatch.setattr(gpu_check, "run_kernel_tests", lambda: pytest.fail("began"))
+    monkeypatch.setattr(gpu_check, "run_tests", lambda: pytest.fail("began"))
     try:
         code = gpu_check.main()
     except SystemExit as stopped:
