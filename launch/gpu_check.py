@@ -6,11 +6,11 @@
 
 First the tests of the kernels run on the GPU, and those of the trainer where its packages are installed; then one
 layer's attention and the training step (forward and backward) of a 12-layer model are timed from short to long, bf16,
-each after a first call that does not count, ours and FlashAttention's; then the longest sequence that the GPU trains is looked for (the last example is a dry run, without
-that); then the other peers are timed. What is expected, from the shorter lengths, to take longer than its budget is
-left out, and the table says so; of what takes long, the first call is all there is. The share of the roofline is that
-of attention without hashing and sorting; MFU is that of our model, by trainer/flops.py; both only where the device's
-peaks are known (roofline.py).
+each after a first call that does not count, ours and FlashAttention's; then the longest sequence that the GPU trains is
+looked for (the last example is a dry run, without that); then the other peers are timed. What is expected, from the
+shorter lengths, to take longer than its budget is left out, and the table says so; of what takes long, the first call
+is all there is. The share of the roofline is that of attention without hashing and sorting; MFU is that of our model,
+by trainer/flops.py; both only where the device's peaks are known (roofline.py).
 
 Needs torch, Triton, numpy and pydantic, pytest for the tests, transformers for that peer; and this repository installed
 or on PYTHONPATH, as `make gpu-check` has it.

@@ -1,7 +1,7 @@
 """What one GPU has of the trainer's promises: the CPU's numbers, and a run that continues to the bit.
 
-Skipped where there is no GPU; `make gpu-check` runs it. Its processes start as a user's do: a fork of what has asked for
-CUDA cannot use it.
+Skipped where there is no GPU; `make gpu-check` runs it. Its processes start as a user's do: a fork of what has asked
+for CUDA cannot use it.
 """
 
 import json
