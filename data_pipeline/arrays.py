@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipeline.blocks import BLOCK_BYTES
 from data_pipeline.errors import BadDocument
+from data_pipeline.tokenizer import value_dtype
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -30,18 +31,19 @@ class Array:
         self._item_values = math.prod(shape[1:] if len(shape) > 1 else shape)
         self._start = stream.tell()
 
-    def read_item(self, item: int, vocab_size: int) -> Iterator[bytes]:
-        """The values of an item in blocks, as the smallest little-endian unsigned integers that hold the vocabulary.
+    def read_item(self, item: int, n_values: int) -> Iterator[bytes]:
+        """The values of an item in blocks, as bytes of the tokenizer's `value_dtype(n_values)`.
 
-        Raises BadDocument("encoding") for a value outside of it, and ("truncated") after the values that there are.
+        Raises BadDocument("encoding") for a value outside 0 to n_values - 1, and ("truncated") after the values that
+        there are.
         """
-        dtype = value_dtype(vocab_size)
+        dtype = value_dtype(n_values)
         block_values = BLOCK_BYTES // dtype.itemsize
         item_start = self._start + item * self._item_values * self._dtype.itemsize
         for first in range(0, self._item_values, block_values):
             wanted = min(block_values, self._item_values - first)
             values, error = self._read(item_start + first * self._dtype.itemsize, wanted)
-            _check_values(values, first, vocab_size)
+            _check_values(values, first, n_values)
             if len(values):
                 yield values.astype(dtype).tobytes()
             if len(values) < wanted:
@@ -70,17 +72,12 @@ class Array:
         return np.frombuffer(data[:whole], self._dtype), error
 
 
-def value_dtype(vocab_size: int) -> np.dtype:
-    """The smallest little-endian unsigned integer that holds the values 0 to `vocab_size` - 1."""
-    return np.min_scalar_type(vocab_size - 1).newbyteorder("<")
-
-
-def _check_values(values: np.ndarray, first: int, vocab_size: int) -> None:
-    if not len(values) or (values.min() >= 0 and values.max() < vocab_size):
+def _check_values(values: np.ndarray, first: int, n_values: int) -> None:
+    if not len(values) or (values.min() >= 0 and values.max() < n_values):
         return
-    place = np.flatnonzero((values < 0) | (values >= vocab_size))[0]
+    place = np.flatnonzero((values < 0) | (values >= n_values))[0]
     raise BadDocument(
-        "encoding", f"has the value {values[place]} at place {first + place}: expected 0 to {vocab_size - 1}"
+        "encoding", f"has the value {values[place]} at place {first + place}: expected 0 to {n_values - 1}"
     )
 
 

@@ -67,13 +67,13 @@ def decode_chunks(
     decoder = codecs.getincrementaldecoder(encoding)()
     position = 0
     for chunk in chunks:
-        yield encode_text(_decode(decoder, chunk, position, encoding, settle), settle)
+        yield encode_text(_decode(decoder, chunk, position, settle), settle)
         position += len(chunk)
     if not ended_early():
-        yield encode_text(_decode(decoder, b"", position, encoding, settle), settle)
+        yield encode_text(_decode(decoder, b"", position, settle), settle)
 
 
-def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, position: int, encoding: str, settle: Settle) -> str:
+def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, position: int, settle: Settle) -> str:
     state = decoder.getstate()
     try:
         return decoder.decode(chunk, final=not chunk)

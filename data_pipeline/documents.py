@@ -19,7 +19,6 @@ from data_pipeline.blocks import (
     drop_byte_order_mark,
     drop_cut_character,
     encode_text,
-    invalid_text,
     repair_utf8,
     unify_newlines,
 )
@@ -258,8 +257,3 @@ def _array_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
                 yield part
                 if array.ended_early:
                     break
-
-
-def invalid_utf8(error: UnicodeDecodeError, offset: int) -> BadDocument:
-    """What a tokenizer's error about a block that begins at byte `offset` of a document says of the document."""
-    return invalid_text(error, offset)

@@ -15,8 +15,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from data_pipeline.blocks import invalid_text
 from data_pipeline.config import POLICIES
-from data_pipeline.documents import Part, Reading, Span, invalid_utf8, read_parts, splittable
+from data_pipeline.documents import Part, Reading, Span, read_parts, splittable
 from data_pipeline.duplicates import N_PERMUTATIONS, Signature
 from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, hash_file
@@ -189,7 +190,7 @@ class _PartWriter:
         try:
             tokens = self.tokenizer.encode(block)
         except UnicodeDecodeError as error:
-            raise invalid_utf8(error, self.part.offset) from None
+            raise invalid_text(error, self.part.offset) from None
         self._put(tokens)
         self.n_byte_fallback += int(np.count_nonzero(self.tokenizer.is_byte_fallback[tokens]))
         self.n_bytes += len(block)
@@ -248,7 +249,7 @@ def _hash_document(file: InputFile, number: int, reading: Reading) -> tuple[byte
                     block.decode()
                 digest.update(block)
         except UnicodeDecodeError as error:
-            bad = invalid_utf8(error, part.offset)
+            bad = invalid_text(error, part.offset)
             return digest.digest(), [*part.found, (bad.problem, bad.detail)], True
         except BadDocument as bad:
             return digest.digest(), [*part.found, (bad.problem, bad.detail)], True

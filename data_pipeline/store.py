@@ -86,6 +86,18 @@ class Store:
             raise DataError(f"{problem}: {WAY_OUT}")
         return store
 
+    def refuse_replaced(self) -> None:
+        """Raise DataError where another store has taken this one's place since it was opened.
+
+        Rows that are added (--append) change nothing of those that are there.
+        """
+        for part in self.parts:
+            if Manifest.read(part.path).files != part.manifest.files:
+                raise DataError(
+                    f"{part.path} is not what it was when it was opened: another store has taken its place. Put back "
+                    "the one of before, or open this one anew"
+                )
+
     def __reduce__(self) -> tuple[type["Store"], tuple[Path, Manifest, dict[str, Manifest]]]:
         (_, root), *appended = self._manifests.items()
         return Store, (self.path, root, {name.removeprefix(f"{_PARTS_NAME}/"): part for name, part in appended})

@@ -30,9 +30,9 @@ from typing import Literal
 
 import sentencepiece
 
-from data_pipeline.blocks import BLOCK_BYTES
+from data_pipeline.blocks import BLOCK_BYTES, invalid_text
 from data_pipeline.config import POLICIES, TextSettings, check_policies
-from data_pipeline.documents import Part, Reading, Span, invalid_utf8, read_parts, splittable
+from data_pipeline.documents import Part, Reading, Span, read_parts, splittable
 from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, find_files
 from data_pipeline.staging import staged
@@ -170,7 +170,7 @@ def _part_texts(part: Part, file: InputFile, reading: Reading, met: Counter[tupl
         for block in part.blocks:
             yield block.decode()
     except UnicodeDecodeError as error:
-        bad = invalid_utf8(error, part.offset)
+        bad = invalid_text(error, part.offset)
     except BadDocument as problem:
         bad = problem
     else:

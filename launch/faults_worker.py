@@ -25,7 +25,8 @@ from trainer.check import StoreFacts, check
 from trainer.config import load
 from trainer.continuation import identity
 from trainer.distributed import Launch
-from trainer.loop import Job, Trainer
+from trainer.job import Job
+from trainer.loop import Trainer
 from trainer.preemption import Preemption
 from trainer.watchdog import Watchdog
 

@@ -41,7 +41,10 @@ try:
     from benchmark_peers import Sizes, Step, config_of, positive
     from gpu_budget import Budget, expected_call_s, longest
     from gpu_peers import ATTENTION, LONGEST, MODEL, OUR_MODEL, attention_step, disagreement, model_training_step
-    from roofline import backward_work, forward_work, mfu, peaks_of
+    from roofline import backward_work, forward_work, peaks_of
+
+    from trainer.flops import training_flops
+    from trainer.peaks import mfu
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed here, and is needed: {__doc__.strip().splitlines()[-2]}")
 
@@ -222,7 +225,11 @@ def achieved(
 
 def training_speed(sizes: Sizes, peer: str, seconds: float, peaks: tuple[float, float] | None) -> Result:
     """Tokens per second and, of our model where the device's peak is known, model FLOPs utilisation."""
-    share = {"mfu": mfu(config_of(sizes), sizes.seq_len, seconds, peaks)} if peaks and peer in OUR_MODEL else {}
+    share = (
+        {"mfu": mfu(training_flops(config_of(sizes), sizes.seq_len), seconds, 1, peaks[1])}
+        if peaks and peer in OUR_MODEL
+        else {}
+    )
     return {"tokens_per_s": sizes.seq_len / seconds, **share}
 
 

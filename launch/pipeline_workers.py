@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 PIECE_CHARS = 1 << 16
-LIST, ARRAY = "list", "numpy"
 SEED = 0
 Result = dict[str, Any]
 ReadRow = Callable[[int], Any]
@@ -46,7 +45,7 @@ def encode(model: str, corpus: str, index: str, count: str, kind: str) -> Result
     pieces = pieces[int(index) :: int(count)]
     n_bytes = sum(len(piece.encode()) for piece in pieces)
     processor = sentencepiece.SentencePieceProcessor(model_file=model)
-    to_ids = partial(processor.encode, return_type="numpy") if kind == ARRAY else processor.encode
+    to_ids = partial(processor.encode, return_type="numpy") if kind == "numpy" else processor.encode
     to_ids("once")  # so that the clock does not see the import of NumPy
     print("ready", flush=True)
     sys.stdin.readline()

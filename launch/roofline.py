@@ -7,8 +7,6 @@ move `moved`, and the share of the roofline is that of `must_move`.
 
 from dataclasses import dataclass
 
-from reformer import ReformerConfig
-from trainer.flops import training_flops
 from trainer.peaks import PEAKS
 
 
@@ -51,8 +49,3 @@ def backward_work(n_tokens: int, n_heads: int, d_head: int, n_hashes: int, chunk
     must_move = rows * (n_hashes * (3 * width + 4 + 16) + 4 * width + 16)
     between_rounds = 2 * (n_hashes - 1) * rows * 2 * 4 * d_head
     return Work(must_move, must_move + between_rounds, rows * n_hashes * 2 * chunk_len * d_head * 2 * 7)
-
-
-def mfu(config: ReformerConfig, seq_len: int, seconds: float, peaks: tuple[float, float]) -> float:
-    """Model FLOPs utilisation of a training step of one sequence: what it needs over what bf16 could at its peak."""
-    return training_flops(config, seq_len) / (seconds * peaks[1])

@@ -35,7 +35,8 @@ from trainer.check import StoreFacts, check  # noqa: E402
 from trainer.config import ConfigError, load  # noqa: E402
 from trainer.continuation import identity, refuse_another_run  # noqa: E402
 from trainer.distributed import detect  # noqa: E402
-from trainer.loop import Job, train  # noqa: E402
+from trainer.job import Job  # noqa: E402
+from trainer.loop import train  # noqa: E402
 from trainer.presence import hold  # noqa: E402
 from trainer.terminal import show  # noqa: E402
 
@@ -70,7 +71,7 @@ def main() -> int:
         with hold(config.run.dir) if launch.rank == 0 else nullcontext():
             # Not before: whoever held it until now may have begun another run.
             refuse_another_run(config.run.dir, own, arguments.new)
-            return train(Job(config, deepspeed, store, samples, launch, own))
+            return train(Job(config, deepspeed, store, samples, launch, own, sources.values()))
     except (ConfigError, DataError) as error:
         # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.
         told = rank != 0 and not dist.is_initialized() and signal.sigtimedwait(STOPPING, PATIENCE_S)

@@ -60,11 +60,13 @@ class _Attention(nn.Module):
     """What all kinds share. Parameters are the module's own: see `FeedForward` for why."""
 
     projections: tuple[str, ...]
+    inner: Callable[..., Any]
+    """Attention of heads that are projected; the seam that oracles and diagnostics replace, on a layer."""
 
-    def __init__(self, config: ReformerConfig, layer: int, inner: Callable[..., Any]) -> None:
+    def __init__(self, config: ReformerConfig, layer: int) -> None:
         super().__init__()
         assert config.d_head is not None  # filled in by the config
-        self.config, self.layer, self.n_heads, self.inner = config, layer, config.n_heads, inner
+        self.config, self.layer, self.n_heads = config, layer, config.n_heads
         self.d_head, inner_width = config.d_head, config.n_heads * config.d_head
         self.norm_weight = nn.Parameter(torch.ones(config.d_model))
         self.norm_bias = nn.Parameter(torch.zeros(config.d_model))
@@ -274,9 +276,7 @@ class LocalSelfAttention(_Attention):
     """Sliding-chunk attention with separate queries and keys."""
 
     projections = ("query", "key", "value")
-
-    def __init__(self, config: ReformerConfig, layer: int, inner: Callable[..., Tensor] = local_attention) -> None:
-        super().__init__(config, layer, inner)
+    inner = staticmethod(local_attention)
 
     def attend(self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice) -> tuple[Tensor, None]:
         mode = self.mode(call, heads, projected[0].device)
@@ -287,9 +287,7 @@ class DenseSelfAttention(_Attention):
     """Attention to everything, with the parameters of `LSHSelfAttention`, so that each can use the other's."""
 
     projections = ("qk", "value")
-
-    def __init__(self, config: ReformerConfig, layer: int, inner: Callable[..., Tensor] = dense_attention) -> None:
-        super().__init__(config, layer, inner)
+    inner = staticmethod(dense_attention)
 
     def attend(self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice) -> tuple[Tensor, None]:
         return self.inner(*projected, **self.mode(call, heads, projected[0].device)), None
@@ -299,11 +297,7 @@ class LSHSelfAttention(_Attention):
     """Multi-round LSH attention with shared queries and keys."""
 
     projections = ("qk", "value")
-
-    def __init__(
-        self, config: ReformerConfig, layer: int, inner: Callable[..., tuple[Tensor, Tensor]] = lsh_attention
-    ) -> None:
-        super().__init__(config, layer, inner)
+    inner = staticmethod(lsh_attention)
 
     def attend(
         self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice

@@ -144,14 +144,14 @@ class _DenseAttention(torch.autograd.Function):
             q_GTD, v_GTD = _heads(qk_BHTD), _heads(v_BHTD)
             scores = _Scores(q_GTD, view)
             out_GTD = torch.empty_like(v_GTD)
-            norm_GT1 = torch.empty_like(scores.top_GT1)
+            denom_GT1 = torch.empty_like(scores.top_GT1)
             for at in view.blocks(v_GTD):
                 weights = scores.weights(at, find_top=True)
-                torch.sum(weights, dim=-1, keepdim=True, out=norm_GT1[at.heads, at.queries])
+                torch.sum(weights, dim=-1, keepdim=True, out=denom_GT1[at.heads, at.queries])
                 torch.bmm(view.drop(weights, at), v_GTD[at.heads, at.keys], out=out_GTD[at.heads, at.queries])
-            alone = norm_GT1 == 0
-            out_GTD = torch.where(alone, v_GTD, out_GTD.div_(norm_GT1.masked_fill(alone, 1)))
-        ctx.save_for_backward(qk_BHTD, v_BHTD, out_GTD, scores.top_GT1, norm_GT1)
+            alone = denom_GT1 == 0
+            out_GTD = torch.where(alone, v_GTD, out_GTD.div_(denom_GT1.masked_fill(alone, 1)))
+        ctx.save_for_backward(qk_BHTD, v_BHTD, out_GTD, scores.top_GT1, denom_GT1)
         ctx.view = view
         return out_GTD.view(v_BHTD.shape).to(v_BHTD.dtype)
 
@@ -159,8 +159,8 @@ class _DenseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out_BHTD: Tensor) -> tuple[Tensor, Tensor, None]:
         with torch.autocast(d_out_BHTD.device.type, enabled=False):
-            qk, v, out, top, norm = ctx.saved_tensors
-            dq_GTD, dv_GTD = _gradients(_heads(qk), _heads(v), out, top, norm, _heads(d_out_BHTD), ctx.view)
+            qk, v, out, top, denom = ctx.saved_tensors
+            dq_GTD, dv_GTD = _gradients(_heads(qk), _heads(v), out, top, denom, _heads(d_out_BHTD), ctx.view)
         return dq_GTD.view(qk.shape).to(qk.dtype), dv_GTD.view(v.shape).to(v.dtype), None
 
 
@@ -194,14 +194,14 @@ class _Scores:
 
 
 def _gradients(
-    q_GTD: Tensor, v_GTD: Tensor, out_GTD: Tensor, top_GT1: Tensor, norm_GT1: Tensor, d_out_GTD: Tensor, view: _View
+    q_GTD: Tensor, v_GTD: Tensor, out_GTD: Tensor, top_GT1: Tensor, denom_GT1: Tensor, d_out_GTD: Tensor, view: _View
 ) -> tuple[Tensor, Tensor]:
     """The gradients of shared queries and keys, and of values."""
     scores = _Scores(q_GTD, view, top_GT1)
     dq_GTD, dk_GTD = torch.empty_like(q_GTD), torch.zeros_like(q_GTD)
-    alone_GT1 = norm_GT1 == 0
+    alone_GT1 = denom_GT1 == 0
     # Probabilities are weight / sum: the division goes to where there are D numbers, not W.
-    d_out_GTD = d_out_GTD / norm_GT1.masked_fill(alone_GT1, 1)
+    d_out_GTD = d_out_GTD / denom_GT1.masked_fill(alone_GT1, 1)
     delta_GT1 = (d_out_GTD * out_GTD).sum(dim=-1, keepdim=True)
     dv_GTD = d_out_GTD * alone_GT1  # who sees nothing else has its own value
     for at in view.blocks(v_GTD):

@@ -231,14 +231,14 @@ def reached_keys(
 
 
 @torch.no_grad()
-def reconstruction_error(model: Reformer, tokens: Tensor, *, segment_ids: Tensor | None = None, step: int = 0) -> float:
+def reconstruction_error(model: Reformer, tokens: Tensor, *, segment_ids: Tensor | None = None) -> float:
     """max |x - x'| / rms(x): how far the inputs x of the reversible stack are from those that its inverse gives.
 
     Tokens are integer [B, T]. Without dropout, this is what the backward pass works with, so it bounds the error that
     reversibility puts into gradients. Costs two passes through the stack.
     """
     sample_ids = tuple(range(len(tokens)))
-    call = Call(model.config.seed, step, sample_ids, segment_ids_BT=segment_ids)
+    call = Call(model.config.seed, 0, sample_ids, segment_ids_BT=segment_ids)
     x = model.embedding(tokens)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     y1, y2, buckets = x, x, []

@@ -78,6 +78,10 @@ def _sharing(config: RunConfig, store: StoreFacts, world_size: int) -> list[str]
 def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts]) -> list[str]:
     model, data = config.model, config.data
     problems = []
+    if not model.causal:
+        problems.append(
+            "model.causal=False: the trainer has each token predict the next one, which such a model sees: leave it out"
+        )
     if model.vocab_size != store.vocab_size:
         problems.append(
             f"model.vocab_size={model.vocab_size}, but the tokenizer of {data.store} has {store.vocab_size} tokens: "

@@ -1,8 +1,8 @@
 """What DeepSpeed's JSON may say: its keys, the batch, the precision, the ZeRO stage. Pure functions to problems.
 
-What is special: DeepSpeed ignores top-level keys that it does not know, so the keys that this trainer passes on are
-listed here, and those that would change what the training loop relies on are refused with the reason. Each function
-returns one line for each problem: the value, what was expected and the way out.
+What is special: DeepSpeed ignores keys that it does not know, but in two of its tables, so the keys that this trainer
+passes on are listed here, and those that would change what the training loop relies on are refused with the reason.
+Each function returns one line for each problem: the value, what was expected and the way out.
 """
 
 import math
@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
@@ -26,8 +27,6 @@ ALLOWED = {
     "bf16",
     "data_types",
     "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
     "zero_optimization",
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
@@ -38,12 +37,20 @@ ALLOWED = {
 }
 """Top-level keys of DeepSpeed's JSON that work here."""
 
-TABLES = {"optimizer", "bf16", "data_types", "zero_optimization", "aio"}
-"""Those of them that hold keys and values of their own."""
+TABLES: dict[str, set[str] | None] = {
+    "optimizer": {"type", "params"},
+    "data_types": {"grad_accum_dtype"},
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+    "zero_optimization": None,
+    "bf16": None,
+}
+"""Those of them that hold keys and values of their own: which, where DeepSpeed would not mind others."""
 
 REFUSED = {
     "scheduler": "the learning rate's course belongs to [run]: run.warmup_steps, run.decay, run.final_lr_ratio",
     "fp16": "the trainer runs in fp32 or bf16; use bf16",
+    "prescale_gradients": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
+    "gradient_predivide_factor": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
     "gradient_allreduce_op": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
     "managed_gradient_accumulation": "the loss is scaled for DeepSpeed's default; leave it out",
     "sequence_parallel_size": "ranks that share each sequence are run.sequence_parallel; leave it out",
@@ -52,12 +59,16 @@ REFUSED = {
 }
 """Keys of DeepSpeed's that contradict this trainer, with the way out."""
 
+GATHERS = "it has whole blocks gathered at once, and reversible layers are run again one by one"
 CONTRADICTING = {
     ("zero_optimization", "compute_grad_norm"): (
         [False],
         "the gradient's norm is reported, and tells which steps are to be skipped",
     ),
     ("zero_optimization", "zenflow"): (None, "it keeps moments where no checkpoint finds them"),
+    ("zero_optimization", "legacy_stage1"): ([True], "DeepSpeed has no such stage any more"),
+    ("zero_optimization", "module_granularity_threshold"): (None, GATHERS),
+    ("zero_optimization", "stage3_module_granularity_threshold"): (None, GATHERS),
     ("bf16", "check_grad_overflow"): ([False], "a step that is not finite would not be skipped"),
 }
 """Keys of its tables that contradict this trainer: with which values (None: any), and why."""
@@ -66,8 +77,12 @@ SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Confi
 """Tables in which DeepSpeed refuses unknown keys, and what they are parsed by."""
 
 
+QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+"""What ZeRO sends between ranks with 4 or 8 bits a number."""
+
+
 def keys(deepspeed: Mapping[str, Any]) -> list[str]:
-    """Top-level keys are known and not refused, and tables are tables."""
+    """Keys are known and not refused, and tables are tables."""
     problems = []
     for key in deepspeed:
         if key in REFUSED and deepspeed[key] != {"enabled": False}:
@@ -76,6 +91,9 @@ def keys(deepspeed: Mapping[str, Any]) -> list[str]:
             problems.append(f"deepspeed.{key}: {nearest(key, ALLOWED)}")
         elif key in TABLES and not isinstance(deepspeed[key], Mapping):
             problems.append(f"deepspeed.{key}: this is a table of keys and values (got {deepspeed[key]!r})")
+        elif known := TABLES.get(key):
+            unknown = [name for name in deepspeed[key] if name not in known]
+            problems += [f"deepspeed.{key}.{name}: {nearest(name, known)}" for name in unknown]
     for (section, key), (values, reason) in CONTRADICTING.items():
         value = table(deepspeed, section).get(key)
         if value is not None and (values is None or value in values):
@@ -114,12 +132,23 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def precision(deepspeed: Mapping[str, Any]) -> list[str]:
-    """Gradients are accumulated in a type that the ZeRO stage can accumulate in."""
+    """Gradients and moments are of types that DeepSpeed has, for this ZeRO stage and on this device."""
     zero, bf16, types = (table(deepspeed, key) for key in ("zero_optimization", "bf16", "data_types"))
     weights = "bf16" if bf16.get("enabled") else "fp32"
     accumulate = types.get("grad_accum_dtype", weights)
+    quantized = [key for key in QUANTIZED if zero.get(key)]
+    if quantized and get_accelerator().device_name() == "cpu":
+        return [
+            f"deepspeed.zero_optimization.{key}=True: DeepSpeed has this for GPUs only; leave it out"
+            for key in quantized
+        ]
     if accumulate not in ("fp32", "bf16"):
         return [f"deepspeed.data_types.grad_accum_dtype={accumulate!r}: give 'fp32' or 'bf16'"]
+    if bf16.get("bf16_master_weights_and_grads") and not bf16.get("bf16_optimizer_states"):
+        return [
+            "deepspeed.bf16.bf16_master_weights_and_grads=True without bf16_optimizer_states=True: DeepSpeed has fp32 "
+            "moments for fp32 weights only; set both, or leave both out"
+        ]
     if zero.get("stage", 0) == 0 and accumulate != weights:
         return [
             f"deepspeed.data_types.grad_accum_dtype={accumulate!r} with weights in {weights} needs ZeRO: "
@@ -131,7 +160,7 @@ def precision(deepspeed: Mapping[str, Any]) -> list[str]:
 def clipping(deepspeed: Mapping[str, Any]) -> list[str]:
     """The gradient's largest norm is a number."""
     limit = deepspeed.get("gradient_clipping", 0.0)
-    if isinstance(limit, float | int) and limit >= 0:
+    if isinstance(limit, float | int) and not isinstance(limit, bool) and limit >= 0:
         return []
     return [f"deepspeed.gradient_clipping={limit!r}: give the largest gradient norm as a number, or 0 for any"]
 

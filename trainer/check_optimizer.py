@@ -43,9 +43,9 @@ def _settings(params: Mapping[str, Any], make: type[torch.optim.Optimizer], adde
     del defaults["params"]
     known = {*defaults, *added}
     problems = [f"deepspeed.optimizer.params.{key}: {nearest(key, known)}" for key in params if key not in known]
-    if not _is_number(params.get("lr")):
+    if not (_is_number(params.get("lr")) and params["lr"] > 0):
         lr = f"={params['lr']!r}" if "lr" in params else ""
-        problems.append(f"deepspeed.optimizer.params.lr{lr}: give the peak learning rate as a finite number")
+        problems.append(f"deepspeed.optimizer.params.lr{lr}: give the peak learning rate as a finite number above 0")
     problems = problems or [
         f"deepspeed.optimizer.params.{key}={value!r}: give a value like {json.dumps(defaults.get(key, True))}"
         for key, value in params.items()
@@ -87,7 +87,14 @@ def _objections(make: type[torch.optim.Optimizer], params: Mapping[str, Any]) ->
 
 def _adam(deepspeed: Mapping[str, Any]) -> list[str]:
     """Which Adam it will be: torch's, or one of DeepSpeed's, which it compiles on the first use."""
-    params = table(table(deepspeed, "optimizer"), "params")
+    given = table(deepspeed, "optimizer")
+    params = table(given, "params")
+    if given["type"].lower() == "adamw" and params.get("adam_w_mode") is False:
+        return [
+            "deepspeed.optimizer.params.adam_w_mode=False: AdamW always decays weights by themselves, and DeepSpeed "
+            'would ignore this: set deepspeed.optimizer.type="Adam" for a decay that is part of the gradient, or leave '
+            "it out"
+        ]
     if params.get("torch_adam"):
         # Also where it is offloaded: zero_force_ds_cpu_optimizer is about an optimizer that the caller has made.
         return []

@@ -284,7 +284,10 @@ def _sync(path: Path) -> None:
 def _retain(plan: LoopConfig) -> None:
     for old in published(plan.dir)[: -plan.keep_last]:
         if not (plan.keep_every and old.step % plan.keep_every == 0):
-            _remove(old)
+            try:
+                _remove(old)
+            except OSError as error:  # what is too much is no reason to stop
+                show(f"note: cannot remove {old.path}, which need not be kept: {error.strerror or error}")
 
 
 def remove_leftovers(run_dir: Path) -> None:

@@ -7,28 +7,27 @@ learning rate follow from its number, so a run that stopped and continued equals
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 import torch
 
-from data_pipeline.dataset import RowDataset, Samples
+from data_pipeline.dataset import RowDataset
 from data_pipeline.loader import Loader
-from data_pipeline.store import Store
 from trainer import checkpoint, distributed, memory
 from trainer.batches import Batch, collate
 from trainer.checkpoint import SaveError
-from trainer.config import ConfigError, RunConfig
+from trainer.config import ConfigError
 from trainer.continuation import changes
-from trainer.distributed import Launch, all_gather, all_max, all_sum, together
+from trainer.distributed import all_gather, all_max, all_sum, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
 from trainer.evaluate import Score, held_out
 from trainer.faults import lost_ranks
 from trainer.flops import training_flops
 from trainer.gradients import gradients
+from trainer.job import Job
 from trainer.metrics import Metrics
 from trainer.peaks import mfu, peak_flops
 from trainer.preemption import PREEMPTED, Preemption
@@ -41,21 +40,6 @@ from trainer.state import local_square_sum, n_parameters
 from trainer.terminal import Summary, Terminal, eval_line, show, show_model_messages
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run whose parts have been checked against each other."""
-
-    config: RunConfig
-    deepspeed: Mapping[str, Any]
-    store: Store
-    """data.store, which evaluations read."""
-    samples: Samples
-    """What to train on, and in which order."""
-    launch: Launch
-    identity: Mapping[str, Any]
-    """What its checkpoints say about it: see continuation.identity."""
 
 
 def train(job: Job) -> int:
@@ -110,7 +94,7 @@ class Trainer:
             return 0
         self.build()
         begun, done, code = time.perf_counter(), self.first_step, 0
-        with self.terminal or nullcontext(), self.loader, self.profiler:  # the former reads ahead from here on
+        with self.terminal or nullcontext(), self.loader, self.profiler:  # the loader reads ahead from here on
             self.begin()
             while done < self.plan.steps:
                 if self.asked_to_stop(done):
@@ -220,12 +204,13 @@ class Trainer:
         plan, done = self.plan, step + 1
         lr = learning_rate(self.job.deepspeed["optimizer"]["params"]["lr"], step, plan)
         set_learning_rate(self.engine, lr)
-        with self.profiler.step(done):  # whose trace, written at the end, is no part of the step
+        with self.profiler.step(done):
             begun = time.perf_counter()
             score, result = self.step(step)
             seconds = time.perf_counter() - begun
-            if done == self.profiler.last_step:
-                self.watchdog.mark(done, "profile")
+        if done == self.profiler.last_step:
+            self.watchdog.mark(done, "profile")
+            self.report(lambda metrics: self.profiler.write())
         self.spent.add(self.batch_size, score.n_tokens, seconds)
         self.progress.n_tokens += score.n_tokens
         self.watch_health(done, score, result)
@@ -235,9 +220,8 @@ class Trainer:
             self.log(done, score, lr, result.norm)
         if due(plan.eval_every, done, plan.steps):
             self.evaluate(done)
-        # While losses are not finite, no weights are worth a checkpoint: they may be why.
-        if done == plan.steps or (due(plan.save_every, done, plan.steps) and not self.progress.health.nonfinite_in_row):
-            self.save(done)
+        if done == plan.steps or due(plan.save_every, done, plan.steps):
+            self.save(done, needed=done == plan.steps)
 
     def step(self, step: int) -> tuple[Score, StepResult]:
         """One update of the weights; the score of its batch before it, and what became of it."""
@@ -291,13 +275,24 @@ class Trainer:
         for name, gradient in gradients(self.engine):
             self.report(partial(Metrics.histogram, step=done, tag=f"gradients/{name}", tensor=gradient))
 
+    def is_sound(self, done: int) -> bool:
+        """Whether the weights are worth a checkpoint: they are finite, and no loss of late says otherwise."""
+        if self.progress.health.nonfinite_in_row:
+            return False
+        if not (is_finite := math.isfinite(self.param_norm())):
+            self.say(f"after step {done} not all weights are finite: earlier checkpoints are kept")
+        return is_finite
+
+    def param_norm(self) -> float:
+        """Of all weights."""
+        return math.sqrt(all_sum([local_square_sum(self.engine)], self.device)[0])
+
     def log(self, done: int, score: Score, lr: float, norm: float) -> None:
         """Report a step, and the speed since the last report."""
         self.watchdog.mark(done, "log")
         own = own_figures(self.stopwatch.read(), memory.memory_gib(self.device), self.loader.n_skipped)
         everyone = [dict(zip(own, row, strict=True)) for row in all_gather(list(own.values()), self.device)]
-        param_norm = math.sqrt(all_sum([local_square_sum(self.engine)], self.device)[0])
-        step = Step(score, lr, norm, param_norm)
+        step = Step(score, lr, norm, self.param_norm())
         values, slowest = step_values(step, self.spent, self.progress, everyone, self.hosts)
         if (share := mfu(self.step_flops, values["speed/step_s"], self.launch.world_size, self.peak)) is not None:
             values["speed/mfu"] = share
@@ -318,6 +313,7 @@ class Trainer:
         if self.eval_rows is None:
             return
         self.watchdog.mark(done, "evaluate")
+        self.refuse_replaced_stores()
         config, launch, place = self.job.config, self.launch, self.place
         found = held_out(self.engine, self.eval_rows, config, launch, place, self.device, self.token_bytes)
         self.newest |= found.values
@@ -333,18 +329,20 @@ class Trainer:
         self.report(write)
         self.say(eval_line(done, self.plan.steps, found.values, found.n_rows))
 
-    def save(self, done: int) -> None:
-        """Publish a checkpoint of the state after `done` steps."""
+    def save(self, done: int, needed: bool) -> None:
+        """Publish a checkpoint of the state after `done` steps, if it is sound or needed."""
         self.watchdog.mark(done, "save")
+        self.refuse_replaced_stores()
+        if not (is_sound := self.is_sound(done)) and not needed:
+            return
         begun = time.perf_counter()
         skipped = self.place.rows_of([own for (own,) in all_gather([self.loader.n_skipped], self.device)])
         self.progress.skipped_rows = self.before.skipped_rows + skipped
         self.report(Metrics.sync)
         state = (self.engine, self.plan, done, self.job.identity, asdict(self.progress))
         try:
-            # Weights that may be why a loss is not finite must not take the place of good ones.
-            is_good = not self.progress.health.nonfinite_in_row
-            saved = checkpoint.save(*state, self.launch, self.device, removes=is_good)
+            # Weights that are not sound must not take the place of those that are.
+            saved = checkpoint.save(*state, self.launch, self.device, removes=is_sound)
         except SaveError as error:
             if self.plan.on_full_disk == "stop" or done == self.plan.steps:
                 self.give_up(ConfigError(f"{error}. The checkpoints before it are untouched"))
@@ -355,6 +353,15 @@ class Trainer:
         self.saved_step = done
         self.say(f"saved {saved.path} in {self.progress.last_save_s:.1f} s")
 
+    def refuse_replaced_stores(self) -> None:
+        """Stop where the rows of late may be another store's, before anything is said or saved that comes of them."""
+
+        def look() -> None:
+            for store in (self.job.store, *self.job.sources) if self.leads else ():
+                store.refuse_replaced()
+
+        together(look, self.launch, self.device)
+
     def asked_to_stop(self, done: int) -> bool:
         """Whether any rank was, in which case the state is saved; all ranks come to the same answer."""
         number = int(all_max(self.preemption.signal, self.device))
@@ -362,7 +369,7 @@ class Trainer:
             self.preemption.signal = number
             self.say(f"{signal.Signals(number).name} after step {done}: stopping")
             if done > self.saved_step:
-                self.save(done)
+                self.save(done, needed=True)
             self.say(f"the same command goes on from {self.way_on}")
         return bool(number)
 

@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from trainer.config import profiled_steps
+from trainer.terminal import show
 
 
 class Profiler:
@@ -25,14 +26,14 @@ class Profiler:
         self._folder, self._rank = run_dir / "profile", rank
         steps = profiled_steps(profile_steps) if profile_steps is not None else range(0)
         self.last_step = steps[-1] if steps else 0
-        """After which the trace is written, on all ranks; 0 for none."""
+        """After which the trace is to be written; 0 for none."""
         self._wanted = steps if rank == 0 else range(0)
         self._profile: profile | None = None
         self._seen: list[int] = []
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around a step, the first being 1. After the last one of the window, the trace is written."""
+        """Around a step, the first being 1."""
         if step not in self._wanted:
             yield
             return
@@ -44,20 +45,18 @@ class Profiler:
             yield
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # so that the step's range holds its kernels
-        if step == self._wanted[-1]:
-            self._write()
 
-    def _write(self) -> None:
-        """Stop, and publish the trace under the name of the steps that are in it."""
+    def write(self) -> None:
+        """Stop, and publish the trace, if there is one, under the name of the steps that are in it. Raises OSError."""
         if self._profile is None:
             return
-        self._profile.stop()
+        finished, self._profile = self._profile, None
+        finished.stop()
         name = f"rank_{self._rank:05d}_steps_{self._seen[0]}-{self._seen[-1]}.json.gz"
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f".partial-{name}"
-        self._profile.export_chrome_trace(str(partial))
+        finished.export_chrome_trace(str(partial))
         partial.replace(self._folder / name)
-        self._profile, self._seen = None, []
 
     def __enter__(self) -> Self:
         return self
@@ -66,7 +65,10 @@ class Profiler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Write the trace of a window that the run has stopped in."""
-        self._write()
+        try:
+            self.write()
+        except OSError as unwritten:  # the run is over: there is nothing that this could stop
+            show(f"cannot write the profile in {self._folder}: {unwritten}", error=True)
 
 
 def _activities() -> list[ProfilerActivity]:

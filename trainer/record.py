@@ -32,16 +32,16 @@ import torch
 from trainer import distributed
 from trainer.check import StoreFacts
 from trainer.config import flatten
+from trainer.job import Job
 from trainer.peaks import peak_flops
 
 if TYPE_CHECKING:
-    from trainer.loop import Job
-    from trainer.metrics import Metrics
+    from trainer.metrics import Metrics  # TensorBoard, which environment() does without
 
 PACKAGES = ("longhand", "torch", "deepspeed", "numpy", "zarr", "sentencepiece")
 
 
-def write_record(job: "Job", device: torch.device, metrics: "Metrics", n_parameters: int) -> None:
+def write_record(job: Job, device: torch.device, metrics: "Metrics", n_parameters: int) -> None:
     """Write RUN/run.json and show it in TensorBoard."""
     device_name = distributed.device_name(device)
     precision = "bf16" if job.deepspeed.get("bf16", {}).get("enabled") else "fp32"

@@ -37,11 +37,11 @@ def sample_continuation(
 ) -> str | None:
     """The beginning of the first held-out row, and run.sample_tokens tokens that the model adds, as Markdown.
 
-    None where run.sample_tokens is 0, for a model that is not causal, and where the row has nothing in it. All ranks
-    call this, for an engine in evaluation mode. Raises DataError, on one rank while the others end, where the row or
-    the store's tokenizer is damaged.
+    None where run.sample_tokens is 0 and where the row has nothing in it. All ranks call this, for an engine in
+    evaluation mode. Raises DataError, on one rank while the others end, where the row or the store's tokenizer is
+    damaged.
     """
-    if not config.run.sample_tokens or not config.model.causal:
+    if not config.run.sample_tokens:
         return None
     row = together(partial(rows.__getitem__, 0), launch, device)
     prompt = beginning(row.tokens, row.segment_ids).to(device)

@@ -41,8 +41,8 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor | None, v: Tensor, layout: Layout) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):  # the dtypes below are chosen with care
-            out, top, norm = _forward(q, k, v, layout)
-        ctx.save_for_backward(q, k, v, out, top, norm)
+            out, top, denom = _forward(q, k, v, layout)
+        ctx.save_for_backward(q, k, v, out, top, denom)
         ctx.layout = layout
         return out
 
@@ -50,8 +50,8 @@ class _ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
         with torch.autocast(d_out.device.type, enabled=False):
-            q, k, v, out, top, norm = ctx.saved_tensors
-            dq, dk, dv = _backward(q, k, v, out, top, norm, d_out, ctx.layout)
+            q, k, v, out, top, denom = ctx.saved_tensors
+            dq, dk, dv = _backward(q, k, v, out, top, denom, d_out, ctx.layout)
         return dq, dk, dv, None
 
 
@@ -162,7 +162,7 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
     dtype = torch.promote_types(q_GTD.dtype, torch.float32)
     width = q_GTD.shape[-1]
     out_GTD = v_GTD.new_empty(v_GTD.shape)
-    top_GT1, norm_GT1 = (q_GTD.new_empty(*q_GTD.shape[:2], 1, dtype=dtype) for _ in range(2))
+    top_GT1, denom_GT1 = (q_GTD.new_empty(*q_GTD.shape[:2], 1, dtype=dtype) for _ in range(2))
     runs = _Runs(layout, q_GTD, is_shared=k_GTD is None)
     n_gathered, n_spare = _sizes(layout, out_GTD.dtype == dtype)
     out_SD, gathered_TD, spare_TD = scratch(
@@ -172,7 +172,7 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
     gathered = [gathered_TD, *(q_GTD.new_empty(len(gathered_TD), 1, dtype=dtype) for _ in range(2))]
     for group in runs.heads():
         heads = _Heads(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
-        out_TD, norm_T1, top_T1 = (x[group].flatten(0, 1) for x in (out_GTD, norm_GT1, top_GT1))
+        out_TD, denom_T1, top_T1 = (x[group].flatten(0, 1) for x in (out_GTD, denom_GT1, top_GT1))
         total_TD, is_bounded = _sums(out_TD, spare_TD), heads.is_bounded
         top_T1.copy_(heads.bound)
         for run, tiles in runs.of(group, dtype):
@@ -181,15 +181,15 @@ def _forward(q_GTD: Tensor, k_GTD: Tensor | None, v_GTD: Tensor, layout: Layout)
             values = [x[: run.n_places] for x in by_place]
             _forward_run(run, heads, tiles, *values)
             if is_bounded:
-                for sum_, x, memory in zip((total_TD, norm_T1), values, gathered, strict=False):
+                for sum_, x, memory in zip((total_TD, denom_T1), values, gathered, strict=False):
                     run.add_by_token(sum_, x, memory)
             else:
-                _add_unbounded([total_TD, norm_T1, top_T1], values, gathered, run)
-        alone = norm_T1 == 0
-        torch.div(total_TD, norm_T1.masked_fill(alone, 1), out=out_TD)
+                _add_unbounded([total_TD, denom_T1, top_T1], values, gathered, run)
+        alone = denom_T1 == 0
+        torch.div(total_TD, denom_T1.masked_fill(alone, 1), out=out_TD)
         rows = alone.squeeze(-1).nonzero().squeeze(-1)
         out_TD[rows] = heads.v[rows].to(out_TD.dtype)
-    return out_GTD, top_GT1, norm_GT1
+    return out_GTD, top_GT1, denom_GT1
 
 
 def _sizes(layout: Layout, is_exact: bool) -> tuple[int, int]:
@@ -211,11 +211,11 @@ def _forward_run(
     heads: _Heads,
     tiles: list[tuple[Tile, _TileMemory]],
     out_SD: Tensor,
-    norm_S1: Tensor,
+    denom_S1: Tensor,
     top_S1: Tensor,
 ) -> None:
     """Fills in, by place, the sums of weighted values and of weights and, if not bounded, what they are relative to."""
-    out_CLD, norm_CL1, top_CL1 = (by_chunk(x, run.layout.chunk_len) for x in (out_SD, norm_S1, top_S1))
+    out_CLD, denom_CL1, top_CL1 = (by_chunk(x, run.layout.chunk_len) for x in (out_SD, denom_S1, top_S1))
     for tile, memory in tiles:
         memory.gather(heads, run, tile)
         memory.score(run, tile)
@@ -227,31 +227,31 @@ def _forward_run(
             memory.top.clamp_(min=torch.finfo(visible.dtype).min)
             top_CL1[tile.chunks] = memory.top
         memory.weigh(heads.is_bounded)
-        torch.sum(memory.weights, dim=-1, keepdim=True, out=norm_CL1[tile.chunks])
+        torch.sum(memory.weights, dim=-1, keepdim=True, out=denom_CL1[tile.chunks])
         if run.layout.dropout:
             memory.weights.mul_(run.keep(tile))
         torch.bmm(memory.weights, memory.v, out=out_CLD[tile.chunks])
 
 
 def _add_unbounded(total: list[Tensor], by_place: list[Tensor], gathered: list[Tensor], run: Run) -> None:
-    """Add a run's (output, norm, top) to the sums over the rounds before it, where each has its own top."""
+    """Add a run's (output, denom, top) to the sums over the rounds before it, where each has its own top."""
     if not run.layout.is_lsh:
         for sum_, values, memory in zip(total, by_place, gathered, strict=True):
             run.add_by_token(sum_, values, memory)
         return
-    total_out, total_norm, total_top = total
+    total_out, total_denom, total_top = total
     of_rounds = [
         torch.index_select(x, 0, run.inverse, out=memory[: len(run.inverse)]).view(run.n_rounds, *sum_.shape)
         for x, memory, sum_ in zip(by_place, gathered, total, strict=True)
     ]
-    for round_, (out, norm, top) in enumerate(zip(*of_rounds, strict=True)):
+    for round_, (out, denom, top) in enumerate(zip(*of_rounds, strict=True)):
         if run.is_first and not round_:
-            total_out.copy_(out), total_norm.copy_(norm), total_top.copy_(top)
+            total_out.copy_(out), total_denom.copy_(denom), total_top.copy_(top)
             continue
         new_top = torch.maximum(total_top, top)
         old_weight, new_weight = (total_top - new_top).exp2_(), (top - new_top).exp2_()
         total_out.mul_(old_weight).addcmul_(out, new_weight)
-        total_norm.mul_(old_weight).addcmul_(norm, new_weight)
+        total_denom.mul_(old_weight).addcmul_(denom, new_weight)
         total_top.copy_(new_top)
 
 
@@ -261,7 +261,7 @@ def _backward(
     v_GTD: Tensor,
     out_GTD: Tensor,
     top_GT1: Tensor,
-    norm_GT1: Tensor,
+    denom_GT1: Tensor,
     d_out_GTD: Tensor,
     layout: Layout,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -278,10 +278,10 @@ def _backward(
         heads = _Heads(q_GTD[group], None if k_GTD is None else k_GTD[group], v_GTD[group], dtype)
         results = [x[group].flatten(0, 1) for x in (dq_GTD, dv_GTD, dq_GTD if dk_GTD is None else dk_GTD)]
         totals = [_sums(result, memory) for result, memory in zip(results, spare, strict=True)]
-        out_TD, top_T1, norm_T1, d_TD = (x[group].flatten(0, 1) for x in (out_GTD, top_GT1, norm_GT1, d_out_GTD))
-        alone_T1, d_out_rows = norm_T1 == 0, d_out_TD[: len(norm_T1)]
+        out_TD, top_T1, denom_T1, d_TD = (x[group].flatten(0, 1) for x in (out_GTD, top_GT1, denom_GT1, d_out_GTD))
+        alone_T1, d_out_rows = denom_T1 == 0, d_out_TD[: len(denom_T1)]
         # Probabilities are weight / sum: the division goes to where there are D numbers, not W.
-        torch.div(d_TD, norm_T1.masked_fill(alone_T1, 1), out=d_out_rows)
+        torch.div(d_TD, denom_T1.masked_fill(alone_T1, 1), out=d_out_rows)
         delta_T1 = torch.mul(d_out_rows, out_TD, out=dq_SD[: len(d_out_rows)]).sum(dim=-1, keepdim=True)
         for run, tiles in runs.of(group, dtype):
             dq, dv, dk = dq_SD[: run.n_places], dv_SD[: run.n_key_places], dk_SD[: run.n_key_places]

@@ -112,7 +112,7 @@ def _forward(
         # The key of a zero vector is zero, without gradient.
         key_scale_GT = norm.reciprocal().masked_fill_(norm < torch.finfo(torch.float32).tiny, 0)
     out_GTD = torch.empty_like(v_GTD)
-    top_GT, norm_GT = (torch.empty(q_GTD.shape[:2], dtype=torch.float32, device=q_GTD.device) for _ in range(2))
+    top_GT, denom_GT = (torch.empty(q_GTD.shape[:2], dtype=torch.float32, device=q_GTD.device) for _ in range(2))
     several = layout.n_rounds > 1
     total = torch.empty(v_GTD.shape, dtype=torch.float32, device=v_GTD.device) if several else out_GTD
     places, constants = _places(layout), _constants(q_GTD, layout)
@@ -121,18 +121,18 @@ def _forward(
     q, k, v, out, total = (_rows(x) for x in (q_GTD, q_GTD if k_GTD is None else k_GTD, v_GTD, out_GTD, total))
     for round_ in range(layout.n_rounds):
         kernels.forward_kernel[_grid(q_GTD, layout)](
-            q, k, v, out, total, top_GT, norm_GT, key_scale_GT, places, round_,
+            q, k, v, out, total, top_GT, denom_GT, key_scale_GT, places, round_,
             IS_FIRST=round_ == 0, IS_LAST=round_ == layout.n_rounds - 1, STAGES=FORWARD_STAGES,
             num_warps=_warps(q_GTD, layout), **constants, **limits,
         )  # fmt: skip
-    return out_GTD, top_GT, norm_GT, key_scale_GT
+    return out_GTD, top_GT, denom_GT, key_scale_GT
 
 
 def _backward(saved: tuple[Any, ...], d_out_GTD: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradients of q, k (None where it was not given) and v, from what the forward saved."""
     from reformer.lsh import triton_kernels as kernels
 
-    q_GTD, k_GTD, v_GTD, out_GTD, top_GT, norm_GT, key_scale_GT = saved
+    q_GTD, k_GTD, v_GTD, out_GTD, top_GT, denom_GT, key_scale_GT = saved
     dq_GTD, dv_GTD = torch.empty_like(q_GTD), torch.empty_like(v_GTD)
     dk_GTD = None if k_GTD is None else torch.empty_like(k_GTD)
     several = layout.n_rounds > 1
@@ -142,7 +142,7 @@ def _backward(saved: tuple[Any, ...], d_out_GTD: Tensor, layout: Layout) -> tupl
     d_out = _rows(d_out_GTD)
     n_blocks = -(-layout.n_tokens // constants["BLOCK"])
     kernels.prepare_kernel[(n_blocks * len(q_GTD),)](
-        _rows(out_GTD), d_out, top_GT, norm_GT, key_scale_GT, stats_GT4, layout.n_tokens,
+        _rows(out_GTD), d_out, top_GT, denom_GT, key_scale_GT, stats_GT4, layout.n_tokens,
         D=constants["D"], BLOCK_D=constants["BLOCK_D"], BLOCK=constants["BLOCK"],
     )  # fmt: skip
     q, k, v = (_rows(x) for x in (q_GTD, q_GTD if k_GTD is None else k_GTD, v_GTD))

@@ -179,14 +179,14 @@ def _keep_factor(places, group, round_, query, key):
 
 @triton.jit(do_not_specialize=["round_"])
 def forward_kernel(
-    q, k, v, out, total, top_GT, norm_GT, key_scale_GT, places, round_,
+    q, k, v, out, total, top_GT, denom_GT, key_scale_GT, places, round_,
     D: tl.constexpr, BLOCK_D: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, BEFORE: tl.constexpr,
     AFTER: tl.constexpr, CAUSAL: tl.constexpr, IS_LSH: tl.constexpr, DUPLICATE_ROUNDS: tl.constexpr,
     IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One round of the forward: adds what a block of queries finds to `total`, or writes the result to `out`.
 
-    top_GT and norm_GT: what the weights are relative to, in base 2, and their sum, both fp32.
+    top_GT and denom_GT: what the weights are relative to, in base 2, and their sum, both fp32.
     key_scale_GT: what a score is multiplied by, for each key; 1 / |k| or None.
     OPERAND: dtype of what is multiplied; sums are fp32.
     """
@@ -200,11 +200,11 @@ def forward_kernel(
     q_rows = _load(q, group, token, n_tokens, D, BLOCK_D, OPERAND)
     if IS_FIRST:
         top = tl.full([BLOCK], LOWEST_TOP, tl.float32)
-        norm = tl.full([BLOCK], 0.0, tl.float32)
+        denom = tl.full([BLOCK], 0.0, tl.float32)
         found = tl.full([BLOCK, BLOCK_D], 0.0, tl.float32)
     else:
         top = tl.load(top_GT + row + token, mask=exists, other=LOWEST_TOP)
-        norm = tl.load(norm_GT + row + token, mask=exists, other=0.0)
+        denom = tl.load(denom_GT + row + token, mask=exists, other=0.0)
         found = _load(total, group, token, n_tokens, D, BLOCK_D, tl.float32)
     window_start = round_start + block * BLOCK // L * L - BEFORE * L
     for part in tl.range(0, (BEFORE + 1 + AFTER) * L // BLOCK, num_stages=STAGES):
@@ -222,17 +222,17 @@ def forward_kernel(
         if DUPLICATE_ROUNDS:
             weights /= _multiplicity(places, group, query, key, L, BEFORE, AFTER, DUPLICATE_ROUNDS)
         decay = tl.exp2(top - new_top)
-        norm = norm * decay + tl.sum(weights, 1)
+        denom = denom * decay + tl.sum(weights, 1)
         if places.dropout_keys is not None:
             weights *= _keep_factor(places, group, round_, query, key)
         found = tl.dot(weights.to(OPERAND), v_rows, found * decay[:, None], input_precision="ieee")
         top = new_top
     tl.store(top_GT + row + token, top, mask=exists)
-    tl.store(norm_GT + row + token, norm, mask=exists)
+    tl.store(denom_GT + row + token, denom, mask=exists)
     if IS_LAST:
-        alone = norm == 0.0
+        alone = denom == 0.0
         own = _load(v, group, tl.where(alone, token, n_tokens), n_tokens, D, BLOCK_D, tl.float32)
-        found = tl.where(alone[:, None], own, found / tl.where(alone, 1.0, norm)[:, None])
+        found = tl.where(alone[:, None], own, found / tl.where(alone, 1.0, denom)[:, None])
         _store(out, group, token, n_tokens, found, D, BLOCK_D)
     else:
         _store(total, group, token, n_tokens, found, D, BLOCK_D)
@@ -240,10 +240,10 @@ def forward_kernel(
 
 @triton.jit
 def prepare_kernel(
-    out, d_out, top_GT, norm_GT, key_scale_GT, stats_GT4, n_tokens,
+    out, d_out, top_GT, denom_GT, key_scale_GT, stats_GT4, n_tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the backward needs of every token: top, 1 / norm (0: sees nothing), delta = d_out.out, scale as a key."""
+    """What the backward needs of every token: top, 1 / denom (0: sees nothing), delta = d_out.out, scale as a key."""
     n_blocks = tl.cdiv(n_tokens, BLOCK)
     group, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -251,10 +251,10 @@ def prepare_kernel(
     row = group.to(tl.int64) * n_tokens + token
     out_rows = _load(out, group, token, n_tokens, D, BLOCK_D, tl.float32)
     d_out_rows = _load(d_out, group, token, n_tokens, D, BLOCK_D, tl.float32)
-    norm = tl.load(norm_GT + row, mask=exists, other=0.0)
+    denom = tl.load(denom_GT + row, mask=exists, other=0.0)
     stats = stats_GT4 + row * 4
     tl.store(stats, tl.load(top_GT + row, mask=exists, other=0.0), mask=exists)
-    tl.store(stats + 1, tl.where(norm == 0.0, 0.0, 1.0 / tl.where(norm == 0.0, 1.0, norm)), mask=exists)
+    tl.store(stats + 1, tl.where(denom == 0.0, 0.0, 1.0 / tl.where(denom == 0.0, 1.0, denom)), mask=exists)
     tl.store(stats + 2, tl.sum(out_rows * d_out_rows, 1), mask=exists)
     if key_scale_GT is not None:
         tl.store(stats + 3, tl.load(key_scale_GT + row, mask=exists, other=0.0), mask=exists)

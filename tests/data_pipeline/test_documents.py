@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from read_documents import blocks_of, expected_blocks, only, problems, read_one, reading, save, whole
 
+from data_pipeline.blocks import invalid_text
 from data_pipeline.config import TextSettings
-from data_pipeline.documents import BLOCK_BYTES, invalid_utf8, plan_tasks, read_parts
+from data_pipeline.documents import BLOCK_BYTES, plan_tasks, read_parts
 from data_pipeline.files import InputFile
 
 texts = st.text(alphabet=st.sampled_from("ab\n\r가\U0001f642"), max_size=150).map(str.encode)
@@ -140,7 +141,7 @@ def test_invalid_utf8_is_located_and_replaced(tmp_path: Path, before: int, bad: 
     with pytest.raises(UnicodeDecodeError) as caught:
         for block in part.blocks:
             block.decode()
-    assert f"at byte {before} " in str(invalid_utf8(caught.value, part.offset))
+    assert f"at byte {before} " in str(invalid_text(caught.value, part.offset))
 
 
 def test_only_the_first_of_many_bad_bytes_is_reported(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams.list_session_groups import Handler
 from trainer.check import StoreFacts
 from trainer.config import LoopConfig, RunConfig
 from trainer.distributed import Launch
-from trainer.loop import Job
+from trainer.job import Job
 from trainer.memory import host_gib, memory_gib, peak_gib
 from trainer.metrics import Metrics
 from trainer.record import environment, show, write_record
