@@ -9,7 +9,7 @@ Values of the configuration can be changed behind it: run.steps=100 deepspeed.ze
 Everything is checked before the processes join each other, so a mistake ends all of them at once.
 
 The same command again goes on from the newest checkpoint in run.dir that is whole, on any number of processes. SIGUSR1,
-SIGUSR2 and SIGTERM stop the run after the step that it is at, with a checkpoint.
+SIGUSR2, SIGTERM and Ctrl-C stop the run after the step that it is at, with a checkpoint; a second Ctrl-C does at once.
 
 Exit codes: 0 finished, 2 a mistake that is named, 75 stopped by a signal and to be continued, 70 ended by the watchdog.
 """
@@ -68,6 +68,8 @@ def main() -> int:
         samples = training_samples(config.data, store, sources, config.run.seed)
         fingerprint = samples.identity if sources else store.manifest.fingerprint
         own = identity(config, deepspeed, fingerprint, launch.world_size)
+        if sources:  # then evaluations alone read it, and nothing else would tell that it is another one
+            own["eval_store_fingerprint"] = store.manifest.fingerprint
         with hold(config.run.dir) if launch.rank == 0 else nullcontext():
             # Not before: whoever held it until now may have begun another run.
             refuse_another_run(config.run.dir, own, arguments.new)

@@ -1,5 +1,6 @@
 """Writing a store: every file appears whole, whoever is killed and whoever writes the same."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zarr
 from small_stores import store_settings, write_store
 
 from data_pipeline import store
+from data_pipeline.errors import DataError
 from data_pipeline.manifest import ProblemRecord
 from data_pipeline.packing import pack
 from data_pipeline.store import Store
@@ -163,3 +165,16 @@ def test_rows_longer_than_a_chunk_are_read_in_slices(tmp_path: Path) -> None:
     assert zarr.open_group(tmp_path / "s", mode="r")["tokens"].chunks == (1, 65_536)
     assert np.array_equal(opened.read_row(1, 70_000, 131_072), opened.read_row(1)[70_000:])
     assert opened.read_row(0, 1, 100).astype(np.uint8).tobytes() == content[:99]
+
+
+def test_another_store_in_its_place_is_noticed_and_rows_that_are_added_are_none(tmp_path: Path) -> None:
+    write_store(tmp_path / "s", {"a.txt": b"some text", "b.txt": b"more"})
+    opened = Store.open(tmp_path / "s")
+    opened.refuse_replaced()
+    (tmp_path / "s").rename(tmp_path / "before")
+    write_store(tmp_path / "s", {"a.txt": b"some TEXT", "b.txt": b"more"})
+    with pytest.raises(DataError, match=f"{tmp_path / 's'} is not what it was when it was opened: another store"):
+        opened.refuse_replaced()
+    shutil.rmtree(tmp_path / "s")
+    with pytest.raises(DataError, match="does not exist"):
+        opened.refuse_replaced()

@@ -128,3 +128,17 @@ def test_reports_that_find_no_room_stop_the_run_or_are_left_out(train, disk: Dis
     run = train(1, run_dir, *reports, "run.on_full_disk=continue")
     assert "going on without (run.on_full_disk='continue')" in run.output
     assert "cannot save" in run.errors, "it did not come to the checkpoint of the last step"
+
+
+def test_a_profile_that_cannot_be_written_is_a_report_that_cannot(train, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "profile").write_text("not a folder")
+    profiled = ("run.profile_steps=1..2", "run.eval_every=0")
+    run = train(2, run_dir, *profiled)
+    assert run.code == 2
+    assert f"error: cannot write the reports in {run_dir}: File exists. With more room, " in run.errors
+    run = train(2, run_dir, *profiled, "run.on_full_disk=continue")
+    assert run.code == 0, run.errors
+    assert "File exists. With more room, the same command goes on from the beginning" in run.output
+    assert run.column("step") == [1, 2, 3, 4]

@@ -114,9 +114,11 @@ def test_a_mixture_is_continued_where_it_was_and_by_no_other(train, store: Path,
     other = train(1, run.dir, *changes, "data.mixture.two.weight=2")
     assert other.code == 2
     assert "store_fingerprint.one.per_thousand was 667 and is 500 now" in other.errors
-    again = train(1, run.dir, *changes)
+    # The losses stay; data.store is for evaluations only, and a change of it is told.
+    again = train(1, run.dir, *changes, f"data.store={other_store}")
     assert again.code == 0, again.errors
     assert [[line[tag] for tag in ("step", "train/loss", "train/grad_norm")] for line in again.metrics] == whole
+    assert "note: eval_store_fingerprint was " in again.output
 
 
 @pytest.fixture(scope="module")

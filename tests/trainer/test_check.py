@@ -89,6 +89,15 @@ def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len:
         ({"zero_optimization": 2}, "this is a table of keys and values"),
         ({"bf16": {"enable": True}}, "deepspeed.bf16: unknown key 'enable': did you mean 'enabled'"),
         ({"gradient_clipping": "none"}, "deepspeed.gradient_clipping='none'"),
+        ({"gradient_clipping": True}, "deepspeed.gradient_clipping=True: give the largest gradient norm as a number"),
+        ({"gradient_predivide_factor": 4}, "deepspeed.gradient_predivide_factor: .*; leave it out"),
+        ({"prescale_gradients": True}, "deepspeed.prescale_gradients: .*; leave it out"),
+        ({"data_types": {"grad_acum_dtype": "bf16"}}, "deepspeed.data_types.grad_acum_dtype: .*'grad_accum_dtype'"),
+        ({"aio": {"queue_dept": 8}}, "deepspeed.aio.queue_dept: unknown key; did you mean 'queue_depth'"),
+        ({"optimizer": {"type": "AdamW", "parms": {"lr": 1}}}, "deepspeed.optimizer.parms: .* did you mean 'params'"),
+        ({"optimizer": {**DEEPSPEED["optimizer"], "lr": 1}}, "deepspeed.optimizer.lr: "),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "without bf16_optimizer_states=True"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "quantized_weights=True: .* for GPUs only"),
         ({"communication_data_type": "fp8"}, "Invalid communication_data_type"),
         (
             {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
@@ -128,6 +137,7 @@ def test_a_switched_off_fp16_is_no_contradiction() -> None:
         ({"model_max_seq_len": 128}, "model.max_seq_len=128, but .* 256 tokens: set model.max_seq_len=256"),
         ({"data_eval_split": "test"}, "data.eval_split='test' has no rows in .*: its splits are 'train', 'val'"),
         ({"data_train_split": "empty"}, "data.train_split='empty' has no rows"),
+        ({"model_causal": False}, "model.causal=False: the trainer has each token predict the next one"),
     ],
 )
 def test_data_side(changes: dict[str, Any], message: str) -> None:
@@ -225,10 +235,12 @@ def test_what_cannot_be_offloaded(
     [
         ("zero_optimization", "compute_grad_norm", False),
         ("zero_optimization", "zenflow", {"topk_ratio": 0.1}),
+        ("zero_optimization", "legacy_stage1", True),
+        ("zero_optimization", "stage3_module_granularity_threshold", 1000),
         ("bf16", "check_grad_overflow", False),
     ],
 )
-def test_what_would_keep_steps_from_being_skipped_or_saved(section: str, key: str, value: Any) -> None:
+def test_what_would_keep_steps_from_being_skipped_saved_or_run(section: str, key: str, value: Any) -> None:
     settings = {**DEEPSPEED, section: {**DEEPSPEED.get(section, {}), key: value}}
     with pytest.raises(ConfigError, match=rf"deepspeed.{section}.{key}=.*; leave it out"):
         check(make_config(), settings, STORE, world_size=2)

@@ -1,6 +1,8 @@
 """Which checkpoint is continued, what is wrong with those that are not, and what is kept; without DeepSpeed."""
 
+import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -243,6 +245,24 @@ def test_the_last_ones_and_every_so_manyth_are_kept(tmp_path: Path) -> None:
         publish(tmp_path, step, keep_last=2, keep_every=3)
     assert [found.step for found in published(tmp_path)] == [3, 6, 7, 8]
     assert names(tmp_path / "checkpoints") == [f"step_{step:08d}" for step in (3, 6, 7, 8)]
+
+
+def test_one_that_cannot_be_removed_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = publish(tmp_path, 1, keep_last=1)
+    rename = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if path == first:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    publish(tmp_path, 2, keep_last=1)
+    assert f"note: cannot remove {first}, which need not be kept: Device or resource busy" in capsys.readouterr().out
+    publish(tmp_path, 3, keep_last=1)
+    assert [found.step for found in published(tmp_path)] == [1, 3]
 
 
 def test_none_is_removed_for_one_that_may_be_worse(tmp_path: Path) -> None:

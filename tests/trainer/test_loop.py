@@ -1,15 +1,21 @@
 """What the loop decides by itself, without an engine or data."""
 
+import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from small_stores import write_store
 
+from data_pipeline.errors import DataError
+from data_pipeline.store import Store
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 from trainer.config import LoopConfig
+from trainer.distributed import Launch
 from trainer.evaluate import Score
 from trainer.loop import Trainer
 from trainer.profiling import Profiler
@@ -42,18 +48,53 @@ def saving(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[bool]]:
     trainer.job.identity = {}  # type: ignore[misc]
     trainer.progress, trainer.before, trainer.place = Progress(), Progress(), Place()
     trainer.device, trainer.leads, trainer.terminal = torch.device("cpu"), False, None
+    trainer.refuse_replaced_stores, trainer.param_norm = lambda: None, lambda: 1.0  # type: ignore[method-assign]
     return trainer, removes
 
 
 def test_weights_that_may_be_why_losses_are_not_finite_take_no_place(saving: tuple[Any, list[bool]]) -> None:
     trainer, removes = saving
-    trainer.save(1)
+    trainer.save(1, needed=False)
     trainer.progress.health.nonfinite_in_row = 1
-    trainer.save(2)  # because of a signal, or after the last step
+    trainer.save(2, needed=False)
+    assert (removes, trainer.way_on) == ([True], "step 1")
+    trainer.save(2, needed=True)  # because of a signal, or after the last step
     trainer.progress.health.nonfinite_in_row = 0
-    trainer.save(3)
+    trainer.save(3, needed=False)
     assert removes == [True, False, True]
     assert trainer.way_on == "step 3"
+
+
+def test_a_store_that_is_replaced_ends_the_run_before_it_is_evaluated_or_saved(
+    saving: tuple[Any, list[bool]], process_group: None, tmp_path: Path
+) -> None:
+    trainer, removes = saving
+    del trainer.refuse_replaced_stores
+    trainer.leads, trainer.eval_rows, trainer.launch = True, [], Launch("this test")
+    for name in ("evaluated", "source"):
+        write_store(tmp_path / name, {"a": b"text"})
+    trainer.job.store, source = (Store.open(tmp_path / name) for name in ("evaluated", "source"))
+    trainer.job.sources = [source]
+    trainer.save(1, needed=True)
+    source.path.rename(tmp_path / "before")
+    write_store(source.path, {"a": b"another"})
+    for what in (partial(trainer.save, 2, needed=True), partial(trainer.evaluate, 2)):
+        with pytest.raises(DataError, match=f"{source.path} is not what it was"):
+            what()
+    assert removes == [True]
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_weights_that_are_not_finite_take_no_place(saving: tuple[Any, list[bool]], norm: float) -> None:
+    """The update that ruined them came after a loss that was finite."""
+    trainer, removes = saving
+    said: list[str] = []
+    trainer.param_norm, trainer.say = lambda: norm, said.append  # type: ignore[method-assign]
+    trainer.save(1, needed=False)
+    assert not removes
+    assert said == ["after step 1 not all weights are finite: earlier checkpoints are kept"]
+    trainer.save(1, needed=True)
+    assert removes == [False]
 
 
 def test_the_watchdog_knows_that_a_trace_is_being_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -64,7 +105,8 @@ def test_the_watchdog_knows_that_a_trace_is_being_written(monkeypatch: pytest.Mo
     trainer.job = SimpleNamespace(deepspeed={"optimizer": {"params": {"lr": 1.0}}})
     trainer.watchdog = SimpleNamespace(mark=lambda *mark: marks.append(mark))
     trainer.spent, trainer.progress, trainer.batch_size = Spent(), Progress(), 1
-    trainer.watch_health = trainer.log = trainer.evaluate = trainer.save = lambda *_: None
+    trainer.watch_health = trainer.log = trainer.evaluate = trainer.save = lambda *_, **__: None
+    trainer.report = lambda write: write(None)
     trainer.engine = trainer.terminal = None
     trainer.profiler = Profiler(tmp_path, "2..3", rank=1)
     monkeypatch.setattr("trainer.loop.set_learning_rate", lambda *_: None)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -50,6 +51,27 @@ def test_a_signal_is_noted(number: signal.Signals) -> None:
         assert preemption.signal == USR1, "the last one"
     os.kill(os.getpid(), number)
     assert preemption.signal == USR1, "a process that is stopping ignores others"
+
+
+def test_ctrl_c_stops_in_order_and_a_second_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.preemption.AGAIN_S", 0.2)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), Preemption() as preemption:
+            for _ in range(2):  # a launcher passes on what the terminal has sent already
+                os.kill(os.getpid(), signal.SIGINT)
+                assert preemption.signal == signal.SIGINT
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+        with Preemption() as preemption:
+            pass
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert preemption.signal == 0
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_former_handlers_and_mask_come_back() -> None:

@@ -25,6 +25,8 @@ def steps(run_dir: Path, first: int, last: int, window: str | None, rank: int = 
                 for part in PARTS:
                     with watch.part(part):
                         (weights @ weights).sum()
+            if step == profiler.last_step:
+                profiler.write()
 
 
 def trace(run_dir: Path, name: str) -> list[dict[str, Any]]:
@@ -65,6 +67,18 @@ def test_an_error_within_the_window_leaves_its_trace(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no row"), Profiler(tmp_path, "1..3", 0) as profiler, profiler.step(1):
         raise ValueError("no row")
     assert [name for name, *_ in ranges(trace(tmp_path, "rank_00000_steps_1-1.json.gz"))] == ["step 1"]
+
+
+def test_a_trace_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "profile").write_text("not a folder")
+    with pytest.raises(ValueError, match="no row"), Profiler(tmp_path, "1..3", 0) as profiler, profiler.step(1):
+        raise ValueError("no row")
+    assert f"cannot write the profile in {tmp_path / 'profile'}: " in capsys.readouterr().err
+    with Profiler(tmp_path, "1..3", 0) as profiler:
+        with profiler.step(1):
+            pass
+        with pytest.raises(OSError, match="exists"):
+            profiler.write()
 
 
 @pytest.mark.parametrize(("window", "rank"), [(None, 0), ("2..3", 1), ("8..9", 0)])
