@@ -56,7 +56,8 @@ class Call:
         drawn = []
         for block in range(first, last + 1):
             generator = torch.Generator(like_BTM.device).manual_seed(derive_seed(seed, block))
-            drawn.append(torch.rand(block_len, width, generator=generator, device=like_BTM.device) >= self.dropout)
+            uniform = torch.rand(block_len, width, generator=generator, device=like_BTM.device, dtype=torch.float32)
+            drawn.append(uniform >= self.dropout)
         skipped = start - first * block_len
         return torch.cat(drawn)[skipped : skipped + n_tokens]
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from reformer.lsh.hashing import bucket_factors
+
 AttentionKind = Literal["local", "lsh", "dense"]
 
 
@@ -158,12 +160,8 @@ class ReformerConfig(StrictConfig):
             raise ValueError("max_seq_len, d_model and n_heads must be whole numbers: 256, not '256' or 256.0")
         if not self.attn_pattern:
             raise ValueError("attn_pattern is empty: give the kinds of attention, such as ('local', 'lsh')")
-        factors = self.n_buckets if isinstance(self.n_buckets, tuple) else (self.n_buckets or 2,)
-        if not factors or any(factor < 2 or factor % 2 for factor in factors):
-            raise ValueError(
-                f"n_buckets={self.n_buckets}: each factor must be even and at least 2, "
-                "since a hash is the largest of [xR; -xR]"
-            )
+        if self.n_buckets is not None:
+            bucket_factors(self.n_buckets, self.max_seq_len, self.lsh_chunk_len)
         return self
 
     def attention_kind(self, layer: int) -> AttentionKind:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reformer.heads import check_heads
 from reformer.lsh.counts import Counts, PairCounts
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import by_head
@@ -61,7 +62,7 @@ def dense_attention(
     Raises:
         ValueError: a shape, dtype or probability that does not fit, with what was expected.
     """
-    _check_arguments(qk, v, key_padding_mask, segment_ids)
+    check_heads({"qk": qk, "v": v}, key_padding_mask, segment_ids)
     check_dropout(dropout, dropout_keys, qk.shape[:2])
     n_heads = qk.shape[1]
     view = _View(
@@ -107,7 +108,7 @@ class _View:
         else:
             x_gLW.diagonal(at.queries.start, dim1=-2, dim2=-1).zero_()
         if self.key_mask_GT is not None:
-            x_gLW.masked_fill_(~self.key_mask_GT[at.heads, None, at.keys], 0)  # whatever is there, NaN too
+            x_gLW.masked_fill_(~self.key_mask_GT[at.heads, None, at.keys], 0)
         if self.segment_ids_GT is not None:
             segment_gT = self.segment_ids_GT[at.heads]
             x_gLW.masked_fill_(segment_gT[:, at.queries, None] != segment_gT[:, None, at.keys], 0)
@@ -214,13 +215,3 @@ def _gradients(
         dk_GTD[keys].baddbmm_(d_scores.mT, q_GTD[queries])
     dq_GTD.mul_(1 / LOG2_E)  # the keys that it was made with carry log2(e)
     return dq_GTD.add_(key_gradient_of_query(q_GTD, dk_GTD, scores.key_scale_GT1)), dv_GTD
-
-
-def _check_arguments(qk: Tensor, v: Tensor, key_padding_mask: Tensor | None, segment_ids: Tensor | None) -> None:
-    if qk.ndim != 4 or v.shape != qk.shape or qk.shape[2] == 0:
-        raise ValueError(f"qk and v must both be [B, H, T, D] with T >= 1, got {list(qk.shape)} and {list(v.shape)}")
-    if not qk.is_floating_point() or v.dtype != qk.dtype:
-        raise ValueError(f"qk and v must have one floating-point dtype, got {qk.dtype} and {v.dtype}")
-    for name, mask in (("key_padding_mask", key_padding_mask), ("segment_ids", segment_ids)):
-        if mask is not None and list(mask.shape) != [qk.shape[0], qk.shape[2]]:
-            raise ValueError(f"{name} must be [B, T] = {[qk.shape[0], qk.shape[2]]}, got {list(mask.shape)}")

@@ -27,7 +27,8 @@ class Handed:
     gradients: list[Tensor] = field(default_factory=list)
 
     def give(self, gradients: list[Tensor]) -> None:
-        self.task, self.gradients = _task(), gradients
+        """Add to those that were given in this pass: there may be several losses of the same streams."""
+        self.task, self.gradients = _task(), self.added_to(gradients)
 
     def added_to(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The sums of those that came by the engine and those given in this pass, in the memory of the latter."""

@@ -14,6 +14,8 @@ same buckets, except that
   the configuration at the first sequence; ours follow from `seed` and `n_buckets=None` from each sequence's length;
 - a length that is no multiple of both kinds' chunk lengths is padded further there, which moves the places at which
   hash rounds meet;
+- in a bidirectional model, one hash round of exactly two chunks has the other chunk before and behind it there, its
+  keys counted twice, and once here;
 - their dropout also drops embeddings, positions, inner feed-forward activations and the head's input;
 - their causal loss shifts the labels itself.
 """
@@ -303,8 +305,10 @@ _TRAINED_WITH = "the weights were trained with another attention; change the val
 
 def _check_expressible(hf: Mapping[str, Any]) -> None:
     layers, shape, causal = hf["attn_layers"], hf["axial_pos_shape"], hf["is_decoder"]
-    if not isinstance(layers, list | tuple) or not layers or not set(layers) <= set(KIND_TENSORS):
+    if not isinstance(layers, list | tuple) or not layers or any(kind not in list(KIND_TENSORS) for kind in layers):
         raise ConfigError(f"attn_layers={layers!r}: expected a list of 'local' and 'lsh', one for each layer")
+    if not isinstance(causal, bool):
+        raise ConfigError(f"is_decoder={causal!r} in config.json: expected true or false")
     if not causal and "local" in layers:
         raise ConfigError(
             f"is_decoder={causal!r} with local layers: {_WRAPS}; import a causal model, or lsh layers only"

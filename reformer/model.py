@@ -68,11 +68,40 @@ class Reformer(nn.Module):
                 A parameter's gradient, added up over the parts, each weighted with its number of labels, is that of
                 the sequence.
 
+        A backward pass adds to `.grad` of the blocks' parameters, also where it is asked for other gradients only
+        (torch.autograd.grad, inputs=), and raises RuntimeError where they have changed since.
+
         Raises:
-            ValueError: n_hashes below 1, or in a model without LSH attention; labels or segment_ids of another shape;
-                per_token without labels, or where gradients are wanted; a number of parts that does not divide n_heads.
+            ValueError: tokens that are not [B, T]; n_hashes below 1, or in a model without LSH attention; labels or
+                segment_ids of another shape; per_token without labels, or where gradients are wanted; a number of parts
+                that does not divide n_heads.
             RuntimeError: tied embeddings that are two parameters by now.
         """
+        self._check(tokens, labels, segment_ids, sample_ids, n_hashes, per_token, part)
+        ids = range(len(tokens)) if sample_ids is None else sample_ids
+        call = Call(
+            seed=self.config.seed,
+            step=step,
+            sample_ids=tuple(int(sample_id) for sample_id in ids),
+            dropout=self.config.dropout if self.training else 0.0,
+            segment_ids_BT=None if segment_ids is None else part.whole(segment_ids),
+            attn_dropout=self.config.attn_dropout if self.training else 0.0,
+            n_hashes=n_hashes,
+            part=part,
+        )
+        return self.head(*self._streams(tokens, call), labels, per_token)
+
+    def _check(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None,
+        segment_ids: Tensor | None,
+        sample_ids: Sequence[int] | Tensor | None,
+        n_hashes: int | None,
+        per_token: bool,
+        part: SequencePart,
+    ) -> None:
+        """Raises what `forward` says."""
         if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:
             raise RuntimeError(
                 "tie_embeddings=True, but the embedding and the head have a matrix each, as to_empty() and "
@@ -83,10 +112,11 @@ class Reformer(nn.Module):
                 f"n_hashes={n_hashes} must be at least 1, and some layer must use LSH attention "
                 f"(attn_pattern is {self.config.attn_pattern}); leave it out to keep the model's {self.config.n_hashes}"
             )
-        ids = range(len(tokens)) if sample_ids is None else sample_ids
-        if len(ids) != len(tokens):
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens must be [B, T], each at least 1, got {list(tokens.shape)}")
+        if sample_ids is not None and len(sample_ids) != len(tokens):
             raise ValueError(
-                f"sample_ids has {len(ids)} entries for a batch of {len(tokens)}: give one for each sample"
+                f"sample_ids has {len(sample_ids)} entries for a batch of {len(tokens)}: give one for each sample"
             )
         if segment_ids is not None and segment_ids.shape != tokens.shape:
             raise ValueError(f"segment_ids must be {list(tokens.shape)} like tokens, got {list(segment_ids.shape)}")
@@ -101,17 +131,6 @@ class Reformer(nn.Module):
                 f"a sequence in {part.n_parts} parts needs a number of heads that can be divided by it "
                 f"(n_heads={self.config.n_heads}): choose another number of parts"
             )
-        call = Call(
-            seed=self.config.seed,
-            step=step,
-            sample_ids=tuple(int(sample_id) for sample_id in ids),
-            dropout=self.config.dropout if self.training else 0.0,
-            segment_ids_BT=None if segment_ids is None else part.whole(segment_ids),
-            attn_dropout=self.config.attn_dropout if self.training else 0.0,
-            n_hashes=n_hashes,
-            part=part,
-        )
-        return self.head(*self._streams(tokens, call), labels, per_token)
 
     def _streams(self, tokens_BT: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """The two streams [B, T, M] after the stack; what goes into it does not outlive this call."""

@@ -141,7 +141,8 @@ def reversible_stack(
 ) -> tuple[Tensor, Tensor]:
     """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward, once.
 
-    The streams' gradients may come by autograd or by hand, see `Handed`; the backward adds them up.
+    The streams' gradients may come by autograd or by hand, see `Handed`; the backward adds them up. It raises
+    RuntimeError where the parameters have been changed or replaced since the forward.
     """
     if not torch.is_grad_enabled():
         for block in blocks:
@@ -183,6 +184,7 @@ class _ReversibleStack(torch.autograd.Function):
         ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], call: Call, keep_ends: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.blocks, ctx.call, ctx.handed, ctx.autocast = blocks, call, Handed(), _autocast_state(x1.device.type)
+        ctx.parameters = _parameters(blocks)
         first_x2, buckets = x2.detach() if keep_ends else None, []
         for block in blocks[:-1] if keep_ends else blocks:
             x1, x2, used = block(x1, x2, call)
@@ -202,6 +204,7 @@ class _ReversibleStack(torch.autograd.Function):
             raise RuntimeError("second derivatives (create_graph=True) are not available through a reversible stack")
         if ctx.kept is None:
             raise RuntimeError("this stack was differentiated already: run the forward again")
+        _refuse_other_parameters(ctx.parameters, _parameters(ctx.blocks))
         kept, ctx.kept = ctx.kept, None
         at = Streams(kept.y1, kept.y2, *ctx.handed.added_to([d_y1, d_y2]))
         buckets, ends = kept.buckets, kept.ends
@@ -230,6 +233,26 @@ def _backward_with_ends(
         block.feed_backward(at, call, needs_output=False)
         at.x1 = at.x2 = ends.first_x2
         block.attend_backward(at, call, buckets.pop(), needs_output=False)
+
+
+def _parameters(blocks: Sequence[ReversibleBlock]) -> list[tuple[Tensor, int]]:
+    """All of them, and how often each has been changed in place."""
+    return [(parameter, parameter._version) for block in blocks for parameter in block.parameters()]
+
+
+def _refuse_other_parameters(of_forward: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> None:
+    """Raise RuntimeError where the backward would go back through another function than the forward came by."""
+    for (before, version), (parameter, current) in zip(of_forward, now, strict=True):
+        if before is not parameter:
+            raise RuntimeError(
+                "the blocks have other parameters than in the forward: those of torch.func.functional_call are gone "
+                "when backward() is called, so it is not available through a reversible stack"
+            )
+        if version != current:
+            raise RuntimeError(
+                f"parameters of the blocks ({list(parameter.shape)}) were changed in place between forward and "
+                "backward: take the optimizer's step after all backward passes, or run the forward again"
+            )
 
 
 def _autocast_state(device_type: str) -> dict[str, Any]:

@@ -6,13 +6,14 @@ for every distinct reason (logger "reformer.lsh", level INFO).
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from reformer.dense import dense_attention
+from reformer.heads import check_chunk_len, check_heads
 from reformer.lsh.chunked import chunked_attention
 from reformer.lsh.counts import Counts
 from reformer.lsh.dropout import check_dropout
@@ -239,7 +240,8 @@ def _check_arguments(
     key_padding_mask: Tensor | None,
     segment_ids: Tensor | None,
 ) -> None:
-    check_heads({"qk": qk, "v": v}, chunk_len, key_padding_mask, segment_ids)
+    check_heads({"qk": qk, "v": v}, key_padding_mask, segment_ids)
+    check_chunk_len(chunk_len)
     if not isinstance(n_hashes, int) or n_hashes < 1:
         raise ValueError(f"n_hashes={n_hashes} must be a whole number of at least 1")
     batch, n_heads, n_tokens, _ = qk.shape
@@ -249,22 +251,3 @@ def _check_arguments(
             raise ValueError(
                 f"buckets must be integers {shape} = [B, H, R, T], got {buckets.dtype} {list(buckets.shape)}"
             )
-
-
-def check_heads(
-    heads: Mapping[str, Tensor], chunk_len: int, key_padding_mask: Tensor | None, segment_ids: Tensor | None
-) -> None:
-    """Raises ValueError unless all heads are [B, H, T, D] of one floating-point dtype and masks fit."""
-    first = next(iter(heads.values()))
-    names = " and ".join(heads)
-    if first.ndim != 4 or 0 in first.shape or any(x.shape != first.shape for x in heads.values()):
-        shapes = " and ".join(str(list(x.shape)) for x in heads.values())
-        raise ValueError(f"{names} must all be [B, H, T, D], each at least 1, got {shapes}")
-    if not first.is_floating_point() or any(x.dtype != first.dtype for x in heads.values()):
-        raise ValueError(f"{names} must have one floating-point dtype, got {[x.dtype for x in heads.values()]}")
-    if not isinstance(chunk_len, int) or chunk_len < 1:
-        raise ValueError(f"chunk_len={chunk_len} must be a whole number of at least 1")
-    shape = [first.shape[0], first.shape[2]]
-    for name, mask in (("key_padding_mask", key_padding_mask), ("segment_ids", segment_ids)):
-        if mask is not None and list(mask.shape) != shape:
-            raise ValueError(f"{name} must be [B, T] = {shape}, got {list(mask.shape)}")

@@ -18,6 +18,8 @@ from torch import Tensor
 # buckets it would be quadratic, so the default number is split into two factors.
 MAX_UNFACTORISED = 128
 
+MAX_BUCKETS = 2**24
+"""Their numbers are added up in fp32."""
 HASH_TOKENS = 1024
 """Tokens that are hashed at a time on a CPU, so that their projections stay in cache."""
 RADIX_TOKENS = 2**15
@@ -41,12 +43,17 @@ def default_buckets(n_tokens: int, chunk_len: int) -> tuple[int, ...]:
 
 
 def bucket_factors(n_buckets: int | Sequence[int] | None, n_tokens: int, chunk_len: int) -> tuple[int, ...]:
-    """The even factors of the number of buckets. Raises ValueError for an odd or non-positive factor."""
+    """The even factors of the number of buckets.
+
+    Raises ValueError for an odd or non-positive factor, and for more than MAX_BUCKETS.
+    """
     if n_buckets is None:
         return default_buckets(n_tokens, chunk_len)
     factors = tuple(n_buckets) if isinstance(n_buckets, Sequence) else (n_buckets,)
     if not factors or any(not isinstance(factor, int) or factor < 2 or factor % 2 for factor in factors):
         raise ValueError(f"n_buckets={n_buckets}: each factor must be even and at least 2")
+    if math.prod(factors) > MAX_BUCKETS:
+        raise ValueError(f"n_buckets={n_buckets}: there can be up to {MAX_BUCKETS:,} buckets")
     return factors
 
 
@@ -70,6 +77,7 @@ def draw_rotations(
             d_head,
             sum(factors) // 2,
             generator=torch.Generator().manual_seed(derive_seed(seed, step, layer, round_)),
+            dtype=torch.float32,
         )
         for round_ in range(n_hashes)
     ]

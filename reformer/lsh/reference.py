@@ -1,7 +1,8 @@
 """LSH attention by its definition: O(T^2), one dense mask of multiplicities per round, plain autograd.
 
-This is the oracle that every fast path is compared with, in outputs and gradients. It knows nothing of tiles,
-running maxima or saved statistics; use float64. `count_RTT` says how often query i reaches key j in round r:
+This is the oracle that every fast path is compared with, in outputs and gradients. It knows nothing of tiles, running
+maxima or saved statistics, and computes in float64 whatever it is given. `count_RTT` says how often query i reaches key
+j in round r:
 
     chunk g of the R*C chunks (rounds one behind the other) sees itself and chunk g-1, and g+1 when bidirectional,
     cyclically, so that the first chunk of a round sees the last chunk of the round before it.
@@ -61,8 +62,12 @@ def lsh_attention_reference(
     dropout: float = 0.0,
     dropout_keys: Tensor | None = None,
 ) -> Tensor:
-    """Output [B, H, T, D] of multi-round LSH attention with the given buckets; see `reformer.lsh_attention`."""
-    n_tokens = qk_BHTD.shape[2]
+    """Output [B, H, T, D] of multi-round LSH attention with the given buckets; see `reformer.lsh_attention`.
+
+    In the dtype of v, of sums in float64.
+    """
+    dtype, n_tokens = v_BHTD.dtype, qk_BHTD.shape[2]
+    qk_BHTD, v_BHTD = qk_BHTD.double(), v_BHTD.double()
     check_dropout(dropout, dropout_keys, qk_BHTD.shape[:2])
     norm_BHT1 = qk_BHTD.norm(dim=-1, keepdim=True)
     # The key of a zero vector is zero, without gradient; divided by a tiny number its gradient would be a huge one.
@@ -89,7 +94,7 @@ def lsh_attention_reference(
             )
             kept = None if dropout_keys is None else _keep_factors(dropout_keys[b, h], dropout, counts, scores.dtype)
             outputs.append(_combine_rounds(scores, counts * allowed, v_BHTD[b, h], duplicate_correction, kept))
-    return torch.stack(outputs).view_as(v_BHTD)
+    return torch.stack(outputs).view_as(v_BHTD).to(dtype)
 
 
 def _keep_factors(key: Tensor, dropout: float, like_RTT: Tensor, dtype: torch.dtype) -> Tensor:

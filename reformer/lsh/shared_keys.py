@@ -19,7 +19,8 @@ SAFE_BOUND = {torch.float32: 40.0, torch.float64: 400.0}
 def key_scale_and_bound(q: Tensor) -> tuple[Tensor, Tensor]:
     """For shared queries [..., D]: what turns them into keys, log2(e) / |q|, and |q| log2(e), both [..., 1].
 
-    The key of a zero vector is zero, without gradient.
+    The key of a zero vector is zero, without gradient; so is that of one whose norm is no normal number of the dtype.
+    In fp32, elements between 1e-18 and 1e18 are safe: beyond, squares leave its range.
     """
     norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
     scale = (LOG2_E / norm).masked_fill_(norm < torch.finfo(q.dtype).tiny, 0)

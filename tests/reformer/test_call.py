@@ -8,6 +8,7 @@ from torch import Tensor
 from reformer import Reformer, ReformerConfig, lsh_attention
 from reformer.call import Call
 from reformer.gradients import GradientSum
+from reformer.lsh.hashing import draw_rotations
 
 
 def test_dropout_keeps_the_mean_and_differs_by_everything_that_it_depends_on() -> None:
@@ -24,6 +25,23 @@ def test_dropout_keeps_the_mean_and_differs_by_everything_that_it_depends_on() -
     for one, other in itertools.combinations(masks, 2):
         agreement = (one == other).float().mean().item()
         assert abs(agreement - (0.75**2 + 0.25**2)) < 0.03  # as often as independent masks agree
+
+
+def test_nothing_that_is_drawn_depends_on_torchs_default_dtype() -> None:
+    like = torch.empty(1, 50, 40, dtype=torch.float32)
+
+    def drawn() -> list[Tensor]:
+        scale = Call(seed=5, sample_ids=(3,), dropout=0.001).dropout_scale(like, 0, "attention")
+        assert scale is not None
+        return [scale, draw_rotations(2, 8, 2, (16,), 1, 2, 3)]
+
+    expected, default = drawn(), torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert all(map(torch.equal, drawn(), expected))
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_rotations_and_dropout_keys_are_drawn_anew_in_every_step_and_layer() -> None:

@@ -30,6 +30,8 @@ def test_attention_pattern_repeats() -> None:
         ({"axial_shape": (3, 4)}, r"axial_shape=\(3, 4\) covers 12 positions, but max_seq_len=65536.*\(256, 256\)"),
         ({"axial_dims": (3, 4)}, "must sum to d_model=256"),
         ({"attn_pattern": ["global"]}, "'attn_pattern.0'"),
+        ({"n_buckets": 0}, "n_buckets=0: each factor must be even and at least 2"),
+        ({"n_buckets": (2**13, 2**12)}, "there can be up to 16,777,216 buckets"),
         ({"dropout": 1.0}, "'dropout'"),
         ({"vocab_size": None}, "'vocab_size'"),
         ({"vocab_size": 0}, "'vocab_size'.*greater than or equal to 2"),

@@ -86,6 +86,17 @@ def test_what_reaches_the_streams_by_autograd_is_added() -> None:
     assert_parity(found, gradients(model), 1e-9)
 
 
+def test_several_heads_on_the_same_streams_add_up() -> None:
+    model, (tokens, labels) = make_model(), make_batch()
+    others = labels.roll(3, 1)
+    y = model._streams(tokens, Call(0, 0, (0, 1)))
+    (model.head(*y, labels) + 2 * model.head(*y, others)).backward()
+    found = gradients(model)
+    y = plain_streams(model, tokens)
+    (plain_loss(model, *y, labels) + 2 * plain_loss(model, *y, others)).backward()
+    assert_parity(found, gradients(model), 1e-9)
+
+
 @pytest.mark.parametrize("loss_first", [False, True])
 def test_a_backward_that_does_not_come_from_the_head(loss_first: bool) -> None:
     """What the head gave in another pass, which did not reach the stack, is not for this one."""

@@ -358,6 +358,8 @@ def test_given_buckets_are_used_and_returned() -> None:
         ({"chunk_len": 0}, "at least 1"),
         ({"rotations": torch.zeros(1, 2, 2, 9)}, "rotations must be"),
         ({"segment_ids": torch.zeros(1, 5)}, "segment_ids must be"),
+        ({"segment_ids": torch.zeros(1, 4)}, "segment_ids must be integers, got torch.float32"),
+        ({"n_buckets": 2**25}, "up to 16,777,216 buckets"),
         ({"backend": "cuda"}, "choose 'auto'"),
     ],
 )
@@ -365,3 +367,15 @@ def test_bad_arguments_name_what_was_expected(arguments: dict[str, object], mess
     valid: dict[str, object] = {"qk": torch.zeros(1, 1, 4, 2), "v": torch.zeros(1, 1, 4, 2), "n_hashes": 2}
     with pytest.raises(ValueError, match=message):
         lsh_attention(**{**valid, "chunk_len": 2, **arguments})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_oracle_computes_in_float64_whatever_it_is_given(dtype: torch.dtype) -> None:
+    """In half precision a token that sees only itself would lose the weights of its rounds to rounding."""
+    qk, v = (x.to(dtype) for x in random_inputs(40))
+    buckets = torch.randint(0, 8, (2, 2, 5, 40))
+    options = {"n_hashes": 5, "chunk_len": 8, "segment_ids": torch.arange(40).expand(2, -1)}
+    out, _ = lsh_attention(qk, v, buckets, backend="reference", **options)
+    assert out.dtype == dtype
+    exact, _ = lsh_attention(qk.double(), v.double(), buckets, backend="reference", **options)
+    assert torch.equal(out, exact.to(dtype))

@@ -28,6 +28,13 @@ def test_no_label_at_all_is_a_loss_of_zero_with_zero_gradients() -> None:
     assert loss == 0 and all(gradient.abs().max() == 0 for gradient in gradients(model).values())
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (0, 5), (2, 0), (1, 2, 5)])
+def test_tokens_are_rows(shape: tuple[int, ...]) -> None:
+    model = Reformer(ReformerConfig(vocab_size=20, max_seq_len=64, d_model=16, n_heads=2))
+    with pytest.raises(ValueError, match=r"tokens must be \[B, T\], each at least 1"):
+        model(torch.zeros(shape, dtype=torch.int64))
+
+
 def test_backward_twice_is_refused() -> None:
     model = Reformer(ReformerConfig(**SMALL))
     loss = model(torch.zeros(1, 20, dtype=torch.int64), torch.zeros(1, 20, dtype=torch.int64))

@@ -323,6 +323,26 @@ def test_second_derivatives_are_refused() -> None:
             torch.autograd.grad(head(*y), x, create_graph=True)
 
 
+def test_parameters_that_change_between_forward_and_backward_are_noticed() -> None:
+    """Autograd does not see them, and blocks reconstructed with others would give no function's gradient."""
+    model, (tokens, labels, _) = make_model(), make_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = model(tokens, labels), model(tokens, labels, step=1)
+    first.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward: take the optimizer's step"):
+        second.backward()
+    model(tokens, labels, step=1).backward()
+
+
+def test_parameters_that_are_lent_for_the_forward_are_refused() -> None:
+    model, (tokens, labels, _) = make_model(), make_batch()
+    lent = {name: parameter.detach().requires_grad_() for name, parameter in model.named_parameters()}
+    loss = torch.func.functional_call(model, lent, (tokens, labels))
+    with pytest.raises(RuntimeError, match="the blocks have other parameters than in the forward"):
+        loss.backward()
+
+
 def test_a_frozen_embedding_does_not_freeze_the_stack() -> None:
     model = make_model()
     model.embedding.requires_grad_(False)
