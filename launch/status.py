@@ -213,11 +213,12 @@ def ranks_at_work(found: Mapping[str, Any], states: Sequence[RankState]) -> list
 
 
 def endings(states: Sequence[RankState]) -> list[tuple[str, str]]:
-    """What became of the ranks, those of one fate on one line."""
+    """What became of the ranks, those of one fate on one line; where one was, if that says anything."""
     fates: dict[str, list[RankState]] = {}
     for state in states:
         fates.setdefault(state.ended or "ended without a word", []).append(state)
-    places = {fate: f" {same[0].place}" if len(same) == 1 else "" for fate, same in fates.items()}
+    alone = {fate for fate, same in fates.items() if len(same) == 1 and fate not in ("finished", "preempted")}
+    places = {fate: f" {same[0].place}" if fate in alone else "" for fate, same in fates.items()}
     return [("ended", f"{ranks([state.rank for state in same])}: {fate}{places[fate]}") for fate, same in fates.items()]
 
 

@@ -31,9 +31,9 @@ import torch.distributed as dist  # noqa: E402
 from data_pipeline.errors import DataError  # noqa: E402
 from data_pipeline.store import Store  # noqa: E402
 from trainer.batches import open_sources, training_samples  # noqa: E402
-from trainer.check import StoreFacts, check  # noqa: E402
+from trainer.check import StoreFacts, check, remarks  # noqa: E402
 from trainer.config import ConfigError, load  # noqa: E402
-from trainer.continuation import identity, refuse_another_run  # noqa: E402
+from trainer.continuation import identity, refuse_another_run, refuse_other_files  # noqa: E402
 from trainer.distributed import detect  # noqa: E402
 from trainer.job import Job  # noqa: E402
 from trainer.loop import train  # noqa: E402
@@ -65,11 +65,14 @@ def main() -> int:
         sources = open_sources(config.data)
         facts = {name: StoreFacts.of(source) for name, source in sources.items()}
         check(config, deepspeed, StoreFacts.of(store), launch.world_size, facts)
+        for remark in remarks(config, StoreFacts.of(store)) if rank == 0 else ():
+            show(f"note: {remark}")
         samples = training_samples(config.data, store, sources, config.run.seed)
         fingerprint = samples.identity if sources else store.manifest.fingerprint
         own = identity(config, deepspeed, fingerprint, launch.world_size)
         if sources:  # then evaluations alone read it, and nothing else would tell that it is another one
             own["eval_store_fingerprint"] = store.manifest.fingerprint
+        refuse_other_files(config.run.dir)
         with hold(config.run.dir) if launch.rank == 0 else nullcontext():
             # Not before: whoever held it until now may have begun another run.
             refuse_another_run(config.run.dir, own, arguments.new)

@@ -59,6 +59,16 @@ def check(
         raise ConfigError("\n".join(problems))
 
 
+def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
+    """What is no contradiction, and may yet not be meant."""
+    if config.model.max_seq_len == store.seq_len:
+        return []
+    return [
+        f"model.max_seq_len={config.model.max_seq_len}, and the rows of {config.data.store} have {store.seq_len} "
+        "tokens: positions after them are not trained"
+    ]
+
+
 def _sharing(config: RunConfig, store: StoreFacts, world_size: int) -> list[str]:
     """Ranks that share sequences are as many in each group, and have equal parts and as many heads."""
     n_parts = config.run.sequence_parallel

@@ -179,9 +179,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 def _read(path: Path, parse: Any) -> dict[str, Any]:
     """A file's tables; every way of not being readable is a ConfigError with the file's name."""
     try:
-        tables = parse(path.read_text(encoding="utf-8"))
+        tables = parse(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        kind = "JSON" if parse is json.loads else "TOML"
+        reason = error.strerror if isinstance(error, OSError) else f"it is not {kind}: {error}"
         raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
     if not isinstance(tables, dict):
         raise ConfigError(f"{path} must hold one object of keys and values")

@@ -27,6 +27,10 @@ FIXED = (
     "deepspeed.data_types",
 )
 """What must be the same when a run continues: the model, the order of the data, what the optimizer computes."""
+RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
+"""What tells a run's folder from others."""
+LOGS = (".log", ".out", ".err")
+
 FREE = ("deepspeed.optimizer.params.lr", "model.ff_chunk_tokens", "model.loss_chunk_tokens", "model.keep_ends")
 """What need not be, of these: the course of the learning rate may be changed, as by run.steps and run.decay; and what
 decides about memory changes the numbers by rounding only."""
@@ -45,6 +49,18 @@ def identity(
         **config.model_dump(mode="json"),
         "deepspeed": dict(deepspeed_config),
     }
+
+
+def refuse_other_files(run_dir: Path) -> None:
+    """Raise ConfigError where the folder is no run's but somebody's, such as the corpus: what is written there would
+    be taken for a part of it. Logs may be there before a run is."""
+    names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+    if names & RUN_FILES:
+        return
+    if others := sorted(name for name in names if Path(name).suffix not in LOGS and not name.startswith(".")):
+        raise ConfigError(
+            f"run.dir={run_dir} has other files in it ({others[0]}, for one) and no run: give a folder of its own"
+        )
 
 
 def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> None:

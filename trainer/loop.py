@@ -33,11 +33,11 @@ from trainer.peaks import mfu, peak_flops
 from trainer.preemption import PREEMPTED, Preemption
 from trainer.profiling import Profiler
 from trainer.record import write_record
-from trainer.reports import Progress, Spent, Step, own_figures, step_values
+from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
 from trainer.schedule import learning_rate
 from trainer.sequence_parallel import Place, timed
 from trainer.state import local_square_sum, n_parameters
-from trainer.terminal import Summary, Terminal, eval_line, show, show_model_messages
+from trainer.terminal import Terminal, eval_line, show, show_model_messages
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
 
@@ -231,12 +231,16 @@ class Trainer:
         n_tokens, n_bytes = all_sum(counts, self.device)
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         result = None
+        begun = time.perf_counter()
         for batch in batches:
             with self.part(step, "forward"):
                 loss = forward(self.engine, batch, step)
             nll += loss.detach().double() * batch.n_tokens
             with self.part(step, "backward"):
                 backward(self.engine, loss, batch.n_tokens, n_tokens)
+            line = long_step_line(time.perf_counter() - begun, len(batches)) if batch is batches[0] else None
+            if line and step == self.first_step:
+                self.say(line)
             if batch is batches[-1] and due(self.plan.histogram_every, step + 1, steps=0):
                 self.watchdog.mark(step + 1, "histograms")
                 self.draw_gradients(step + 1)
@@ -378,18 +382,7 @@ class Trainer:
         self.report(partial(Metrics.close, finished=done == self.plan.steps))
         if not self.terminal:
             return
-        now, before = self.progress, self.before
-        summary = Summary(
-            run_dir=self.plan.dir,
-            steps=self.plan.steps,
-            first_step=self.first_step,
-            done=done,
-            n_tokens=now.n_tokens - before.n_tokens,
-            seconds=now.train_s - before.train_s,
-            save_s=now.save_s - before.save_s,
-            newest=self.newest,
-        )
-        self.terminal.close(summary.text())
+        self.terminal.close(summary(self.plan, self.first_step, done, self.before, self.progress, self.newest).text())
 
 
 def due(every: int, done: int, steps: int) -> bool:

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from trainer.config import LoopConfig
 from trainer.evaluate import Score
 from trainer.faults import Health, Slowest, slow_ranks
+from trainer.terminal import Summary
 
 STEP_PARTS = ("data", "forward", "backward", "optimizer")
 """Parts of a step whose seconds are reported."""
@@ -104,3 +106,32 @@ def step_values(
         **{tag: most[tag] for tag in most if tag.startswith("memory/")},
     }
     return values, slowest
+
+
+LONG_S = 10.0
+"""A micro-batch that takes longer than this is worth a word before its step is done."""
+
+
+def long_step_line(seconds: float, n_batches: int) -> str | None:
+    """How long a step will take, by the first of its micro-batches; None where that is soon to be seen."""
+    if n_batches < 2 or seconds < LONG_S:
+        return None
+    step_s = seconds * n_batches
+    about = f"{step_s / 60:,.0f} minutes" if step_s > 120 else f"{step_s:.0f} s"
+    return f"the first of {n_batches} micro-batches of a step took {seconds:.0f} s: a step takes about {about}"
+
+
+def summary(
+    plan: LoopConfig, first_step: int, done: int, before: Progress, now: Progress, newest: Mapping[str, float]
+) -> Summary:
+    """Of a start at `first_step` that has come to `done`."""
+    return Summary(
+        run_dir=plan.dir,
+        steps=plan.steps,
+        first_step=first_step,
+        done=done,
+        n_tokens=now.n_tokens - before.n_tokens,
+        seconds=now.train_s - before.train_s,
+        save_s=now.save_s - before.save_s,
+        newest=newest,
+    )

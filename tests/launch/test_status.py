@@ -130,6 +130,7 @@ def test_a_rank_of_which_nothing_is_heard_any_more(run: Path) -> None:
         (["preempted", "preempted"], "preempted", "ranks 0, 1: preempted"),
         (["failed: exit code 2", "failed: DataError: no"], "failed", "rank 1: failed: DataError: no"),
         (["finished", None], "killed", "rank 1: ended without a word in 'backward' of step 7"),
+        (["finished", None], "killed", "rank 0: finished\n"),
     ],
 )
 def test_what_became_of_a_run(run: Path, endings: list[str | None], state: str, ended: str) -> None:

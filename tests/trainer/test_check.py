@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from trainer.check import StoreFacts, check
+from trainer.check import StoreFacts, check, remarks
 from trainer.config import ConfigError, RunConfig
 from trainer.extensions import missing_for
 
@@ -143,6 +143,13 @@ def test_a_switched_off_fp16_is_no_contradiction() -> None:
 def test_data_side(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(make_config(**changes), DEEPSPEED, STORE, world_size=1)
+
+
+def test_positions_that_no_row_has_are_remarked_on() -> None:
+    assert remarks(make_config(), STORE) == []
+    (line,) = remarks(make_config(model_max_seq_len=512), STORE)
+    assert line.startswith("model.max_seq_len=512, and the rows of ")
+    assert line.endswith(" have 256 tokens: positions after them are not trained")
 
 
 def test_without_evaluation_no_split_is_needed_for_it() -> None:

@@ -122,14 +122,21 @@ def test_unreadable_files_are_named(config: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.toml: No such file"):
         load(tmp_path / "nowhere.toml")
     (tmp_path / "broken.toml").write_text("[model\n")
-    with pytest.raises(ConfigError, match=r"broken.toml: .*line 1"):
+    with pytest.raises(ConfigError, match=r"broken.toml: it is not TOML: .*line 1"):
         load(tmp_path / "broken.toml")
     (tmp_path / "sub" / "ds.json").write_text("{,}")
-    with pytest.raises(ConfigError, match=r"ds.json: .*line 1"):
+    with pytest.raises(ConfigError, match=r"ds.json: it is not JSON: .*line 1"):
         load(config)
     (tmp_path / "sub" / "ds.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"ds.json must hold one object"):
         load(config)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(config: Path, tmp_path: Path) -> None:
+    expected = load(config)
+    for path in (config, tmp_path / "sub" / "ds.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load(config) == expected
 
 
 def test_flatten() -> None:

@@ -10,7 +10,7 @@ from small_checkpoints import DEEPSPEED, IDENTITY, config, publish
 from data_pipeline.errors import DataError
 from trainer.checkpoint import read_state
 from trainer.config import ConfigError
-from trainer.continuation import changes, identity, refuse_another_run
+from trainer.continuation import changes, identity, refuse_another_run, refuse_other_files
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -20,6 +20,19 @@ def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
     publish(tmp_path, 50)
     with pytest.raises(ConfigError, match="already holds a run up to step 50: leave out --new to continue it"):
         refuse_another_run(tmp_path, IDENTITY, new=True)
+
+
+def test_nor_among_other_files(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        refuse_other_files(path)
+    (tmp_path / "longhand-train-7.log").write_text("a job's log, which is there before its run")
+    (tmp_path / ".hidden").write_text("")
+    refuse_other_files(tmp_path)
+    (tmp_path / "emma.txt").write_text("a book")
+    with pytest.raises(ConfigError, match=r"has other files in it \(emma.txt, for one\) and no run: give a folder of"):
+        refuse_other_files(tmp_path)
+    publish(tmp_path, 50)
+    refuse_other_files(tmp_path)
 
 
 def test_nor_over_one_that_has_not_saved_yet(tmp_path: Path) -> None:

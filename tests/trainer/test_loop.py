@@ -19,7 +19,7 @@ from trainer.distributed import Launch
 from trainer.evaluate import Score
 from trainer.loop import Trainer
 from trainer.profiling import Profiler
-from trainer.reports import Progress, Spent
+from trainer.reports import Progress, Spent, long_step_line
 from trainer.sequence_parallel import Place
 
 
@@ -95,6 +95,16 @@ def test_weights_that_are_not_finite_take_no_place(saving: tuple[Any, list[bool]
     assert said == ["after step 1 not all weights are finite: earlier checkpoints are kept"]
     trainer.save(1, needed=True)
     assert removes == [False]
+
+
+def test_a_long_step_is_foretold_by_its_first_micro_batch() -> None:
+    assert long_step_line(9.0, 64) is None
+    assert long_step_line(1000.0, 1) is None, "it is the step"
+    assert long_step_line(12.4, 4) == "the first of 4 micro-batches of a step took 12 s: a step takes about 50 s"
+    assert (
+        long_step_line(600.0, 64)
+        == "the first of 64 micro-batches of a step took 600 s: a step takes about 640 minutes"
+    )
 
 
 def test_the_watchdog_knows_that_a_trace_is_being_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
