@@ -6,6 +6,7 @@ processes, ranks or interruptions.
 """
 
 import errno
+import logging
 import multiprocessing
 import os
 import threading
@@ -29,10 +30,12 @@ from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Stor
 from data_pipeline.progress import Progress
 from data_pipeline.scratch import RECORD_SUFFIX
 from data_pipeline.stages import Work
-from data_pipeline.staging import partial_path
+from data_pipeline.staging import check_writable, partial_path
 from data_pipeline.store import Store, part_path
 from data_pipeline.team import Team, find_team
 from data_pipeline.tokenizer import PIECE_CHARS, Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _ONE_CODEC_THREAD = {"threading.max_workers": 1}
 """Of Zarr, where processes are the parallelism."""
@@ -40,7 +43,7 @@ _ONE_CODEC_THREAD = {"threading.max_workers": 1}
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished store, and what the user should know about how it came to be."""
+    """A finished store, and what the user should know about how it came to be, but for what was logged before."""
 
     store: Store
     already_built: bool
@@ -60,17 +63,19 @@ def build(settings: BuildSettings) -> BuildResult:
         settings = replace(settings, output=settings.output.resolve())
     decisive = store_settings(settings, load_tokenizer(settings.tokenizer, settings.vocab_size))
     folder = partial_path(settings.output)
-    if (existing := _finished(settings, decisive)) is not None and not folder.exists():
-        return BuildResult(existing, True, (), team)
+    if (finished := _finished(settings, decisive, team)) is not None and not folder.exists():
+        return finished
     published = False
 
     def keep() -> bool:
         return not published and any((folder / "tokens").glob(f"*{RECORD_SUFFIX}"))
 
     with jobs.membership(folder, team.job, settings.output, keep), _explained(folder):
-        if (existing := _finished(settings, decisive)) is not None:  # by others, or before we were killed
+        if (finished := _finished(settings, decisive, team)) is not None:  # by others, or before we were killed
             published = True
-            return BuildResult(existing, True, (), team)
+            return finished
+        if settings.append:  # in the store itself, which nobody writes to before the end
+            check_writable(settings.output, f"--output {settings.output}")
         work = _describe(settings, decisive, folder)
         with Progress(work, shown=team.rank == 0):
             _go_through(work, team)
@@ -105,7 +110,7 @@ def store_settings(settings: BuildSettings, tokenizer: Tokenizer) -> StoreSettin
     )
 
 
-def _finished(settings: BuildSettings, decisive: StoreSettings) -> Store | None:
+def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team) -> BuildResult | None:
     """The output, if it is already what is asked for. Raises DataError, before any long work, if it is not."""
     output = settings.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -121,11 +126,13 @@ def _finished(settings: BuildSettings, decisive: StoreSettings) -> Store | None:
             "first"
         )
     existing = Store.open(output)
-    files = find_files(settings.inputs, settings.val_inputs, arrays=decisive.tokenizer_kind == "integers")
-    if settings.append:
-        return None if new_files(files, existing.parts) else existing
-    check_same_input(output, existing.parts[0], files)
-    return existing
+    notes: list[str] = []
+    files = find_files(settings.inputs, settings.val_inputs, decisive.tokenizer_kind == "integers", notes)
+    if not settings.append:
+        check_same_input(output, existing.parts[0], files)
+    elif new_files(files, existing.parts):
+        return None
+    return BuildResult(existing, True, tuple(notes), team)
 
 
 def _describe(settings: BuildSettings, decisive: StoreSettings, folder: Path) -> Work:
@@ -151,6 +158,9 @@ def _explained(folder: Path) -> Iterator[None]:
 
 def _go_through(work: Work, team: Team) -> None:
     stages.begin(work)  # here, so that what is wrong with the input is known before processes start
+    if team.rank == 0:
+        for note in stages.read_json(work.folder / "start" / f"{jobs.record_name(0)}.json")["notes"]:
+            logger.warning("note: %s", note)
     if work.settings.workers > 1:
         _go_through_in_processes(work, work.settings.workers)
         return

@@ -27,6 +27,7 @@ from data_pipeline.config import (
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
 from data_pipeline.report import inspect, summary
+from data_pipeline.staging import check_writable
 from data_pipeline.store import Store
 from data_pipeline.team import default_workers
 from data_pipeline.tokenizer import load_tokenizer
@@ -37,8 +38,8 @@ from data_pipeline.verify import verify
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = make_parser().parse_args(argv)
     try:
+        arguments = make_parser().parse_args(argv)
         code: int = arguments.run(arguments)
         sys.stdout.flush()
     except DataError as error:
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands and options. Defaults are those of the settings classes."""
+    """All commands and options. Defaults are those of the settings classes. Parsing may raise DataError."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline", description="Turn a corpus into a sharded Zarr store of long token sequences."
     )
@@ -74,7 +75,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     default = TrainingSettings
     _add_input(parser)
     _add_text(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.model")
+    parser.add_argument("--output", type=_output, required=True, metavar="FILE.model")
     parser.add_argument("--vocab-size", type=int, default=default.vocab_size, help="pieces (default: %(default)s)")
     parser.add_argument(
         "--model-type", choices=("unigram", "bpe"), default=default.model_type, help="(default: %(default)s)"
@@ -107,11 +108,14 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     default = BuildSettings
     _add_input(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="FILE.model|bytes|integers")
+    parser.add_argument("--tokenizer", type=_tokenizer, required=True, metavar="FILE.model|bytes|integers")
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="with the tokenizer integers: values are below this"
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="with the tokenizer integers: values are below this; BOS and EOS come on top, N + 2 tokens in all",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="STORE")
+    parser.add_argument("--output", type=_output, required=True, metavar="STORE")
     parser.add_argument("--append", action="store_true", help="add the documents to a store that is there")
     parser.add_argument("--seq-len", type=int, default=default.seq_len, help="tokens in a row (default: %(default)s)")
     parser.add_argument(
@@ -143,7 +147,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         help="Jaccard similarity of word 5-grams that makes near-duplicates (default: %(default)s)",
     )
     parser.add_argument("--rows-per-shard", type=int, help="(default: as many as make 16M tokens, at most 256)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there as well")
+    parser.add_argument("--json", type=_output, metavar="FILE", help="write the summary there as well")
     parser.add_argument(
         "--workers",
         type=int,
@@ -189,8 +193,14 @@ def _run_build(arguments: argparse.Namespace) -> int:
 
 def _check_summary(path: Path | None) -> None:
     """Before hours of work. Raises DataError when the summary cannot be written to `path`."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise DataError(f"--json {path} cannot be written: expected the name of a file in a folder that exists")
+    if not path.exists():
+        check_writable(path.parent, f"--json {path}")
+    elif not os.access(path, os.W_OK):
+        raise DataError(f"cannot write to --json {path}: Permission denied: choose another file")
 
 
 def _write_summary(store: Store, path: Path | None) -> None:
@@ -199,7 +209,7 @@ def _write_summary(store: Store, path: Path | None) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("store", type=_store, metavar="STORE")
     parser.add_argument("--quick", action="store_true", help="only the manifest, and presence and sizes of files")
     parser.add_argument(
         "--source", nargs="+", default=[], metavar="PATH", help="the inputs, to compare with what the store was made of"
@@ -216,12 +226,13 @@ def _run_verify(arguments: argparse.Namespace) -> int:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("store", type=_store, metavar="STORE")
+    parser.add_argument("--json", type=_output, metavar="FILE", help="write the figures there as well")
     parser.set_defaults(run=_run_inspect)
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
+    _check_summary(arguments.json)
     store = Store.open(arguments.store)
     print(inspect(store))
     _write_summary(store, arguments.json)
@@ -229,12 +240,12 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
 
 
 def _add_decode(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE")
+    parser.add_argument("store", type=_store, metavar="STORE")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--document", metavar="NAME", help="write one document to stdout")
     what.add_argument("--row", type=int, metavar="N", help="write one row to stdout")
     what.add_argument("--all", action="store_true", help="write every document to its name below --output")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="for --all: a new or empty directory")
+    parser.add_argument("--output", type=_output, metavar="DIR", help="for --all: a new or empty directory")
     parser.set_defaults(run=_run_decode)
 
 
@@ -287,6 +298,27 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         metavar="PROBLEM=POLICY,...",
         help=f"what to do about bad documents, the default first: {'; '.join(map(_choices, POLICIES))}",
     )
+
+
+def _output(text: str) -> Path:
+    """Where to write. A URL would become a local folder named `s3:`."""
+    return _local(
+        text, "output goes to a folder of this machine: choose a local or mounted one, then copy what is there"
+    )
+
+
+def _store(text: str) -> Path:
+    return _local(text, "a store is read from a folder of this machine: copy it to one, or mount it")
+
+
+def _tokenizer(text: str) -> str:
+    return str(_local(text, "a tokenizer is read from a file of this machine: copy it to one"))
+
+
+def _local(text: str, expected: str) -> Path:
+    if "://" in text:
+        raise DataError(f"{text} is a URL, and {expected}")
+    return Path(text)
 
 
 def _choices(problem: str) -> str:

@@ -246,7 +246,7 @@ def _array_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
     """A part for each item of each array, and one for an array that cannot be read."""
     member = None if reading.text.field == TextSettings().field else reading.text.field
     with open_seekable(file) as stream:
-        for array in open_arrays(stream, file.name.endswith(".npz"), member):
+        for array in open_arrays(stream, file.name.lower().endswith(".npz"), member):
             if isinstance(array, BadDocument):
                 yield Part(blocks=_failing(array))
                 continue

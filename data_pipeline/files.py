@@ -21,11 +21,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
-from data_pipeline.compression import COMPRESSIONS, FEED_BYTES, expand
+from data_pipeline.compression import FEED_BYTES, expand
 from data_pipeline.errors import BadDocument, DataError
+from data_pipeline.kinds import Wanted, compression_of, kind_of, without_compression
 from data_pipeline.manifest import MANIFEST_NAME
 
-_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".npy": "array", ".npz": "array"}
 _CHUNK_BYTES = 1 << 20
 
 
@@ -47,17 +47,12 @@ class InputFile:
     @property
     def kind(self) -> str:
         """What documents it holds: "text" (it is one), "jsonl", "parquet" or "array"."""
-        return _KINDS.get(posixpath.splitext(self.location.removesuffix(self.compression))[1], "text")
+        return kind_of(self.location)
 
     @property
     def compression(self) -> str:
         """`.gz`, `.zst`, `.xz`, or nothing."""
-        return _compression(self.location)
-
-
-def _compression(path: str) -> str:
-    suffix = posixpath.splitext(path)[1]
-    return suffix if suffix in COMPRESSIONS else ""
+        return compression_of(self.location)
 
 
 class _Found(NamedTuple):
@@ -69,8 +64,10 @@ class _Found(NamedTuple):
     mtime_ns: int | None
 
 
-def find_files(inputs: Sequence[str], held_out_inputs: Sequence[str], arrays: bool) -> list[InputFile]:
-    """All files of the inputs, sorted by name.
+def find_files(
+    inputs: Sequence[str], held_out_inputs: Sequence[str], arrays: bool, notes: list[str] | None = None
+) -> list[InputFile]:
+    """All files of the inputs, sorted by name. `notes` gets a line about those that were left out, if any were.
 
     An input is a file, a folder, a glob, `@LIST` (a text file with an input on each line), or an fsspec URL of a file,
     folder or glob. A folder is searched for text (.txt, .jsonl, .parquet), or with `arrays` for .npy and .npz, but not
@@ -79,11 +76,12 @@ def find_files(inputs: Sequence[str], held_out_inputs: Sequence[str], arrays: bo
     Raises DataError for an input that is missing or unreadable or holds no such file, for a name that occurs twice, for
     text where arrays are wanted or the reverse, and for inputs without a single byte.
     """
+    wanted = Wanted(arrays)
     files = [
-        InputFile(_name(found.below), found.location, found.n_bytes, found.mtime_ns, held_out)
+        InputFile(without_compression(found.below), found.location, found.n_bytes, found.mtime_ns, held_out)
         for sources, held_out in ((inputs, False), (held_out_inputs, True))
         for source in sources
-        for found in _find(source, arrays)
+        for found in _find(source, wanted)
     ]
     files.sort(key=lambda file: file.name)
     _check_names(files)
@@ -94,11 +92,9 @@ def find_files(inputs: Sequence[str], held_out_inputs: Sequence[str], arrays: bo
             raise DataError(
                 f"every file of {'--val-input' if held_out else '--input'} is empty: there is nothing to read"
             )
+    if notes is not None and (note := wanted.note()):
+        notes.append(note)
     return files
-
-
-def _name(below: str) -> str:
-    return below.removesuffix(_compression(below))
 
 
 def _check_names(files: Sequence[InputFile]) -> None:
@@ -133,14 +129,14 @@ def _check_kind(file: InputFile, arrays: bool) -> None:
         raise DataError(f"{file.location} is an array: use --tokenizer integers with --vocab-size")
 
 
-def _find(source: str, arrays: bool) -> Iterator[_Found]:
+def _find(source: str, wanted: Wanted) -> Iterator[_Found]:
     if source.startswith("@"):
-        return _find_listed(source, arrays)
+        return _find_listed(source, wanted)
     if "://" in source:
-        return _find_remote(source, arrays)
+        return _find_remote(source, wanted)
     path = Path(source).absolute()
     if path.is_dir():
-        return _find_in_folder(path, arrays)
+        return _find_in_folder(path, wanted)
     if not path.exists() and glob.has_magic(source):
         return _find_matches(str(Path(source)))
     if not path.exists():
@@ -148,7 +144,7 @@ def _find(source: str, arrays: bool) -> Iterator[_Found]:
     return iter([_stat(path.name, str(path))])
 
 
-def _find_listed(source: str, arrays: bool) -> Iterator[_Found]:
+def _find_listed(source: str, wanted: Wanted) -> Iterator[_Found]:
     """The inputs that stand in a file. Each is named as it stands there: many listed files may share a last name."""
     try:
         lines = Path(source[1:]).read_text("utf-8").splitlines()
@@ -161,7 +157,7 @@ def _find_listed(source: str, arrays: bool) -> Iterator[_Found]:
         if line.startswith("@"):
             raise DataError(f"the list of inputs {source[1:]} names the list {line}: a list holds paths and URLs only")
         folder = _listed_folder(line)
-        for found in _find(line, arrays):
+        for found in _find(line, wanted):
             yield found._replace(below=posixpath.join(folder, found.below))
 
 
@@ -178,8 +174,7 @@ def _first_magic(parts: Sequence[str]) -> int:
     return next(number for number, part in enumerate(parts) if glob.has_magic(part))
 
 
-def _find_in_folder(folder: Path, arrays: bool) -> Iterator[_Found]:
-    suffixes = _suffixes(arrays)
+def _find_in_folder(folder: Path, wanted: Wanted) -> Iterator[_Found]:
     n_found = 0
     pending = [(str(folder), "")]
     while pending:
@@ -200,20 +195,15 @@ def _find_in_folder(folder: Path, arrays: bool) -> Iterator[_Found]:
                         "link"
                     )
                 pending.append((entry.path, f"{below}{entry.name}/"))
-            elif entry.name.endswith(suffixes):
+            elif wanted.has(entry.name, str(folder)):
                 n_found += 1
                 yield _stat(below + entry.name, entry.path)
     if not n_found:
-        raise _nothing_in(str(folder), arrays)
+        raise _nothing_in(str(folder), wanted)
 
 
-def _suffixes(arrays: bool) -> tuple[str, ...]:
-    kinds = [suffix for suffix, kind in _KINDS.items() if (kind == "array") == arrays]
-    return tuple(kind + compression for kind in kinds for compression in ("", *COMPRESSIONS))
-
-
-def _nothing_in(folder: str, arrays: bool) -> DataError:
-    kinds = ".npy or .npz" if arrays else ".txt, .jsonl or .parquet"
+def _nothing_in(folder: str, wanted: Wanted) -> DataError:
+    kinds = ".npy or .npz" if wanted.arrays else ".txt, .jsonl or .parquet"
     return DataError(
         f"no {kinds} files in {folder}: expected at least one, in it or below it, compressed or not. A file of another "
         "kind can be named directly"
@@ -239,7 +229,7 @@ def _stat(below: str, path: str) -> _Found:
     return _Found(below, path, status.st_size, status.st_mtime_ns)
 
 
-def _find_remote(url: str, arrays: bool) -> Iterator[_Found]:
+def _find_remote(url: str, wanted: Wanted) -> Iterator[_Found]:
     system, path = _file_system(url)
     try:
         if system.isfile(path):
@@ -249,12 +239,13 @@ def _find_remote(url: str, arrays: bool) -> Iterator[_Found]:
             root, infos = "/".join(parts[: _first_magic(parts)]), system.glob(path, detail=True)
         else:
             root, infos = path, system.find(path, detail=True)
-            infos = {path: info for path, info in infos.items() if _is_input(path.removeprefix(root), arrays)}
+            infos = {path: info for path, info in infos.items() if not _is_hidden(path.removeprefix(root))}
+            infos = {path: info for path, info in infos.items() if info["type"] == "file" and wanted.has(path, url)}
     except Exception as error:  # storage clients raise errors of their own
         raise DataError(f"cannot list {url}: {_describe(error)}") from error
     infos = {path: info for path, info in infos.items() if info["type"] == "file"}
     if not infos:
-        raise _nothing_in(url, arrays)
+        raise _nothing_in(url, wanted)
     for path, info in infos.items():
         if info["size"] is None:
             raise DataError(f"the size of {path} in {url} is not known, and it is needed: copy the file to a disk")
@@ -262,9 +253,8 @@ def _find_remote(url: str, arrays: bool) -> Iterator[_Found]:
         yield _Found(path.removeprefix(root).lstrip("/"), location, info["size"], _mtime_ns(info))
 
 
-def _is_input(below: str, arrays: bool) -> bool:
-    hidden = any(part.startswith(".") for part in below.split("/"))
-    return not hidden and below.endswith(_suffixes(arrays))
+def _is_hidden(below: str) -> bool:
+    return any(part.startswith(".") for part in below.split("/"))
 
 
 def _file_system(url: str) -> tuple[Any, str]:

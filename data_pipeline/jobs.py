@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.errors import DataError
+from data_pipeline.staging import unwritable
 
 BEAT_S = 5.0
 """From one touch of a claim to the next."""
@@ -154,7 +155,8 @@ def membership(work: Path, job: str, what: Path, keep: Callable[[], bool]) -> It
     """Being one of the processes of `job` in the directory `work`, which makes `what`.
 
     The first one of a job that comes finds nobody there, and removes the claims and leftovers of those who were
-    killed. Raises DataError when another job is there. The last one to leave removes `work`, unless `keep()`.
+    killed. Raises DataError when another job is there, or when `work` cannot be made or written to. The last one to
+    leave removes `work`, unless `keep()`.
     """
     members = _come(work, job, what)
     with members:
@@ -174,19 +176,28 @@ class _Gone(Exception):
 
 def _come(work: Path, job: str, what: Path) -> BinaryIO:
     """Comes in, again where the directory was removed meanwhile. Returns the lock of a member."""
-    while True:
-        with contextlib.suppress(_Gone, FileNotFoundError), contextlib.ExitStack() as stack:
-            try:
-                work.mkdir(parents=True, exist_ok=True)
-            except FileExistsError:
-                if work.exists():
-                    raise
-            members = stack.enter_context((work / "members").open("ab"))
-            with _door(work):
-                _enter(work, members, job, what)
-                stack.pop_all()
-                return members
-        time.sleep(_POLL_S[0])
+    try:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            _make(work)
+            with contextlib.suppress(_Gone, FileNotFoundError), contextlib.ExitStack() as stack:
+                members = stack.enter_context((work / "members").open("ab"))
+                with _door(work):
+                    _enter(work, members, job, what)
+                    stack.pop_all()
+                    return members
+            time.sleep(_POLL_S[0])
+    except OSError as error:
+        raise unwritable(f"--output {what}", error) from error
+
+
+def _make(work: Path) -> None:
+    try:
+        work.mkdir(exist_ok=True)
+    except FileExistsError:
+        # What was there may have been a directory that is removed by now.
+        if os.path.lexists(work) and not work.is_dir():
+            raise
 
 
 def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:

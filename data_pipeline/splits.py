@@ -22,7 +22,7 @@ def assign_splits(
     hash, and its copies, from train: the only way in which adding documents can move one. Without it (for documents
     added to a store that has its splits) a split, train too, may catch none.
 
-    Raises DataError, with `fill_empty` only, when there are too few different documents, or none is left for train.
+    Raises DataError, with `fill_empty` only, when no document is left for train, or for one of the others.
     """
     names = ["train", *sorted(split)]
     words = np.ascontiguousarray(digests, np.uint8).view(">u8")  # [n, 4], in the order of the bytes
@@ -33,10 +33,10 @@ def assign_splits(
     for code, name in enumerate(names[1:], start=1):
         if (codes == code).any():
             continue
-        codes[_lowest_of_train(words, codes, f"--split {name}={split[name]:g}")] = code
+        codes[_lowest_of_train(words, codes, split)] = code
         notes.append(f"{name}={split[name]:g} caught none of {len(codes)} documents: took the one with the lowest hash")
     if not (codes == 0).any():
-        raise DataError("--split leaves no document for train: lower its fractions or add documents")
+        raise _nothing_for_train(words, split)
     return codes, names, notes
 
 
@@ -50,7 +50,7 @@ def _split_by_hash(words: np.ndarray, fractions: list[float]) -> np.ndarray:
     return codes
 
 
-def _lowest_of_train(words: np.ndarray, codes: np.ndarray, option: str) -> np.ndarray:
+def _lowest_of_train(words: np.ndarray, codes: np.ndarray, split: Mapping[str, float]) -> np.ndarray:
     """A mask, bool [n], of the document of train with the lowest hash and its copies. Train must keep another."""
     train = words[codes == 0]
     if len(train):
@@ -58,7 +58,15 @@ def _lowest_of_train(words: np.ndarray, codes: np.ndarray, option: str) -> np.nd
         found = (words == lowest).all(axis=1)
         if found.sum() < len(train):
             return found
-    raise DataError(
-        f"{option} needs more different documents than the {len(np.unique(words, axis=0))} there are: add documents, "
-        "name held-out files with --val-input, or drop --split"
+    raise _nothing_for_train(words, split)
+
+
+def _nothing_for_train(words: np.ndarray, split: Mapping[str, float]) -> DataError:
+    n_different = len(np.unique(words, axis=0))
+    if n_different > len(split):
+        return DataError("--split leaves no document for train: lower its fractions or add documents")
+    shares = ",".join(f"{name}={share:g}" for name, share in split.items())
+    return DataError(  # lower fractions would not help
+        f"--split {shares} needs more different documents than the {n_different} there are: add documents, name "
+        "held-out files with --val-input, or drop --split"
     )

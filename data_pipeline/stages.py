@@ -145,12 +145,13 @@ def begin(work: Work) -> None:
 
 
 def start(work: Work, number: int) -> None:
-    """Finds the input files and writes what is built from what.
+    """Finds the input files and writes what is built from what, and what the user should know about that.
 
     Raises DataError when there is an unfinished build of other inputs or settings.
     """
     settings = work.settings
-    files = find_files(settings.inputs, settings.val_inputs, arrays=work.decisive.tokenizer_kind == "integers")
+    notes: list[str] = []
+    files = find_files(settings.inputs, settings.val_inputs, work.decisive.tokenizer_kind == "integers", notes)
     if work.append_to is not None:
         files = new_files(files, store.Store.open(work.append_to).parts)
     job = work.folder / "job.json"
@@ -169,7 +170,7 @@ def start(work: Work, number: int) -> None:
         output.writelines(json.dumps([*asdict(file).values()]).encode() + b"\n" for file in files)
     facts = {"settings": work.decisive.model_dump(mode="json"), "policies": work.policies, "files": snapshot(files)}
     write_json(job, facts)
-    write_json(work.folder / "start" / f"{record_name(number)}.json", {})
+    write_json(work.folder / "start" / f"{record_name(number)}.json", {"notes": notes})
 
 
 def _is_planned(work: Work) -> bool:

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +32,34 @@ def partial_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
+def check_writable(folder: Path, what: str) -> None:
+    """Makes a folder, and a file in it for a moment. Raises DataError, before any long work, when that cannot be done.
+
+    what: the option that asks for an output there, as the user gave it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise unwritable(what, error) from error
+
+
+def unwritable(what: str, error: OSError) -> DataError:
+    """What an error of the system means that came up on the way to an output."""
+    in_the_way = isinstance(error, FileExistsError)  # a file, or a link to nothing
+    reason = f"{error.filename} is not a folder" if in_the_way else error.strerror
+    return DataError(f"cannot write to {what}: {reason}: choose another folder")
+
+
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """Yields a path to make a file or directory at. It becomes `output` when the block ends well, else it is removed.
 
-    Raises DataError when another process is writing the same output, or has taken its name by the end.
+    Raises DataError when its folder cannot be written to, when another process is writing the same output, or when one
+    has taken its name by the end.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output.parent, f"--output {output}")
     partial = partial_path(output)
     with _locked(partial, output):
         content = partial / _CONTENT

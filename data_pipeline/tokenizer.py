@@ -32,6 +32,7 @@ TokenizerKind = Literal["sentencepiece", "bytes", "integers"]
 # What common normalisers change: runs of spaces, a leading space, ligatures, combining marks, wide spaces, CRLF.
 _CHANGES = "  a\t b\r\n\n\0 \ufb01 e\u0301 \u00a0\u3000\u2581 \u200b\ufeff \U0001f642\uac00 "
 _PROBE = (_CHANGES + "".join(map(chr, (*range(0xD800), *range(0xE000, 0x10000))))).encode()  # and each character
+_EXPECTED = 'Expected a SentencePiece model (python -m data_pipeline tokenizer makes one), "bytes" or "integers"'
 _SPACE = "\u2581"  # SentencePiece writes a space this way inside pieces
 
 
@@ -231,10 +232,7 @@ def _read_model(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"cannot read tokenizer {path}: {error.strerror}. Expected a SentencePiece model (python -m "
-            'data_pipeline tokenizer makes one), "bytes" or "integers"'
-        ) from error
+        raise DataError(f"cannot read tokenizer {path}: {error.strerror}. {_EXPECTED}") from error
 
 
 def _parse_model(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -243,4 +241,4 @@ def _parse_model(model: bytes, path: Path) -> sentencepiece.SentencePieceProcess
             raise ValueError("an empty file")  # which SentencePiece takes for a model of no pieces
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as error:  # SentencePiece raises whatever its parser met
-        raise DataError(f"{path} is not a SentencePiece model") from error
+        raise DataError(f"tokenizer {path} is not a SentencePiece model. {_EXPECTED}") from error

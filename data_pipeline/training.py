@@ -35,7 +35,7 @@ from data_pipeline.config import POLICIES, TextSettings, check_policies
 from data_pipeline.documents import Part, Reading, Span, read_parts, splittable
 from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, find_files
-from data_pipeline.staging import staged
+from data_pipeline.staging import check_writable, staged
 from data_pipeline.tokenizer import PIECE_CHARS, cut_pieces
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,12 @@ def train_tokenizer(settings: TrainingSettings) -> bool:
 
     Raises DataError for bad input or settings, or when the output is there but was made otherwise.
     """
-    files = find_files(settings.inputs, (), arrays=False)
+    notes: list[str] = []
+    files = find_files(settings.inputs, (), arrays=False, notes=notes)
+    for note in notes:
+        logger.warning("note: %s", note)
+    if not settings.output.exists():
+        check_writable(settings.output.parent, f"--output {settings.output}")
     sample = draw_sample(files, settings.reading, settings.max_bytes, settings.seed)
     record = _record(settings, files, sample)
     if settings.output.exists():
@@ -272,9 +277,17 @@ def _train(sentences: Iterator[str], model: object, vocab_size: int, model_type:
         )
     except RuntimeError as error:
         raise DataError(
-            f"SentencePiece cannot train {vocab_size} pieces on this sample: {_reason(error)}. Change --vocab-size, or "
-            "give more text"
+            f"SentencePiece cannot train {vocab_size} pieces on this sample: {_reason(error)}. {_way_out(error)}"
         ) from error
+
+
+def _way_out(error: Exception) -> str:
+    """SentencePiece says how many pieces it needs at least (`10 vs 262`), or can make at most (`value <= 900`)."""
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        return f"Raise --vocab-size to at least {least[1]}"
+    if most := re.search(r"value <= (\d+)", str(error)):
+        return f"Lower --vocab-size to at most {most[1]}, or give more text"
+    return "Change --vocab-size, or give more text"
 
 
 def _reason(error: Exception) -> str:

@@ -16,6 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.layout import chunk_tokens
 from data_pipeline.manifest import Manifest
 from data_pipeline.store import Store, list_files
+from data_pipeline.team import Team
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.verify import verify
 
@@ -268,3 +269,12 @@ def test_a_failed_build_leaves_nothing(
     with pytest.raises(DataError, match="no room is left on the disk"):
         make_store()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_the_ranks_says_what_was_left_out(
+    make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    monkeypatch.setattr(build_module, "find_team", lambda _: Team("mpi-1", rank, 2, "MPI"))
+    make_store()
+    assert caplog.text.count("note: left out 1 file of other kinds") == (rank == 0)

@@ -1,6 +1,7 @@
 """The command line: what it prints, how it exits, and one clear error for each kind of bad input."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,6 +159,7 @@ BAD_SETTINGS = [
     (("--split", "train=0.5"), ("names train",)),
     (("--split", "Val!=0.1"), ("'Val!'", "lower-case word")),
     (("--split", "val=0.5"), ("needs more different documents than the 1",)),
+    (("--split", "val=0.999"), ("needs more different documents than the 1", "drop --split")),
     (("--split", "val=0.5", "--val-input", "x"), ("val is given twice",)),
     (("--val-input", "/nowhere"), ("input /nowhere does not exist",)),
     (("--tokenizer", "/nowhere.model"), ("cannot read tokenizer /nowhere.model",)),
@@ -166,6 +168,9 @@ BAD_SETTINGS = [
     (("--packing", "book", "--stride", 0), ("--stride is 0", "expected 1 to")),
     (("--encoding", "klingon"), ("--encoding is 'klingon'", "such as latin-1")),
     (("--encoding", "base64"), ("--encoding is 'base64'",)),
+    (("--encoding", "undefined"), ("--encoding is 'undefined', which does not decode a file piece by piece",)),
+    (("--encoding", "punycode"), ("--encoding is 'punycode', which does not", "such as latin-1")),
+    (("--encoding", "idna"), ("--encoding is 'idna', which does not",)),
     (("--on-bad", "encoding"), ("--on-bad holds 'encoding'", "PROBLEM=POLICY")),
     (("--on-bad", "encoding=ignore"), ("encoding=ignore", "expected strict or replace or skip")),
     (("--on-bad", "smell=skip"), ("--on-bad names 'smell'",)),
@@ -187,7 +192,97 @@ def test_bad_settings(run: Run, tmp_path: Path, options: tuple, words: tuple[str
 def test_a_tokenizer_that_is_none(run: Run, corpus: Path, tmp_path: Path) -> None:
     bad = write(tmp_path / "bad.model")
     result = run("build", "--input", corpus, "--tokenizer", bad, "--output", tmp_path / "out")
-    fails(result, "bad.model is not a SentencePiece model")
+    fails(result, "bad.model is not a SentencePiece model. Expected", "tokenizer makes one", '"bytes" or "integers"')
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "build --input a.txt --tokenizer bytes --output URL",
+        "build --input a.txt --tokenizer bytes --output out --json URL",
+        "build --input a.txt --tokenizer URL --output out",
+        "tokenizer --input a.txt --output URL",
+        "inspect URL",
+        "inspect out --json URL",
+        "verify URL",
+        "decode URL --row 0",
+        "decode out --all --output URL",
+    ],
+)
+def test_urls_of_what_is_local(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt")
+    result = run(*command.replace("URL", "s3://bucket/x").split())
+    fails(result, "s3://bucket/x is a URL", "of this machine", "copy")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def process(*arguments: object) -> Result:
+    """In a process of its own, which is ended if it hangs, and in which root may not do what the others may not."""
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    command = [*prefix, sys.executable, "-m", "data_pipeline", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_an_output_without_a_folder(run: Run, tmp_path: Path) -> None:
+    corpus, link, file = write(tmp_path / "a.txt"), tmp_path / "link", write(tmp_path / "file")
+    link.symlink_to(tmp_path / "gone")
+    build = ("build", "--input", corpus, "--tokenizer", "bytes", "--workers", 1, "--output")
+    for output, words in (
+        (link / "store", f"{link} is not a folder: choose another"),
+        (link / "deep" / "store", f"{link} is not a folder: choose another"),
+        ("/proc/foo", "No such file or directory: choose another"),
+    ):
+        fails(process(*build, output), f"cannot write to --output {output}: {words}")
+    fails(run(*build, file / "store"), f"cannot write to --output {file}/store: {file} is not a folder")
+    tokenizer = ("tokenizer", "--input", tmp_path / "missing", corpus, "--output", link / "a.model")
+    fails(run(*tokenizer), "missing does not exist")
+    fails(run("tokenizer", "--input", corpus, "--output", link / "a.model"), f"{link} is not a folder")
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write everywhere")
+def test_an_output_without_permission(make_store: Callable[..., Store], corpus: Path, tmp_path: Path) -> None:
+    store, closed = make_store(split={}).path, tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    build = ("build", "--input", corpus, "--tokenizer", "bytes", "--workers", 1)
+    for command in (
+        (*build, "--output", closed / "out"),
+        (*build, "--output", tmp_path / "out", "--json", closed / "out"),
+        ("decode", store, "--all", "--output", closed / "out"),
+        ("inspect", store, "--json", closed / "out"),
+    ):
+        fails(process(*command), f"{closed / 'out'}: Permission denied: choose another folder")
+    bad = write(tmp_path / "bad.txt", b"caf\xe9 ")  # what is wrong with it would be met first
+    result = process("tokenizer", "--input", bad, "--output", closed / "out")
+    fails(result, f"cannot write to --output {closed / 'out'}: Permission denied: choose another folder")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write everywhere")
+def test_a_store_without_permission_is_not_appended_to(
+    make_store: Callable[..., Store], tokenizer_file: Path, corpus: Path, tmp_path: Path
+) -> None:
+    store, bad = make_store(split={}).path, write(tmp_path / "bad.txt", b"caf\xe9 ")
+    build = ("build", "--input", corpus, "--tokenizer", tokenizer_file, "--output", store, "--append", "--workers", 1)
+    settings = ("--seq-len", 256, "--rows-per-shard", 8)
+    store.chmod(0o500)
+    assert "is already built" in process(*build, *settings).out
+    result = process(*build[:3], bad, *build[3:], *settings)
+    fails(result, f"cannot write to --output {store}: Permission denied: choose another folder")
+
+
+def test_what_a_folder_holds_besides_is_noted_once(corpus: Path, tmp_path: Path) -> None:
+    note = f"note: left out 1 file of other kinds in {corpus}: 1 .md\n"
+    build = ("build", "--input", corpus, "--tokenizer", "bytes", "--output", tmp_path / "store", "--workers", 3)
+    built = process(*build)
+    assert (built.err.count("left out"), built.out.count("left out")) == (1, 0)
+    assert built.err.startswith(note)
+    again = process(*build)
+    assert (again.err.count("left out"), again.out.count("left out")) == (0, 1)
+    assert again.out.endswith(note)
+    trained = process("tokenizer", "--input", corpus, "--output", tmp_path / "a.model", "--vocab-size", 530)
+    assert (trained.err.count(note), trained.err.count("left out")) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -226,8 +321,8 @@ def test_other_settings_are_refused_by_name(run: Run, make_store: Callable[..., 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--vocab-size", 100_000), ("100000 pieces", "value <=", "give more text")),
-        (("--vocab-size", 10), ("10 pieces", "smaller than required", "Change --vocab-size")),
+        (("--vocab-size", 100_000), ("100000 pieces", "value <=", "Lower --vocab-size to at most", "give more text")),
+        (("--vocab-size", 10), ("10 pieces", "smaller than required", "262. Raise --vocab-size to at least 262\n")),
         (("--vocab-size", 0), ("--vocab-size is 0",)),
         (("--max-bytes", 0), ("--max-bytes is 0",)),
     ],

@@ -59,6 +59,42 @@ def test_every_kind_of_file_in_a_folder(tmp_path: Path) -> None:
     assert kinds["f.parquet"] == ("parquet", "")
 
 
+def test_suffixes_count_in_upper_case_too(tmp_path: Path) -> None:
+    for name in ("A.TXT", "B.Txt.GZ", "C.JSONL.zst", "D.PARQUET", "e.NPY", "F.NPZ", "G.PDF"):
+        write(tmp_path, name, b"content")
+    assert names(tmp_path) == ["A.TXT", "B.Txt", "C.JSONL", "D.PARQUET"]
+    assert names(tmp_path, arrays=True) == ["F.NPZ", "e.NPY"]
+    found = [(file.kind, file.compression) for file in find_files([str(tmp_path)], [], False)]
+    assert found == [("text", ""), ("text", ".gz"), ("jsonl", ".zst"), ("parquet", "")]
+    assert b"".join(read_content(only(write(tmp_path, "H.GZ", gzip.compress(b"text"))))) == b"text"
+
+
+def test_what_is_left_out_of_folders_is_noted(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    def notes(*inputs: object, arrays: bool = False) -> list[str]:
+        noted: list[str] = []
+        find_files([str(source) for source in inputs], [], arrays, noted)
+        return noted
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    write(one, "a.txt", b"text")
+    assert notes(one) == []
+    write(one, ".hidden", b"no input, and nobody takes it for one")
+    assert notes(one) == []
+    for name in ("b.pdf", "deep/c.PDF", "d.tar.gz", "README"):
+        write(one, name, b"x")
+    assert notes(one) == [f"left out 4 files of other kinds in {one}: 2 .pdf, 1 .tar.gz, 1 without suffix"]
+    assert notes(one / "a.txt", f"{one}/*.pdf") == [], "files that were asked for one by one"
+    for name in ("a.npy", "b.a", "c.b", "d.c"):
+        write(other, name, b"x")
+    assert notes(other, arrays=True) == [f"left out 3 files of other kinds in {other}: 1 .a, 1 .b, 1 .c"]
+    write(other, "e.txt", b"x")
+    assert notes(one, other) == [
+        f"left out 8 files of other kinds in {one} and 1 more: 2 .pdf, 1 .a, 1 .b, 1 .c, 1 .npy, 2 more"
+    ]
+    memory.pipe({"/books/a.txt": b"text", "/books/.git/b.md": b"x", "/books/c.md": b"x"})
+    assert notes("memory://books") == ["left out 1 file of other kinds in memory://books: 1 .md"]
+
+
 def test_a_file_that_is_named_counts_whatever_its_suffix(tmp_path: Path) -> None:
     path = write(tmp_path, "enwik8", b"text")
     assert names(path) == ["enwik8"]

@@ -141,6 +141,15 @@ def test_coming_while_the_last_one_leaves(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["link/work", "file/work", "link"])
+def test_where_there_can_be_no_folder_nobody_waits_for_one(tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "file").touch()
+    come = membership(tmp_path / place, "one", tmp_path / "store", keep=lambda: True)
+    with pytest.raises(DataError, match=r"cannot write to --output .*store: .* is not a folder: choose another"), come:
+        pass
+
+
 def hold(work: Path, ready: str) -> None:
     with membership(work, "one", work, keep=lambda: True):
         Path(ready).touch()

@@ -103,6 +103,16 @@ def test_documents_added_to_a_store_may_miss_a_split() -> None:
 def test_one_document_cannot_be_split(copies: int) -> None:
     with pytest.raises(DataError, match="needs more different documents than the 1 there are"):
         assign_splits(stack(["ff" * 32] * copies), {"val": 0.5})
+    with pytest.raises(DataError, match=r"val=0.5 needs more different documents than the 1 there are"):
+        assign_splits(stack(["00" * 32] * copies), {"val": 0.5})
+
+
+def test_there_must_be_more_documents_than_splits() -> None:
+    split = {"val": 0.5, "test": 0.25}
+    with pytest.raises(DataError, match=r"val=0.5,test=0.25 needs more different documents than the 2 there are"):
+        assign_splits(stack(["00" * 32, "11" * 32]), split)
+    codes, names, _ = assign_splits(stack(["00" * 32, "fe" * 32, "ff" * 32]), split)
+    assert [names[code] for code in codes] == ["test", "val", "train"]
 
 
 def test_no_document_cannot_be_split() -> None:
@@ -112,7 +122,7 @@ def test_no_document_cannot_be_split() -> None:
 
 def test_train_must_keep_something() -> None:
     with pytest.raises(DataError, match="leaves no document for train"):
-        assign_splits(stack(["00" * 32]), {"val": 0.5})
+        assign_splits(stack(["00" * 32, "11" * 32]), {"val": 0.5})
 
 
 def test_a_million_documents_take_a_moment() -> None:

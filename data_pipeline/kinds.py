@@ -1,0 +1,68 @@
+"""What kind of file it is, as the suffix of its name says: in lower or upper case, under that of a compression or not.
+
+Which files of a folder are the input follows from that alone; those that are not are counted, so that a build can say
+what it has left out.
+"""
+
+import posixpath
+from collections import Counter
+
+from data_pipeline.compression import COMPRESSIONS
+
+_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".npy": "array", ".npz": "array"}
+_MOST_NAMED = 5
+"""Suffixes of files that were left out, in the note that says so."""
+
+
+def compression_of(path: str) -> str:
+    """`.gz`, `.zst`, `.xz`, or nothing."""
+    suffix = posixpath.splitext(path)[1].lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
+def without_compression(path: str) -> str:
+    """The path less the suffix of a compression."""
+    return path[: len(path) - len(compression_of(path))]
+
+
+def kind_of(path: str) -> str:
+    """What documents a file holds: "text" (it is one), "jsonl", "parquet" or "array"."""
+    return _KINDS.get(_suffix(path), "text")
+
+
+def _suffix(path: str) -> str:
+    """In lower case, less that of a compression."""
+    return posixpath.splitext(without_compression(path))[1].lower()
+
+
+class Wanted:
+    """The files of folders that are input, of text or of arrays, and a count of the others."""
+
+    def __init__(self, arrays: bool) -> None:
+        self.arrays = arrays
+        self._suffixes = {suffix for suffix, kind in _KINDS.items() if (kind == "array") == arrays}
+        self._left_out: Counter[str] = Counter()
+        self._folders: set[str] = set()
+
+    def has(self, name: str, folder: str) -> bool:
+        """Whether a file of a folder, which was asked for as an input, is of the kind that is read."""
+        if _suffix(name) in self._suffixes:
+            return True
+        self._left_out[_suffix(name) + compression_of(name) or "without suffix"] += 1
+        self._folders.add(folder)
+        return False
+
+    def note(self) -> str:
+        """What was left out, for the user; empty when nothing was."""
+        if not self._left_out:
+            return ""
+        first, *others = sorted(self._folders)
+        ranked = sorted(self._left_out.items(), key=lambda item: (-item[1], item[0]))
+        counts = [f"{n_files:,} {suffix}" for suffix, n_files in ranked[:_MOST_NAMED]]
+        if rest := sum(n_files for _, n_files in ranked[_MOST_NAMED:]):
+            counts.append(f"{rest:,} more")
+        n_files = self._left_out.total()
+        return (
+            f"left out {n_files:,} {'file' if n_files == 1 else 'files'} of other kinds in {first}"
+            f"{f' and {len(others):,} more' if others else ''}: {', '.join(counts)}"
+        )
