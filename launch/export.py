@@ -7,20 +7,30 @@
 
 In Python, `reformer.load_model("model")` is the model. A run may go on meanwhile; every byte of a checkpoint is checked
 before it is used. The weights are those that the optimizer updates, in fp32, whatever precision the model ran in.
+
+The tokenizer of the run's store comes with them (not with --hf), checked to be the one of the training, so that
+launch/generate.py continues a text. Where the store is gone, damaged or another, the weights are written without it,
+and a note on standard error says so; --store says where the store is now, if not where the run found it.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from generate import TOKENIZER_MODEL, TOKENIZER_RECORD
 from torch import Tensor
 
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.store import Store
+from data_pipeline.tokenizer import SentencePieceTokenizer
 from reformer import ReformerConfig, save_model
 from reformer.hf import save_hf
 from reformer.weights import assemble, refuse_existing
-from trainer.checkpoint import problems, published, read_state, read_weights
+from trainer.checkpoint import SUMS, problems, published, read_state, read_weights
 from trainer.config import ConfigError
 
 
@@ -31,8 +41,12 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=Path, required=True, metavar="FOLDER", help="to write; it appears when complete"
     )
     parser.add_argument("--step", type=int, metavar="N", help="of a run, the checkpoint after N steps")
+    parser.add_argument("--store", type=Path, metavar="FOLDER", help="the run's store (default: its data.store)")
     parser.add_argument("--hf", action="store_true", help="write what Hugging Face's transformers reads")
     return parser.parse_args()
+
+
+NONE_YET = "wait until the run saves one (run.save_every), or have it do so now and go on later (SIGUSR1)"
 
 
 def sound_checkpoint(source: Path, step: int | None) -> Path:
@@ -43,8 +57,11 @@ def sound_checkpoint(source: Path, step: int | None) -> Path:
     if not (source / "checkpoints").is_dir():
         if step is not None:
             raise ConfigError(f"--step {step} is for the folder of a run, and {source} has no checkpoints in it")
+        if not (source / SUMS).exists():
+            what = "is neither a run nor a checkpoint" if source.exists() else "does not exist"
+            raise ConfigError(f"{source} {what}: give the folder that was run.dir, or one of its checkpoints")
         if found := problems(source):
-            raise ConfigError(f"{source} is neither a run nor a sound checkpoint: {'; '.join(found)}")
+            raise ConfigError(f"{source} is damaged: {'; '.join(found)}")
         return source
     candidates = [each for each in published(source) if step in (None, each.step)]
     for checkpoint in reversed(candidates):
@@ -54,9 +71,10 @@ def sound_checkpoint(source: Path, step: int | None) -> Path:
         if not checkpoint.path.exists():  # the run that goes on has removed it, and has written others
             return sound_checkpoint(source, step)
         print(f"{checkpoint.path} is damaged: {'; '.join(found)}", file=sys.stderr)
-    steps = [each.step for each in published(source)]
     asked = "" if step is None else f" of step {step}"
-    raise ConfigError(f"{source} has no sound checkpoint{asked}: those it has are of steps {steps}")
+    others = [str(each.step) for each in published(source) if each not in candidates and not problems(each.path)]
+    way_out = f"there are those of steps {', '.join(others)}" if others else NONE_YET
+    raise ConfigError(f"{source} has no sound checkpoint{asked}: {way_out}")
 
 
 def read_checkpoint(source: Path, step: int | None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
@@ -70,23 +88,67 @@ def read_checkpoint(source: Path, step: int | None) -> tuple[Path, dict[str, Any
     return read_checkpoint(source, step)  # the run that goes on has removed it meanwhile
 
 
-def export(source: Path, step: int | None, output: Path, hf: bool) -> str:
-    """Write the folder; returns a line on what is in it."""
+def tokenizer_files(run: Path, store: Path) -> dict[str, bytes]:
+    """What launch/generate.py reads of the tokenizer that a run was trained with: contents by name of the file.
+
+    Raises DataError where `store` is gone, its tokenizer is damaged, or it is not known to be that of the run.
+    """
+    manifest, expected = Manifest.read(store), recorded_tokenizer(run)
+    # Without Store.open: a row that is missing is no reason to go without the tokenizer, which checks itself.
+    tokenizer = Store(store, manifest).tokenizer
+    if tokenizer.sha256 != expected:
+        raise DataError(f"the tokenizer of {store} is not the one that {run} was trained with: give that run's store")
+    facts = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": expected, "bos": manifest.bos}
+    model = {TOKENIZER_MODEL: tokenizer.model} if isinstance(tokenizer, SentencePieceTokenizer) else {}
+    return {TOKENIZER_RECORD: (json.dumps(facts, indent=2) + "\n").encode(), **model}
+
+
+def recorded_tokenizer(run: Path) -> str:
+    """The hash of the tokenizer that a run was trained with. Raises DataError where its record does not say it."""
+    try:
+        return str(json.loads((run / "run.json").read_bytes())["store"]["tokenizer_sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{run}/run.json does not say which tokenizer the run was trained with ({error!r}): give a checkpoint in "
+            "the folder of its run"
+        ) from None
+
+
+def export(source: Path, step: int | None, output: Path, hf: bool, store: Path | None = None) -> str:
+    """Write the folder; returns a line on what is in it.
+
+    store: where the store of the run is, if not where the run found it.
+    """
     refuse_existing(output)
+    if hf and store:
+        raise ConfigError("--store is for the tokenizer, which --hf does not write: leave out one of them")
     path, state, weights = read_checkpoint(source, step)
     config = ReformerConfig(**state["run"]["model"])
     if hf:
         save_hf(assemble(config, weights), output)
     else:
-        save_model(output, config, weights)
+        save_model(output, config, weights, tokenizer_or_note(path, state["run"], store))
     n_parameters = sum(weight.numel() for weight in weights.values())
     return f"wrote {output}: {n_parameters:,} parameters after {state['step']} steps, from {path}"
+
+
+def tokenizer_or_note(checkpoint: Path, run: Mapping[str, Any], store: Path | None) -> dict[str, bytes]:
+    """The files of the tokenizer; none, and a note on standard error, where they cannot be had."""
+    try:
+        return tokenizer_files(checkpoint.absolute().parents[1], store or Path(run["data"]["store"]))
+    except (DataError, OSError) as error:
+        print(
+            f"note: without a tokenizer, which launch/generate.py needs: {error}. The weights are whole; to have both, "
+            "export again with --store, the folder of the run's store",
+            file=sys.stderr,
+        )
+        return {}
 
 
 def main() -> int:
     arguments = parse_arguments()
     try:
-        print(export(arguments.source, arguments.step, arguments.output, arguments.hf))
+        print(export(arguments.source, arguments.step, arguments.output, arguments.hf, arguments.store))
     except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

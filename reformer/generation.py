@@ -13,6 +13,12 @@ from torch import Tensor
 from reformer.config import ReformerConfig
 from reformer.lsh.hashing import derive_seed
 
+INTEGERS = (
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
+"""What token ids may be; a tokenizer's are unsigned."""
+
 
 @torch.no_grad()
 def continue_tokens(
@@ -28,37 +34,59 @@ def continue_tokens(
     """The `n_tokens` tokens that follow tokens [T], int64 [n_tokens] on their device.
 
     Args:
-        forward: tokens [1, T] -> logits [1, T, V], or those of the last place alone [1, 1, V]: the model, or a wrapper.
+        forward: tokens [1, T] -> logits [1, T, V], or those of the last place alone [1, 1, V]: the model, or a wrapper;
+            in evaluation mode, without dropout.
         config: the model's.
-        tokens: int64 [T], at least one.
+        tokens: integers [T] of any type, at least one.
         n_tokens: how many to add; as many passes are made, whatever comes out of them.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draws from the fewest tokens that have this share of the probability.
         seed: of the draws.
 
     Raises:
-        ValueError: a model that is not causal, no token to begin with, a result longer than max_seq_len, or a
-            temperature or top_p that is none.
+        ValueError: as `check_continuation` does, before anything is computed.
     """
-    _check(config, len(tokens), n_tokens, temperature, top_p)
-    window = tokens
+    check_continuation(config, tokens, n_tokens, temperature, top_p)
+    window = tokens.long()
     for place in range(len(tokens), len(tokens) + n_tokens):
         token = choose(forward(window[None])[0, -1], derive_seed(seed, place), temperature, top_p)
         window = torch.cat([window, window.new_tensor([token])])
     return window[len(tokens) :]
 
 
-def _check(config: ReformerConfig, n_given: int, n_tokens: int, temperature: float, top_p: float) -> None:
+def check_continuation(
+    config: ReformerConfig, tokens: Tensor, n_tokens: int, temperature: float = 1.0, top_p: float = 1.0
+) -> None:
+    """Raise a ValueError where tokens [T] cannot be continued so.
+
+    That is for a model that is not causal, tokens that are no row of ids below vocab_size or too few to begin with, a
+    result longer than max_seq_len, and an n_tokens, temperature or top_p that is none.
+    """
     if not config.causal:
         raise ValueError("a model with causal=False saw the following tokens in training: it cannot continue a text")
-    if n_given < 1:
-        raise ValueError("there is no token to begin with: give at least one, such as BOS")
-    if n_given + n_tokens > config.max_seq_len:
+    if tokens.ndim != 1 or tokens.dtype not in INTEGERS:
         raise ValueError(
-            f"{n_given} tokens and {n_tokens} more are beyond max_seq_len={config.max_seq_len}: give fewer of them"
+            f"the tokens are {tokens.dtype} {list(tokens.shape)}, expected integers [T]: give the ids of one sequence"
         )
-    if not (temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature={temperature} must be at least 0, and top_p={top_p} above 0 and at most 1")
+    if not len(tokens):
+        raise ValueError("there is no token to begin with: give at least one, such as BOS")
+    least, most = (int(bound) for bound in tokens.long().aminmax())
+    if least < 0 or most >= config.vocab_size:
+        raise ValueError(
+            f"the tokens are from {least} to {most}, expected ids from 0 to {config.vocab_size - 1} "
+            f"(vocab_size={config.vocab_size}): encode the text with the tokenizer that the model was trained with"
+        )
+    room = config.max_seq_len - len(tokens)
+    if n_tokens > room:
+        way_out = f"add at most {room}" if room >= 0 else f"give at most {config.max_seq_len}"
+        raise ValueError(
+            f"{len(tokens)} tokens and {n_tokens} more are beyond max_seq_len={config.max_seq_len}: {way_out}"
+        )
+    if not (n_tokens >= 0 and temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(
+            f"n_tokens={n_tokens} and temperature={temperature} must be at least 0, and top_p={top_p} above 0 and at "
+            "most 1"
+        )
 
 
 def choose(logits_V: Tensor, seed: int, temperature: float, top_p: float) -> int:
@@ -69,7 +97,8 @@ def choose(logits_V: Tensor, seed: int, temperature: float, top_p: float) -> int
     logits_V = logits_V.double().cpu()
     if temperature == 0:
         return int(logits_V.argmax())
-    p_V, token_V = (logits_V / temperature).softmax(dim=0).sort(descending=True, stable=True)
+    # Without the maximum first, a tiny temperature would make infinities of them.
+    p_V, token_V = ((logits_V - logits_V.max()) / temperature).softmax(dim=0).sort(descending=True, stable=True)
     total_V = p_V.cumsum(dim=0)
     kept = int((total_V - p_V < top_p).sum())  # the last of them is the one that reaches top_p
     at = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * total_V[kept - 1]

@@ -5,6 +5,8 @@ folder appears when it is complete, and one that does not hold just the tensors 
 
     config.json          {"format": "longhand-reformer", "version": 1, "model": the fields of ReformerConfig}
     model.safetensors    the parameters by name; the matrix of tied embeddings once, as embedding.tokens.weight
+
+Other files may lie beside them, such as the tokenizer that launch/export.py adds: they are not read here.
 """
 
 import json
@@ -27,8 +29,12 @@ EMBEDDING, HEAD = "embedding.tokens.weight", "head.weight"
 """What is one matrix in a model with tied embeddings."""
 
 
-def save_model(folder: str | Path, config: ReformerConfig, weights: Mapping[str, Tensor]) -> None:
+def save_model(
+    folder: str | Path, config: ReformerConfig, weights: Mapping[str, Tensor], others: Mapping[str, bytes] | None = None
+) -> None:
     """Write a folder that `load_model` reads: a configuration, and parameters by name, as in model.state_dict().
+
+    others: more files to put beside these, their contents by name.
 
     Raises:
         ConfigError: a parameter is missing, unknown or of another shape, as those that ZeRO-3 has partitioned are.
@@ -36,11 +42,13 @@ def save_model(folder: str | Path, config: ReformerConfig, weights: Mapping[str,
     """
     way_out = "give all parameters of a Reformer, whole, by the names that its state_dict() has"
     own = _checked(config, weights, "the weights do not fit the configuration", way_out)
-    write_folder(Path(folder), {**FORMAT, "model": config.model_dump(mode="json")}, own)
+    write_folder(Path(folder), {**FORMAT, "model": config.model_dump(mode="json")}, own, others)
 
 
 def load_model(folder: str | Path) -> Reformer:
-    """The model in a folder that `save_model` wrote, on the CPU in the file's dtypes; like a new one, in training mode.
+    """The model in a folder that `save_model` wrote, on the CPU in the file's dtypes.
+
+    It is in evaluation mode, without dropout; `.train()` brings that back, to train it further.
 
     Raises ConfigError where a file is missing or damaged, or does not fit the other.
     """
@@ -52,7 +60,7 @@ def load_model(folder: str | Path) -> Reformer:
         raise ConfigError(f"{path} is missing: copy the whole folder again") from None
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
-    return assemble(config, weights, f"{path} does not fit {CONFIG_FILE}", "copy both files of the same folder")
+    return assemble(config, weights, f"{path} does not fit {CONFIG_FILE}", "copy both files of the same folder").eval()
 
 
 def assemble(
@@ -61,7 +69,9 @@ def assemble(
     complaint: str = "the weights do not fit the configuration",
     way_out: str = "give those of a model of this configuration",
 ) -> Reformer:
-    """A model of copies of these parameters, by name. Raises ConfigError where they are not those of the configuration.
+    """A model of copies of these parameters, by name, in training mode, as a new one is.
+
+    Raises ConfigError where they are not those of the configuration.
 
     complaint, way_out: what the error begins with.
     """
@@ -113,8 +123,10 @@ def refuse_existing(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not an empty folder: remove it, or give another name")
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Both files of a folder, which appears when it is complete. Raises FileExistsError as above."""
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], others: Mapping[str, bytes] | None = None
+) -> None:
+    """Both files of a folder and `others`, contents by name; it appears when complete. FileExistsError as above."""
     folder = folder.absolute()
     refuse_existing(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -127,6 +139,8 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
         shutil.copymode(
             partial / CONFIG_FILE, partial / WEIGHTS_FILE
         )  # safetensors gives no one else the right to read
+        for name, content in (others or {}).items():
+            (partial / name).write_bytes(content)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,17 +1,22 @@
 """Weights of a run's checkpoints as folders: which checkpoint, what is in them, and that they need no DeepSpeed."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from evaluation import CPU, config
 from safetensors.torch import save_file
+from small_stores import write_store
 from torch import Tensor
 
+from data_pipeline.tokenizer import IntegerTokenizer, Tokenizer, load_tokenizer
+from data_pipeline.training import TrainingSettings, train_tokenizer
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
 from trainer import checkpoint
@@ -21,6 +26,7 @@ from trainer.distributed import Launch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))  # where Python itself looks, given launch/export.py
 import export
+import generate
 
 sys.path.pop(0)
 
@@ -157,11 +163,95 @@ def test_a_run_that_goes_on_may_take_the_checkpoint_away(run, tmp_path: Path, mo
     assert torch.equal(logits_of(tmp_path / "model"), logits[30])
 
 
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TrainingSettings((__file__,), output=folder / "small.model", vocab_size=400))
+    return folder / "small.model"
+
+
+def run_on(tmp_path: Path, tokenizer: Tokenizer, content: bytes, **settings: object) -> Path:
+    """The folder of a run on a store of this tokenizer, with a checkpoint and a record."""
+    store, run_dir = tmp_path / "store", tmp_path / "run"
+    write_store(store, {"a": content}, tokenizer, **settings)
+    plan = config(vocab_size=tokenizer.vocab_size, run={"dir": run_dir})
+    plan = plan.model_copy(update={"data": plan.data.model_copy(update={"store": store})})
+    save(Reformer(plan.model), plan, 1)
+    (run_dir / "run.json").write_text(json.dumps({"store": {"tokenizer_sha256": tokenizer.sha256}}))
+    return run_dir
+
+
+def test_the_tokenizer_of_the_store_comes_with_the_weights(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    run_dir = run_on(tmp_path, tokenizer, b"The lazy fox", bos=False)
+    (tmp_path / "store" / "tokens" / "c" / "0" / "0").unlink()  # a row that is missing does not matter
+    for source in (run_dir, folder_of(run_dir, 1)):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        assert call(monkeypatch, source, "--output", tmp_path / "model") == 0
+        assert capsys.readouterr().err == ""
+        assert (tmp_path / "model" / "tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
+        assert json.loads((tmp_path / "model" / "tokenizer.json").read_bytes()) == {
+            "kind": "sentencepiece",
+            "vocab_size": 400,
+            "sha256": tokenizer.sha256,
+            "bos": False,
+        }
+    assert generate.read_tokenizer(tmp_path / "model")[0].sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("tokenizer", [load_tokenizer("bytes"), IntegerTokenizer(1000)], ids=["bytes", "integers"])
+def test_tokenizers_without_a_model(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = run_on(tmp_path, tokenizer, np.arange(20, dtype="<u2").tobytes())
+    assert call(monkeypatch, run_dir, "--output", tmp_path / "model") == 0
+    facts = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256, "bos": True}
+    assert json.loads((tmp_path / "model" / "tokenizer.json").read_bytes()) == facts
+    assert not (tmp_path / "model" / "tokenizer.model").exists()
+
+
+def flip(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def test_weights_without_a_tokenizer_where_it_cannot_be_had(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run_dir = run_on(tmp_path, load_tokenizer(str(tokenizer_file)), b"The lazy fox")
+    store, record = tmp_path / "store", run_dir / "run.json"
+    whole = record.read_text()
+    damages = {
+        "store does not exist": lambda: shutil.move(store, tmp_path / "moved"),
+        "tokenizer.model is damaged": lambda: flip(store / "tokenizer.model"),
+        "manifest.json": lambda: flip(store / "manifest.json"),
+        "is not the one that": lambda: record.write_text('{"store": {"tokenizer_sha256": "of another"}}'),
+        "run.json does not say which tokenizer": record.unlink,
+    }
+    shutil.copytree(store, tmp_path / "sound")
+    for number, (message, damage_it) in enumerate(damages.items()):
+        damage_it()
+        output = tmp_path / f"model_{number}"
+        assert call(monkeypatch, run_dir, "--output", output) == 0
+        out, error = capsys.readouterr()
+        assert error.startswith("note: without a tokenizer, which launch/generate.py needs: ") and message in error
+        assert out.startswith("wrote ")
+        assert sorted(file.name for file in output.iterdir()) == ["config.json", "model.safetensors"]
+        shutil.rmtree(store, ignore_errors=True)
+        shutil.copytree(tmp_path / "sound", store)
+        record.write_text(whole)
+    shutil.rmtree(store)
+    assert call(monkeypatch, run_dir, "--output", tmp_path / "model", "--store", tmp_path / "moved") == 0
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "model" / "tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--step", "3"], "run has no sound checkpoint of step 3: those it has are of steps [1, 2, 30]"),
-        (["nowhere"], "nowhere is neither a run nor a sound checkpoint: SHA256SUMS cannot be read"),
+        (["run", "--hf", "--store", "store"], "--store is for the tokenizer, which --hf does not write"),
+        (["run", "--step", "3"], "run has no sound checkpoint of step 3: there are those of steps 1, 2, 30"),
+        (["nowhere"], "nowhere does not exist: give the folder that was run.dir, or one of its"),
+        ([".."], ".. is neither a run nor a checkpoint: give the folder that was run.dir"),
         (["nowhere", "--step", "3"], "--step 3 is for the folder of a run, and nowhere has no checkpoints in it"),
         (["run", "--output", "run"], "run exists and is not an empty folder: remove it, or give another name"),
     ],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reformer import Reformer, ReformerConfig
-from reformer.generation import choose, continue_tokens
+from reformer.generation import INTEGERS, choose, continue_tokens
 
 CONFIG = ReformerConfig(vocab_size=11, max_seq_len=24, d_model=12, n_layers=2, n_heads=2, lsh_chunk_len=4)
 LOGITS = torch.tensor([0.2, 0.1, 0.4, 0.3]).log()
@@ -55,6 +55,14 @@ def test_passes_are_as_many_as_tokens(model: Reformer) -> None:
     assert continue_tokens(forward, CONFIG, torch.tensor([1, 2]), 0).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_ids_of_any_integer_type(model: Reformer, dtype: torch.dtype) -> None:
+    """A tokenizer's are uint16 or uint32."""
+    tokens = torch.tensor([3, 1, 4])
+    found = continue_tokens(model, CONFIG, tokens.to(dtype), 5)
+    assert found.dtype == torch.int64 and torch.equal(found, continue_tokens(model, CONFIG, tokens, 5))
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_p", "expected"),
     [
@@ -91,7 +99,15 @@ def test_logits_that_are_no_numbers_give_some_token() -> None:
     [
         ({"config": CONFIG.model_copy(update={"causal": False})}, "causal=False saw the following tokens"),
         ({"tokens": torch.zeros(0, dtype=torch.int64)}, "give at least one, such as BOS"),
-        ({"n_tokens": 24}, "1 tokens and 24 more are beyond max_seq_len=24"),
+        ({"tokens": torch.tensor([1.0])}, r"the tokens are torch.float32 \[1\], expected integers"),
+        ({"tokens": torch.tensor([True])}, r"the tokens are torch.bool \[1\], expected integers"),
+        ({"tokens": torch.tensor([[1, 2]])}, r"the tokens are torch.int64 \[1, 2\], expected integers \[T\]"),
+        ({"tokens": torch.tensor([4, 11])}, "the tokens are from 4 to 11, expected ids from 0 to 10 .vocab_size=11"),
+        ({"tokens": torch.tensor([4, -1])}, "the tokens are from -1 to 4, expected ids from 0 to 10"),
+        ({"tokens": torch.tensor([4, 300]).to(torch.uint16)}, "the tokens are from 4 to 300"),
+        ({"n_tokens": 24}, "1 tokens and 24 more are beyond max_seq_len=24: add at most 23"),
+        ({"tokens": torch.ones(25).long()}, "25 tokens and 2 more are beyond max_seq_len=24: give at most 24"),
+        ({"n_tokens": -1}, "n_tokens=-1 and temperature=1.0 must be at least 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ({"top_p": 0.0}, "top_p=0.0 above 0"),
@@ -105,3 +121,8 @@ def test_what_cannot_be_continued(model: Reformer, changes: dict[str, object], m
     options = {"config": CONFIG, "tokens": torch.tensor([1]), "n_tokens": 2, **changes}
     with pytest.raises(ValueError, match=message):
         continue_tokens(forward, **options)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-308, 5e-324])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    assert choose(torch.tensor([300.0, 100.0, 500.0, 0.0, -500.0]), 0, temperature, 0.9) == 2

@@ -51,6 +51,24 @@ def test_a_model_comes_back_as_it_was(config: ReformerConfig, of_state_dict: boo
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["config.json", "model", "model.safetensors"]
 
 
+def test_a_model_comes_back_without_dropout(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"dropout": 0.5, "attn_dropout": 0.5})
+    save_model(tmp_path / "model", config, parameters(config))
+    model, tokens = load_model(tmp_path / "model"), torch.arange(20)[None]
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(tokens), assemble(config, parameters(config)).eval()(tokens))
+
+
+def test_other_files_lie_beside_the_model(tmp_path: Path) -> None:
+    """They appear with it, or not at all."""
+    save_model(tmp_path / "model", CONFIG, parameters(CONFIG), {"tokenizer.model": b"a\0b"})
+    assert (tmp_path / "model" / "tokenizer.model").read_bytes() == b"a\0b"
+    assert load_model(tmp_path / "model").config == CONFIG
+    with pytest.raises(OSError):
+        save_model(tmp_path / "other", CONFIG, parameters(CONFIG), {"no/such/folder": b""})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_others_may_read_the_weights_as_they_may_any_file(saved: Path) -> None:
     modes = {file.name: file.stat().st_mode for file in saved.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]

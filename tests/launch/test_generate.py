@@ -1,0 +1,227 @@
+"""Text from an exported model: what is printed, by which tokens, and what is refused before anything is."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.tokenizer import ByteTokenizer, load_tokenizer
+from data_pipeline.training import TrainingSettings, train_tokenizer
+from reformer import Reformer, ReformerConfig, load_model, save_model
+from reformer.generation import continue_tokens
+from reformer.hf import save_hf
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))  # where Python itself looks, given launch/generate.py
+import generate
+
+sys.path.pop(0)
+
+BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True}
+ENDS = -100.0
+"""A bias that keeps EOS from being drawn."""
+
+
+def write(folder: Path, vocab_size: int, others: dict[str, bytes], eos_bias: float = ENDS, eos_id: int = 257) -> Path:
+    """An export of a model of random weights."""
+    torch.manual_seed(0)
+    config = ReformerConfig(vocab_size=vocab_size, max_seq_len=64, d_model=16, n_layers=2, n_heads=2, dropout=0.5)
+    model = Reformer(config)
+    with torch.no_grad():
+        model.head.bias[eos_id] = eos_bias
+    save_model(folder, config, model.state_dict(), others)
+    return folder
+
+
+def record(**changes: object) -> dict[str, bytes]:
+    return {"tokenizer.json": json.dumps({**BYTES, **changes}).encode()}
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    return write(tmp_path / "exported", 258, record())
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TrainingSettings((__file__,), output=folder / "small.model", vocab_size=400))
+    return folder / "small.model"
+
+
+@pytest.fixture
+def pieces(tmp_path: Path, tokenizer_file: Path) -> Path:
+    """An export of a model of SentencePiece tokens."""
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    facts = record(kind="sentencepiece", vocab_size=tokenizer.vocab_size, sha256=tokenizer.sha256)
+    others = {**facts, "tokenizer.model": tokenizer_file.read_bytes()}
+    return write(tmp_path / "pieces", tokenizer.vocab_size, others, eos_id=tokenizer.eos_id)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """The command: its exit code, standard output and standard error."""
+
+    def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate.py", str(folder), *arguments, "--device", "cpu"])
+        code = generate.main()
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+def expected(folder: Path, ids: list[int], n_tokens: int, **draws: float) -> bytes:
+    """The bytes of the continuation, by the library."""
+    model = load_model(folder)
+    added = continue_tokens(model, model.config, torch.tensor(ids), n_tokens, **draws).tolist()
+    kind = json.loads((folder / "tokenizer.json").read_bytes())["kind"]
+    tokenizer = load_tokenizer("bytes" if kind == "bytes" else str(folder / "tokenizer.model"))
+    return tokenizer.decode(np.array(added))
+
+
+def test_the_prompt_and_what_the_library_adds_are_all_that_is_printed(exported: Path, call) -> None:
+    options = ("--tokens", "40", "--temperature", "0.8", "--top-p", "0.9", "--seed", "3")
+    added = expected(exported, [256, *b"my words"], 40, temperature=0.8, top_p=0.9, seed=3)
+    assert call(exported, "my words", *options) == (0, f"my words{added.decode(errors='replace')}\n", "")
+    assert "\ufffd" in added.decode(errors="replace")
+    assert call(exported, "my words", *options[:-1], "4")[1] != call(exported, "my words", *options)[1]
+
+
+def test_it_needs_neither_deepspeed_nor_the_trainer(exported: Path) -> None:
+    program = (
+        "import runpy, sys\n"
+        "sys.modules['deepspeed'] = sys.modules['trainer'] = None  # an import fails\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    arguments = [generate.__file__, str(exported), "abc", "--tokens", "0", "--device", "cpu"]
+    command = [sys.executable, "-c", f"import sys; sys.argv = {arguments}\n{program}"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "abc\n"
+
+
+@pytest.mark.parametrize("name", ["exported", "pieces"])
+def test_the_defaults(name: str, request: pytest.FixtureRequest, call) -> None:
+    folder = request.getfixturevalue(name)
+    message = "add at most 61" if name == "exported" else "add at most"
+    code, out, error = call(folder, "ab")
+    assert code == 2 and out == "" and "and 200 more are beyond max_seq_len=64" in error and message in error
+
+
+def test_sentencepiece(pieces: Path, call) -> None:
+    tokenizer = load_tokenizer(str(pieces / "tokenizer.model"))
+    ids = [tokenizer.bos_id, *tokenizer.encode("The 가 \u2581fox  ".encode()).tolist()]
+    added = expected(pieces, ids, 20, top_p=0.95)
+    code, out, _ = call(pieces, "The 가 \u2581fox  ", "--tokens", "20")
+    assert code == 0 and out == f"The 가 \u2581fox  {added.decode(errors='replace')}\n"
+
+
+def test_a_character_of_several_tokens_is_whole(exported: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token is printed when it is drawn; a half character is replaced at the end of the text only."""
+    said = iter([*"é가".encode(), 0xC3])
+    monkeypatch.setattr(generate, "continue_tokens", lambda *_, **__: torch.tensor([next(said)]))
+    assert call(exported, "x", "--tokens", "6")[1] == "xé가\ufffd\n"
+
+
+def test_the_end_of_the_document_ends_the_text(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "ends", 258, record(), eos_bias=100.0)
+    asked: list[int] = []
+
+    def counted(*arguments: object, **options: object) -> torch.Tensor:
+        asked.append(1)
+        return continue_tokens(*arguments, **options)
+
+    monkeypatch.setattr(generate, "continue_tokens", counted)
+    assert call(folder, "all", "--tokens", "9") == (0, "all\n", "")
+    assert len(asked) == 1
+
+
+def test_bos_is_in_front_as_it_was_in_training(tmp_path: Path, call) -> None:
+    without = write(tmp_path / "without", 258, record(bos=False))
+    with_bos = write(tmp_path / "with", 258, record())
+    for folder, ids in ((without, [*b"abc"]), (with_bos, [256, *b"abc"])):
+        added = expected(folder, ids, 30, temperature=0).decode(errors="replace")
+        assert call(folder, "abc", "--tokens", "30", "--temperature", "0")[1] == f"abc{added}\n"
+    assert call(with_bos, "", "--tokens", "3")[0] == 0
+    code, out, error = call(without, "", "--tokens", "3")
+    assert code == 2 and out == "" and "the prompt is empty, and documents of this model begin without BOS" in error
+
+
+def test_a_prompt_from_standard_input_is_taken_as_it_is(exported: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"two\r\nlines\n")))
+    assert call(exported, "-", "--tokens", "0")[1] == "two\r\nlines\n\n"
+
+
+def test_a_prompt_that_is_no_text(exported: Path, pieces: Path, call) -> None:
+    broken = b"ab\xff".decode(errors="surrogateescape")  # as Python gives such an argument
+    assert call(exported, broken, "--tokens", "0")[1] == "ab\ufffd\n"
+    code, out, error = call(pieces, broken, "--tokens", "0")
+    assert code == 2 and out == "" and "the prompt is not UTF-8 at byte 2" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tokens", "-1"), "n_tokens=-1 and temperature=1.0 must be at least 0"),
+        (("--tokens", "5", "--temperature", "-1"), "temperature=-1.0 must be at least 0"),
+        (("--tokens", "5", "--top-p", "0"), "top_p=0.0 above 0 and at most 1"),
+        (("--tokens", "61"), "4 tokens and 61 more are beyond max_seq_len=64: add at most 60"),
+    ],
+)
+def test_what_is_asked_for_is_checked_before_anything_is_printed(
+    exported: Path, call, arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, error = call(exported, "abc", *arguments)
+    assert code == 2 and out == "" and error.startswith("error: ") and message in error
+
+
+def test_folders_that_are_no_export(tmp_path: Path, exported: Path, call) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "SHA256SUMS").touch()
+    save_hf(Reformer(ReformerConfig(vocab_size=258, max_seq_len=64, d_model=16, n_heads=2)), tmp_path / "hf")
+    messages = {
+        "nowhere": "nowhere is no folder: give one that launch/export.py wrote",
+        "empty": "empty/config.json is missing: give a folder that launch/export.py or save_model wrote",
+        "run": "export its model first, python launch/export.py",
+        "checkpoint": "export its model first, python launch/export.py",
+        "hf": "is of Hugging Face's Reformer",
+    }
+    for name, message in messages.items():
+        code, out, error = call(tmp_path / name, "abc")
+        assert code == 2 and out == "" and message in error
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({}, r"has no tokenizer (tokenizer.json is missing): export it again where the run's store is"),
+        ({"tokenizer.json": b"{"}, "tokenizer.json cannot be read"),
+        ({"tokenizer.json": b"[]"}, "tokenizer.json cannot be read"),
+        (record(kind="integers"), "is of integers, which are no text: continue them in Python"),
+        (record(sha256="0"), "is not what"),
+        (record(kind="sentencepiece"), "cannot read tokenizer"),
+    ],
+)
+def test_tokenizers_that_are_missing_damaged_or_of_no_text(
+    tmp_path: Path, call, others: dict[str, bytes], message: str
+) -> None:
+    code, out, error = call(write(tmp_path / "exported", 258, others), "abc", "--tokens", "5")
+    assert code == 2 and out == "" and message in error
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path, call) -> None:
+    code, _, error = call(write(tmp_path / "exported", 300, record()), "abc", "--tokens", "5")
+    assert code == 2 and "has 258 tokens, and its model 300" in error
+
+
+def test_a_device_that_is_not_there(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(exported), "abc", "--device", "cuda"])
+    assert generate.main() == 2
+    assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
+    assert generate.choose_device(None) == torch.device("cpu")
