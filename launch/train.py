@@ -41,7 +41,7 @@ from trainer.presence import hold  # noqa: E402
 from trainer.terminal import show  # noqa: E402
 
 PATIENCE_S = 10
-"""How long another rank than 0 keeps an error to itself before the processes have joined each other."""
+"""How long other ranks than 0 hold back an error before all have joined, so that rank 0 reports it."""
 
 
 def parse_arguments() -> argparse.Namespace:

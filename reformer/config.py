@@ -104,8 +104,8 @@ class ReformerConfig(StrictConfig):
     """Tokens whose logits exist at a time when the loss is computed; when not given, 2048 on a CPU, or fewer of a
     large vocabulary, and on a GPU so many that their logits or, if more, their features are 2^26 numbers."""
     keep_ends: bool = True
-    """Whether what the two ends of the stack would have to compute again is kept: three streams, and the heads of one
-    layer. False is for sequences as long as memory allows, and costs an attention layer's forward in time."""
+    """Whether the forward keeps what the backward of the first and the last block would otherwise compute again: three
+    streams and one layer's heads. False saves that memory and costs one attention forward."""
     tie_embeddings: bool = False
     """Whether the output head reads the token embedding as its matrix."""
     norm_eps: float = Field(default=1e-6, gt=0.0)

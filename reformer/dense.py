@@ -2,9 +2,9 @@
 
 A token sees every other token that the masks allow, and itself only if it sees nothing else; keys are qk / ||qk||,
 scores q.k. LSH attention (without dropout, and across buckets) is the same with keys that count as often as its rounds
-find them, and takes this path with `Counts` where the sequence is short. What is special: scores exist for a block of
-queries at a time (of one head, or of several where they are short), in the backward too, so that memory grows with T
-and not with T * T; counts alone take a number for each token and chunk.
+find them, and takes this path with `Counts` where the sequence is short. Scores exist for a block of queries at a time
+(of one head, or of several where they are short), in the backward too, so that memory grows with T and not with T * T;
+counts alone take a number for each token and chunk.
 
 Axes: B batch, H heads, T tokens, D head dim, G = B*H, g heads and L queries of a block, W keys that they may see.
 """
@@ -27,8 +27,8 @@ BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**26}
 """Scores of one block; on a CPU 2 MiB of fp32, the fastest from 2**17 to 2**23 (measured at 8,192 tokens)."""
 
 MIN_BLOCK, MAX_BLOCK = 64, {"cpu": 256, "cuda": 2**12}
-"""Queries of a block at least: each block reads all keys and values, and adds to all of their gradients. And at most:
-what is not seen of a block is computed all the same; short sequences have several heads in a block instead."""
+"""Fewest queries of a block, since each block reads all keys and values and adds to all their gradients; and most,
+since hidden scores of a block are computed anyway. Short sequences have several heads in a block instead."""
 
 
 def dense_attention(

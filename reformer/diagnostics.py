@@ -1,10 +1,10 @@
 """How well LSH attention works in a model: are its buckets even, how much of dense attention do they recover, what
 is a model without it, and how exactly does the reversible stack give its inputs back.
 
-What is special: nothing is kept on the model. `observed` puts a wrapper around the attention of each LSH layer for as
-long as a `with` statement lasts, so that what is reported is what really ran, in no pass of its own; `ablated` puts
-nothing in the place of the inner attention, the seam that oracles and kernels use too. Dense attention is computed for
-a sample of queries only: O(samples * T * D) a head instead of O(T^2 * D).
+Nothing is kept on the model. `observed` puts a wrapper around the attention of each LSH layer for as long as a `with`
+statement lasts, so that what is reported is what really ran, in no pass of its own; `ablated` puts nothing in the place
+of the inner attention, the seam that oracles and kernels use too. Dense attention is computed for a sample of queries
+only: O(samples * T * D) a head instead of O(T^2 * D).
 
 Axes: B batch, H heads, R hash rounds, T tokens, D head dim, S sampled queries, L chunk length, C chunks of one round,
 M model.

@@ -1,8 +1,8 @@
 """A sequence continued by a model, token by token.
 
-What is special: every new token costs a forward pass over all tokens before it, and nothing is kept in between, so
-that the model computes what it computes in training. The choice of a token is a function of its logits, the seed and
-its place: continued in two goes, or by another rank, a text is the same.
+Every new token costs a forward pass over all tokens before it, and nothing is kept in between, so that the model
+computes what it computes in training. The choice of a token is a function of its logits, the seed and its place:
+continued in two goes, or by another rank, a text is the same.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Weights and configuration of Hugging Face's Reformer: a folder with `config.json` and `model.safetensors`.
 
-What is special: nothing is guessed. Every tensor and every setting that decides what the model computes has its
-counterpart here, and what has none is refused by name. transformers itself is not needed, and nothing is unpickled.
+Nothing is guessed. Every tensor and every setting that decides what the model computes has its counterpart here, and
+what has none is refused by name. transformers itself is not needed, and nothing is unpickled.
 
 `ReformerModelWithLMHead` (causal) and `ReformerForMaskedLM` (bidirectional, LSH layers only: without a causal mask,
 Hugging Face's local attention sees from one end of the sequence to the other) compute what ours computes, given the

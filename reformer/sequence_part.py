@@ -1,10 +1,10 @@
 """One part of a sequence whose other parts are elsewhere: what a pass has to know of that, and what it exchanges.
 
-What is special: only attention looks at other tokens, and its heads are independent. So the holders of the P parts
-exchange tokens for heads before it, and heads for tokens after it (as DeepSpeed-Ulysses does: Jacobs et al., 2023):
-inside, each has the whole sequence for one P-th of the heads, and hashes, sorts and attends as if it were alone. All
-else goes token by token. Shared queries and keys make it two tensors in and one out, however many rounds there are.
-Who the holders are and how they talk is the caller's: `all_to_all` is all that is asked of them.
+Only attention looks at other tokens, and its heads are independent. So the holders of the P parts exchange tokens for
+heads before it, and heads for tokens after it (as DeepSpeed-Ulysses does: Jacobs et al., 2023): inside, each has the
+whole sequence for one P-th of the heads, and hashes, sorts and attends as if it were alone. All else goes token by
+token. Shared queries and keys make it two tensors in and one out, however many rounds there are. Who the holders are
+and how they talk is the caller's: `all_to_all` is all that is asked of them.
 
 Axes: P parts, B batch, H heads of a group, h = H/P of them, T tokens of the whole sequence, S = T/P tokens of a part,
 D head dim.

@@ -1,7 +1,7 @@
 """A model in a folder: its configuration in `config.json`, its weights in `model.safetensors`.
 
-What is special: the folder is all that is needed to use the model, with torch and safetensors. Nothing is unpickled, a
-folder appears when it is complete, and one that does not hold just the tensors of its configuration is refused.
+The folder is all that is needed to use the model, with torch and safetensors. Nothing is unpickled, a folder appears
+when it is complete, and one that does not hold just the tensors of its configuration is refused.
 
     config.json          {"format": "longhand-reformer", "version": 1, "model": the fields of ReformerConfig}
     model.safetensors    the parameters by name; the matrix of tied embeddings once, as embedding.tokens.weight

@@ -1,7 +1,7 @@
 """The samples of a run, which of them go where in an evaluation, and the micro-batches made of them.
 
-What is special: the share of every rank is a pure function of plain integers. A step's global batch is the same set
-of samples on any number of ranks, so one rank that accumulates and two that do not compute the same update.
+The share of every rank is a pure function of plain integers. A step's global batch is the same set of samples on any
+number of ranks, so one rank that accumulates and two that do not compute the same update.
 """
 
 from collections.abc import Mapping, Sequence

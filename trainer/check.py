@@ -50,7 +50,7 @@ def check(
         *keys(deepspeed),
         *(_sharing(config, store, world_size) or batch(deepspeed, world_size, config.run.sequence_parallel)),
         *clipping(deepspeed),
-        # A stage that is none has no relation to anything else.
+        # These make sense for a valid stage only.
         *(zero_stage(deepspeed) or [*precision(deepspeed), *optimizer(deepspeed), *offload(deepspeed)]),
         *_data(config, store, sources),
     ]

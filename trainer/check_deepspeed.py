@@ -1,8 +1,8 @@
 """What DeepSpeed's JSON may say: its keys, the batch, the precision, the ZeRO stage. Pure functions to problems.
 
-What is special: DeepSpeed ignores keys that it does not know, but in two of its tables, so the keys that this trainer
-passes on are listed here, and those that would change what the training loop relies on are refused with the reason.
-Each function returns one line for each problem: the value, what was expected and the way out.
+DeepSpeed ignores keys that it does not know, but in two of its tables, so the keys that this trainer passes on are
+listed here, and those that would change what the training loop relies on are refused with the reason. Each function
+returns one line for each problem: the value, what was expected and the way out.
 """
 
 import math

@@ -1,7 +1,7 @@
 """What must hold for optimizer and parameters to live in the CPU's memory or on NVMe. Pure functions to problems.
 
-What is special: DeepSpeed says nothing where a stage does not follow such a setting; here it is refused. To try whether
-a folder can be written to is the only thing that looks at the machine, besides extensions.py.
+DeepSpeed says nothing where a stage does not follow such a setting; here it is refused. To try whether a folder can be
+written to is the only thing that looks at the machine, besides extensions.py.
 """
 
 from collections.abc import Mapping

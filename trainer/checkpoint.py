@@ -1,8 +1,8 @@
 """Checkpoints: complete, verified, and readable by any number of ranks under any ZeRO stage.
 
-What is special: everything is written into `.partial-step_…`, and when every rank has finished, the folder is
-published by renaming it. Who continues checks every byte, by all ranks together, and where a checkpoint is damaged
-puts it aside as `damaged-step_…` and takes the one before.
+Everything is written into `.partial-step_…`, and when every rank has finished, the folder is published by renaming it.
+Who continues checks every byte, by all ranks together, and where a checkpoint is damaged puts it aside as
+`damaged-step_…` and takes the one before.
 
 RUN/checkpoints/step_00000100/:
 
@@ -166,7 +166,7 @@ def _refuse_unseen(path: Path) -> None:
     """On a rank that does not see what rank 0 does, which says nothing about what is there."""
     if not path.is_dir():
         raise ConfigError(
-            f"{path} is not to be seen on {socket.gethostname()}, but by rank 0: have all nodes see the same run.dir"
+            f"{path} exists for rank 0, but not on {socket.gethostname()}: have all nodes see the same run.dir"
         )
 
 

@@ -1,6 +1,6 @@
 """Which run may go on from which checkpoint: the one that would compute the same numbers.
 
-What is special: what decides the numbers (FIXED) must be what it was, whatever else has changed is only told.
+Settings that determine the numbers (FIXED) must not change; other changes are only reported.
 """
 
 import json

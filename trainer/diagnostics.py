@@ -1,9 +1,9 @@
 """Diagnostics of the model on the first held-out row, at little cost, under every ZeRO stage.
 
-What is special: rank 0 has this row, or with those after it shares it, in its first forward pass of an evaluation, and
-LSH attention is watched while that pass runs. The parameters are there, whatever the stage, so none is gathered again.
-The reconstruction by the reversible stack needs passes of its own, on the row's first few thousand tokens, and calls
-the layers one by one: under ZeRO-3 their hooks gather the parameters. So all ranks compute the same, in step.
+Rank 0 has this row, or with those after it shares it, in its first forward pass of an evaluation, and LSH attention is
+watched while that pass runs. The parameters are there, whatever the stage, so none is gathered again. The
+reconstruction by the reversible stack needs passes of its own, on the row's first few thousand tokens, and calls the
+layers one by one: under ZeRO-3 their hooks gather the parameters. So all ranks compute the same, in step.
 """
 
 from collections.abc import Iterator

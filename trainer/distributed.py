@@ -1,8 +1,8 @@
 """Who we are among the processes of a run: found in the environment, then joined to the others.
 
-What is special: `detect` is a pure function from an environment to a `Launch`, so every launcher (none, DeepSpeed's,
-torchrun's, srun, mpirun) is tested without starting one. A single process joins itself through memory: no port, no
-address. Under mpirun, MPI says where rank 0 is, and does nothing else.
+`detect` is a pure function from an environment to a `Launch`, so every launcher (none, DeepSpeed's, torchrun's, srun,
+mpirun) is tested without starting one. A single process joins itself through memory: no port, no address. Under mpirun,
+MPI says where rank 0 is, and does nothing else.
 """
 
 import os

@@ -1,8 +1,7 @@
 """The one place where a model meets DeepSpeed: build the engine, run a micro-batch, take a step.
 
-What is special: the loss is scaled so that every update is that of the mean over all tokens of the global batch, on
-any number of ranks, with any accumulation, under ZeRO 0 to 3, whichever rank got the rows, or the parts of them, with
-more to predict.
+The loss is scaled so that every update is that of the mean over all tokens of the global batch, on any number of ranks,
+with any accumulation, under ZeRO 0 to 3, whichever rank got the rows, or the parts of them, with more to predict.
 """
 
 import math

@@ -1,8 +1,8 @@
 """What is said about a model on held-out rows: its loss, exactly, where in documents it is made, and what LSH adds.
 
-What is special: ranks share the rows, and the last ones get blank rows where there are too few, since under ZeRO-3
-all must take part in every forward pass. Sums over all tokens of all ranks are divided once, so that nothing depends
-on the number of ranks. The tags, all of the model after so many steps, hash rotations those of step 0:
+Ranks share the rows, and the last ones get blank rows where there are too few, since under ZeRO-3 all must take part in
+every forward pass. Sums over all tokens of all ranks are divided once, so that nothing depends on the number of ranks.
+The tags, all of the model after so many steps, hash rotations those of step 0:
 
     eval/loss                   nats per token, of the first run.eval_rows held-out rows
     eval/bits_per_token         the same in bits
@@ -69,7 +69,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Among as many equally likely tokens a choice would be as hard."""
+        """exp(loss): of so many equally likely tokens one would be as hard to predict."""
         return math.inf if self.loss > 700 else math.exp(self.loss)
 
 

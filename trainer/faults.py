@@ -1,8 +1,8 @@
 """Faults of a run that is going on: steps that are not finite, losses that jump, ranks that are slow or gone.
 
-What is special: all but the last are functions of numbers that all ranks share, so all of them come to the same
-decision without asking each other; and what they remember is a few plain numbers that a checkpoint keeps, so a run that
-was interrupted reports, counts and stops as one that was not.
+All but the last are functions of numbers that all ranks share, so all of them come to the same decision without asking
+each other; and what they remember is a few plain numbers that a checkpoint keeps, so a run that was interrupted
+reports, counts and stops as one that was not.
 """
 
 import math

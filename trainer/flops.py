@@ -2,8 +2,8 @@
 
 Model FLOPs in the sense of PaLM (Chowdhery et al., 2022, appendix B): products of matrices only, a multiplication and
 an addition counted as two, and nothing that an implementation computes again, so that a reversible stack, which runs
-every layer a second time, gets no credit for it. What is special: attention is counted by the keys that the rounds let
-a token see, whether or not a causal mask hides some of them (PaLM counts so too), and never more than there are tokens.
+every layer a second time, gets no credit for it. Attention is counted by the keys that the rounds let a token see,
+whether or not a causal mask hides some of them (PaLM counts so too), and never more than there are tokens.
 
     projections       query, key, value and output of local layers; shared query and key, value and output of others
     feed_forward      two products, d_model by d_ff

@@ -1,8 +1,8 @@
 """The whole gradient of each parameter, wherever ZeRO keeps its parts: for histograms of it.
 
-What is special: it is looked at between the backward of a step's last micro-batch and the update, when it is summed
-over micro-batches and ranks and nothing has been clipped. One parameter is put together at a time, so that this takes
-the memory of the largest one and not of the model.
+It is looked at between the backward of a step's last micro-batch and the update, when it is summed over micro-batches
+and ranks and nothing has been clipped. One parameter is put together at a time, so that this takes the memory of the
+largest one and not of the model.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """The story of a run: build, resume, step, log, evaluate, save.
 
-What is special: nothing that decides the next step lives in the loop. A step's samples, hash rotations, dropout and
-learning rate follow from its number, so a run that stopped and continued equals one that did not.
+Nothing that decides the next step lives in the loop. A step's samples, hash rotations, dropout and learning rate follow
+from its number, so a run that stopped and continued equals one that did not.
 """
 
 import math

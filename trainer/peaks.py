@@ -1,8 +1,8 @@
 """How fast a GPU could be, for MFU and for rooflines: products of dense matrices and memory, from NVIDIA's documents.
 
-What is special: a device is known by its whole name, as torch gives it, or not at all. A part of a name would take
-an H100 PCIe for an H100 SXM, a slice of a GPU ("… MIG 1g.10gb") for the whole, a laptop's chip for the desktop's, and
-the share of the peak would be wrong without anybody noticing. What is not in the table has no MFU.
+A device is known by its whole name, as torch gives it, or not at all. A part of a name would take an H100 PCIe for an
+H100 SXM, a slice of a GPU ("… MIG 1g.10gb") for the whole, a laptop's chip for the desktop's, and the share of the peak
+would be wrong without anybody noticing. What is not in the table has no MFU.
 
     bf16, fp16    tensor cores, accumulating in fp32, as torch multiplies; without sparsity, with which data sheets
                   print twice as much. The GeForce cards reach half of what they do when accumulating in fp16.

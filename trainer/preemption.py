@@ -1,8 +1,8 @@
 """A signal that asks the run to stop for now: noted when it arrives, acted upon when a step has ended.
 
-What is special: the handler only sets a number. Whoever owns the loop agrees on it with the other ranks, saves and
-exits with PREEMPTED, which launch/slurm's files take for "requeue me". A script whose imports take seconds can block
-the signals before them (`signal.pthread_sigmask`): they wait, and are delivered when a Preemption is entered.
+The handler only sets a number. Whoever owns the loop agrees on it with the other ranks, saves and exits with PREEMPTED,
+which launch/slurm's files take for "requeue me". A script whose imports take seconds can block the signals before them
+(`signal.pthread_sigmask`): they wait, and are delivered when a Preemption is entered.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Who trains in a run's folder: one at a time, and anybody may ask who.
 
-What is special: it is a lock of the kernel on RUN/lock, not the file, that says that somebody is there. It ends with
-the process that took it, however that dies, so nothing has to be cleaned up after a crash; and no child keeps it. It
-holds between the nodes of a cluster where the file system has locks: NFS 4 has, Lustre when mounted with `-o flock`.
+The kernel's lock on RUN/lock, not the file, shows that a process trains there. It ends with the process that took it,
+however that dies, so nothing has to be cleaned up after a crash; and no child keeps it. It holds between the nodes of a
+cluster where the file system has locks: NFS 4 has, Lustre when mounted with `-o flock`.
 
 RUN/lock: one JSON object about the process that took it last: host, pid, job (of SLURM, or null), started (ISO time).
 """
@@ -32,7 +32,7 @@ _held: list[BinaryIO] = []
 
 @contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Being the one that trains in `run_dir`, which is made if need be.
+    """Hold the lock of `run_dir`, which is made if need be, for the length of the block.
 
     Raises ConfigError when another still is after PATIENCE_S, when the folder cannot be written to, or when its file
     system has no locks.

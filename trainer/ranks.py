@@ -1,7 +1,7 @@
 """What every rank of a run says about itself, and which of them holds the others up.
 
-What is special: files are all that is needed, so it can be read when collectives do not work, and from outside. Which
-rank is to blame is a pure function of them.
+Files are all that is needed, so it can be read when collectives do not work, and from outside. Which rank is to blame
+is a pure function of them.
 
 RUN/ranks/rank_00003.json, written every few seconds by that rank's watchdog: one JSON object with RankState's fields.
 """

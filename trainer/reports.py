@@ -1,7 +1,7 @@
 """What a run has counted, and what of it is reported at a step: the numbers behind the lines and curves.
 
-What is special: what is counted over the whole run is a plain value, kept in its checkpoints, so that a run which was
-stopped a dozen times counts as one that was not.
+What is counted over the whole run is a plain value, kept in its checkpoints, so that a run which was stopped a dozen
+times counts as one that was not.
 """
 
 from collections.abc import Mapping, Sequence

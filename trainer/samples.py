@@ -1,9 +1,9 @@
 """A held-out text as the model continues it, for a reader of TensorBoard.
 
-What is special: the passes that this takes are as many on every rank, whatever the model says, since under ZeRO-3 all
-must take part in each. They are as many as tokens are drawn, over a short text: 64 of them cost 0.4 times as much as
-evaluating one row of 65,536 tokens (measured, the demo's model). Everything follows from the weights: what decides a
-draw beside them is the same at every evaluation.
+The passes that this takes are as many on every rank, whatever the model says, since under ZeRO-3 all must take part in
+each. They are as many as tokens are drawn, over a short text: 64 of them cost 0.4 times as much as evaluating one row
+of 65,536 tokens (measured, the demo's model). Everything follows from the weights: what decides a draw beside them is
+the same at every evaluation.
 """
 
 import re

@@ -1,9 +1,9 @@
 """Ranks that share each sequence: who holds which part of which sequence, and how the holders exchange.
 
-What is special: only reformer's attention knows that there are parts (sequence_part.py there), and DeepSpeed knows
-nothing of them. To it each rank is one of as many data-parallel ranks as there are processes; and since every rank's
-loss is weighted with what it has to predict (`engine.backward`), the gradient is that of the mean over all tokens
-whichever rank holds them, under ZeRO 0 to 3 alike, its norm and clipping included.
+Only reformer's attention knows that there are parts (sequence_part.py there), and DeepSpeed knows nothing of them. To
+it each rank is one of as many data-parallel ranks as there are processes; and since every rank's loss is weighted with
+what it has to predict (`engine.backward`), the gradient is that of the mean over all tokens whichever rank holds them,
+under ZeRO 0 to 3 alike, its norm and clipping included.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,9 +1,9 @@
 """What has been learnt, as slices: each rank's parts of the fp32 weights and of the optimizer's moments, by name.
 
-What is special: a slice says of which parameter it is and where it begins in it, so files of slices are read by any
-number of ranks under any ZeRO stage, each taking what it needs, and the numbers stay those that were written, to the
-bit. Nothing is gathered to write, and any reader of safetensors reads it. How each of DeepSpeed's optimizers keeps its
-slices is known to `partitions` alone.
+A slice says of which parameter it is and where it begins in it, so files of slices are read by any number of ranks
+under any ZeRO stage, each taking what it needs, and the numbers stay those that were written, to the bit. Nothing is
+gathered to write, and any reader of safetensors reads it. How each of DeepSpeed's optimizers keeps its slices is known
+to `partitions` alone.
 
 In a file (safetensors), the tensor `blocks.0.norm.weight|exp_avg|4096` is that part of the parameter's first moment
 which begins at element 4096, flat. `weight` is the parameter itself. A state that does not have the parameter's shape
@@ -94,7 +94,7 @@ def local_slices(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def _on_cpu(value: Any, copies: bool) -> Tensor:
-    """copies: of what several parameters share, or of what soon is gone."""
+    """copies: clone it, since several parameters share it or it will soon be freed."""
     tensor = torch.as_tensor(value).detach().cpu().contiguous()
     if copies or tensor.dtype == torch.bfloat16:  # which numpy does not know
         return tensor.clone()

@@ -1,8 +1,8 @@
 """What rank 0 prints: a dense line for each step that is logged, a bar below them, and a summary at the end.
 
-What is special: the bar is only there when standard output is a terminal. In a file, a pipe or SLURM's log there are
-the same lines and nothing else, so that they can be searched, and followed with `tail -f`. A line that cannot be
-written, since the disk with the log is full or the reader of a pipe is gone, is lost, and costs the run nothing.
+The bar is only there when standard output is a terminal. In a file, a pipe or SLURM's log there are the same lines and
+nothing else, so that they can be searched, and followed with `tail -f`. A line that cannot be written, since the disk
+with the log is full or the reader of a pipe is gone, is lost, and costs the run nothing.
 """
 
 import logging
@@ -37,14 +37,14 @@ class Terminal:
         if self._bar is None:
             show(text)
         else:
-            with _in_vain():
+            with _ignoring_lost_output():
                 self._bar.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
     def step(self, done: int, values: Mapping[str, float] | None = None) -> None:
         """After `done` steps: move the bar, and print the step's line if there are values (those of metrics.py)."""
         if self._bar is not None:
-            with _in_vain():
+            with _ignoring_lost_output():
                 self._bar.update(done - self._bar.n)
         if values is not None:
             self.line(train_line(done, self._steps, values))
@@ -52,7 +52,7 @@ class Terminal:
     def close(self, summary: str | None = None) -> None:
         """Take the bar away, and print a summary if there is one. May be called again."""
         if self._bar is not None:
-            with _in_vain():
+            with _ignoring_lost_output():
                 self._bar.close()
             self._bar = None
         if summary is not None:
@@ -69,15 +69,15 @@ class Terminal:
 
 def show(text: str, error: bool = False) -> None:
     """Print a line, on standard error if it says what went wrong."""
-    with _in_vain(error):
+    with _ignoring_lost_output(error):
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 @contextmanager
-def _in_vain(error: bool = False) -> Iterator[None]:
-    """Around what is written to standard output, or error: what it does not take is forgotten.
+def _ignoring_lost_output(error: bool = False) -> Iterator[None]:
+    """Discard what standard output, or error, cannot take (a full disk, a closed pipe).
 
-    It would be tried again with the next line, and at the exit, which then has the code 120 whatever the run's is.
+    Python would try it again with the next line, and at its exit, whose code is 120 then, whatever the run's is.
     """
     try:
         yield

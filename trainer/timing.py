@@ -1,9 +1,9 @@
 """Where the time of the steps goes: seconds by part, without making the device wait.
 
-What is special: on GPUs a part is timed by events on the device's own clock, which are looked at when they are asked
-for. The host runs ahead of the device, so its clock would blame whichever part comes to wait for it. The time of
-the part "data" is then that for which the device had nothing to do, and the parts that are within no other add up to
-the step. On CPUs, where a call returns when its work is done, the host's clock says the same.
+On GPUs a part is timed by events on the device's own clock, which are looked at when they are asked for. The host runs
+ahead of the device, so its clock would blame whichever part comes to wait for it. The time of the part "data" is then
+that for which the device had nothing to do, and the parts that are within no other add up to the step. On CPUs, where a
+call returns when its work is done, the host's clock says the same.
 """
 
 import time

@@ -1,9 +1,9 @@
 """Ends a run that hangs, and says which rank it hangs on and where.
 
-What is special: every rank watches itself with a thread that talks to the others through files alone, so it works when
-collectives do not. A rank whose thread is gone too (stopped, killed, its node lost) is noticed by the rank before it,
-since its file does not change any more. Times are of each process's own clock, which stands still while the process
-does: a run that is suspended as a whole has not hung.
+Every rank watches itself with a thread that talks to the others through files alone, so it works when collectives do
+not. A rank whose thread is gone too (stopped, killed, its node lost) is noticed by the rank before it, since its file
+does not change any more. Times are of each process's own clock, which stands still while the process does: a run that
+is suspended as a whole has not hung.
 
 RUN/ranks/rank_00003.json: where that rank is; see ranks.py.
 RUN/ranks/hang.json: {rank, host, pid, time, verdict} of the rank that noticed a hang; gone when the run goes on.

@@ -1,7 +1,7 @@
 """Attention within chunks of a sorted sequence: sort -> chunk -> attend -> unsort, on any device.
 
-The portable fast path of LSH attention and all of local attention (where the order is the identity and there is
-one round). The derivation is in README.md beside this file. What is special:
+The portable fast path of LSH attention and all of local attention (where the order is the identity and there is one
+round). The derivation is in README.md beside this file.
 
 - One autograd Function with a hand-written backward. Nothing of size R*T*D is ever kept: weights are relative to a
   bound of the scores that is the same for all rounds, so that rounds simply add up, and the backward computes them
@@ -201,8 +201,8 @@ def _sizes(layout: Layout, is_exact: bool) -> tuple[int, int]:
 
 
 def _sums(result_TD: Tensor, spare_TD: Tensor) -> Tensor:
-    """Where sums over rounds are made: in the result itself or, if its dtype is too coarse, in the spare memory, in
-    which then some heads' follow those of others."""
+    """The buffer for sums over rounds: the result itself or, if its dtype is too coarse, the spare memory, which each
+    group of heads uses again."""
     return spare_TD[: len(result_TD)] if len(spare_TD) else result_TD
 
 

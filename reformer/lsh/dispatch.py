@@ -1,4 +1,4 @@
-"""The one door to LSH attention: checks what it is given, hashes where no buckets are given, picks the path.
+"""The entry point of LSH attention: checks the arguments, hashes if no buckets are given, chooses the path.
 
 Local attention picks its path here too (`attention_in_chunks`). Which path runs, and why, is logged once per process
 for every distinct reason (logger "reformer.lsh", level INFO).

@@ -9,10 +9,10 @@ with `mix` the bijective finaliser "lowbias32" of C. Wellons (https://nullprogra
     hash       h_ij = (a_i ^ b_j)^2
     dropped where h_ij, read as a signed word, is less than round(p * 2^32) - 2^31
 
-What is special: all the mixing is done per token, and one xor, one product and one comparison are left per pair.
-That is enough because a_i ^ b_j is odd: squares of odd words take their 29 upper bits equally often, and the upper
-bits, which decide the comparison, depend on all the lower ones. Two queries (or keys) are correlated only where
-their words agree in some 25 lower bits, one pair in millions.
+All the mixing is done per token, and one xor, one product and one comparison are left per pair. That is enough because
+a_i ^ b_j is odd: squares of odd words take their 29 upper bits equally often, and the upper bits, which decide the
+comparison, depend on all the lower ones. Two queries (or keys) are correlated only where their words agree in some 25
+lower bits, one pair in millions.
 
 Axes: L queries, W keys.
 """

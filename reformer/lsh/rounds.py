@@ -1,4 +1,4 @@
-"""Who stands where and who sees whom: the index arithmetic of attention within chunks of a sorted sequence.
+"""Positions and visibility: the index arithmetic of attention within chunks of a sorted sequence.
 
 A `Layout` describes all heads and rounds of a call, a `Run` a round of a head in sorted order (of short sequences
 several rounds of several heads, one behind the other), a `Tile` a few of its chunks. Visibility is decided by
@@ -24,8 +24,8 @@ TILE_SCORES_PER_THREAD = 2**17
 TILE_SCORES_GPU = 2**26
 
 RUN_PLACES, RUN_PLACES_GPU = 2**13, 2**17
-"""So many places a run may have and be of more than one round, or of more than one head: short rounds cost little but
-the calls that they take."""
+"""A run combines several rounds or heads up to so many places only: short rounds cost little but the calls that they
+take."""
 
 MAX_EXACT_FLOAT32 = 2**24
 """Positions up to here are exact in fp32."""

@@ -1,8 +1,8 @@
 """`triton_attention`: the fused GPU path of LSH and local attention, and when it can run.
 
-The same contract as `chunked_attention`. One launch per round and direction (triton_kernels.py). What is special
-about it: between the launches there is, per token, one fp32 row in the forward and two in the backward, and only
-where there are several rounds; for the backward nothing is kept but the inputs, the output and three numbers.
+The same contract as `chunked_attention`. One launch per round and direction (triton_kernels.py). Between the launches
+there is, per token, one fp32 row in the forward and two in the backward, and only where there are several rounds; for
+the backward nothing is kept but the inputs, the output and three numbers.
 
 Triton is imported when the path runs, so that this file can say why it cannot on a machine without Triton.
 

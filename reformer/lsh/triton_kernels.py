@@ -1,6 +1,6 @@
 """The kernels of `triton_attention`: attention within chunks of a sorted sequence, fused, forward and backward.
 
-One launch is one round of all heads; a program is a block of places of one chunk. What is special about them:
+One launch is one round of all heads; a program is a block of places of one chunk.
 
 - Rows are fetched by the sort order and results go to the token's own row, so that nothing exists in sorted order.
 - Within a round every token stands at exactly one place. So a program may read, change and write its tokens' rows
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Who stands where, and who may see whom; a table that is None restricts nothing."""
+    """Positions and visibility; a table that is None restricts nothing."""
 
     order: Any  # int32 [G, R, S], R*S contiguous
     order_stride: int
