@@ -4,6 +4,7 @@ An array of two or more dimensions is a document for each item of the first, its
 dimension is one document. Values are read as they are needed: an array may be larger than memory.
 """
 
+import lzma
 import math
 import zipfile
 import zlib
@@ -42,34 +43,31 @@ class Array:
         item_start = self._start + item * self._item_values * self._dtype.itemsize
         for first in range(0, self._item_values, block_values):
             wanted = min(block_values, self._item_values - first)
-            values, error = self._read(item_start + first * self._dtype.itemsize, wanted)
+            data = self._read(item_start + first * self._dtype.itemsize, wanted * self._dtype.itemsize)
+            values = np.frombuffer(data[: len(data) - len(data) % self._dtype.itemsize], self._dtype)
             _check_values(values, first, n_values)
             if len(values):
                 yield values.astype(dtype).tobytes()
             if len(values) < wanted:
                 self.ended_early = True
-                what = (
-                    f"ends early or is corrupt: {first + len(values)} values are there instead of {self._item_values}"
+                raise BadDocument(
+                    "truncated", f"ends early: {first + len(values)} values are there instead of {self._item_values}"
                 )
-                raise BadDocument("truncated", f"{what} ({error})" if error else what)
 
     def is_followed(self) -> bool:
         """Whether the stream goes on after the array."""
-        self._stream.seek(self._start + self.n_items * self._item_values * self._dtype.itemsize)
-        return bool(self._stream.read(1))
+        end = self._start + self.n_items * self._item_values * self._dtype.itemsize
+        return not self.ended_early and bool(self._read(end, 1))
 
-    def _read(self, place: int, n_values: int) -> tuple[np.ndarray, Exception | None]:
-        """The values [<= n_values] at a place of the stream, and why there are no more if that is known."""
-        error = None
+    def _read(self, place: int, n_bytes: int) -> bytes:
+        """The bytes at a place of the stream, fewer where it ends."""
         try:
             self._stream.seek(place)
-            data = self._stream.read(n_values * self._dtype.itemsize)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as caught:
-            data, error = b"", caught
-        except OSError as caught:
-            raise BadDocument("unreadable", f"cannot be read: {caught}") from caught
-        whole = len(data) - len(data) % self._dtype.itemsize
-        return np.frombuffer(data[:whole], self._dtype), error
+            return self._stream.read(n_bytes)
+        except MemoryError:  # says nothing of the file
+            raise
+        except Exception as error:  # storage clients raise errors of their own
+            raise BadDocument("unreadable", f"cannot be read: {error}") from error
 
 
 def _check_values(values: np.ndarray, first: int, n_values: int) -> None:
@@ -84,14 +82,11 @@ def _check_values(values: np.ndarray, first: int, n_values: int) -> None:
 def open_arrays(stream: BinaryIO, is_archive: bool, member: str | None) -> Iterator[Array | BadDocument]:
     """The array of an .npy file, or those of an archive (.npz) in their order, or `member` of it.
 
-    Each is to be read before the next. One that is not of integers comes as what is wrong with it. Raises BadDocument
-    for a file that is no such file.
+    Each is to be read before the next. One that cannot be read comes as what is wrong with it, and so does what follows
+    one in its stream. Raises BadDocument for a file that is no such file.
     """
     if not is_archive:
-        array = _open_array(stream, "")
-        yield array
-        if isinstance(array, Array) and array.is_followed():
-            raise BadDocument("unreadable", "goes on after its array: save arrays in files of their own, or in an .npz")
+        yield from _arrays_of(stream, "array")
         return
     head = stream.read(4)
     stream.seek(0)
@@ -100,6 +95,10 @@ def open_arrays(stream: BinaryIO, is_archive: bool, member: str | None) -> Itera
     except zipfile.BadZipFile as error:
         problem = "truncated" if head == b"PK\3\4" else "unreadable"
         raise BadDocument(problem, f"is not a whole .npz file ({error})") from error
+    except MemoryError:  # says nothing of the file
+        raise
+    except Exception as error:  # zipfile does not foresee all that a damaged directory may say
+        raise BadDocument("unreadable", f"is not an .npz file, or is damaged ({error})") from error
     with archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         if member is not None and member not in names:
@@ -109,26 +108,56 @@ def open_arrays(stream: BinaryIO, is_archive: bool, member: str | None) -> Itera
 
 
 def _open_member(archive: zipfile.ZipFile, name: str) -> Iterator[Array | BadDocument]:
+    """The array in a member of an archive.
+
+    The member is read to its end before any of it is used: there stands the checksum, which is of all items together,
+    so that none of them can be trusted when it is wrong. To read twice takes time, but no memory whatever the size.
+    """
     try:
+        with archive.open(f"{name}.npy") as stream:
+            while stream.read(BLOCK_BYTES):
+                pass
         stream = archive.open(f"{name}.npy")
-    except (KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
-        yield BadDocument("unreadable", f"has a member {name} that is no array ({error})")
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        why = str(error) or "it ends early"
+        yield BadDocument("truncated", f"its array {name} is corrupt, and there is no telling where ({why})")
+        return
+    except MemoryError:  # says nothing of the file
+        raise
+    except Exception as error:  # no array, not to be expanded here, or an error of a storage client's own
+        yield BadDocument("unreadable", f"has a member {name} that is no array that can be read ({error})")
         return
     with stream:
-        yield _open_array(cast(BinaryIO, stream), name)
+        yield from _arrays_of(cast(BinaryIO, stream), f"array {name}")
 
 
-def _open_array(stream: BinaryIO, name: str) -> Array | BadDocument:
-    label = f"array {name}" if name else "array"
+def _arrays_of(stream: BinaryIO, label: str) -> Iterator[Array | BadDocument]:
+    """The array that a stream holds, and after it what is wrong where the stream holds more."""
+    array = _open_array(stream, label)
+    yield array
+    if isinstance(array, Array) and array.is_followed():
+        yield BadDocument(
+            "unreadable",
+            f"goes on after its {label}: save each array in a file of its own, or under a name of its own in an .npz",
+        )
+
+
+def _open_array(stream: BinaryIO, label: str) -> Array | BadDocument:
     try:
         version = np.lib.format.read_magic(stream)
         if version not in _HEADERS:
             raise ValueError(f"format version {version[0]}.{version[1]} is not for integers")
         shape, fortran_order, dtype = _HEADERS[version](stream)
-    except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+    except MemoryError:  # says nothing of the file
+        raise
+    except Exception as error:  # numpy reads a header as Python, and lets the errors of its parser pass
         return BadDocument("unreadable", f"holds no {label} that can be read ({error})")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize >= 1 << 63:
+        return BadDocument(
+            "unreadable", f"its {label} has the shape {shape}: expected lengths from 0 on, and in all below 2**63 bytes"
+        )
     if dtype.kind not in "iu":
-        way_out = "name the one to read with --field" if name else "convert it to integers"
+        way_out = "name the one to read with --field" if label != "array" else "convert it to integers"
         return BadDocument("unreadable", f"its {label} holds {_describe(dtype)}, not integers: {way_out}")
     if fortran_order and len(shape) > 1:
         return BadDocument(

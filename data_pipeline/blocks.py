@@ -62,15 +62,20 @@ def decode_chunks(
 ) -> Iterator[bytes]:
     """Text of another encoding, as UTF-8. What is not valid, once settled, becomes U+FFFD.
 
-    Of a file that `ended_early` half a character at the end is left out.
+    Of a file that `ended_early` half a character at the end is left out. Raises BadDocument("encoding") where nothing
+    can take the place of what is not valid, as in UTF-16 without the mark that says in which order its bytes come.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     position = 0
-    for chunk in chunks:
-        yield encode_text(_decode(decoder, chunk, position, settle), settle)
-        position += len(chunk)
-    if not ended_early():
-        yield encode_text(_decode(decoder, b"", position, settle), settle)
+    try:
+        for chunk in chunks:
+            yield encode_text(_decode(decoder, chunk, position, settle), settle)
+            position += len(chunk)
+        if not ended_early():
+            yield encode_text(_decode(decoder, b"", position, settle), settle)
+    except UnicodeError as error:  # has no place, so that a decoder cannot go on after it either
+        way_out = f": without one it is {encoding}-le or {encoding}-be" if encoding in ("utf-16", "utf-32") else ""
+        raise BadDocument("encoding", f"is not valid {encoding} ({error}{way_out})") from error
 
 
 def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, position: int, settle: Settle) -> str:

@@ -39,12 +39,13 @@ POLICIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
     encoding    bytes that are not valid in --encoding; a value outside the vocabulary of an integer array
     empty       no bytes at all
-    truncated   a compressed file that ends early or is corrupt
+    truncated   a compressed file or an array that ends early or is corrupt
     unreadable  no permission, an I/O error, or not the format that its name says
     oversized   a record that is larger than --max-record-bytes
 
 strict: the build stops. skip: the document is left out. replace: what can be had of it is kept (U+FFFD for invalid
-bytes, the part of a truncated file that can be read, a document of no text). The latter two are counted and listed.
+bytes, the part of a truncated file that can be read, a document of no text), and what leaves nothing to keep is left
+out. The latter two are counted and listed.
 """
 
 
@@ -65,11 +66,7 @@ class TextSettings(BaseModel):
 
 def text_settings(encoding: str, normalize: tuple[str, ...], field: str, max_record_bytes: int) -> TextSettings:
     """The settings in canonical form. Raises DataError when one of them makes no sense."""
-    try:
-        encoding = codecs.lookup(encoding).name
-        "".encode(encoding)
-    except (LookupError, TypeError):  # no such codec, or one from bytes to bytes
-        raise DataError(f"--encoding is {encoding!r}: expected a text encoding of Python's, such as latin-1") from None
+    encoding = _text_encoding(encoding)
     for name in normalize:
         if name not in NORMALIZATIONS:
             raise DataError(f"--normalize names {name!r}: expected {' or '.join(NORMALIZATIONS)}")
@@ -83,6 +80,23 @@ def text_settings(encoding: str, normalize: tuple[str, ...], field: str, max_rec
         field=field,
         max_record_bytes=max_record_bytes,
     )
+
+
+def _text_encoding(name: str) -> str:
+    """The canonical name of an encoding. It must be one that decodes text as its bytes come, and past invalid ones."""
+    text = "a\nb"
+    expected = "expected a text encoding of Python's, such as latin-1"
+    try:
+        name = codecs.lookup(name).name
+        encoded = text.encode(name)
+        decoded = "".join(codecs.iterdecode((bytes([byte]) for byte in encoded), name, "replace"))
+    except (LookupError, TypeError):  # no such codec, or one from bytes to bytes
+        raise DataError(f"--encoding is {name!r}: {expected}") from None
+    except UnicodeError:  # undefined, idna
+        decoded = ""
+    if decoded != text:  # punycode
+        raise DataError(f"--encoding is {name!r}, which does not decode a file piece by piece: {expected}")
+    return name
 
 
 @dataclass(frozen=True)

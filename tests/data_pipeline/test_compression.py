@@ -65,6 +65,28 @@ def test_zstd_frames_to_skip_are_skipped() -> None:
     assert b"".join(expand([data], ".zst")) == b"onetwo"
 
 
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_zstd_frames_that_look_far_back_are_expanded(window_log: int) -> None:
+    parameters = zstandard.ZstdCompressionParameters(compression_level=1, window_log=window_log)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    assert expand_all(compressor.compress(CONTENT) + compressor.flush(), ".zst") == (CONTENT, None)
+
+
+@pytest.mark.parametrize(
+    ("frame", "why"),
+    [
+        (bytes.fromhex("28b52ffd 00 f8"), "Frame requires too much memory"),  # a window of 2 TB
+        (bytes.fromhex("28b52ffd 01 00 07 010000"), "Dictionary mismatch"),
+    ],
+)
+def test_a_zstd_frame_that_is_refused_is_not_called_corrupt(frame: bytes, why: str) -> None:
+    content, problem = expand_all(COMPRESS[".zst"](b"before") + frame, ".zst")
+    assert content == b"before"
+    assert problem is not None
+    assert problem.problem == "unreadable"
+    assert why in problem.detail
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
 def test_zeros_after_a_member_are_padding(suffix: str) -> None:
     padded = COMPRESS[suffix](b"one") + bytes(512) + COMPRESS[suffix](b"two") + bytes(512)

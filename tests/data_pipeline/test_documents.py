@@ -200,6 +200,26 @@ def test_what_is_invalid_in_another_encoding_is_located(
     assert f"at byte {place} " in found[0].detail
 
 
+@pytest.mark.parametrize("policy", ["strict", "skip", "replace"])
+@pytest.mark.parametrize(
+    ("name", "encoding", "data", "detail"),
+    [
+        ("a.txt", "utf-16", "text".encode("utf-16-le"), "with BOM: without one it is utf-16-le or utf-16-be)"),
+        ("a.jsonl", "utf-16", "text".encode("utf-16-le"), "with BOM: without one it is utf-16-le or utf-16-be)"),
+        ("a.txt", "utf-32", "text".encode("utf-32-le"), "with BOM: without one it is utf-32-le or utf-32-be)"),
+        ("a.txt", "iso2022_jp", b"\x1b$a$\x1b\x80\x1ba\xff", "pending buffer overflow)"),
+    ],
+)
+def test_what_a_decoder_cannot_go_on_after_is_lost(
+    tmp_path: Path, name: str, encoding: str, data: bytes, detail: str, policy: str
+) -> None:
+    file = save(tmp_path / name, data)
+    ((record, problem, said),) = problems(file, reading(encoding=encoding, policies={"encoding": policy}))
+    assert (record, problem) == (-1, "encoding")
+    assert said.startswith(f"is not valid {encoding} (")
+    assert detail in said
+
+
 def test_marks_and_line_ends_stay_unless_asked(tmp_path: Path) -> None:
     data = "\ufeffone\r\ntwo\rthree\n\ufeff\r".encode()
     file = save(tmp_path / "a.txt", data)
