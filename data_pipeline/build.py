@@ -23,9 +23,10 @@ import zarr
 from data_pipeline import jobs, stages
 from data_pipeline.blocks import BLOCK_BYTES
 from data_pipeline.config import BuildSettings
+from data_pipeline.documents import Reading
 from data_pipeline.errors import DataError
 from data_pipeline.files import find_files
-from data_pipeline.inputs import check_same_input, new_files
+from data_pipeline.inputs import check_same_input, check_same_policies, new_files
 from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, StoreSettings, settings_differences
 from data_pipeline.progress import Progress
 from data_pipeline.scratch import RECORD_SUFFIX
@@ -72,7 +73,7 @@ def build(settings: BuildSettings) -> BuildResult:
 
     with jobs.membership(folder, team.job, settings.output, keep), _explained(folder):
         if (finished := _finished(settings, decisive, team)) is not None:  # by others, or before we were killed
-            published = True
+            published = _holds(finished.store, folder)
             return finished
         if settings.append:  # in the store itself, which nobody writes to before the end
             check_writable(settings.output, f"--output {settings.output}")
@@ -128,11 +129,20 @@ def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team) -> B
     existing = Store.open(output)
     notes: list[str] = []
     files = find_files(settings.inputs, settings.val_inputs, decisive.tokenizer_kind == "integers", notes)
+    fresh = new_files(files, existing.parts) if settings.append else []
     if not settings.append:
         check_same_input(output, existing.parts[0], files)
-    elif new_files(files, existing.parts):
-        return None
-    return BuildResult(existing, True, tuple(notes), team)
+    reading = Reading(settings.text, decisive.tokenizer_kind, settings.vocab_size or 0, settings.policies)
+    for part in existing.parts:
+        check_same_policies(output, part, files, reading)
+    return None if fresh else BuildResult(existing, True, tuple(notes), team)
+
+
+def _holds(store: Store, folder: Path) -> bool:
+    """Whether what a work directory was to make is in the store: not where it is of an append that is unfinished."""
+    job = folder / "job.json"
+    files = stages.read_json(job)["files"] if job.exists() else {}
+    return files.keys() <= {record.name for record in store.inputs}
 
 
 def _describe(settings: BuildSettings, decisive: StoreSettings, folder: Path) -> Work:

@@ -212,7 +212,11 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=_store, metavar="STORE")
     parser.add_argument("--quick", action="store_true", help="only the manifest, and presence and sizes of files")
     parser.add_argument(
-        "--source", nargs="+", default=[], metavar="PATH", help="the inputs, to compare with what the store was made of"
+        "--source",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="all the inputs, those of --val-input and --append too, to compare with what the store was made of",
     )
     parser.set_defaults(run=_run_verify)
 

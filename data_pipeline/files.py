@@ -11,7 +11,7 @@ import os
 import posixpath
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -84,7 +84,13 @@ def find_files(
         for found in _find(source, wanted)
     ]
     files.sort(key=lambda file: file.name)
-    _check_names(files)
+    for one, other in pairwise(files):
+        if one.name == other.name:
+            raise DataError(
+                f"two files are named {one.name!r}: {one.location} and {other.location}. Names are paths below the "
+                "folder given, without the suffix of a compression; give a folder that holds both, or rename one"
+            )
+    check_folders({file.name: file.location for file in files})
     for file in files:
         _check_kind(file, arrays)
     for held_out in {file.held_out for file in files}:
@@ -97,20 +103,14 @@ def find_files(
     return files
 
 
-def _check_names(files: Sequence[InputFile]) -> None:
-    for one, other in pairwise(files):
-        if one.name == other.name:
-            raise DataError(
-                f"two files are named {one.name!r}: {one.location} and {other.location}. Names are paths below the "
-                "folder given, without the suffix of a compression; give a folder that holds both, or rename one"
-            )
-    holders = {file.name for file in files if file.kind != "text"}
-    for file in files:
-        folder = file.name
+def check_folders(files: Mapping[str, str]) -> None:
+    """Raises DataError where a document of one file may be named as another file. `files`: where each is, by name."""
+    for name, location in files.items():
+        folder = name
         while folder := folder.rpartition("/")[0]:
-            if folder in holders:
+            if folder in files and kind_of(folder) != "text":
                 raise DataError(
-                    f"{file.location} lies in a folder that is named as another input is, {folder!r}, whose documents "
+                    f"{location} lies in a folder that is named as another input is, {folder!r}, whose documents "
                     f"are named {folder}/0, {folder}/1, ...: rename one of them"
                 )
 

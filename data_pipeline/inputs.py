@@ -4,18 +4,23 @@ Names and sizes are compared always, times where a build is unfinished. The cont
 compared too, but for files that were not modified since the store was built: as `make` does, and for the same reason.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_pipeline.errors import DataError
-from data_pipeline.files import InputFile, hash_file
+from data_pipeline.config import POLICIES
+from data_pipeline.documents import Reading, Span, read_parts
+from data_pipeline.errors import BadDocument, DataError
+from data_pipeline.files import InputFile, check_folders, hash_file
 from data_pipeline.layout import StorePart
 from data_pipeline.manifest import (
     InputRecord,
+    ProblemRecord,
     StoreSettings,
     document_differences,
     hash_input,
@@ -80,6 +85,11 @@ def snapshot(files: Sequence[InputFile]) -> dict[str, tuple[int, int | None, boo
     return {file.name: (file.n_bytes, file.mtime_ns, file.held_out) for file in files}
 
 
+def hash_files(files: Sequence[InputFile], hashes: Sequence[str]) -> str:
+    """The hash of a corpus, given the sha256 (hex) of each of its files."""
+    return hash_input([(f.name, f.n_bytes, sha256, f.held_out) for f, sha256 in zip(files, hashes, strict=True)])
+
+
 def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile]) -> None:
     """Raises DataError when `output`, or rather its first part, was made of other files than these."""
     old = {record.name: record for record in part.inputs()}
@@ -89,8 +99,7 @@ def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile]) 
         hashes = _hashes(part, old, files)
         now = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
         differences = document_differences({name: record.sha256 for name, record in old.items()}, now)
-        held_out = [(file.name, file.n_bytes, now[file.name], file.held_out) for file in files]
-        if not differences and hash_input(held_out) != part.manifest.input_sha256:
+        if not differences and hash_files(files, hashes) != part.manifest.input_sha256:
             differences = ["other documents come in by --val-input"]
     if differences:
         raise DataError(
@@ -100,7 +109,10 @@ def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile]) 
 
 
 def new_files(files: Sequence[InputFile], parts: Sequence[StorePart]) -> list[InputFile]:
-    """The files that a store, all of its parts, does not have. Raises DataError for one that has changed since."""
+    """The files that a store, all of its parts, does not have.
+
+    Raises DataError for one that has changed since, and for one that would give two documents the same name.
+    """
     fresh = {file.name: file for file in files}
     for part in parts:
         old = {record.name: record for record in part.inputs()}
@@ -112,7 +124,55 @@ def new_files(files: Sequence[InputFile], parts: Sequence[StorePart]) -> list[In
                     "changes nothing that is there: rename the file, or build a new store"
                 )
             del fresh[file.name]
+    if fresh:
+        known = {record.name: f"{record.name} of the store" for part in parts for record in part.inputs()}
+        check_folders(known | {file.name: file.location for file in fresh.values()})
     return list(fresh.values())
+
+
+def check_same_policies(output: Path, part: StorePart, files: Sequence[InputFile], reading: Reading) -> None:
+    """Raises DataError when a document of these files had a problem that would be treated otherwise now."""
+    by_name = {file.name: file for file in files}
+    skipped: set[str] = set()
+    doubtful: dict[InputFile, list[ProblemRecord]] = defaultdict(list)
+    for record in part.problems():
+        file = by_name.get(record.document) or by_name.get(record.document.rpartition("/")[0])
+        if file is None or record.problem not in POLICIES:  # of another file, or a duplicate
+            continue
+        policy = reading.policies.get(record.problem, POLICIES[record.problem][0])
+        if policy == "strict" or (policy == "skip" and record.action == "replaced"):
+            raise _treated_otherwise(output, record, policy)
+        if policy == "skip":
+            skipped.add(record.document)
+        elif record.action == "dropped":
+            doubtful[file].append(record)
+    # Left out by `skip`, or by `replace` because it left nothing to keep? That takes another look at the file.
+    for file, records in doubtful.items():
+        if open_records := [record for record in records if record.document not in skipped]:
+            kept = _kept_documents(file, reading, part.manifest.bos or part.manifest.eos)
+            for record in open_records:
+                if record.document in kept:
+                    raise _treated_otherwise(output, record, "replace")
+
+
+def _treated_otherwise(output: Path, record: ProblemRecord, policy: str) -> DataError:
+    now = {"strict": "stops at it", "skip": "leaves it out", "replace": "keeps what can be had of it"}[policy]
+    before = "replace" if record.action == "replaced" else "skip"
+    return DataError(
+        f"{output} was built otherwise: document {record.document!r} ({record.detail}) was {record.action}, and "
+        f"--on-bad {record.problem}={policy} {now}. Build into another --output, or with --on-bad "
+        f"{record.problem}={before} as before"
+    )
+
+
+def _kept_documents(file: InputFile, reading: Reading, bos_or_eos: bool) -> set[str]:
+    """The names of the documents of a file that are not left out."""
+    kept = set()
+    for part in read_parts(file, Span(0, 0, file.n_bytes), reading):
+        with suppress(BadDocument):
+            if sum(map(len, part.blocks)) or bos_or_eos:
+                kept.add(file.name if part.record < 0 else f"{file.name}/{part.record}")
+    return kept
 
 
 def _hashes(part: StorePart, old: Mapping[str, InputRecord], files: Sequence[InputFile]) -> list[str]:

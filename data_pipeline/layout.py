@@ -22,6 +22,7 @@ every file appears whole, by a rename, so that a writer may be killed at any tim
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -285,14 +286,32 @@ def create_tokens(path: Path, settings: StoreSettings, n_rows: int) -> None:
 def write_shard(path: Path, first_row: int, rows: np.ndarray) -> tuple[str, FileRecord]:
     """Writes a whole shard, `rows` [n, seq_len] from row `first_row` of the part on. Returns the file and its record.
 
-    May be killed at any time, and done by two processes at once: the file appears whole.
+    May be killed at any time, and done by two processes at once: the file appears whole. Raises FileNotFoundError when
+    `tokens` is gone, and never makes it anew: by then others have put the store in its place.
     """
     metadata = "tokens/zarr.json"
     files: dict[str, Buffer] = {metadata: cpu.Buffer.from_bytes((path / metadata).read_bytes())}
     array: Any = zarr.open_array(MemoryStore(files), path="tokens", mode="r+")
     array[first_row : first_row + len(rows)] = rows
     name = shard_name(first_row, array.shards[0])
-    return name, _put_files(path, {name: files[name]})[name]
+    for folder in (path / "tokens" / "c", (path / name).parent):
+        folder.mkdir(exist_ok=True)
+    return name, _put_file(path / name, files[name])
+
+
+def check_whole(path: Path, shards: Mapping[str, FileRecord]) -> None:
+    """Raises DataError when `tokens` in a directory is not what `create_tokens` and `write_shard` have written."""
+    for name in ("zarr.json", "tokens/zarr.json", *shards):
+        file = path / name
+        if not file.is_file() or (name in shards and file.stat().st_size != shards[name].n_bytes):
+            raise DataError(f"{file} is not what was written: remove {path.parent} and build again")
+
+
+def remove_all_but_tokens(path: Path) -> None:
+    """What `write_sidecars` and `write_manifest` left when they were killed."""
+    for entry in path.iterdir():
+        if entry.name not in ("tokens", "zarr.json"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def write_sidecars(
@@ -354,13 +373,15 @@ def _create_array(group: zarr.Group, name: str, layout: ArrayLayout) -> Any:
     return group.create_array(name, **layout._asdict(), compressors=ZstdCodec(level=3, checksum=True))
 
 
-def _put_files(path: Path, files: Mapping[str, Buffer]) -> dict[str, FileRecord]:
-    """Writes files by their names in the directory `path`. Returns a record of each."""
-    records = {}
+def _put_files(path: Path, files: Mapping[str, Buffer]) -> None:
+    """Writes files by their names in the directory `path`."""
     for name, buffer in files.items():
-        data = buffer.to_bytes()
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        with publishing(path / name) as file:
-            file.write(data)
-        records[name] = FileRecord(n_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    return records
+        _put_file(path / name, buffer)
+
+
+def _put_file(path: Path, buffer: Buffer) -> FileRecord:
+    data = buffer.to_bytes()
+    with publishing(path) as file:
+        file.write(data)
+    return FileRecord(n_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -29,14 +29,13 @@ from data_pipeline.config import POLICIES, BuildSettings
 from data_pipeline.documents import Reading, Span, plan_tasks
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, find_files
-from data_pipeline.inputs import compare_with_others, compare_with_snapshot, new_files, snapshot
+from data_pipeline.inputs import compare_with_others, compare_with_snapshot, hash_files, new_files, snapshot
 from data_pipeline.jobs import alone, done_tasks, publishing, record_name, run_stage
 from data_pipeline.manifest import (
     FileRecord,
     InputRecord,
     Manifest,
     StoreSettings,
-    hash_input,
     library_versions,
 )
 from data_pipeline.packing import Segments
@@ -109,6 +108,11 @@ class Work:
     def n_rows(self) -> int:
         """Rows to write. To be asked for after the stage `plan`."""
         return int(read_json(self.folder / "plan" / f"{record_name(0)}.json")["n_rows"])
+
+    @cached_property
+    def input_hashes(self) -> list[str]:
+        """The sha256 (hex) of each file, as it was read. To be asked for after the stage `plan`."""
+        return [digest.tobytes().hex() for digest in np.load(self.folder / "plan" / "inputs.npy")]
 
     @property
     def n_shards(self) -> int:
@@ -226,7 +230,8 @@ def plan(work: Work, number: int) -> None:
     columns = concatenate(record.columns for record in records)
     documents = merge_parts(columns)
     held_out = np.array([file.held_out for file in work.files], bool)
-    made = make_plan(documents, held_out, _known_documents(work), plan_settings(work))
+    known = store.document_hashes(work.append_to)
+    made = make_plan(documents, held_out, known, plan_settings(work))
     offsets = np.cumsum([0, *(int(record.columns.n_tokens.sum()) for record in records)])
     _save_arrays(folder, {"offsets": offsets, **made.segments._asdict(), "source": made.source})
     _save_arrays(folder, {f"documents.{name}": column for name, column in documents._asdict().items()})
@@ -265,14 +270,6 @@ def plan_settings(work: Work) -> PlanSettings:
     )
 
 
-def _known_documents(work: Work) -> np.ndarray:
-    """Hashes of the documents that the store holds already, uint8 [n, 32]."""
-    if work.append_to is None:
-        return np.zeros((0, 32), np.uint8)
-    hashes = b"".join(bytes.fromhex(document.sha256) for document in store.Store.open(work.append_to).documents)
-    return np.frombuffer(hashes, np.uint8).reshape(-1, 32)
-
-
 def _begin_content(work: Work, n_rows: int) -> None:
     fresh = work.folder / f"content.{uuid.uuid4().hex}"
     store.create_tokens(fresh, work.decisive, n_rows)
@@ -295,7 +292,12 @@ def write_shard(work: Work, number: int) -> None:
     with ScratchTokens(work.folder / "tokens", np.load(folder / "offsets.npy"), dtype) as tokens:
         for row, begin, length, source in zip(*places, strict=True):
             tokens.read_into(rows[row - first_row, begin : begin + length], source)
-    name, record = store.write_shard(work.folder / "content", first_row, rows)
+    try:
+        name, record = store.write_shard(work.folder / "content", first_row, rows)
+    except FileNotFoundError:
+        if _is_published(work):  # by others, who did this task too when our claim had expired
+            return
+        raise DataError(f"{work.folder / 'content'} was removed meanwhile: run the same command again") from None
     write_json(work.folder / "shards" / f"{record_name(number)}.json", {"name": name, **record.model_dump()})
 
 
@@ -305,16 +307,24 @@ def finish(work: Work, number: int) -> None:
     with alone(record.with_suffix(".lock")):
         if record.exists():
             return
-        if (work.folder / "content").exists():
+        if not _is_published(work):
             _publish(work, work.folder / "content")
         if work.append_to is not None:
             store.list_part(work.append_to, work.target.name)
         write_json(record, {})
 
 
+def _is_published(work: Work) -> bool:
+    """Whether the target is there, and is what the plan makes."""
+    input_sha256 = hash_files(work.files, work.input_hashes)
+    return work.target.exists() and store.is_made(work.target, work.decisive, input_sha256, _shard_records(work))
+
+
 def _publish(work: Work, content: Path) -> None:
-    _remove_all_but_tokens(content)
-    _write_sidecars(work, content)
+    shards = _shard_records(work)
+    store.check_whole(content, shards)  # before anything is removed for it
+    store.remove_all_but_tokens(content)
+    _write_sidecars(work, content, shards)
     if work.append_to is not None and work.target.exists():
         shutil.rmtree(work.target)  # of an append that was killed, and whose work directory was removed
     work.target.parent.mkdir(parents=True, exist_ok=True)
@@ -324,37 +334,27 @@ def _publish(work: Work, content: Path) -> None:
         raise DataError(f"{work.target} appeared while it was being written here: remove it and run again") from error
 
 
-def _remove_all_but_tokens(content: Path) -> None:
-    for entry in content.iterdir():
-        if entry.name not in ("tokens", "zarr.json"):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def _shard_records(work: Work) -> dict[str, FileRecord]:
+    shards = [read_json(work.folder / "shards" / f"{record_name(n)}.json") for n in range(work.n_shards)]
+    return {shard.pop("name"): FileRecord(**shard) for shard in shards}
 
 
-def _write_sidecars(work: Work, content: Path) -> None:
-    folder, settings = work.folder / "plan", work.settings
-    documents, made, facts = _load_plan(folder)
-    files = work.files
-    inputs = [
-        InputRecord(name=file.name, n_bytes=file.n_bytes, sha256=digest.tobytes().hex())
-        for file, digest in zip(files, np.load(folder / "inputs.npy"), strict=True)
-    ]
+def _write_sidecars(work: Work, content: Path, shards: Mapping[str, FileRecord]) -> None:
+    settings, files = work.settings, work.files
+    documents, made, facts = _load_plan(work.folder / "plan")
     found = [tuple(problem) for problem in facts["problems"]]
     problems = problem_records(documents, made, files, found, drops_duplicates=settings.duplicates != "keep")
     tokenizer = load_tokenizer(settings.tokenizer, settings.vocab_size)
     table = document_records(documents, made, files)
+    inputs = [
+        InputRecord(file.name, file.n_bytes, sha256) for file, sha256 in zip(files, work.input_hashes, strict=True)
+    ]
     store.write_sidecars(content, made.segments, made.n_rows, tokenizer, table, inputs, problems)
-    shards = [read_json(work.folder / "shards" / f"{record_name(n)}.json") for n in range(work.n_shards)]
-    records = {shard.pop("name"): FileRecord(**shard) for shard in shards}
-    for name, record in records.items():
-        if (content / name).stat().st_size != record.n_bytes:
-            raise DataError(f"{content / name} is not what was written: remove {work.folder} and build again")
-    others = (name for name in store.list_files(content) if name not in records)
-    records |= {name: store.record_file(content / name) for name in others}
+    others = (name for name in store.list_files(content) if name not in shards)
+    records = {**shards, **{name: store.record_file(content / name) for name in others}}
     manifest = Manifest(
         **work.decisive.model_dump(),
-        input_sha256=hash_input(
-            [(i.name, i.n_bytes, i.sha256, file.held_out) for i, file in zip(inputs, files, strict=True)]
-        ),
+        input_sha256=hash_files(files, work.input_hashes),
         splits=split_records(documents, made),
         problems=count_problems(problems),
         parts={},

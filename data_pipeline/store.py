@@ -18,10 +18,12 @@ from data_pipeline.errors import DataError
 from data_pipeline.layout import (
     WAY_OUT,
     StorePart,
+    check_whole,
     create_tokens,
     hash_file,
     list_files,
     record_file,
+    remove_all_but_tokens,
     write_manifest,
     write_shard,
     write_sidecars,
@@ -29,9 +31,11 @@ from data_pipeline.layout import (
 from data_pipeline.manifest import (
     MANIFEST_NAME,
     DocumentRecord,
+    FileRecord,
     InputRecord,
     Manifest,
     ProblemRecord,
+    StoreSettings,
     merge,
     settings_differences,
 )
@@ -40,12 +44,16 @@ from data_pipeline.tokenizer import Tokenizer
 
 __all__ = [
     "Store",
+    "check_whole",
     "create_tokens",
+    "document_hashes",
     "hash_file",
+    "is_made",
     "list_files",
     "list_part",
     "part_path",
     "record_file",
+    "remove_all_but_tokens",
     "write_manifest",
     "write_shard",
     "write_sidecars",
@@ -213,6 +221,25 @@ def read_part(store: Path, root: Manifest, name: str) -> Manifest:
     if hashlib.sha256(manifest.to_bytes()).hexdigest() != root.parts[name]:
         raise DataError(f"{part_path(store, name)} is not the part that was appended to {store}: {WAY_OUT}")
     return manifest
+
+
+def is_made(path: Path, settings: StoreSettings, input_sha256: str, shards: Mapping[str, FileRecord]) -> bool:
+    """Whether a store or part is finished at `path`, and made of this input, by these settings, with these shards."""
+    try:
+        manifest = Manifest.read(path)
+    except DataError:
+        return False
+    return (
+        not settings_differences(manifest, settings)
+        and manifest.input_sha256 == input_sha256
+        and shards.items() <= manifest.files.items()
+    )
+
+
+def document_hashes(store: Path | None) -> np.ndarray:
+    """uint8 [n, 32]: the sha256 of each document of a store; none where there is no store."""
+    documents = Store.open(store).documents if store else []
+    return np.frombuffer(bytes.fromhex("".join(document.sha256 for document in documents)), np.uint8).reshape(-1, 32)
 
 
 def list_part(store: Path, name: str) -> None:

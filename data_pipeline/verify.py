@@ -44,7 +44,7 @@ def verify(path: Path, quick: bool = False, sources: Sequence[str] = ()) -> list
     """The problems of a store, a line each; none when it is sound.
 
     Quick: the manifests are whole, every file is there and has its size. `sources` are inputs as the build's --input
-    has them: files found there are compared with those that the store was made of and, unless `quick`, read anew.
+    has them, all that the store was made of: they are compared with what it records and, unless `quick`, read anew.
     Raises DataError when there is no store, or nothing in `sources` that it was made of.
     """
     if not path.exists():
@@ -66,13 +66,14 @@ def verify(path: Path, quick: bool = False, sources: Sequence[str] = ()) -> list
         unknown = {path / name for name in store.unknown_files()} - damaged
         problems += [f"{file} is no part of the store" for file in sorted(unknown)]
         problems += [problem for part in store.parts for problem in check_part(part)]
+        problems += check_names(store)
     return [*problems, *(check_sources(store, sources, quick) if sources else ())]
 
 
 def check_sources(store: Store, sources: Sequence[str], quick: bool = False) -> Iterator[str]:
     """Compares files with what the store was made of, by name, and unless `quick` their documents with the store's.
 
-    Raises DataError when none of the files was part of that.
+    Yields what is on one side only, too. Raises DataError when there is nothing that is on both.
     """
     try:
         recorded = {record.name: record.sha256 for record in store.inputs}
@@ -86,6 +87,9 @@ def check_sources(store: Store, sources: Sequence[str], quick: bool = False) -> 
         raise DataError(
             f"{store.path} was made of none of the files in {', '.join(sources)}: give --source what --input was given"
         )
+    yield from (f"{file.location} is there and is not recorded" for file in found if file.name not in recorded)
+    for name in sorted(recorded.keys() - {file.name for file in files}):
+        yield f"input {name!r} is recorded and is not there"
     for file in tqdm(files, desc="compare sources", unit="file", disable=None):
         try:
             if recorded[file.name] not in (_UNREADABLE, hash_file(file)):
@@ -94,6 +98,19 @@ def check_sources(store: Store, sources: Sequence[str], quick: bool = False) -> 
                 yield from _compare_documents(store.manifest, file, documents)
         except DataError as error:  # it cannot be read
             yield str(error)
+
+
+def check_names(store: Store) -> Iterator[str]:
+    """Names that several documents have, of all parts. By hashes at first, as names take much more memory."""
+    try:
+        hashes = np.fromiter((hash(document.name) for part in store.parts for document in part.documents()), np.int64)
+        unique, counts = np.unique(hashes, return_counts=True)
+        if suspects := set(unique[counts > 1].tolist()):
+            names = (document.name for part in store.parts for document in part.documents())
+            found = Counter(name for name in names if hash(name) in suspects)
+            yield from (f"{count} documents are named {name!r}" for name, count in found.items() if count > 1)
+    except DataError:  # a table is damaged, as `check_part` says
+        return
 
 
 def _compare_documents(manifest: Manifest, file: InputFile, documents: Mapping[str, str]) -> Iterator[str]:

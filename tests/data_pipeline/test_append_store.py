@@ -193,3 +193,8 @@ def test_a_part_may_hold_no_rows(tmp_path: Path) -> None:
     assert b"".join(decode_document(store, "z.txt")) == b"more"
     assert store.read_row(store.n_rows - 1)[:4].tolist() == list(b"more")
     assert verify(bare) == []
+
+
+def test_documents_of_one_name_are_found(root: Path) -> None:
+    append(root, "0001", {"d.txt": b"new", "a.txt": b"another text of a name that is taken"})
+    assert verify(root) == ["2 documents are named 'a.txt'"]

@@ -278,3 +278,48 @@ def test_one_of_the_ranks_says_what_was_left_out(
     monkeypatch.setattr(build_module, "find_team", lambda _: Team("mpi-1", rank, 2, "MPI"))
     make_store()
     assert caplog.text.count("note: left out 1 file of other kinds") == (rank == 0)
+
+
+BAD = {"good.txt": b"good", "bad.txt": b"b\xffd", "none.txt": b""}
+
+
+@pytest.fixture
+def make_bad(make_store: Callable[..., Store], tmp_path: Path) -> Callable[..., Store]:
+    """Builds documents of which one is not valid UTF-8 and one is empty."""
+    for name, data in BAD.items():
+        (tmp_path / "bad" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bad" / name).write_bytes(data)
+    return lambda **changes: make_store(**{"inputs": (str(tmp_path / "bad"),), "split": {}, **changes})
+
+
+@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ("skip", "strict", r"'bad.txt' \(is not valid utf-8.*\) was dropped, and --on-bad encoding=strict stops at it"),
+        ("skip", "replace", "was dropped, and --on-bad encoding=replace keeps what can be had of it.*encoding=skip as"),
+        ("replace", "skip", "was replaced, and --on-bad encoding=skip leaves it out.*--output, or .* encoding=replace"),
+    ],
+)
+def test_other_policies_are_refused(
+    make_bad: Callable[..., Store], before: str, now: str, message: str, append: bool
+) -> None:
+    built = content(make_bad(policies={"encoding": before}).path)
+    with pytest.raises(DataError, match=message):
+        make_bad(policies={"encoding": now}, append=append)
+    assert content(make_bad(policies={"encoding": before}, append=append).path) == built
+
+
+def test_what_replace_leaves_nothing_of_is_not_taken_for_skipped(make_bad: Callable[..., Store]) -> None:
+    options = {"bos": False, "eos": False, "policies": {"encoding": "replace"}}
+    built = make_bad(**options)
+    assert {(problem.problem, problem.action) for problem in built.problems} == {
+        ("encoding", "replaced"),
+        ("empty", "dropped"),
+    }
+    assert content(make_bad(**options).path) == content(built.path)
+
+
+def test_policies_for_which_there_was_no_cause_may_change(make_store: Callable[..., Store]) -> None:
+    before = content(make_store(policies={"encoding": "skip"}).path)
+    assert content(make_store(policies={"truncated": "replace"}).path) == before

@@ -11,9 +11,12 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.registry import known_implementations
+from small_stores import write_store
 
 from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, find_files, hash_file, open_raw, read_content
+from data_pipeline.inputs import new_files
+from data_pipeline.store import Store
 
 
 def write(folder: Path, name: str, content: bytes) -> Path:
@@ -336,3 +339,14 @@ def test_hashes_are_of_the_bytes_as_stored(tmp_path: Path) -> None:
 def test_a_url_with_a_query_is_refused() -> None:
     with pytest.raises(DataError, match="has a query, so that it does not say what kind of file it is"):
         names("https://example.org/a.jsonl.gz?version=1")
+
+
+@pytest.mark.parametrize("recorded", ["x.jsonl", "x.jsonl/0", "below/x.JSONL/0/y.txt"])
+def test_names_that_a_store_has_taken_already(tmp_path: Path, recorded: str) -> None:
+    """Its documents would be named as those of the file that is added, or the reverse."""
+    write_store(tmp_path / "store", {recorded: b"recorded"})
+    name = "x.jsonl/0" if recorded == "x.jsonl" else recorded.partition("/0")[0]
+    parts = Store.open(tmp_path / "store").parts
+    with pytest.raises(DataError, match=r"lies in a folder that is named as another input is.*rename one of them"):
+        new_files([InputFile(name, f"/corpus/{name}", 5, None, False)], parts)
+    assert new_files([InputFile("y.jsonl", "/corpus/y.jsonl", 5, None, False)], parts)

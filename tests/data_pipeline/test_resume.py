@@ -332,3 +332,19 @@ def test_workers_are_sent_only_what_was_asked_for(make: Callable[..., Store], mo
     monkeypatch.setattr(stages, "begin", lambda work: (real(work), work.files, work.tasks))
     make(workers=3)
     assert sent == [{field.name for field in dataclasses.fields(stages.Work)}] * 2
+
+
+def test_a_finished_store_leaves_the_work_of_an_unfinished_append_alone(
+    make: Callable[..., Store], interrupt: Callable[[str, int], None], books: Path, tmp_path: Path
+) -> None:
+    make()
+    old = shutil.copytree(books, tmp_path / "old")
+    (books / "3.txt").write_text("new\n" * 1000)
+    interrupt("write_shard", 0)
+    with pytest.raises(Interrupted):
+        make(append=True)
+    kept = set(content(partial_path(tmp_path / "store") / "tokens"))
+    make(inputs=(str(old),))
+    assert set(content(partial_path(tmp_path / "store") / "tokens")) == kept
+    make(append=True)
+    assert not partial_path(tmp_path / "store").exists()

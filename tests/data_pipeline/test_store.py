@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 from small_stores import store_settings, write_store
 
-from data_pipeline import store
+from data_pipeline import layout, store
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import ProblemRecord
 from data_pipeline.packing import pack
@@ -178,3 +179,21 @@ def test_another_store_in_its_place_is_noticed_and_rows_that_are_added_are_none(
     shutil.rmtree(tmp_path / "s")
     with pytest.raises(DataError, match="does not exist"):
         opened.refuse_replaced()
+
+
+def test_a_shard_never_brings_back_what_was_moved_away(tmp_path: Path) -> None:
+    settings = store_settings(ByteTokenizer())
+    content, row = tmp_path / "content", np.zeros((1, settings.seq_len), np.uint16)
+    with pytest.raises(FileNotFoundError):
+        layout.write_shard(content, 0, row)
+    layout.create_tokens(content, settings, 1)
+    encode = zarr.open_array
+
+    def moved_meanwhile(*arguments: Any, **options: Any) -> Any:
+        content.rename(tmp_path / "store")
+        return encode(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FileNotFoundError):
+        patch.setattr(zarr, "open_array", moved_meanwhile)
+        layout.write_shard(content, 0, row)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]

@@ -17,7 +17,7 @@ from data_pipeline.files import InputFile
 from data_pipeline.layout import list_files, record_file, write_manifest, write_sidecars
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, SplitRecord
 from data_pipeline.packing import Segments
-from data_pipeline.store import Store
+from data_pipeline.store import Store, list_part, part_path
 from data_pipeline.tokenizer import IntegerTokenizer, load_tokenizer
 from data_pipeline.verify import verify
 
@@ -173,9 +173,19 @@ def sources(tmp_path: Path) -> Path:
 
 def test_sources_that_are_the_same(tmp_path: Path, sources: Path) -> None:
     assert verify(tmp_path / "s", sources=[str(sources)]) == []
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_sources_that_are_on_one_side_only(tmp_path: Path, sources: Path, quick: bool) -> None:
+    write_store(part_path(tmp_path / "s", "0001"), {"later.txt": b"appended"})
+    list_part(tmp_path / "s", "0001")
     (sources / "deep" / "c.txt").unlink()
     (sources / "new.txt").write_text("not in the store")
-    assert verify(tmp_path / "s", sources=[str(sources)]) == []
+    assert verify(tmp_path / "s", quick, sources=[str(sources)]) == [
+        f"{sources}/new.txt is there and is not recorded",
+        "input 'deep/c.txt' is recorded and is not there",
+        "input 'later.txt' is recorded and is not there",
+    ]
 
 
 def test_a_source_that_has_changed(tmp_path: Path, sources: Path) -> None:
