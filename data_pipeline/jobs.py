@@ -152,7 +152,7 @@ class _Claims:
 
 @contextmanager
 def membership(work: Path, job: str, what: Path, keep: Callable[[], bool]) -> Iterator[None]:
-    """Being one of the processes of `job` in the directory `work`, which makes `what`.
+    """Take part in `job` in the directory `work` for the length of the block; `what` is its product.
 
     The first one of a job that comes finds nobody there, and removes the claims and leftovers of those who were
     killed. Raises DataError when another job is there, or when `work` cannot be made or written to. The last one to

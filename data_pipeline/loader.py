@@ -1,8 +1,8 @@
 """A rank's share of every global batch, read ahead in the background and delivered in order.
 
-What is special: the only state is the number of samples that all ranks have consumed, since the samples are a pure
-function of the position. So a state saved on any number of ranks continues on any other with the same global sequence,
-and what was read ahead but not delivered was never consumed.
+The only state is the number of samples that all ranks have consumed, since the samples are a pure function of the
+position. So a state saved on any number of ranks continues on any other with the same global sequence, and what was
+read ahead but not delivered was never consumed.
 
 Threads, not processes: decompression, most of the work, runs without Python's global lock; nothing has to be pickled,
 and an error comes through as it is. Each row is read and decoded once, whoever waits for it.

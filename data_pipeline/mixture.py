@@ -1,8 +1,8 @@
 """Several data sets in one, by weight: a pure function of the position, exact on resume.
 
-What is special: no sampling. Positions come in blocks of 1,000, and every block holds exactly as many samples of each
-source as its weight says, in an order of its own. So the source of a position, and which of the source's samples it
-is, take one permutation to know, and each source goes through its own epochs without a repetition or a gap.
+There is no sampling. Positions come in blocks of 1,000, and every block holds exactly as many samples of each source as
+its weight says, in an order of its own. So the source of a position, and which of the source's samples it is, take one
+permutation to know, and each source goes through its own epochs without a repetition or a gap.
 """
 
 import math
