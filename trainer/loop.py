@@ -182,13 +182,14 @@ class Trainer:
         return f"step {self.saved_step}" if self.saved_step else "the beginning, without a checkpoint"
 
     def begin(self) -> None:
-        """Say from where, and how good the weights are that nothing has been learnt by."""
+        """Say where the run starts from; of a new run, evaluate the untrained weights."""
         if self.start:
             self.say(f"continuing from {self.start.path}, after step {self.first_step}")
             for name, what in self.changes.items():
                 self.say(f"note: {name} {what}")
             return
-        self.say(f"starting anew in {self.plan.dir}")
+        first = "" if self.eval_rows is None else "; first the untrained weights are evaluated"
+        self.say(f"starting anew in {self.plan.dir}{first}")
         self.evaluate(done=0)
 
     @contextmanager
