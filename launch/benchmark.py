@@ -10,8 +10,8 @@ the model and takes steps (forward and backward) for a few seconds, the first of
 where that is long. Rounds go through all peers in turn. The table has medians with the smallest and largest, the peak
 memory and what of it the process had used once it had imported its libraries, multiples of ours, and the growth from
 the length before as if that were four times shorter. The JSON file is written after every length, and has every step of
-every measurement. `memory`, `pipeline` and `faults` are described in launch/benchmark_memory.py,
-launch/benchmark_pipeline.py and launch/benchmark_faults.py.
+every measurement. `memory`, `pipeline` and `faults` are described in launch/bench_memory/command.py,
+launch/bench_pipeline/command.py and launch/bench_faults/command.py.
 
 Lengths are measured from short to long. What the shorter ones say would take longer than the budget or more than
 the allowed share of the machine's memory is left out, and a measurement is stopped at the budget: the table says so.
@@ -26,12 +26,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import benchmark_faults
-import benchmark_memory
-import benchmark_pipeline
 import torch
-from benchmark_peers import PEERS, Peer, Sizes, Step, positive
-from benchmark_process import (
+from bench.peers import PEERS, Peer, Sizes, Step, positive
+from bench.process import (
     Limits,
     Result,
     Summary,
@@ -48,6 +45,9 @@ from benchmark_process import (
     summaries,
     write,
 )
+from bench_faults import command as faults
+from bench_memory import command as memory
+from bench_pipeline import command as pipeline
 
 from trainer.memory import peak_gib
 
@@ -66,9 +66,9 @@ def parse_arguments() -> argparse.Namespace:
             "--seq-len", type=positive, nargs="+", default=[65_536], metavar="T", help="(default: 65536)"
         )
         add_options(command, rounds="measurements of each")
-    benchmark_memory.add_command(commands)
-    benchmark_pipeline.add_command(commands)
-    benchmark_faults.add_command(commands)
+    memory.add_command(commands)
+    pipeline.add_command(commands)
+    faults.add_command(commands)
     return parser.parse_args()
 
 
@@ -184,11 +184,11 @@ def run(arguments: argparse.Namespace) -> list[Result]:
 def main() -> int:
     arguments = parse_arguments()
     if arguments.what == "memory":
-        return benchmark_memory.main(arguments)
+        return memory.main(arguments)
     if arguments.what == "pipeline":
-        return benchmark_pipeline.main(arguments)
+        return pipeline.main(arguments)
     if arguments.what == "faults":
-        return benchmark_faults.main(arguments)
+        return faults.main(arguments)
     if arguments.worker:
         peer = PEERS[arguments.what][arguments.worker]
         sizes = sizes_of(arguments, arguments.seq_len[0])

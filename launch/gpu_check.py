@@ -10,7 +10,7 @@ each after a first call that does not count, ours and FlashAttention's; then the
 looked for (the last example is a dry run, without that); then the other peers are timed. What is expected, from the
 shorter lengths, to take longer than its budget is left out, and the table says so; of what takes long, the first call
 is all there is. The share of the roofline is that of attention without hashing and sorting; MFU is that of our model,
-by trainer/flops.py; both only where the device's peaks are known (roofline.py).
+by trainer/flops.py; both only where the device's peaks are known (bench_gpu/roofline.py).
 
 Needs torch, Triton, numpy and pydantic, pytest for the tests, transformers for that peer; and this repository installed
 or on PYTHONPATH, as `make gpu-check` has it.
@@ -38,10 +38,10 @@ from typing import Any
 import torch
 
 try:
-    from benchmark_peers import Sizes, Step, config_of, positive
-    from gpu_budget import Budget, expected_call_s, longest
-    from gpu_peers import ATTENTION, LONGEST, MODEL, OUR_MODEL, attention_step, disagreement, model_training_step
-    from roofline import backward_work, forward_work, peaks_of
+    from bench.peers import Sizes, Step, config_of, positive
+    from bench_gpu.budget import Budget, expected_call_s, longest
+    from bench_gpu.peers import ATTENTION, LONGEST, MODEL, OUR_MODEL, attention_step, disagreement, model_training_step
+    from bench_gpu.roofline import backward_work, forward_work, peaks_of
 
     from trainer.flops import training_flops
     from trainer.peaks import mfu

@@ -3,8 +3,8 @@
     python launch/pipeline_faults.py kills --times 50 --json benchmarks/pipeline-kills.json
     python launch/pipeline_faults.py flips --times 2000 --json benchmarks/pipeline-flips.json
 
-What exactly is done and asked for: launch/pipeline_kills.py and launch/pipeline_flips.py. A seed decides moments,
-victims and bits. A table goes to stdout; the exit code is 1 if anything failed.
+What exactly is done and asked for: kills.py and flips.py in launch/bench_pipeline. A seed decides moments, victims
+and bits. A table goes to stdout; the exit code is 1 if anything failed.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmark_process import machine, write
-from pipeline_flips import Flip, flips
-from pipeline_kills import Trial, kills
+from bench.process import machine, write
+from bench_pipeline.flips import Flip, flips
+from bench_pipeline.kills import Trial, kills
 
 
 def main() -> int:

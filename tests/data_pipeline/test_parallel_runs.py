@@ -12,68 +12,62 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bench_pipeline import flips, kills
 
 from data_pipeline.store import Store
 from data_pipeline.verify import verify
 
-LAUNCH = Path(__file__).parents[2] / "launch"
-sys.path.insert(0, str(LAUNCH))  # where Python itself looks when it is given launch/pipeline_faults.py
-import pipeline_flips  # noqa: E402
-import pipeline_kills  # noqa: E402
-
-sys.path.pop(0)
-
 MODES = [
     mode if mode != "mpirun" else pytest.param(mode, marks=pytest.mark.skipif(not has_mpirun, reason="no mpirun"))
     for has_mpirun in [Path(sys.executable).with_name("mpirun").exists()]
-    for mode in pipeline_kills.WORKERS
+    for mode in kills.WORKERS
 ]
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> pipeline_kills.Target:
+def target(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> kills.Target:
     """Documents in several tasks and several shards, and the store of an undisturbed build in one process."""
     folder = tmp_path_factory.mktemp("target")
-    pipeline_kills.write_corpus(folder / "corpus", 5_000_000)
+    kills.write_corpus(folder / "corpus", 5_000_000)
     options = ("--tokenizer", str(tokenizer_file), "--seq-len", "4096", "--rows-per-shard", "64", "--split", "val=0.2")
-    target = pipeline_kills.Target(folder / "corpus", options, folder / "serial", {})
+    target = kills.Target(folder / "corpus", options, folder / "serial", {})
     begun = time.perf_counter()
     assert build("serial", target, target.expected).returncode == 0
-    target.seconds.update(dict.fromkeys(pipeline_kills.WORKERS, time.perf_counter() - begun))
+    target.seconds.update(dict.fromkeys(kills.WORKERS, time.perf_counter() - begun))
     assert verify(target.expected) == []
     return target
 
 
-def build(mode: str, target: pipeline_kills.Target, output: Path) -> subprocess.CompletedProcess[str]:
-    words = pipeline_kills.build_command(mode, target, output)
-    environment = {**os.environ, **pipeline_kills.AS_ROOT}
+def build(mode: str, target: kills.Target, output: Path) -> subprocess.CompletedProcess[str]:
+    words = kills.build_command(mode, target, output)
+    environment = {**os.environ, **kills.AS_ROOT}
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_the_store_does_not_depend_on_who_builds_it(mode: str, target: pipeline_kills.Target, tmp_path: Path) -> None:
+def test_the_store_does_not_depend_on_who_builds_it(mode: str, target: kills.Target, tmp_path: Path) -> None:
     result = build(mode, target, tmp_path / "store")
     assert result.returncode == 0, result.stderr
-    assert pipeline_kills.first_difference(target.expected, tmp_path / "store") is None
+    assert kills.first_difference(target.expected, tmp_path / "store") is None
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     assert result.stdout == build(mode, target, tmp_path / "store").stdout.split("\n", 1)[1]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_build_that_is_killed_goes_on(mode: str, target: pipeline_kills.Target, tmp_path: Path) -> None:
+def test_a_build_that_is_killed_goes_on(mode: str, target: kills.Target, tmp_path: Path) -> None:
     for seed in range(20):  # on a machine that got idle since, a build may end before its kill comes
         folder = tmp_path / str(seed)
         folder.mkdir()
-        trial = pipeline_kills.run_trial(mode, target, folder, random.Random(seed))
+        trial = kills.run_trial(mode, target, folder, random.Random(seed))
         assert trial.passed, trial
         if trial.kills:
             return
     pytest.fail("twenty builds ended before they were killed")
 
 
-def test_a_second_builder_is_refused(target: pipeline_kills.Target, tmp_path: Path) -> None:
+def test_a_second_builder_is_refused(target: kills.Target, tmp_path: Path) -> None:
     output = tmp_path / "store"
-    first = pipeline_kills.start(pipeline_kills.build_command("processes", target, output), tmp_path / "log")
+    first = kills.start(kills.build_command("processes", target, output), tmp_path / "log")
     while not list((tmp_path / ".store.partial").glob("tokens/*.claim")):
         assert first.poll() is None
         time.sleep(0.01)
@@ -81,7 +75,7 @@ def test_a_second_builder_is_refused(target: pipeline_kills.Target, tmp_path: Pa
     assert second.returncode == 2
     assert second.stderr == f"error: {output} is being built by another process: wait for it to end, or stop it\n"
     assert first.wait() == 0
-    assert pipeline_kills.first_difference(target.expected, output) is None
+    assert kills.first_difference(target.expected, output) is None
 
 
 @pytest.fixture
@@ -102,7 +96,7 @@ def resize(disk: Path, n_bytes: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={n_bytes}", str(disk)], check=True)
 
 
-def test_a_disk_that_is_full(target: pipeline_kills.Target, small_disk: Path) -> None:
+def test_a_disk_that_is_full(target: kills.Target, small_disk: Path) -> None:
     """In the first half of a build, when room for that is made in the second, and when there is room all is well."""
     output, work = small_disk / "store", small_disk / ".store.partial"
     expected = Store.open(target.expected)
@@ -115,23 +109,23 @@ def test_a_disk_that_is_full(target: pipeline_kills.Target, small_disk: Path) ->
         assert f"error: no room is left on the disk of {small_disk}" in result.stderr
         assert "Traceback" not in result.stderr
         assert not output.exists()
-        assert pipeline_kills.Watch(work).stage() == stage
+        assert kills.Watch(work).stage() == stage
     resize(small_disk, scratch + 2 * stored)
     assert build("processes", target, output).returncode == 0
-    assert pipeline_kills.first_difference(target.expected, output) is None
+    assert kills.first_difference(target.expected, output) is None
     assert not work.exists()
 
 
 def test_flipped_bits_are_found_and_never_read(tmp_path: Path) -> None:
     """In every file once, and then some."""
     rng = random.Random(0)
-    store = pipeline_flips.small_store(tmp_path)
-    right = pipeline_flips.read_all(store)
-    sizes = {name: (store / name).stat().st_size for name in pipeline_flips.list_files(store)}
+    store = flips.small_store(tmp_path)
+    right = flips.read_all(store)
+    sizes = {name: (store / name).stat().st_size for name in flips.list_files(store)}
     bits = [(name, rng.randrange(8 * size)) for name, size in sizes.items() if size]
-    bits += [pipeline_flips.draw_bit(sizes, rng) for _ in range(20)]
+    bits += [flips.draw_bit(sizes, rng) for _ in range(20)]
     for name, bit in bits:
-        flip = pipeline_flips.flip_once(store, name, bit, right)
+        flip = flips.flip_once(store, name, bit, right)
         assert flip.verify != "nothing", flip
         assert flip.reading != "wrong", flip
     assert verify(store) == []

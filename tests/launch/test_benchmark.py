@@ -8,17 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmark
+import benchmark_plot
 import pytest
+from bench import peers, process
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch"))  # where Python itself looks when it is given launch/benchmark.py
-import benchmark  # noqa: E402
-import benchmark_peers  # noqa: E402
-import benchmark_plot  # noqa: E402
-import benchmark_process  # noqa: E402
-
-sys.path.pop(0)
 
 TINY = benchmark.Sizes(seq_len=256, d_model=32, n_layers=1, n_heads=2, n_hashes=2, chunk_len=16)
 TINY_OPTIONS = "--d-model 32 --n-layers 1 --n-heads 2 --n-hashes 2 --chunk-len 16 --threads 1"
@@ -71,7 +67,7 @@ def test_what_fails_and_what_takes_too_long_are_results(monkeypatch: pytest.Monk
 
 def test_a_process_that_the_system_ends_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of(monkeypatch, "model")
-    monkeypatch.setattr(benchmark_process.subprocess, "run", lambda *_, **__: argparse.Namespace(returncode=-9))
+    monkeypatch.setattr(process.subprocess, "run", lambda *_, **__: argparse.Namespace(returncode=-9))
     ended = benchmark.measure(arguments, "ours", TINY)
     assert ended == {"error": "ended by SIGKILL, out of memory?", "final": True}
 
@@ -87,7 +83,7 @@ def test_steps_are_repeated_and_long_ones_are_not() -> None:
 
 
 def test_predictions_grow_by_4_to_16_for_four_times_the_length() -> None:
-    predict = benchmark_process.predict
+    predict = process.predict
     assert predict([(1024, 2.0)], 4096) == pytest.approx(8.0)
     assert predict([(1024, 2.0), (4096, 2.5)], 16_384) == pytest.approx(10.0)  # held at linear
     assert predict([(1024, 2.0), (4096, 16.0)], 16_384) == pytest.approx(128.0)  # as measured
@@ -97,7 +93,7 @@ def test_predictions_grow_by_4_to_16_for_four_times_the_length() -> None:
 
 
 def test_what_would_take_too_much_is_left_out_and_says_so() -> None:
-    limits = benchmark_process.Limits
+    limits = process.Limits
     dense = [result(16_384, seconds=10.0), result(65_536, seconds=143.0), result(65_536, seconds=145.0)]
     assert benchmark.left_out(dense, 262_144, limits(2400, 24)) is None
     out = benchmark.left_out(dense, 262_144, limits(600, 24))
@@ -111,7 +107,7 @@ def test_what_would_take_too_much_is_left_out_and_says_so() -> None:
 
 
 def test_what_is_known_before_decides_only_where_it_must() -> None:
-    little, much = benchmark_process.Limits(1, 1), benchmark_process.Limits(600, 24)
+    little, much = process.Limits(1, 1), process.Limits(600, 24)
     assert benchmark.left_out([], 4096, little) is None
     assert benchmark.left_out([result(1000, error="not a multiple of 64")], 1024, little) is None
     stopped = [result(1024), result(4096, error="stopped after 600 s, the budget", final=True)]
@@ -130,7 +126,7 @@ def test_peers_take_turns_within_the_budget_and_failures_are_not_asked_again(mon
 
     monkeypatch.setattr(benchmark, "measure", measure)
     monkeypatch.setattr(benchmark, "missing", lambda peer: None)
-    monkeypatch.setattr(benchmark_process.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(process.time, "perf_counter", lambda: now[0])
     arguments = arguments_of(monkeypatch, "model", "--budget-s", "100", "--rounds", "3")
     results = benchmark.measure_length(arguments, ["ours", "lucidrains", "dense"], 1024, [], budget_gib=24)
     assert asked == ["ours", "lucidrains", "dense", "ours", "dense", "ours"]  # three times 50 s would be beyond 100 s
@@ -221,8 +217,8 @@ def test_our_dense_attention_takes_a_step() -> None:
 
 def test_the_dense_model_learns_from_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[nn.Module] = []
-    build = benchmark_peers.DenseModel
-    monkeypatch.setattr(benchmark_peers, "DenseModel", lambda sizes: models.append(build(sizes)) or models[-1])
+    build = peers.DenseModel
+    monkeypatch.setattr(peers, "DenseModel", lambda sizes: models.append(build(sizes)) or models[-1])
     benchmark.PEERS["model"]["dense"].build(replace(TINY, chunk_tokens=100))()
     missing = [name for name, p in models[0].named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert missing == []

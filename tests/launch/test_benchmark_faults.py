@@ -7,21 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import benchmark
 import pytest
+from bench_faults import command, damage, jobs, kills, overhead, runs, signals
 from torch.utils.tensorboard import SummaryWriter
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch"))  # where Python itself looks when it is given launch/benchmark.py
-import benchmark  # noqa: E402
-import benchmark_faults  # noqa: E402
-import faults_damage  # noqa: E402
-import faults_jobs  # noqa: E402
-import faults_kills  # noqa: E402
-import faults_overhead  # noqa: E402
-import faults_runs  # noqa: E402
-import faults_signals  # noqa: E402
-
-sys.path.pop(0)
 
 TAGS = ("train/loss", "train/lr", "train/grad_norm")
 POINTS = [(tag, step, 1 / (step + len(tag))) for tag in TAGS for step in (1, 2, 3)]
@@ -33,8 +22,8 @@ def main(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> faults_runs.Bench:
-    return faults_runs.Bench(tmp_path_factory.mktemp("bench") / "runs", steps=7)
+def bench(tmp_path_factory: pytest.TempPathFactory) -> runs.Bench:
+    return runs.Bench(tmp_path_factory.mktemp("bench") / "runs", steps=7)
 
 
 def test_a_run_that_is_killed_and_one_that_gets_a_signal(
@@ -57,35 +46,35 @@ def test_a_run_that_is_killed_and_one_that_gets_a_signal(
 
 
 @pytest.fixture
-def finished(bench: faults_runs.Bench, monkeypatch: pytest.MonkeyPatch) -> faults_runs.Undisturbed:
+def finished(bench: runs.Bench, monkeypatch: pytest.MonkeyPatch) -> runs.Undisturbed:
     """A run of one process, to damage."""
-    monkeypatch.setattr(faults_damage, "MODE", "process")
-    monkeypatch.setattr(faults_damage, "RUN_EVERY", 100)
-    return bench.undisturbed("process", faults_damage.VARIANT)
+    monkeypatch.setattr(damage, "MODE", "process")
+    monkeypatch.setattr(damage, "RUN_EVERY", 100)
+    return bench.undisturbed("process", damage.VARIANT)
 
 
-def test_every_damage_is_recovered_from(bench: faults_runs.Bench, finished: faults_runs.Undisturbed) -> None:
-    found = list(faults_damage.damages(bench, 25, seed=0))
-    assert [each.passed for each in found] == [True] * 25, faults_damage.table(found)
-    assert len({(each.file, each.what) for each in found}) == 24 == 3 * len(faults_damage.WAYS)
+def test_every_damage_is_recovered_from(bench: runs.Bench, finished: runs.Undisturbed) -> None:
+    found = list(damage.damages(bench, 25, seed=0))
+    assert [each.passed for each in found] == [True] * 25, damage.table(found)
+    assert len({(each.file, each.what) for each in found}) == 24 == 3 * len(damage.WAYS)
     assert [each.ended for each in found].count("identical") == 1 and {each.checkpoints for each in found} == {1, 2}
-    assert {each.expected for each in found} == {3, 6} and "FAILED" not in faults_damage.table(found)
+    assert {each.expected for each in found} == {3, 6} and "FAILED" not in damage.table(found)
 
 
 def test_damage_that_goes_unnoticed_is_a_failure(
-    bench: faults_runs.Bench, finished: faults_runs.Undisturbed, monkeypatch: pytest.MonkeyPatch
+    bench: runs.Bench, finished: runs.Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faults_damage.checkpoint, "sound_start", lambda run_dir, *_: SimpleNamespace(step=7))
-    monkeypatch.setattr(faults_damage, "RUN_EVERY", 1000)
-    monkeypatch.setattr(faults_damage, "start", faults_damage_choose)
-    blind = list(faults_damage.damages(bench, 2, seed=0))
+    monkeypatch.setattr(damage.checkpoint, "sound_start", lambda run_dir, *_: SimpleNamespace(step=7))
+    monkeypatch.setattr(damage, "RUN_EVERY", 1000)
+    monkeypatch.setattr(damage, "start", choose_only)
+    blind = list(damage.damages(bench, 2, seed=0))
     assert [each.passed for each in blind] == [False, False]
-    assert faults_damage.table(blind).count("FAILED: ") == 2
+    assert damage.table(blind).count("FAILED: ") == 2
     assert all(each.said and each.started_from == 7 for each in blind)
 
 
-def faults_damage_choose(found: faults_damage.Damage, run: faults_jobs.Run, *_: Any) -> None:
-    faults_damage.choose(found, run)
+def choose_only(found: damage.Damage, run: jobs.Run, *_: Any) -> None:
+    damage.choose(found, run)
 
 
 def write_run(folder: Path, lines: list[tuple[str, int, float | None]], events: list[tuple[str, int, float]]) -> None:
@@ -113,18 +102,18 @@ def test_curves_are_the_same_to_the_last_bit_or_differ(tmp_path: Path) -> None:
     curves = {}
     for name, (lines, events) in cases.items():
         write_run(tmp_path / name, lines, events)
-        curves[name] = faults_runs.curve(tmp_path / name)
+        curves[name] = runs.curve(tmp_path / name)
     whole = curves.pop("whole")
-    assert len(whole.metrics) == len(whole.events) == 9 and faults_runs.difference(whole, whole) is None
-    assert faults_runs.complete(whole, 3) is None and "has not every step's" in str(faults_runs.complete(whole, 4))
-    said = {name: faults_runs.difference(whole, curve) or "" for name, curve in curves.items()}
+    assert len(whole.metrics) == len(whole.events) == 9 and runs.difference(whole, whole) is None
+    assert runs.complete(whole, 3) is None and "has not every step's" in str(runs.complete(whole, 4))
+    said = {name: runs.difference(whole, curve) or "" for name, curve in curves.items()}
     assert all(said.values()), said
     assert {name for name, text in said.items() if text.startswith("TensorBoard: ")} == {
         "doubled event",
         "missing event",
     }
     assert "unexpected [\"('train/lr', 2, 0.1)\"] (0 and 1 in all)" in said["doubled"]
-    assert {name for name in curves if faults_runs.complete(curves[name], 3)} == set(curves) - {"last bit", "null"}
+    assert {name for name in curves if runs.complete(curves[name], 3)} == set(curves) - {"last bit", "null"}
 
 
 @pytest.mark.parametrize(
@@ -140,14 +129,14 @@ def test_curves_are_the_same_to_the_last_bit_or_differ(tmp_path: Path) -> None:
 def test_a_start_from_elsewhere_is_noticed(tmp_path: Path, log: str, newest: int, problem: str | None) -> None:
     (tmp_path / "log").write_text(log)
     job: Any = SimpleNamespace(log=tmp_path / "log")
-    assert faults_kills.wrong_start(job, newest) == problem
+    assert kills.wrong_start(job, newest) == problem
 
 
 @pytest.mark.parametrize(("code", "saved", "right"), [(75, 6, True), (0, 6, False), (-10, 6, False), (75, 3, False)])
 def test_a_signal_is_honoured_by_a_checkpoint_of_the_last_step(code: int, saved: int, right: bool) -> None:
-    delivery = faults_signals.Delivery("SIGUSR1", "steps", 1.0, 6, saved, code, 2.0)
-    assert (faults_signals.dishonoured(delivery) is None) == right
-    assert "FAILED: x" in faults_signals.table(faults_signals.Trial("process", "ZeRO-2", [delivery], "x"))
+    delivery = signals.Delivery("SIGUSR1", "steps", 1.0, 6, saved, code, 2.0)
+    assert (signals.dishonoured(delivery) is None) == right
+    assert "FAILED: x" in signals.table(signals.Trial("process", "ZeRO-2", [delivery], "x"))
 
 
 def test_what_was_not_survived_is_the_exit_code(
@@ -155,10 +144,10 @@ def test_what_was_not_survived_is_the_exit_code(
 ) -> None:
     def failing(*_: Any) -> Iterator[dict[str, Any]]:
         yield {"survived": True}
-        raise faults_runs.FailedError("an undisturbed run ends with 1")
+        raise runs.FailedError("an undisturbed run ends with 1")
 
-    monkeypatch.setattr(faults_runs, "write_config", lambda *_: Path("none"))
-    monkeypatch.setattr(benchmark_faults, "PARTS", {"kills": failing, "damage": lambda *_: iter([{"survived": True}])})
+    monkeypatch.setattr(runs, "write_config", lambda *_: Path("none"))
+    monkeypatch.setattr(command, "PARTS", {"kills": failing, "damage": lambda *_: iter([{"survived": True}])})
     options = ["--modes", "process", "--json", tmp_path / "result.json"]
     assert main(monkeypatch, *options) == 1
     results = json.loads((tmp_path / "result.json").read_text())["results"]
@@ -167,18 +156,18 @@ def test_what_was_not_survived_is_the_exit_code(
     assert main(monkeypatch, *options, "--part", "damage") == 0
 
 
-def test_seconds_of_starting_saving_and_of_the_loop(bench: faults_runs.Bench) -> None:
+def test_seconds_of_starting_saving_and_of_the_loop(bench: runs.Bench) -> None:
     budget = {"threads": 1, "budget_s": 300}
-    loop = faults_overhead.in_worker("loop", 256, 2, **budget)
+    loop = overhead.in_worker("loop", 256, 2, **budget)
     assert len(loop["step_s"]["trainer"]) == len(loop["step_s"]["bare"]) == 2, loop
     assert loop["overhead"] == pytest.approx(loop["trainer_s"] / loop["bare_s"] - 1) and loop["bare_s"] > 0
-    assert "loop, 256 tokens a row: " in faults_overhead.line(loop)
-    saved = faults_overhead.in_worker("save", "demo", 1, **budget)
+    assert "loop, 256 tokens a row: " in overhead.line(loop)
+    saved = overhead.in_worker("save", "demo", 1, **budget)
     assert saved["bytes"] > 12 * saved["n_parameters"] > 0, saved  # a weight and two moments, fp32
     assert saved["save_mb_s"] == pytest.approx(saved["bytes"] / 1e6 / saved["save_s"])
-    assert "parameters, " in faults_overhead.line(saved)
-    failed = faults_overhead.in_worker("loop", "no number", 1, **budget)
-    assert "error" in failed and "loop no number: error: " in faults_overhead.line(failed)
-    (resumed,) = faults_overhead.resume(bench, 1, modes=("process",))
+    assert "parameters, " in overhead.line(saved)
+    failed = overhead.in_worker("loop", "no number", 1, **budget)
+    assert "error" in failed and "loop no number: error: " in overhead.line(failed)
+    (resumed,) = overhead.resume(bench, 1, modes=("process",))
     assert 0 < resumed["anew_s"] < 300 and 0 < resumed["resumed_s"] < 300
-    assert "resume, process: the first step begins" in faults_overhead.line(resumed)
+    assert "resume, process: the first step begins" in overhead.line(resumed)

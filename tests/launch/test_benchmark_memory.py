@@ -8,24 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmark
+import benchmark_plot
 import pytest
 import torch
+from bench import peers, process
+from bench_memory import command, figures
 from parity import assert_parity, gradients
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch"))  # where Python itself looks when it is given launch/benchmark.py
-import benchmark  # noqa: E402
-import benchmark_memory  # noqa: E402
-import benchmark_peers  # noqa: E402
-import benchmark_plot  # noqa: E402
-import benchmark_process  # noqa: E402
-import memory_figures  # noqa: E402
-
-sys.path.pop(0)
-
-TINY = benchmark_peers.Sizes(seq_len=96, d_model=16, n_layers=2, n_heads=2, n_hashes=2, chunk_len=16, vocab_size=20)
+TINY = peers.Sizes(seq_len=96, d_model=16, n_layers=2, n_heads=2, n_hashes=2, chunk_len=16, vocab_size=20)
 OPTIONS = {"d_model": 16, "n_heads": 2, "n_hashes": 2, "chunk_len": 16, "vocab_size": 20, "threads": 1}
-TINY_OPTIONS = [word for key, value in OPTIONS.items() for word in (benchmark_process.option(key), str(value))]
+TINY_OPTIONS = [word for key, value in OPTIONS.items() for word in (process.option(key), str(value))]
 SIZES = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_hashes": 2, "chunk_len": 16, "vocab_size": 20}
 SIZES |= {"chunk_tokens": 4096}
 GIB = 2**30
@@ -51,14 +44,14 @@ def result(part: str, peer: str = "ours", **values: Any) -> dict[str, Any]:
     return point | (values if {"error", "left_out"} & set(values) else measured | values)
 
 
-def answering(answer: Callable[[str, benchmark_peers.Sizes], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def answering(answer: Callable[[str, peers.Sizes], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """In place of a measurement, what this function says."""
     return lambda arguments, name, sizes, part: answer(name, sizes)
 
 
 def measured(**values: Any) -> dict[str, Any]:
     """What a worker says."""
-    point = {"part", "peer", *memory_figures.VARIED}
+    point = {"part", "peer", *figures.VARIED}
     return {key: value for key, value in result("", **values).items() if key not in point}
 
 
@@ -73,11 +66,11 @@ def test_a_run_from_the_command_line_to_the_picture(
     assert record["command"].startswith("python launch/benchmark.py memory --parts depth") and record["ram_gib"] > 0.5
     (one,) = record["results"]
     assert set(one) == RESULT_KEYS and (one["part"], one["peer"], one["n_layers"]) == ("depth", "ours", 2)
-    assert len(one["step_s"]) == benchmark_memory.STEPS and one["seconds"] == one["step_s"][1] > 0
+    assert len(one["step_s"]) == command.STEPS and one["seconds"] == one["step_s"][1] > 0
     assert one["peak_gib"] > one["imports_gib"] > 0.05
-    assert one["parameters"] == one["gradients"] == memory_figures.predicted_bytes(TINY)["parameters"]
+    assert one["parameters"] == one["gradients"] == figures.predicted_bytes(TINY)["parameters"]
     header, row, drew = capsys.readouterr().out.splitlines()
-    assert header == benchmark_memory.HEADER and row.split()[:5] == ["depth", "96", "2", "20", "ours"]
+    assert header == command.HEADER and row.split()[:5] == ["depth", "96", "2", "20", "ours"]
     assert row.split()[5] == f"{one['peak_gib']:.3f}" and drew == f"drew {picture}"
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
@@ -86,22 +79,22 @@ def test_what_is_predicted_is_what_the_configuration_says() -> None:
     # A layer: two norms, qk, value, out; in, out and their biases. A head: norm of both streams, weight, bias.
     layer = 2 * 2 * 16 + 3 * 16 * 16 + 2 * 16 * 64 + 64 + 16
     rest = 20 * 16 + (8 * 4 + 12 * 12) + 2 * 32 + 20 * 32 + 20  # 96 = 8 * 12 positions, a quarter of the width by rows
-    predicted = memory_figures.predicted_bytes(TINY)
+    predicted = figures.predicted_bytes(TINY)
     parameters = 4 * (2 * layer + rest)
     buckets = 2 * (2 * 2 * 96 * 2)  # layers * H * R * T * int16
     expected = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters, "buckets": buckets}
     assert predicted == expected
     # 2^20 tokens in chunks of 16 have 2^17 buckets, beyond int16
-    assert memory_figures.bucket_bytes(benchmark_peers.config_of(TINY), 2**20) == 2 * 2 * 2**20 * 4
+    assert figures.bucket_bytes(peers.config_of(TINY), 2**20) == 2 * 2 * 2**20 * 4
 
 
 @pytest.mark.parametrize("name", ["ours", "ours-autograd", "dense"])
 def test_a_measurement_holds_parameters_gradients_and_moments_at_once(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peer, seen = benchmark_memory.MEMORY_PEERS[name], []
+    peer, seen = command.MEMORY_PEERS[name], []
 
-    def build(sizes: benchmark_peers.Sizes) -> benchmark_peers.Model:
+    def build(sizes: peers.Sizes) -> peers.Model:
         model, loss_of = peer.build(sizes)
 
         def watched(tokens: torch.Tensor) -> torch.Tensor:
@@ -112,20 +105,20 @@ def test_a_measurement_holds_parameters_gradients_and_moments_at_once(
 
         return model, watched
 
-    here = benchmark_memory.measure_here(benchmark_peers.Peer(build), TINY, steps=3, threads=1)
+    here = command.measure_here(peers.Peer(build), TINY, steps=3, threads=1)
     parameters = here["parameters"]
     n_scalars = len(list(peer.build(TINY)[0].parameters()))  # how many steps each was updated
     assert seen == [0, parameters, parameters] and here["gradients"] == parameters
     assert here["optimizer"] == 2 * parameters + 4 * n_scalars
     assert here["seconds"] == pytest.approx(sum(here["step_s"][1:]) / 2)
     if name != "dense":
-        assert parameters == memory_figures.predicted_bytes(TINY)["parameters"]
+        assert parameters == figures.predicted_bytes(TINY)["parameters"]
 
 
 def test_plain_autograd_is_the_same_model() -> None:
     """Loss and gradients in float64; the second with the buckets and rotations of the first."""
     found = []
-    for build in (benchmark_peers.ours, benchmark_peers.ours_by_autograd):
+    for build in (peers.ours, peers.ours_by_autograd):
         torch.manual_seed(0)
         model, loss_of = build(TINY)
         model.double().train()
@@ -140,7 +133,7 @@ def test_plain_autograd_keeps_what_every_block_needs(monkeypatch: pytest.MonkeyP
 
     def saved_bytes(name: str, n_layers: int) -> int:
         sizes = replace(TINY, n_layers=n_layers)
-        model, loss_of = benchmark_memory.MEMORY_PEERS[name].build(sizes)
+        model, loss_of = command.MEMORY_PEERS[name].build(sizes)
         known, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
         def pack(x: torch.Tensor) -> torch.Tensor:
@@ -161,7 +154,7 @@ def test_plain_autograd_keeps_what_every_block_needs(monkeypatch: pytest.MonkeyP
 def test_every_part_is_measured_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--seq-len", "64", "32", "--depths", "3", "1", "--vocab-sizes", "30", "20", "--n-layers", "4"]
     options += ["--depth-tokens", "48", "--layer-tokens", "80", "--recompute-layers", "5", "--rounds", "2"]
-    parts = {part.name: part for part in benchmark_memory.parts_of(arguments_of(monkeypatch, *options))}
+    parts = {part.name: part for part in command.parts_of(arguments_of(monkeypatch, *options))}
     points = {
         name: [(sizes.seq_len, sizes.n_layers, sizes.vocab_size) for sizes in part.points]
         for name, part in parts.items()
@@ -176,7 +169,7 @@ def test_every_part_is_measured_as_documented(monkeypatch: pytest.MonkeyPatch) -
     assert parts["length"].peers == parts["depth"].peers == ["ours", "huggingface", "lucidrains", "dense"]
     assert parts["layer"].peers == parts["vocabulary"].peers == ["ours"]
     assert parts["recompute"].peers == ["ours", "ours-autograd"] and parts["recompute"].rounds == 2
-    assert {name for name, part in parts.items() if part.environ == benchmark_memory.MALLOC} == {"layer", "vocabulary"}
+    assert {name for name, part in parts.items() if part.environ == command.MALLOC} == {"layer", "vocabulary"}
 
 
 def test_malloc_gives_back_what_is_freed_where_bytes_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,62 +179,62 @@ def test_malloc_gives_back_what_is_freed_where_bytes_are_predicted(monkeypatch: 
         asked.append((command[command.index("--worker") + 1], env.get("MALLOC_MMAP_THRESHOLD_")))
         return argparse.Namespace(returncode=0, stdout=json.dumps(measured()), stderr="")
 
-    monkeypatch.setattr(benchmark_process, "machine", lambda: {"ram_gib": 24.0})  # which would run git
-    monkeypatch.setattr(benchmark_process.subprocess, "run", run)
+    monkeypatch.setattr(process, "machine", lambda: {"ram_gib": 24.0})  # which would run git
+    monkeypatch.setattr(process.subprocess, "run", run)
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     options = ["--parts", "layer", "recompute", "--depths", "1", "2", "--rounds", "2", *TINY_OPTIONS]
-    benchmark_memory.run(arguments_of(monkeypatch, *options))
+    command.run(arguments_of(monkeypatch, *options))
     turns = [("ours", None), ("ours-autograd", None)]
     assert asked == [("ours", "131072"), ("ours", "131072"), *turns, *turns]
 
 
 def test_bytes_per_layer() -> None:
-    predicted = sum(memory_figures.predicted_bytes(TINY).values())
-    more = sum(memory_figures.predicted_bytes(replace(TINY, n_layers=12)).values())
+    predicted = sum(figures.predicted_bytes(TINY).values())
+    more = sum(figures.predicted_bytes(replace(TINY, n_layers=12)).values())
     per_layer = (more - predicted) / 10
     results = [result("layer", n_layers=12, seq_len=96, peak_gib=1.0 + 11 * per_layer / GIB)]
     results += [result("layer", n_layers=2, seq_len=96), result("depth", n_layers=24, seq_len=96)]
     results += [result("layer", n_layers=3, seq_len=96, peak_gib=1.0 + 2 * per_layer / GIB)]  # one of them only once
-    figure = memory_figures.layer_figure("layer", results, SIZES)
+    figure = figures.layer_figure("layer", results, SIZES)
     assert figure is not None and figure["n_layers"] == [2, 12] and figure["ratio"] == pytest.approx(1.1)
     assert sum(figure["predicted_bytes"].values()) == pytest.approx(per_layer)
     assert figure["predicted_bytes"]["buckets"] == 2 * 2 * 96 * 2
     assert [one["n_layers"] for one in figure["between"]] == [[2, 3], [3, 12]]
     assert [one["ratio"] for one in figure["between"]] == pytest.approx([2.0, 1.0])
-    assert ", 1.100 times (target: within 10%)" in memory_figures.layer_line("target: within 10%", figure)
-    assert memory_figures.layer_figure("layer", results[:1], SIZES) is None
+    assert ", 1.100 times (target: within 10%)" in figures.layer_line("target: within 10%", figure)
+    assert figures.layer_figure("layer", results[:1], SIZES) is None
 
 
 def test_what_a_vocabulary_takes() -> None:
     extra = 4 * 4 * (1000 - 20) * (16 + 32 + 1) / GIB  # embedding, output weight and bias, all four times
     results = [result("vocabulary"), result("vocabulary", vocab_size=1000, peak_gib=1.2 * (1.0 + extra))]
-    figure = memory_figures.vocabulary_figure(results, SIZES)
+    figure = figures.vocabulary_figure(results, SIZES)
     assert figure is not None and figure["predicted_gib"] == pytest.approx(extra)
     assert figure["ratio"] == pytest.approx(1.2) and figure["measured_gib"] == pytest.approx(0.2 + 1.2 * extra)
-    assert "1.200 times the small one's" in memory_figures.vocabulary_line(figure)
-    assert memory_figures.vocabulary_figure(results[:1], SIZES) is None
+    assert "1.200 times the small one's" in figures.vocabulary_line(figure)
+    assert figures.vocabulary_figure(results[:1], SIZES) is None
 
 
 def test_what_reversibility_costs_and_saves() -> None:
     ours = [result("recompute", seconds=seconds) for seconds in (1.0, 1.2, 1.6)]
     plain = [result("recompute", "ours-autograd", seconds=seconds, peak_gib=4.0) for seconds in (1.0, 1.0, 0.8)]
-    figure = memory_figures.recompute_figure([*ours, *plain], SIZES)
+    figure = figures.recompute_figure([*ours, *plain], SIZES)
     assert figure is not None and figure["times"] == pytest.approx(1.2)
     assert figure["times_by_round"] == pytest.approx([1.0, 1.2, 2.0])
     assert figure["activations_gib"] == pytest.approx([1.0 - 0.5 - 1 / 16, 4.0 - 0.5 - 1 / 16])
-    line = memory_figures.recompute_line(figure)
+    line = figures.recompute_line(figure)
     assert "1.20 (1.00..2.00) times the time of plain autograd" in line and "0.127 of them" in line
-    assert memory_figures.recompute_figure(ours, SIZES) is None
+    assert figures.recompute_figure(ours, SIZES) is None
 
 
 def test_what_would_take_too_much_is_left_out_reported_and_drawn(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def answer(name: str, sizes: benchmark_peers.Sizes) -> dict[str, Any]:
+    def answer(name: str, sizes: peers.Sizes) -> dict[str, Any]:
         slow = 10 if name == "dense" else 1
         return measured(seconds=slow * sizes.seq_len * sizes.n_layers / 64, peak_gib=0.5 + sizes.seq_len / 640)
 
-    monkeypatch.setattr(benchmark_memory, "measure", answering(answer))
+    monkeypatch.setattr(command, "measure", answering(answer))
     options = ["--parts", "length", "depth", "layer", "--seq-len", "64", "256", "--depths", "1", "8", *TINY_OPTIONS]
     options += ["--depth-tokens", "64", "--layer-tokens", "64", "--budget-s", "100", "--peers", "ours", "dense"]
     picture, file = tmp_path / "x.svg", tmp_path / "x.json"
@@ -262,7 +255,7 @@ def test_what_would_take_too_much_is_left_out_reported_and_drawn(
 
 
 def test_a_picture_of_one_part_has_one_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_memory, "measure", answering(lambda name, sizes: measured()))
+    monkeypatch.setattr(command, "measure", answering(lambda name, sizes: measured()))
     for part, drawn, other in (
         ("length", "length", "depth"),
         ("depth", "depth", "length"),
@@ -276,7 +269,7 @@ def test_a_picture_of_one_part_has_one_panel(tmp_path: Path, monkeypatch: pytest
 def test_that_there_is_nothing_to_draw_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark_memory, "measure", answering(lambda name, sizes: measured()))
+    monkeypatch.setattr(command, "measure", answering(lambda name, sizes: measured()))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # which is not needed then
     assert main(monkeypatch, "--parts", "recompute", "vocabulary", *TINY_OPTIONS, "--plot", tmp_path / "x.png") == 0
     assert capsys.readouterr().out.endswith("drew nothing: none of length, depth, layer was measured\n")
@@ -286,7 +279,7 @@ def test_that_there_is_nothing_to_draw_is_said(
 def test_a_run_that_measured_nothing_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark_memory, "measure", answering(lambda name, sizes: {"error": "no memory"}))
+    monkeypatch.setattr(command, "measure", answering(lambda name, sizes: {"error": "no memory"}))
     assert main(monkeypatch, *TINY_OPTIONS, "--plot", tmp_path / "x.png") == 1
     assert "ours            error: no memory" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
@@ -294,8 +287,8 @@ def test_a_run_that_measured_nothing_fails(
 def test_peers_that_are_not_installed_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absent = replace(benchmark_memory.MEMORY_PEERS["huggingface"], module="no_such_package.module")
-    monkeypatch.setitem(benchmark_memory.MEMORY_PEERS, "huggingface", absent)
+    absent = replace(command.MEMORY_PEERS["huggingface"], module="no_such_package.module")
+    monkeypatch.setitem(command.MEMORY_PEERS, "huggingface", absent)
     assert main(monkeypatch, "--parts", "depth", "--peers", "huggingface", "--plot", tmp_path / "x.png") == 1
     assert "huggingface     transformers is not installed: pip install -e '.[bench]'" in capsys.readouterr().out
 
@@ -321,7 +314,7 @@ def test_bad_options_are_named_before_anything_is_measured(
 ) -> None:
     (tmp_path / "folder.png").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark_memory, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, *words)
     assert stop.value.code and message in f"{stop.value.code}{capsys.readouterr().err}"
@@ -329,15 +322,15 @@ def test_bad_options_are_named_before_anything_is_measured(
 
 @pytest.mark.parametrize("name", ["huggingface", "lucidrains"])
 def test_installed_peers_are_trained(name: str) -> None:
-    peer = benchmark_memory.MEMORY_PEERS[name]
+    peer = command.MEMORY_PEERS[name]
     pytest.importorskip(peer.module)
-    here = benchmark_memory.measure_here(peer, replace(TINY, seq_len=128), steps=1, threads=1)
+    here = command.measure_here(peer, replace(TINY, seq_len=128), steps=1, threads=1)
     # Hugging Face's has one that takes no part.
     assert 0.9 * here["parameters"] < here["gradients"] <= here["parameters"] < here["optimizer"]
 
 
 def test_depth_is_predicted_by_layer() -> None:
     """Memory that does not grow with depth must not be predicted to double with it."""
-    assert benchmark_process.predict_depth([(2, 1.0), (6, 1.2)], 24) == pytest.approx(2.1)
-    assert benchmark_process.predict_depth([(2, 1.0), (6, 0.9)], 24) == 0.9  # noise does not shrink a model
-    assert benchmark_process.predict_depth([(2, 1.0)], 6) == 3.0
+    assert process.predict_depth([(2, 1.0), (6, 1.2)], 24) == pytest.approx(2.1)
+    assert process.predict_depth([(2, 1.0), (6, 0.9)], 24) == 0.9  # noise does not shrink a model
+    assert process.predict_depth([(2, 1.0)], 6) == 3.0

@@ -6,20 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch"))  # where Python itself looks when it is given launch/benchmark.py
-import benchmark  # noqa: E402
-import pipeline_bench  # noqa: E402
-import pipeline_figures  # noqa: E402
-import pipeline_parts  # noqa: E402
-import pipeline_scale  # noqa: E402
-import pipeline_tokenize  # noqa: E402
-import pipeline_workers  # noqa: E402
-
-sys.path.pop(0)
+from bench_pipeline import common, figures, parts, scale, tokenizing, workers
 
 BUDGET_S = 300
 SIZES = """--rounds 1 --vocab-size 400 --seq-len 256 --documents 30 --steps 2 --scale-documents 50 --tokenize-mb 0.05
@@ -67,7 +57,7 @@ def test_speed_size_and_reading(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, nowhere = tmp_path / "result.json", tmp_path / "no-such-python"
-    monkeypatch.setattr(pipeline_tokenize, "find_spec", lambda name: None)
+    monkeypatch.setattr(tokenizing, "find_spec", lambda name: None)
     options: list[str | Path] = ["--parts", "tokenize", "size", "read", "--corpus", corpus, "--workers", "1", "2"]
     assert main(monkeypatch, tmp_path / "work", *options, "--mds-python", nowhere, "--json", file) == 0
     record = json.loads(file.read_text())
@@ -157,36 +147,36 @@ def test_the_memory_of_a_command_is_that_of_its_largest_process() -> None:
     waited = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
     for program in (waited, orphan):
-        assert 0.2 < pipeline_bench.run([sys.executable, "-c", program], BUDGET_S)["peak_gib"] < 0.25
-    assert pipeline_bench.run([sys.executable, "-c", "pass"], BUDGET_S)["peak_gib"] < 0.05
+        assert 0.2 < common.run([sys.executable, "-c", program], BUDGET_S)["peak_gib"] < 0.25
+    assert common.run([sys.executable, "-c", "pass"], BUDGET_S)["peak_gib"] < 0.05
 
 
 def test_commands_that_fail_or_take_too_long_say_so() -> None:
-    with pytest.raises(pipeline_bench.FailedError, match="ValueError: so it is"):
-        pipeline_bench.run([sys.executable, "-c", "raise ValueError('so it is')"], BUDGET_S)
+    with pytest.raises(common.FailedError, match="ValueError: so it is"):
+        common.run([sys.executable, "-c", "raise ValueError('so it is')"], BUDGET_S)
     sleeping = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep({BUDGET_S})'])"
-    with pytest.raises(pipeline_bench.FailedError, match="stopped after 1 s, the budget"):
-        pipeline_bench.run([sys.executable, "-c", sleeping], 1)
+    with pytest.raises(common.FailedError, match="stopped after 1 s, the budget"):
+        common.run([sys.executable, "-c", sleeping], 1)
 
 
 def test_the_log_of_a_build_tells_its_stages() -> None:
     log = "a note\ntokenize: 73,000,000 bytes, 18,500,000 tokens, 4.5 s\nwrite: 1 bytes, 2 tokens, 1,000.0 s\n"
-    assert pipeline_bench.stages(log) == {
+    assert common.stages(log) == {
         "tokenize": {"bytes": 73_000_000, "tokens": 18_500_000, "seconds": 4.5},
         "write": {"bytes": 1, "tokens": 2, "seconds": 1000.0},
     }
-    assert pipeline_bench.stages("tokenize: 3 of 4, 5 s left") == {}
+    assert common.stages("tokenize: 3 of 4, 5 s left") == {}
 
 
 def test_pages_are_dropped_and_counted(tmp_path: Path) -> None:
     file = tmp_path / "pages"
     file.write_bytes(bytes(1 << 20))
-    assert pipeline_workers.resident_share([file]) == 1
-    pipeline_workers.drop_pages([file])
-    assert pipeline_workers.resident_share([file]) in (0, 1)  # 1 where files live in memory only
+    assert workers.resident_share([file]) == 1
+    workers.drop_pages([file])
+    assert workers.resident_share([file]) in (0, 1)  # 1 where files live in memory only
     with file.open("rb") as opened:
         opened.read()
-    assert pipeline_workers.resident_share([file]) == 1
+    assert workers.resident_share([file]) == 1
 
 
 def test_figures_compare_with_raw_at_as_many_workers() -> None:
@@ -197,20 +187,20 @@ def test_figures_compare_with_raw_at_as_many_workers() -> None:
     raw += [result("raw-numpy", 2, 0.625), result("raw-list", 2, 0.8)]
     ours = result("ours", 2, 0.78125, seconds=2.0, peak_gib=0.5)
     failed = {"part": "tokenize", "peer": "ours", "workers": 1, "error": "no"}
-    one, two, _, figure = pipeline_figures.tokenize([*raw, ours, failed])
+    one, two, _, figure = figures.tokenize([*raw, ours, failed])
     assert (one["mb_s"], one["slowest"], one["fastest"], one["rounds"]) == (1.0, 0.5, 2.0, 3) and two["mb_s"] == 1.6
     assert figure["mb_s"] == pytest.approx(1.28) and figure["whole_mb_s"] == 0.5 and figure["peak_gib"] == 0.5
     assert figure["of_raw"] == pytest.approx(0.8) and figure["of_raw_times_workers"] == pytest.approx(0.64)
     assert figure["of_raw_list"] == pytest.approx(1.28 / 1.25)
-    lines = pipeline_figures.lines_of("tokenize", [*raw, ours, failed])
+    lines = figures.lines_of("tokenize", [*raw, ours, failed])
     assert "0.800" in lines[4] and lines[-1] == "tokenize ours 1: error: no"
 
 
 def test_a_scaled_corpus_is_what_the_tokenize_stage_would_have_found(tmp_path: Path) -> None:
-    work = pipeline_scale.write_files(tmp_path, 40, 10**9)
+    work = scale.write_files(tmp_path, 40, 10**9)
     sizes = [file.n_bytes for file in work.files]
     assert len(sizes) == 40 and abs(sum(sizes) - 10**9) <= 40 and max(sizes) > 4 * min(sizes)
-    columns = pipeline_scale.made_columns(work.files, work.tasks)
+    columns = scale.made_columns(work.files, work.tasks)
     assert columns.first.sum() == 40 and columns.n_bytes.sum() == sum(sizes)
     assert len(columns.file) == sum(map(len, work.tasks)) > 40  # large ones are cut
     totals = np.bincount(columns.file, weights=columns.n_bytes)
@@ -219,20 +209,20 @@ def test_a_scaled_corpus_is_what_the_tokenize_stage_would_have_found(tmp_path: P
 
 def test_corpora_are_what_was_asked_for(corpus: Path, tmp_path: Path) -> None:
     whole = b"".join(path.read_bytes() for path in sorted(corpus.iterdir()))
-    tiny = pipeline_bench.texts_of(pipeline_bench.tiny_documents(corpus, tmp_path / "tiny", 1002))
+    tiny = common.texts_of(common.tiny_documents(corpus, tmp_path / "tiny", 1002))
     assert len(tiny) == 1002 and all(path.read_bytes().count(b"\n") == 4 for path in tiny)
     assert b"".join(path.read_bytes() for path in tiny)[: len(whole)] == whole
-    (one,) = pipeline_bench.texts_of(pipeline_bench.one_document(corpus, tmp_path / "one", 2 * len(whole) + 1))
+    (one,) = common.texts_of(common.one_document(corpus, tmp_path / "one", 2 * len(whole) + 1))
     assert one.stat().st_size > 2 * len(whole) and one.read_bytes().startswith(whole + whole)
-    twice = pipeline_bench.repeated(corpus, tmp_path / "twice", len(whole) + 1)
-    assert pipeline_bench.size_of(twice) == 2 * len(whole)
+    twice = common.repeated(corpus, tmp_path / "twice", len(whole) + 1)
+    assert common.size_of(twice) == 2 * len(whole)
 
 
 def test_the_tokenizer_that_datatrove_gets_gives_the_same_ids(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     arguments = argparse.Namespace(vocab_size=400, budget_s=BUDGET_S)
-    bench = pipeline_bench.Bench(arguments, tmp_path, [corpus], lambda result: None)
-    compared = pipeline_tokenize.convert(bench.tokenizer(corpus), tmp_path / "tokenizer.json", corpus)
+    bench = common.Bench(arguments, tmp_path, [corpus], lambda result: None)
+    compared = tokenizing.convert(bench.tokenizer(corpus), tmp_path / "tokenizer.json", corpus)
     assert compared == {"compared_lines": 600, "same_lines": 600}
     assert bench.tokenizer(corpus) == tmp_path / "tokenizer-0"  # trained once
 
@@ -241,7 +231,7 @@ def test_rows_that_differ_are_noticed(corpus: Path, tmp_path: Path, monkeypatch:
     arguments = argparse.Namespace(
         vocab_size=400, seq_len=256, budget_s=BUDGET_S, rounds=1, mds_python=tmp_path / "none"
     )
-    bench = pipeline_bench.Bench(arguments, tmp_path, [corpus], lambda result: None)
-    monkeypatch.setattr(pipeline_parts, "write_raw", lambda store, folder: -1)
-    with pytest.raises(pipeline_bench.FailedError, match="ours read other tokens: their sum is"):
-        pipeline_parts.read(bench)
+    bench = common.Bench(arguments, tmp_path, [corpus], lambda result: None)
+    monkeypatch.setattr(parts, "write_raw", lambda store, folder: -1)
+    with pytest.raises(common.FailedError, match="ours read other tokens: their sum is"):
+        parts.read(bench)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import export
+import generate
 import numpy as np
 import pytest
 import torch
@@ -23,12 +25,6 @@ from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.continuation import identity
 from trainer.distributed import Launch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))  # where Python itself looks, given launch/export.py
-import export
-import generate
-
-sys.path.pop(0)
 
 pytestmark = pytest.mark.usefixtures("process_group")
 TIED_OR_NOT = pytest.mark.parametrize("run", [False, True], indirect=True, ids=["untied", "tied"])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import generate
 import numpy as np
 import pytest
 import torch
@@ -16,11 +17,6 @@ from data_pipeline.training import TrainingSettings, train_tokenizer
 from reformer import Reformer, ReformerConfig, load_model, save_model
 from reformer.generation import continue_tokens
 from reformer.hf import save_hf
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))  # where Python itself looks, given launch/generate.py
-import generate
-
-sys.path.pop(0)
 
 BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True}
 ENDS = -100.0

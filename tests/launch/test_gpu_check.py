@@ -6,18 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import pytest
 import torch
+from bench_gpu import peers as gpu_peers
+from bench_gpu import roofline
+
+from trainer.flops import training_flops
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch"))  # where Python itself looks when it is given launch/gpu_check.py
-import gpu_check  # noqa: E402
-import gpu_peers  # noqa: E402
-import roofline  # noqa: E402
-
-from trainer.flops import training_flops  # noqa: E402
-
-sys.path.pop(0)
 
 TINY = "--d-model 32 --n-layers 1 --n-heads 2 --n-hashes 2 --chunk-len 16"
 

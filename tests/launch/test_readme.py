@@ -55,16 +55,17 @@ def test_make_targets_exist(command: str) -> None:
 
 def test_every_file_of_the_tree_exists_and_none_is_left_out() -> None:
     tree = next(block for language, block in BLOCKS if not language and block.startswith("launch/"))
-    folder, described = Path(), set()
+    folders, described = [Path()], set()
     for line in tree.splitlines():
-        names = re.match(r" *((?:[\w./]+ ?)+)(?:  |$)", line)
+        names = re.match(r"((?:  )*)((?:[\w./]+ ?)+)(?:  |$)", line)
         assert names, line
-        for name in names[1].split():
-            if not line.startswith(" "):
-                folder = Path(name) if name.endswith("/") else Path()
-            path = Path(name) if not line.startswith(" ") else folder / name
+        depth = len(names[1]) // 2
+        for name in names[2].split():
+            path = folders[depth] / name
             assert (ROOT / path).exists(), path
+            assert (ROOT / path).is_dir() == name.endswith("/"), path
             described.add(path.as_posix())
+            folders[depth + 1 :] = [path]
     for package in ("reformer", "data_pipeline", "trainer", "launch"):
         for file in (ROOT / package).rglob("*.py"):
             if not file.name.startswith("__"):

@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import status
 
 from trainer import ranks
 from trainer.presence import LOCK
 from trainer.ranks import RankState
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch"))
-
-import status  # noqa: E402
-
-sys.path.pop(0)
 
 STATE = RankState(0, 2, "n1", 100, 7, 3, "backward", 1.0, 30.0, "trainer/loop.py:12 in step", True, 1e9)
 SPEED = {"speed/tokens_per_s": 12_345.0, "speed/step_s": 4.0, "train/skipped_steps": 3.0, "train/spikes": 1.0}

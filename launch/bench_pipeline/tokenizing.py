@@ -26,7 +26,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline_bench import (
+from bench_pipeline.common import (
     WORKERS,
     Bench,
     FailedError,

@@ -6,7 +6,7 @@
 Without --corpus the text is the sources of Python's own standard library. All but `size` takes the first corpus.
 Every measurement is a command in processes of its own; where several are compared they are taken in turn, round after
 round, and the table has medians with the smallest and largest. What exactly each part measures: the docstrings of
-launch/pipeline_tokenize.py and launch/pipeline_parts.py.
+tokenizing.py and parts.py in launch/bench_pipeline.
 
 The JSON file has the machine, the versions, every measurement under `results`, and what is said about them under
 `figures`. It is written after every part.
@@ -21,13 +21,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmark_peers import positive
-from benchmark_process import machine, n_cores, write
+from bench.peers import positive
+from bench.process import machine, n_cores, write
 from demo import write_standard_library
-from pipeline_bench import HERE, Bench, FailedError, Result, texts_of
-from pipeline_figures import FIGURES, lines_of
-from pipeline_parts import PARTS
 
+from bench_pipeline.common import ROOT, Bench, FailedError, Result, texts_of
+from bench_pipeline.figures import FIGURES, lines_of
+from bench_pipeline.parts import PARTS
 from data_pipeline.errors import DataError
 
 PACKAGES = ("datatrove", "fsspec", "longhand", "mpi4py", "numpy", "sentencepiece", "tokenizers", "zarr", "zstandard")
@@ -45,14 +45,14 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--corpus", type=Path, nargs="+", metavar="PATH", help="folders of .txt files, or single files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write hardware, versions and all measurements")
     parser.add_argument(
-        "--work", type=Path, default=HERE.parent / "runs", metavar="DIR", help="for files that are removed in the end"
+        "--work", type=Path, default=ROOT / "runs", metavar="DIR", help="for files that are removed in the end"
     )
     parser.add_argument(
         "--mds-python",
         type=Path,
-        default=HERE.parent / ".venv" / "mds" / "bin" / "python",
+        default=ROOT / ".venv" / "mds" / "bin" / "python",
         metavar="FILE",
-        help="the Python of an environment with launch/mosaicml.txt (default: .venv/mds/bin/python)",
+        help="the Python of an environment with launch/bench_pipeline/mosaicml.txt (default: .venv/mds/bin/python)",
     )
     workers = sorted({1, min(2, n_cores())})
     parser.add_argument("--workers", type=positive, nargs="+", default=workers, help="(default: 1 2, if there are two)")

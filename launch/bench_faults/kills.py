@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from itertools import cycle
 
 import psutil
-from faults_jobs import ASK_S, PATIENCE_S, POLL_S, Job, Run, begun, tail, wait
-from faults_runs import EVAL_EVERY, VARIANTS, Bench, Undisturbed, curve, difference
+
+from bench_faults.jobs import ASK_S, PATIENCE_S, POLL_S, Job, Run, begun, tail, wait
+from bench_faults.runs import EVAL_EVERY, VARIANTS, Bench, Undisturbed, curve, difference
 
 KILL_MODES = ("process", "deepspeed", "sbatch")
 AIMS = ("any moment", "steps", "a save")

@@ -6,7 +6,7 @@
 `kills`: SIGKILL at random moments. `damage`: files of checkpoints. `signals`: USR1, USR2 and TERM. In all three the
 curve of the run that was disturbed, every number by tag and step in metrics.jsonl and in TensorBoard, must be in the
 end that of a run that was not, bit for bit. `overhead` is about time, and wants the machine for itself. What exactly is
-done: launch/faults_kills.py, faults_damage.py, faults_signals.py and faults_overhead.py.
+done: kills.py, damage.py, signals.py and overhead.py in launch/bench_faults.
 
 SLURM is a cluster of two nodes that is started on this machine, where it can be; what needs it is left out otherwise. A
 seed decides moments, victims and bits. The JSON file has everything that was seen, and is written as it comes. The exit
@@ -25,15 +25,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import faults_damage
-import faults_kills
-import faults_overhead
-import faults_signals
-import faults_worker
-from benchmark_peers import positive
-from benchmark_process import machine, n_cores, write
-from faults_jobs import MODES, SBATCH, cluster_tools
-from faults_runs import Bench, FailedError
+from bench.peers import positive
+from bench.process import machine, n_cores, write
+
+from bench_faults import damage, kills, overhead, signals, worker
+from bench_faults.jobs import MODES, SBATCH, cluster_tools
+from bench_faults.runs import Bench, FailedError
 
 Result = dict[str, Any]
 ON_CLUSTER = {"srun", *SBATCH}
@@ -64,20 +61,20 @@ def add_command(commands: Any) -> None:
         ("--budget-s", 1800, "of `overhead`: for one process"),
     ):
         parser.add_argument(name, type=positive, default=default, metavar="N", help=f"{text} (default: %(default)s)")
-    parser.add_argument("--worker", choices=faults_worker.WORKERS, help=argparse.SUPPRESS)  # measure in this process
+    parser.add_argument("--worker", choices=worker.WORKERS, help=argparse.SUPPRESS)  # measure in this process
     parser.add_argument("--size", help=argparse.SUPPRESS)
 
 
 # The parts: each prints as it goes and yields results for the JSON file.
 
 
-def kills(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> Iterator[Result]:
-    modes = [mode for mode in modes if mode in faults_kills.KILL_MODES]
-    print(faults_kills.HEADER, flush=True)
+def run_kills(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> Iterator[Result]:
+    modes = [mode for mode in modes if mode in kills.KILL_MODES]
+    print(kills.HEADER, flush=True)
     trials = []
-    for trial in faults_kills.kills(bench, arguments.kills, arguments.seed, modes) if modes else ():
+    for trial in kills.kills(bench, arguments.kills, arguments.seed, modes) if modes else ():
         trials.append(trial)
-        print(faults_kills.table(trial), flush=True)
+        print(kills.table(trial), flush=True)
         yield {"part": "kills", "survived": not trial.error, **asdict(trial)}
     done = [(trial.mode, kill) for trial in trials for kill in trial.kills]
     by_mode, by_stage = Counter(mode for mode, _ in done), Counter(kill.stage for _, kill in done)
@@ -85,22 +82,22 @@ def kills(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> Iter
     print(f"kills: {len(done)} in {len(trials)} runs ({counted(by_mode)}; {counted(by_stage)}), {failed} runs failed")
 
 
-def damage(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> Iterator[Result]:
+def run_damage(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> Iterator[Result]:
     found = []
-    for each in faults_damage.damages(bench, arguments.damages, arguments.seed):
+    for each in damage.damages(bench, arguments.damages, arguments.seed):
         found.append(each)
         yield {"part": "damage", "survived": each.passed, **asdict(each)}
-    print(faults_damage.table(found))
+    print(damage.table(found))
     recovered, ended = sum(each.passed for each in found), sum(each.ended == "identical" for each in found)
     print(f"damage: {len(found)} damaged, {recovered} reported and recovered from, {ended} runs to the end identical")
 
 
-def signals(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> Iterator[Result]:
-    print(faults_signals.HEADER, flush=True)
+def run_signals(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> Iterator[Result]:
+    print(signals.HEADER, flush=True)
     trials = []
-    for trial in faults_signals.signals(bench, arguments.signals, arguments.seed, modes) if modes else ():
+    for trial in signals.signals(bench, arguments.signals, arguments.seed, modes) if modes else ():
         trials.append(trial)
-        print(faults_signals.table(trial), flush=True)
+        print(signals.table(trial), flush=True)
         yield {"part": "signals", "survived": not trial.error, **asdict(trial)}
     done = [(trial.mode, delivery) for trial in trials for delivery in trial.deliveries]
     by_mode, by_name = Counter(mode for mode, _ in done), Counter(delivery.name for _, delivery in done)
@@ -108,19 +105,17 @@ def signals(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> It
     print(f"signals: {len(done)} in {len(trials)} runs ({counted(by_mode)}; {counted(by_name)}), {failed} runs failed")
 
 
-def overhead(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> Iterator[Result]:
-    for result in faults_overhead.overhead(
-        bench, arguments.rounds, arguments.pairs, arguments.threads, arguments.budget_s
-    ):
-        print(faults_overhead.line(result), flush=True)
+def run_overhead(bench: Bench, arguments: argparse.Namespace, modes: list[str]) -> Iterator[Result]:
+    for result in overhead.overhead(bench, arguments.rounds, arguments.pairs, arguments.threads, arguments.budget_s):
+        print(overhead.line(result), flush=True)
         yield {"part": "overhead", "survived": "error" not in result, **result}
 
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace, list[str]], Iterator[Result]]] = {
-    "kills": kills,
-    "damage": damage,
-    "signals": signals,
-    "overhead": overhead,
+    "kills": run_kills,
+    "damage": run_damage,
+    "signals": run_signals,
+    "overhead": run_overhead,
 }
 
 
@@ -165,7 +160,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[Result]:
 def main(arguments: argparse.Namespace) -> int:
     """The exit code: 1 if anything was not survived; what is left out for want of a cluster is no failure."""
     if arguments.worker:
-        print(json.dumps(faults_worker.main(arguments.worker, arguments.size, arguments.rounds)))
+        print(json.dumps(worker.main(arguments.worker, arguments.size, arguments.rounds)))
         return 0
     with tempfile.TemporaryDirectory(prefix="longhand-faults-") as name:
         results = run(arguments, Path(name))

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_peers import PEERS, Peer, Sizes, positive
 
+from bench.peers import PEERS, Peer, Sizes, positive
 from trainer.memory import peak_gib
 from trainer.record import environment
 
-PROGRAM = Path(__file__).with_name("benchmark.py")
+PROGRAM = Path(__file__).parents[1] / "benchmark.py"
 Result = dict[str, Any]
 
 

@@ -20,9 +20,10 @@ from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 PIPELINE = (sys.executable, "-m", "data_pipeline")
-WORKERS = HERE / "pipeline_workers.py"
+WORKERS = Path(__file__).with_name("workers.py")
+USAGE = Path(__file__).with_name("usage.py")
 Result = dict[str, Any]
 _STAGE = re.compile(r"^(\w+): ([\d,]+) bytes, ([\d,]+) tokens, ([\d.,]+) s$", re.MULTILINE)
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -86,7 +87,7 @@ def run(words: Sequence[str], budget_s: int, environ: Mapping[str, str] = {}) ->
     """
     with tempfile.TemporaryDirectory() as folder:
         report, out, err = (Path(folder, name) for name in ("report.json", "out", "err"))
-        command = [sys.executable, "-I", str(HERE / "usage.py"), str(report), *words]
+        command = [sys.executable, "-I", str(USAGE), str(report), *words]
         with out.open("wb") as output, err.open("wb") as errors:
             code = _wait(command, output, errors, {**os.environ, **_AS_ROOT, **environ}, budget_s)
         texts = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in (out, err)}
@@ -99,7 +100,7 @@ def run(words: Sequence[str], budget_s: int, environ: Mapping[str, str] = {}) ->
 def _wait(command: Sequence[str], out: BinaryIO, err: BinaryIO, environ: Mapping[str, str], budget_s: int) -> int:
     """The exit code of a command; one that takes too long is ended with all that it started."""
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environ, cwd=HERE.parent, start_new_session=True
+        command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environ, cwd=ROOT, start_new_session=True
     )
     try:
         return process.wait(budget_s)
@@ -117,7 +118,7 @@ def _wait(command: Sequence[str], out: BinaryIO, err: BinaryIO, environ: Mapping
 def worker(
     *words: str | int | Path, budget_s: int, python: str | Path = sys.executable, environ: Mapping[str, str] = {}
 ) -> Result:
-    """What a worker (`pipeline_workers.py`) prints, with `seconds` and `peak_gib` of its process."""
+    """What a worker (`workers.py`) prints, with `seconds` and `peak_gib` of its process."""
     done = run([str(python), str(WORKERS), *map(str, words)], budget_s, environ)
     lines = done.pop("out").splitlines()
     del done["err"]

@@ -1,10 +1,10 @@
 """What `launch/benchmark.py pipeline` measures, each in a process of its own that prints one line of JSON.
 
-    python launch/pipeline_workers.py encode MODEL CORPUS INDEX COUNT    raw SentencePiece: the bound
-    python launch/pipeline_workers.py datatrove TOKENIZER.json JSONL OUTPUT COUNT
-    python launch/pipeline_workers.py rows PEER STORE PATH SEED warm|cold
-    python launch/pipeline_workers.py scale FOLDER DOCUMENTS BYTES
-    python launch/pipeline_workers.py permutation
+    python launch/bench_pipeline/workers.py encode MODEL CORPUS INDEX COUNT    raw SentencePiece: the bound
+    python launch/bench_pipeline/workers.py datatrove TOKENIZER.json JSONL OUTPUT COUNT
+    python launch/bench_pipeline/workers.py rows PEER STORE PATH SEED warm|cold
+    python launch/bench_pipeline/workers.py scale FOLDER DOCUMENTS BYTES
+    python launch/bench_pipeline/workers.py permutation
 
 What is special: every import stands in the function that needs it. A peer may live in another virtual environment,
 which has neither this project nor its libraries, and nobody's time or memory has another's imports in it.
@@ -199,8 +199,8 @@ def mapped(file: Path) -> Iterator[tuple[int, int]]:
 def scale(folder: str, documents: str, n_bytes: str) -> Result:
     """Plan a build of so many documents of so many bytes in all, of which only the sizes exist."""
     import numpy as np
-    from pipeline_scale import made_columns, planned_shards, write_files
 
+    from bench_pipeline.scale import made_columns, planned_shards, write_files
     from data_pipeline import planning, stages
 
     work = write_files(Path(folder), int(documents), int(n_bytes))
@@ -273,4 +273,5 @@ WORKERS: dict[str, Callable[..., Result]] = {
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # launch/, as for what starts this
     print(json.dumps(WORKERS[sys.argv[1]](*sys.argv[2:])))

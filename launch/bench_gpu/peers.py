@@ -1,7 +1,7 @@
 """What `launch/gpu_check.py` times: our attention and model, and those that a user of a GPU would pick instead.
 
 Attention is a function from queries, keys and values [1, H, T, D] to the output; LSH attention takes the queries as
-keys. Models are those of benchmark_peers.py, built on the GPU with parameters in the dtype asked for.
+keys. Models are those of bench/peers.py, built on the GPU with parameters in the dtype asked for.
 """
 
 import functools
@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from benchmark_peers import PEERS, DenseModel, Sizes, Step, config_of, heads_of, merged, model_step
+from bench.peers import PEERS, DenseModel, Sizes, Step, config_of, heads_of, merged, model_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults_jobs import MODES, POLL_S, Job, Run, begun, start, tail, wait
-from pipeline_flips import write_corpus
+from bench_pipeline.flips import write_corpus
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from bench_faults.jobs import MODES, POLL_S, Job, Run, begun, start, tail, wait
 
 VARIANTS = {
     "ZeRO-2": (),

@@ -10,8 +10,8 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from benchmark_peers import Sizes, config_of
-from benchmark_process import Result
+from bench.peers import Sizes, config_of
+from bench.process import Result
 
 from reformer import Reformer, ReformerConfig
 from reformer.lsh.hashing import bucket_factors, hash_to_buckets

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmark_process import in_a_process
-from faults_jobs import Run, tail, wait
-from faults_runs import Bench, FailedError
-from faults_worker import DEMO, MODELS, write_store
+from bench.process import in_a_process
+
+from bench_faults.jobs import Run, tail, wait
+from bench_faults.runs import Bench, FailedError
+from bench_faults.worker import DEMO, MODELS, write_store
 
 Result = dict[str, Any]
 LENGTHS = (65_536, 16_384, 4_096, 1_024)

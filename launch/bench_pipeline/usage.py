@@ -1,6 +1,6 @@
 """Run a command; write how long it took and how much memory its largest process had at most.
 
-    python -I launch/usage.py REPORT.json COMMAND …
+    python -I launch/bench_pipeline/usage.py REPORT.json COMMAND …
 
 What is special: this process imports next to nothing and has no other child, so that what Linux counts for its children
 is the command's alone: the largest resident memory of any process that the command started, the command itself

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
-from faults_jobs import ASK_S, Job, Run, begun, tail, wait
-from faults_kills import Watch, flaw, some_steps
-from faults_runs import VARIANTS, Bench, Undisturbed
-
+from bench_faults.jobs import ASK_S, Job, Run, begun, tail, wait
+from bench_faults.kills import Watch, flaw, some_steps
+from bench_faults.runs import VARIANTS, Bench, Undisturbed
 from trainer.preemption import PREEMPTED, SIGNALS
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from faults_jobs import Run, tail, wait
-from faults_kills import flaw
-from faults_runs import Bench, Undisturbed
 
+from bench_faults.jobs import Run, tail, wait
+from bench_faults.kills import flaw
+from bench_faults.runs import Bench, Undisturbed
 from trainer import checkpoint
 from trainer.config import ConfigError
 from trainer.distributed import Launch

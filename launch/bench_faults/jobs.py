@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import psutil
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 POLL_S, ASK_S = 0.002, 0.2
 """How often a run's folder is looked at, and how often a cluster is asked about a job."""
 PATIENCE_S = 300.0

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from faults_jobs import ROOT
 
+from bench_faults.jobs import ROOT
 from data_pipeline.store import Store
 from trainer import checkpoint, distributed
 from trainer.batches import Batch, collate, training_samples

@@ -38,8 +38,8 @@ from typing import Any
 
 import benchmark_plot
 import torch
-from benchmark_peers import MODELS, Model, Peer, Sizes, ours_by_autograd, positive, random_tokens
-from benchmark_process import (
+from bench.peers import MODELS, Model, Peer, Sizes, ours_by_autograd, positive, random_tokens
+from bench.process import (
     DEPTH,
     LENGTH,
     Axis,
@@ -57,8 +57,8 @@ from benchmark_process import (
     sizes_of,
     write,
 )
-from memory_figures import FIGURES, VARIED, activations_gib, state_gib
 
+from bench_memory.figures import FIGURES, VARIED, activations_gib, state_gib
 from trainer.memory import peak_gib
 
 MEMORY_PEERS = MODELS | {"ours-autograd": Peer(ours_by_autograd)}

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from pipeline_flips import write_corpus
 
+from bench_pipeline.flips import write_corpus
 from data_pipeline.store import list_files
 
 WORKERS = {"serial": 1, "processes": 2, "mpirun": 2}

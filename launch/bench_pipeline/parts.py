@@ -22,8 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from pipeline_bench import (
-    HERE,
+
+from bench_pipeline.common import (
+    ROOT,
     Bench,
     FailedError,
     Result,
@@ -34,12 +35,11 @@ from pipeline_bench import (
     tiny_documents,
     worker,
 )
-from pipeline_tokenize import tokenize
-
+from bench_pipeline.tokenizing import tokenize
 from data_pipeline.store import Store
 
 READERS = ("ours", "ours-sample", "memmap", "mds")
-CONFIG = HERE / "configs" / "demo_cpu.toml"
+CONFIG = ROOT / "launch" / "configs" / "demo_cpu.toml"
 
 
 # Size.
@@ -84,7 +84,7 @@ def read(bench: Bench) -> None:
     active = list(READERS)
     if not (mds_version := version_in(python, "mosaicml-streaming")):
         active.remove("mds")
-        way = "python -m venv .venv/mds && .venv/mds/bin/python -m pip install -r launch/mosaicml.txt"
+        way = "python -m venv .venv/mds && .venv/mds/bin/python -m pip install -r launch/bench_pipeline/mosaicml.txt"
         reason = f"mosaicml-streaming is not installed in {python}: {way}, or name its Python with --mds-python"
         bench.keep({"part": "read", "peer": "mds", "left_out": reason})
     else:
@@ -169,7 +169,7 @@ def stall(bench: Bench) -> None:
     arguments = bench.arguments
     store, run_dir = bench.fresh("bytes-store"), bench.fresh("run")
     run(bench.build_command(bench.corpora[0], "bytes", store, 1), arguments.budget_s)
-    words = [sys.executable, str(HERE / "train.py"), "--config", str(CONFIG), f"data.store={store}"]
+    words = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(CONFIG), f"data.store={store}"]
     words += [f"run.dir={run_dir}", f"run.steps={arguments.steps}", "run.eval_every=0", "run.save_every=0"]
     words += ["run.warmup_steps=1", "model.vocab_size=258", f"model.max_seq_len={arguments.seq_len}"]
     done = run(words, arguments.budget_s, {"DS_ACCELERATOR": "cpu"})

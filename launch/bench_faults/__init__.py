@@ -1,0 +1,1 @@
+"""`launch/benchmark.py faults`: what the trainer survives, and what that costs."""

@@ -1,0 +1,1 @@
+"""`launch/benchmark.py memory`: peak memory of a training step, by length and by depth."""
