@@ -1,9 +1,9 @@
 """What the benchmarks share: a measurement in a process of its own, what is left out, the record of a run.
 
-What is special: every measurement is one process, `launch/benchmark.py WHAT … --worker PEER`, so that its peak memory
-is its own; it prints one line of JSON. A failure is a result too: `error` says why, `final` that it would be the same
-at whatever takes more. What is expected, from points that take less, to go beyond the limits is `left_out`, with the
-reason and what was predicted.
+Every measurement is one process, `launch/benchmark.py WHAT … --worker PEER`, so that its peak memory is its own; it
+prints one line of JSON. A failure is a result too: `error` says why, `final` that it would be the same at whatever
+takes more. What is expected, from points that take less, to go beyond the limits is `left_out`, with the reason and
+what was predicted.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Starting a run of launch/train.py in every way that there is, and killing or signalling it.
 
-What is special: whoever started them, the ranks of a run are found by their command line, which has the run's folder.
+Whoever started them, the ranks of a run are found by their command line, which has the run's folder.
 """
 
 import importlib.util

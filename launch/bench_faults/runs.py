@@ -1,8 +1,8 @@
 """What runs that faults are tried on have in common: a small model, and the curve that they leave behind.
 
-What is special: a fault is survived when the run, started again by the same command, ends with the curve of a run that
-nothing happened to: every number that is no time or size, by tag and step, once, to the last bit, in metrics.jsonl and
-in TensorBoard's events.
+A fault is survived when the run, started again by the same command, ends with the curve of a run that nothing happened
+to: every number that is no time or size, by tag and step, once, to the last bit, in metrics.jsonl and in TensorBoard's
+events.
 """
 
 import json

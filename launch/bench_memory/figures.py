@@ -1,7 +1,6 @@
 """What the memory benchmark concludes: bytes per layer, what a vocabulary adds, what reversibility costs and saves.
 
-What is special: predictions come from the configuration alone. Nothing is fitted, and no model is built for them but
-one without memory.
+Predictions come from the configuration alone. Nothing is fitted, and no model is built for them but one without memory.
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """What the parts of `launch/benchmark.py pipeline` share: commands that are measured, corpora, tokenizers and stores.
 
-What is special: everything is measured from outside, as a user runs it: a command in processes of its own, its time,
-the memory of its largest process (`usage.py`), and what it says. A command that fails is a result too.
+Everything is measured from outside, as a user runs it: a command in processes of its own, its time, the memory of its
+largest process (`usage.py`), and what it says. A command that fails is a result too.
 """
 
 import json

@@ -2,11 +2,11 @@
 
     python -I launch/bench_pipeline/usage.py REPORT.json COMMAND …
 
-What is special: this process imports next to nothing and has no other child, so that what Linux counts for its children
-is the command's alone: the largest resident memory of any process that the command started, the command itself
-included, exactly and however short its life. Orphans become children of this process, which waits for them too, such
-as what multiprocessing's servers started. A process begins with the size of the one that started it, which is why the
-command is not started by a program that has imported PyTorch.
+This process imports next to nothing and has no other child, so that what Linux counts for its children is the command's
+alone: the largest resident memory of any process that the command started, the command itself included, exactly and
+however short its life. Orphans become children of this process, which waits for them too, such as what
+multiprocessing's servers started. A process begins with the size of the one that started it, which is why the command
+is not started by a program that has imported PyTorch.
 """
 
 import ctypes

@@ -6,8 +6,8 @@
     python launch/bench_pipeline/workers.py scale FOLDER DOCUMENTS BYTES
     python launch/bench_pipeline/workers.py permutation
 
-What is special: every import stands in the function that needs it. A peer may live in another virtual environment,
-which has neither this project nor its libraries, and nobody's time or memory has another's imports in it.
+Every import stands in the function that needs it. A peer may live in another virtual environment, which has neither
+this project nor its libraries, and nobody's time or memory has another's imports in it.
 """
 
 import ctypes
