@@ -30,6 +30,11 @@ def kind_of(path: str) -> str:
     return _KINDS.get(_suffix(path), "text")
 
 
+def is_document(path: str) -> bool:
+    """Whether it would be read where its folder is an input, of text or of arrays."""
+    return _suffix(path) in _KINDS
+
+
 def _suffix(path: str) -> str:
     """In lower case, less that of a compression."""
     return posixpath.splitext(without_compression(path))[1].lower()

@@ -97,10 +97,15 @@ class Store:
     def refuse_replaced(self) -> None:
         """Raise DataError where another store has taken this one's place since it was opened.
 
-        Rows that are added (--append) change nothing of those that are there.
+        Rows that are added (--append) change nothing of those that are there. A store that cannot be read at the moment
+        is not one that was replaced.
         """
         for part in self.parts:
-            if Manifest.read(part.path).files != part.manifest.files:
+            try:
+                now = Manifest.read(part.path)
+            except DataError:
+                continue
+            if now.files != part.manifest.files:
                 raise DataError(
                     f"{part.path} is not what it was when it was opened: another store has taken its place. Put back "
                     "the one of before, or open this one anew"

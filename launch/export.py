@@ -135,7 +135,7 @@ def export(source: Path, step: int | None, output: Path, hf: bool, store: Path |
 def tokenizer_or_note(checkpoint: Path, run: Mapping[str, Any], store: Path | None) -> dict[str, bytes]:
     """The files of the tokenizer; none, and a note on standard error, where they cannot be had."""
     try:
-        return tokenizer_files(checkpoint.absolute().parents[1], store or Path(run["data"]["store"]))
+        return tokenizer_files(checkpoint.absolute().parent.parent, store or Path(run["data"]["store"]))
     except (DataError, OSError) as error:
         print(
             f"note: without a tokenizer, which launch/generate.py needs: {error}. The weights are whole; to have both, "

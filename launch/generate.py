@@ -22,6 +22,7 @@ What makes text of a folder's tokens, as launch/export.py puts it there:
 
 import argparse
 import codecs
+import io
 import json
 import os
 import sys
@@ -144,6 +145,8 @@ def choose_device(name: str | None) -> torch.device:
 
 def main() -> int:
     arguments = parse_arguments()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's is: the text is to be had as it is
     draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     try:
         device = choose_device(arguments.device)
@@ -153,6 +156,8 @@ def main() -> int:
         for piece in text_of(model.to(device), tokenizer, tokens, arguments.tokens, seed=arguments.seed, **draws):
             print(piece, end="", flush=True)
         print()
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its exit
     except (ValueError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -69,7 +69,8 @@ class Reformer(nn.Module):
                 the sequence.
 
         A backward pass adds to `.grad` of the blocks' parameters, also where it is asked for other gradients only
-        (torch.autograd.grad, inputs=), and raises RuntimeError where they have changed since.
+        (torch.autograd.grad, inputs=), and raises RuntimeError where they have been replaced since the forward, or
+        changed so that autograd knows of it.
 
         Raises:
             ValueError: tokens that are not [B, T]; n_hashes below 1, or in a model without LSH attention; labels or

@@ -142,7 +142,7 @@ def reversible_stack(
     """The streams after all blocks. The parameters' gradients appear in `.grad` during the backward, once.
 
     The streams' gradients may come by autograd or by hand, see `Handed`; the backward adds them up. It raises
-    RuntimeError where the parameters have been changed or replaced since the forward.
+    RuntimeError where the parameters have been replaced since the forward, or changed so that autograd knows of it.
     """
     if not torch.is_grad_enabled():
         for block in blocks:
@@ -236,18 +236,19 @@ def _backward_with_ends(
 
 
 def _parameters(blocks: Sequence[ReversibleBlock]) -> list[tuple[Tensor, int]]:
-    """All of them, and how often each has been changed in place."""
+    """All of them, and how often each has been changed in place, as far as autograd counts that: fused optimizers,
+    writes by way of `.data` and DeepSpeed's ZeRO go uncounted."""
     return [(parameter, parameter._version) for block in blocks for parameter in block.parameters()]
 
 
 def _refuse_other_parameters(of_forward: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> None:
     """Raise RuntimeError where the backward would go back through another function than the forward came by."""
-    for (before, version), (parameter, current) in zip(of_forward, now, strict=True):
-        if before is not parameter:
-            raise RuntimeError(
-                "the blocks have other parameters than in the forward: those of torch.func.functional_call are gone "
-                "when backward() is called, so it is not available through a reversible stack"
-            )
+    if [id(parameter) for parameter, _ in of_forward] != [id(parameter) for parameter, _ in now]:
+        raise RuntimeError(
+            "the blocks have other parameters than in the forward (those of torch.func.functional_call are gone by the "
+            "time of backward(), so it is not available through a reversible stack)"
+        )
+    for (_, version), (parameter, current) in zip(of_forward, now, strict=True):
         if version != current:
             raise RuntimeError(
                 f"parameters of the blocks ({list(parameter.shape)}) were changed in place between forward and "

@@ -59,6 +59,9 @@ REFUSED = {
 }
 """Keys of DeepSpeed's that contradict this trainer, with the way out."""
 
+HARMLESS = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}
+"""Values of these that change nothing; of the others, {"enabled": false}."""
+
 GATHERS = "it has whole blocks gathered at once, and reversible layers are run again one by one"
 CONTRADICTING = {
     ("zero_optimization", "compute_grad_norm"): (
@@ -71,7 +74,7 @@ CONTRADICTING = {
     ("zero_optimization", "stage3_module_granularity_threshold"): (None, GATHERS),
     ("bf16", "check_grad_overflow"): ([False], "a step that is not finite would not be skipped"),
 }
-"""Keys of its tables that contradict this trainer: with which values (None: any), and why."""
+"""Keys of its tables that contradict this trainer: with which values (None: any but 0), and why."""
 
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
 """Tables in which DeepSpeed refuses unknown keys, and what they are parsed by."""
@@ -85,7 +88,7 @@ def keys(deepspeed: Mapping[str, Any]) -> list[str]:
     """Keys are known and not refused, and tables are tables."""
     problems = []
     for key in deepspeed:
-        if key in REFUSED and deepspeed[key] != {"enabled": False}:
+        if key in REFUSED and deepspeed[key] != HARMLESS.get(key, {"enabled": False}):
             problems.append(f"deepspeed.{key}: {REFUSED[key]}")
         elif key not in ALLOWED and key not in REFUSED:
             problems.append(f"deepspeed.{key}: {nearest(key, ALLOWED)}")
@@ -96,7 +99,7 @@ def keys(deepspeed: Mapping[str, Any]) -> list[str]:
             problems += [f"deepspeed.{key}.{name}: {nearest(name, known)}" for name in unknown]
     for (section, key), (values, reason) in CONTRADICTING.items():
         value = table(deepspeed, section).get(key)
-        if value is not None and (values is None or value in values):
+        if value if values is None else value in values:
             problems.append(f"deepspeed.{section}.{key}={value!r}: {reason}; leave it out")
     return problems
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.kinds import is_document
+from data_pipeline.manifest import MANIFEST_NAME
 from reformer.config import ConfigError, ReformerConfig
 from trainer.checkpoint import published, read_state
 from trainer.config import RunConfig, flatten
@@ -29,7 +31,6 @@ FIXED = (
 """What must be the same when a run continues: the model, the order of the data, what the optimizer computes."""
 RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
 """What tells a run's folder from others."""
-LOGS = (".log", ".out", ".err")
 
 FREE = ("deepspeed.optimizer.params.lr", "model.ff_chunk_tokens", "model.loss_chunk_tokens", "model.keep_ends")
 """What need not be, of these: the course of the learning rate may be changed, as by run.steps and run.decay; and what
@@ -52,14 +53,17 @@ def identity(
 
 
 def refuse_other_files(run_dir: Path) -> None:
-    """Raise ConfigError where the folder is no run's but somebody's, such as the corpus: what is written there would
-    be taken for a part of it. Logs may be there before a run is."""
-    names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+    """Raise ConfigError where the folder is a corpus or a store and no run's: what is written there would be taken for
+    a part of it."""
+    try:
+        names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+    except OSError as error:
+        raise ConfigError(f"cannot read run.dir={run_dir}: {error.strerror}: choose another folder") from None
     if names & RUN_FILES:
         return
-    if others := sorted(name for name in names if Path(name).suffix not in LOGS and not name.startswith(".")):
+    if data := sorted(name for name in names if is_document(name) or name == MANIFEST_NAME):
         raise ConfigError(
-            f"run.dir={run_dir} has other files in it ({others[0]}, for one) and no run: give a folder of its own"
+            f"run.dir={run_dir} has data in it ({data[0]}, for one) and no run: give the run a folder of its own"
         )
 
 
@@ -103,13 +107,13 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
 
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
     """What is not as a checkpoint's run was: what became of each value, by name."""
-    with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
+    with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default, or none
         saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
     return {
         name: f"was {before.get(name)!r} and is {now.get(name)!r} now"
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and not (name == "eval_store_fingerprint" and name not in before)
     }
 
 

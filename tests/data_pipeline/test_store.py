@@ -177,8 +177,7 @@ def test_another_store_in_its_place_is_noticed_and_rows_that_are_added_are_none(
     with pytest.raises(DataError, match=f"{tmp_path / 's'} is not what it was when it was opened: another store"):
         opened.refuse_replaced()
     shutil.rmtree(tmp_path / "s")
-    with pytest.raises(DataError, match="does not exist"):
-        opened.refuse_replaced()
+    opened.refuse_replaced()  # its disk may be back soon
 
 
 def test_a_shard_never_brings_back_what_was_moved_away(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_dropout_keeps_the_mean_and_differs_by_everything_that_it_depends_on() -
         assert abs(agreement - (0.75**2 + 0.25**2)) < 0.03  # as often as independent masks agree
 
 
-def test_nothing_that_is_drawn_depends_on_torchs_default_dtype() -> None:
+def test_rotations_and_masks_do_not_depend_on_torchs_default_dtype() -> None:
     like = torch.empty(1, 50, 40, dtype=torch.float32)
 
     def drawn() -> list[Tensor]:

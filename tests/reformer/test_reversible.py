@@ -4,6 +4,7 @@ Whatever the order of calls: passes inside of passes, several before one backwar
 """
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -323,10 +324,11 @@ def test_second_derivatives_are_refused() -> None:
             torch.autograd.grad(head(*y), x, create_graph=True)
 
 
-def test_parameters_that_change_between_forward_and_backward_are_noticed() -> None:
+@pytest.mark.parametrize("optimizer_type", [torch.optim.SGD, torch.optim.AdamW])
+def test_parameters_that_change_between_forward_and_backward_are_noticed(optimizer_type: Any) -> None:
     """Autograd does not see them, and blocks reconstructed with others would give no function's gradient."""
     model, (tokens, labels, _) = make_model(), make_batch()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = optimizer_type(model.parameters(), lr=0.1)
     first, second = model(tokens, labels), model(tokens, labels, step=1)
     first.backward()
     optimizer.step()
@@ -339,6 +341,10 @@ def test_parameters_that_are_lent_for_the_forward_are_refused() -> None:
     model, (tokens, labels, _) = make_model(), make_batch()
     lent = {name: parameter.detach().requires_grad_() for name, parameter in model.named_parameters()}
     loss = torch.func.functional_call(model, lent, (tokens, labels))
+    with pytest.raises(RuntimeError, match="the blocks have other parameters than in the forward"):
+        loss.backward()
+    loss = model(tokens, labels)
+    model.blocks[-1].register_parameter("late", nn.Parameter(torch.zeros(1)))
     with pytest.raises(RuntimeError, match="the blocks have other parameters than in the forward"):
         loss.backward()
 

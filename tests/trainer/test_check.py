@@ -126,8 +126,16 @@ def test_deepspeed_works_out_what_is_left_out_of_the_batch(batch: dict[str, Any]
     check(make_config(), {**rest, **batch}, STORE, world_size)
 
 
-def test_a_switched_off_fp16_is_no_contradiction() -> None:
-    check(make_config(), {**DEEPSPEED, "fp16": {"enabled": False}}, STORE, world_size=1)
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"fp16": {"enabled": False}},
+        {"prescale_gradients": False, "gradient_predivide_factor": 1},
+        {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 0, "legacy_stage1": False}},
+    ],
+)
+def test_what_is_switched_off_is_no_contradiction(harmless: dict[str, Any]) -> None:
+    check(make_config(), {**DEEPSPEED, **harmless}, STORE, world_size=1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which run may go on from which checkpoint, and what may have changed meanwhile."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,34 @@ def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
 def test_nor_among_other_files(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         refuse_other_files(path)
-    (tmp_path / "longhand-train-7.log").write_text("a job's log, which is there before its run")
-    (tmp_path / ".hidden").write_text("")
+    for name in ("longhand-train-7.log", "books.toml", ".hidden"):  # a job's log is there before its run
+        (tmp_path / name).write_text("")
     refuse_other_files(tmp_path)
+    for name in ("emma.TXT", "pages.jsonl.gz", "manifest.json"):
+        (tmp_path / name).write_text("a book")
+        with pytest.raises(ConfigError, match=rf"has data in it \({name}, for one\) and no run: give the run a folder"):
+            refuse_other_files(tmp_path)
+        (tmp_path / name).unlink()
     (tmp_path / "emma.txt").write_text("a book")
-    with pytest.raises(ConfigError, match=r"has other files in it \(emma.txt, for one\) and no run: give a folder of"):
-        refuse_other_files(tmp_path)
     publish(tmp_path, 50)
     refuse_other_files(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(ConfigError, match=f"cannot read run.dir={tmp_path}: Permission denied: choose another folder"):
+        refuse_other_files(tmp_path)
+
+
+def test_what_older_runs_do_not_say_is_no_change() -> None:
+    assert changes(IDENTITY, {**IDENTITY, "eval_store_fingerprint": "abc"}) == {}
+    before = {**IDENTITY, "eval_store_fingerprint": "abc"}
+    assert changes(before, {**before, "eval_store_fingerprint": "def"}) == {
+        "eval_store_fingerprint": "was 'abc' and is 'def' now"
+    }
 
 
 def test_nor_over_one_that_has_not_saved_yet(tmp_path: Path) -> None:
