@@ -11,7 +11,7 @@ import os
 import posixpath
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -90,7 +90,8 @@ def find_files(
                 f"two files are named {one.name!r}: {one.location} and {other.location}. Names are paths below the "
                 "folder given, without the suffix of a compression; give a folder that holds both, or rename one"
             )
-    check_folders({file.name: file.location for file in files})
+    locations = {file.name: file.location for file in files}
+    check_folders(locations, locations)
     for file in files:
         _check_kind(file, arrays)
     for held_out in {file.held_out for file in files}:
@@ -98,17 +99,20 @@ def find_files(
             raise DataError(
                 f"every file of {'--val-input' if held_out else '--input'} is empty: there is nothing to read"
             )
-    if notes is not None and (note := wanted.note()):
+    if notes is not None and (note := wanted.note(read=set(locations.values()))):
         notes.append(note)
     return files
 
 
-def check_folders(files: Mapping[str, str]) -> None:
-    """Raises DataError where a document of one file may be named as another file. `files`: where each is, by name."""
+def check_folders(files: Mapping[str, str], fresh: Collection[str]) -> None:
+    """Raises DataError where a document of one file may be named as another file, one of the two being `fresh`.
+
+    files: where each is, by name.
+    """
     for name, location in files.items():
         folder = name
         while folder := folder.rpartition("/")[0]:
-            if folder in files and kind_of(folder) != "text":
+            if folder in files and kind_of(folder) != "text" and (name in fresh or folder in fresh):
                 raise DataError(
                     f"{location} lies in a folder that is named as another input is, {folder!r}, whose documents "
                     f"are named {folder}/0, {folder}/1, ...: rename one of them"
@@ -195,7 +199,7 @@ def _find_in_folder(folder: Path, wanted: Wanted) -> Iterator[_Found]:
                         "link"
                     )
                 pending.append((entry.path, f"{below}{entry.name}/"))
-            elif wanted.has(entry.name, str(folder)):
+            elif wanted.has(entry.path, str(folder)):
                 n_found += 1
                 yield _stat(below + entry.name, entry.path)
     if not n_found:
@@ -240,7 +244,11 @@ def _find_remote(url: str, wanted: Wanted) -> Iterator[_Found]:
         else:
             root, infos = path, system.find(path, detail=True)
             infos = {path: info for path, info in infos.items() if not _is_hidden(path.removeprefix(root))}
-            infos = {path: info for path, info in infos.items() if info["type"] == "file" and wanted.has(path, url)}
+            infos = {
+                path: info
+                for path, info in infos.items()
+                if info["type"] == "file" and wanted.has(system.unstrip_protocol(path), url)
+            }
     except Exception as error:  # storage clients raise errors of their own
         raise DataError(f"cannot list {url}: {_describe(error)}") from error
     infos = {path: info for path, info in infos.items() if info["type"] == "file"}

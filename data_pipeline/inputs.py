@@ -126,7 +126,7 @@ def new_files(files: Sequence[InputFile], parts: Sequence[StorePart]) -> list[In
             del fresh[file.name]
     if fresh:
         known = {record.name: f"{record.name} of the store" for part in parts for record in part.inputs()}
-        check_folders(known | {file.name: file.location for file in fresh.values()})
+        check_folders(known | {file.name: file.location for file in fresh.values()}, fresh)
     return list(fresh.values())
 
 
@@ -135,6 +135,7 @@ def check_same_policies(output: Path, part: StorePart, files: Sequence[InputFile
     by_name = {file.name: file for file in files}
     skipped: set[str] = set()
     doubtful: dict[InputFile, list[ProblemRecord]] = defaultdict(list)
+    keeps_empty = part.manifest.bos or part.manifest.eos
     for record in part.problems():
         file = by_name.get(record.document) or by_name.get(record.document.rpartition("/")[0])
         if file is None or record.problem not in POLICIES:  # of another file, or a duplicate
@@ -144,12 +145,12 @@ def check_same_policies(output: Path, part: StorePart, files: Sequence[InputFile
             raise _treated_otherwise(output, record, policy)
         if policy == "skip":
             skipped.add(record.document)
-        elif record.action == "dropped":
+        elif record.action == "dropped" and (record.problem != "empty" or keeps_empty):
             doubtful[file].append(record)
     # Left out by `skip`, or by `replace` because it left nothing to keep? That takes another look at the file.
     for file, records in doubtful.items():
         if open_records := [record for record in records if record.document not in skipped]:
-            kept = _kept_documents(file, reading, part.manifest.bos or part.manifest.eos)
+            kept = _kept_documents(file, reading, keeps_empty)
             for record in open_records:
                 if record.document in kept:
                     raise _treated_otherwise(output, record, "replace")
@@ -165,12 +166,12 @@ def _treated_otherwise(output: Path, record: ProblemRecord, policy: str) -> Data
     )
 
 
-def _kept_documents(file: InputFile, reading: Reading, bos_or_eos: bool) -> set[str]:
+def _kept_documents(file: InputFile, reading: Reading, keeps_empty: bool) -> set[str]:
     """The names of the documents of a file that are not left out."""
     kept = set()
     for part in read_parts(file, Span(0, 0, file.n_bytes), reading):
         with suppress(BadDocument):
-            if sum(map(len, part.blocks)) or bos_or_eos:
+            if sum(map(len, part.blocks)) or keeps_empty:
                 kept.add(file.name if part.record < 0 else f"{file.name}/{part.record}")
     return kept
 

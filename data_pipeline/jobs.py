@@ -38,9 +38,12 @@ _OWNER = "job"
 
 
 @contextmanager
-def publishing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file to write. It appears at `path` when the block ends well, whole and on disk; else it is removed."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+def publishing(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """Yields a file to write. It appears at `path` when the block ends well, whole and on disk; else it is removed.
+
+    folder: where it is until then, on the same file system; beside `path` if not given.
+    """
+    partial = (folder or path.parent) / f"{path.name}.{uuid.uuid4().hex}.partial"
     try:
         with partial.open("wb") as file:
             yield file

@@ -6,6 +6,7 @@ what it has left out.
 
 import posixpath
 from collections import Counter
+from collections.abc import Collection
 
 from data_pipeline.compression import COMPRESSIONS
 
@@ -46,27 +47,30 @@ class Wanted:
     def __init__(self, arrays: bool) -> None:
         self.arrays = arrays
         self._suffixes = {suffix for suffix, kind in _KINDS.items() if (kind == "array") == arrays}
-        self._left_out: Counter[str] = Counter()
-        self._folders: set[str] = set()
+        self._others: dict[str, str] = {}  # the folder of each, by location
 
-    def has(self, name: str, folder: str) -> bool:
+    def has(self, location: str, folder: str) -> bool:
         """Whether a file of a folder, which was asked for as an input, is of the kind that is read."""
-        if _suffix(name) in self._suffixes:
+        if _suffix(location) in self._suffixes:
             return True
-        self._left_out[_suffix(name) + compression_of(name) or "without suffix"] += 1
-        self._folders.add(folder)
+        self._others[location] = folder
         return False
 
-    def note(self) -> str:
-        """What was left out, for the user; empty when nothing was."""
-        if not self._left_out:
+    def note(self, read: Collection[str]) -> str:
+        """What was left out, for the user; empty when nothing was.
+
+        read: the locations of all inputs, since a file of another kind may be named itself.
+        """
+        left_out = self._others.keys() - read
+        if not left_out:
             return ""
-        first, *others = sorted(self._folders)
-        ranked = sorted(self._left_out.items(), key=lambda item: (-item[1], item[0]))
+        first, *others = sorted({self._others[location] for location in left_out})
+        by_suffix = Counter(_suffix(path) + compression_of(path) or "without suffix" for path in left_out)
+        ranked = sorted(by_suffix.items(), key=lambda item: (-item[1], item[0]))
         counts = [f"{n_files:,} {suffix}" for suffix, n_files in ranked[:_MOST_NAMED]]
         if rest := sum(n_files for _, n_files in ranked[_MOST_NAMED:]):
             counts.append(f"{rest:,} more")
-        n_files = self._left_out.total()
+        n_files = len(left_out)
         return (
             f"left out {n_files:,} {'file' if n_files == 1 else 'files'} of other kinds in {first}"
             f"{f' and {len(others):,} more' if others else ''}: {', '.join(counts)}"

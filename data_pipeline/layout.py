@@ -296,7 +296,8 @@ def write_shard(path: Path, first_row: int, rows: np.ndarray) -> tuple[str, File
     name = shard_name(first_row, array.shards[0])
     for folder in (path / "tokens" / "c", (path / name).parent):
         folder.mkdir(exist_ok=True)
-    return name, _put_file(path / name, files[name])
+    # Beside the store until it is whole: of a writer that wakes late, the store may be listed and published by then.
+    return name, _put_file(path / name, files[name], path.parent)
 
 
 def check_whole(path: Path, shards: Mapping[str, FileRecord]) -> None:
@@ -380,8 +381,8 @@ def _put_files(path: Path, files: Mapping[str, Buffer]) -> None:
         _put_file(path / name, buffer)
 
 
-def _put_file(path: Path, buffer: Buffer) -> FileRecord:
+def _put_file(path: Path, buffer: Buffer, folder: Path | None = None) -> FileRecord:
     data = buffer.to_bytes()
-    with publishing(path) as file:
+    with publishing(path, folder) as file:
         file.write(data)
     return FileRecord(n_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -350,3 +350,19 @@ def test_names_that_a_store_has_taken_already(tmp_path: Path, recorded: str) -> 
     with pytest.raises(DataError, match=r"lies in a folder that is named as another input is.*rename one of them"):
         new_files([InputFile(name, f"/corpus/{name}", 5, None, False)], parts)
     assert new_files([InputFile("y.jsonl", "/corpus/y.jsonl", 5, None, False)], parts)
+
+
+def test_names_that_a_store_has_already_are_no_reason_to_add_nothing_more(tmp_path: Path) -> None:
+    """Older versions added both; nobody could rename them now."""
+    write_store(tmp_path / "store", {"x.jsonl": b"one", "x.jsonl/n.txt": b"another"})
+    parts = Store.open(tmp_path / "store").parts
+    assert new_files([InputFile("y.txt", "/corpus/y.txt", 5, None, False)], parts)
+
+
+def test_what_is_named_itself_is_not_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "in/a.txt", b"a")
+    pdf = write(tmp_path, "in/sub/b.PDF", b"b")
+    write(tmp_path, "in/c.pdf", b"c")
+    notes: list[str] = []
+    find_files([str(tmp_path / "in"), str(pdf)], (), arrays=False, notes=notes)
+    assert notes == [f"left out 1 file of other kinds in {tmp_path / 'in'}: 1 .pdf"]

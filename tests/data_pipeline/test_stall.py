@@ -1,7 +1,9 @@
 """A process that stood still, and wakes when others have done its work, harms nothing that is published."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
@@ -79,6 +81,43 @@ def test_a_writer_wakes_when_the_store_is_published(
     stall(make_store)
     assert content(make_store().path) == undisturbed
     assert not work.exists()
+
+
+def test_a_writer_wakes_while_the_store_is_being_published(
+    make_store: Callable[..., Store], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has begun by then is nowhere where others look for what they publish."""
+    undisturbed = content(make_store(output=tmp_path / "undisturbed").path)
+    rows = Store.open(tmp_path / "undisturbed").read_row(0)[None]
+    begun, published, errors = Event(), Event(), []
+    fsync, writers = os.fsync, []
+
+    def wait(file: int) -> None:
+        if current_thread() in writers:
+            begun.set()
+            assert published.wait(20)
+        fsync(file)
+
+    def write() -> None:
+        try:
+            layout.write_shard(work / "content", 0, rows)
+        except FileNotFoundError as error:
+            errors.append(error)
+
+    def listed(path: Path) -> list[str]:
+        if not writers:
+            writers.append(Thread(target=write))
+            writers[0].start()
+            assert begun.wait(20)
+        return list_files(path)
+
+    monkeypatch.setattr(os, "fsync", wait)
+    monkeypatch.setattr(stages.store, "list_files", listed)
+    found = make_store()
+    published.set()
+    writers[0].join()
+    assert len(errors) == 1, "which stages.write_shard takes for the work of others"
+    assert content(found.path) == undisturbed
 
 
 def test_a_writer_wakes_when_a_part_is_published_but_not_listed(
