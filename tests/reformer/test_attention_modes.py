@@ -348,8 +348,8 @@ def test_zero_vectors_have_zero_keys_without_gradient() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"v": torch.zeros(1, 1, 4, 3)}, "qk and v must both be"),
-        ({"v": torch.zeros(1, 1, 4, 2).half()}, "one floating-point dtype, got torch.float32 and torch.float16"),
+        ({"v": torch.zeros(1, 1, 4, 3)}, r"qk and v must all be \[B, H, T, D\]"),
+        ({"v": torch.zeros(1, 1, 4, 2).half()}, r"one floating-point dtype, got \[torch.float32, torch.float16\]"),
         ({"segment_ids": torch.zeros(1, 5)}, r"segment_ids must be \[B, T\] = \[1, 4\], got \[1, 5\]"),
         ({"dropout": 0.1}, "needs dropout_keys"),
         ({"dropout": 1.5}, "less than 1"),
