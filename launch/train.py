@@ -33,7 +33,7 @@ from data_pipeline.store import Store  # noqa: E402
 from trainer.batches import open_sources, training_samples  # noqa: E402
 from trainer.check import StoreFacts, check, remarks  # noqa: E402
 from trainer.config import ConfigError, load  # noqa: E402
-from trainer.continuation import identity, refuse_another_run, refuse_other_files  # noqa: E402
+from trainer.continuation import EVAL_STORE, identity, refuse_another_run, refuse_other_files  # noqa: E402
 from trainer.distributed import detect  # noqa: E402
 from trainer.job import Job  # noqa: E402
 from trainer.loop import train  # noqa: E402
@@ -71,7 +71,7 @@ def main() -> int:
         fingerprint = samples.identity if sources else store.manifest.fingerprint
         own = identity(config, deepspeed, fingerprint, launch.world_size)
         if sources:  # then evaluations alone read it, and nothing else would tell that it is another one
-            own["eval_store_fingerprint"] = store.manifest.fingerprint
+            own[EVAL_STORE] = store.manifest.fingerprint
         refuse_other_files(config.run.dir)
         with hold(config.run.dir) if launch.rank == 0 else nullcontext():
             # Not before: whoever held it until now may have begun another run.

@@ -29,6 +29,9 @@ FIXED = (
     "deepspeed.data_types",
 )
 """What must be the same when a run continues: the model, the order of the data, what the optimizer computes."""
+EVAL_STORE = "eval_store_fingerprint"
+"""Of data.store where a mixture is trained on and it is for evaluations alone; older checkpoints do not say it."""
+
 RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
 """What tells a run's folder from others."""
 
@@ -107,13 +110,13 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
 
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
     """What is not as a checkpoint's run was: what became of each value, by name."""
-    with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default, or none
+    with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
         saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
     return {
         name: f"was {before.get(name)!r} and is {now.get(name)!r} now"
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and not (name == "eval_store_fingerprint" and name not in before)
+        if before.get(name) != now.get(name) and not (name == EVAL_STORE and name not in before)
     }
 
 

@@ -1,4 +1,4 @@
-"""What the fused attention and a model have to move and to compute, and how fast a GPU could: arithmetic without one.
+"""What the fused attention has to move and to compute, and how fast a GPU could: arithmetic without one.
 
 "Must move" counts what no schedule of these kernels avoids: in every round the rows of q and v (and d_out) once, in
 that round's order, and every result once. The running sums in fp32 between the rounds come on top of it: the kernels
