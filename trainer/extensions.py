@@ -5,6 +5,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 from torch.utils import cpp_extension
@@ -20,6 +21,8 @@ def missing_for(builder_name: str) -> str:
         return f"its version for {get_accelerator().device_name()}"
     if installed_ops.get(builder.name):
         return ""
+    if get_accelerator().device_name() == "cuda" and _lacks_cuda_toolkit():
+        return "the CUDA toolkit with nvcc (on a cluster often a module to load; CUDA_HOME says where it is)"
     if not cpp_extension.is_ninja_available():
         return "ninja"
     if not shutil.which(cpp_extension.get_cxx_compiler()):
@@ -37,3 +40,9 @@ def missing_for(builder_name: str) -> str:
             if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
                 return f"the removal of {lock}, which a compilation that was stopped has left behind"
     return ""
+
+
+def _lacks_cuda_toolkit() -> bool:
+    """Where there is an NVIDIA GPU, DeepSpeed compiles what runs on the CPU against it, too; PyTorch comes without."""
+    home = cpp_extension.CUDA_HOME
+    return torch.version.hip is None and (home is None or not (Path(home) / "bin/nvcc").is_file())

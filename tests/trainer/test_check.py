@@ -322,6 +322,21 @@ def test_a_part_that_does_not_exist_for_a_device_is_named(monkeypatch: pytest.Mo
     assert missing_for("AsyncIOBuilder") == "its version for abacus"
 
 
+def test_a_gpu_without_the_cuda_toolkit_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyTorch's wheels bring what CUDA needs to run, and no nvcc."""
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: "cuda")
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/found")
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_: True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
+    for home in (None, str(tmp_path)):
+        monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
+        assert missing_for("AsyncIOBuilder").startswith("the CUDA toolkit with nvcc")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch()
+    assert missing_for("AsyncIOBuilder") == ""
+
+
 @pytest.mark.parametrize("has_fp16", [False, True])
 def test_fp32_parameters_on_nvme_stay_fp32(monkeypatch: pytest.MonkeyPatch, has_fp16: bool) -> None:
     monkeypatch.setattr("trainer.extensions.missing_for", lambda _: "")
