@@ -10,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.conftest import Run, Train, free_port, run, script
 from pretended_gpu.run import RUN, built
+
+pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this build of PyTorch has CUDA of its own")
 
 RANKS = 2
 STAGE, OFFLOAD = "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.offload_optimizer"
