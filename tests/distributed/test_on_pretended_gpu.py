@@ -37,7 +37,7 @@ def train_on_gpu(library: Path, config: Path) -> TrainOnGpu:
     def launch(run_dir: Path, *arguments: str) -> Run:
         command = [sys.executable, str(RUN), str(library), *script(config, run_dir), *arguments]
         job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
-        job |= {"LOCAL_WORLD_SIZE": str(RANKS)}
+        job |= {"LOCAL_WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cuda"}
         ranks = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
         done = run([command] * RANKS, run_dir, ranks)
         assert done.code == 0, done.errors
