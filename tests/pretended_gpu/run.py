@@ -6,13 +6,16 @@ LIBRARY is what `built` has made of backend.cpp. With TRITON_INTERPRET=1 the fus
 interpreter; otherwise the device is too old for them.
 """
 
+import atexit
 import ctypes
 import importlib.util
 import os
 import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 RUN = Path(__file__)
 SOURCE = RUN.with_name("backend.cpp")
@@ -47,7 +50,30 @@ def main(library: str, script: str, *arguments: str) -> None:
     nccl.install()
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
+    run_to_the_end(script)
+
+
+def run_to_the_end(script: str) -> NoReturn:
+    """Run the script, and leave with its exit code.
+
+    Without the interpreter's own end: autograd's thread of the device, if it wants the interpreter just then, aborts
+    the process.
+    """
+    code: object = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
