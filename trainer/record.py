@@ -86,6 +86,7 @@ def fenced(tree: Mapping[str, Any]) -> str:
 def environment() -> dict[str, Any]:
     """Versions and git commit, for run.json."""
     versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    versions["torch"] = str(torch.__version__)  # with the CUDA that it was built for, which its package may leave out
     return {"versions": versions, "git_commit": _git_commit()}
 
 
