@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.git_version_info import installed_ops
+from deepspeed.git_version_info import accelerator_name, installed_ops
+from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 from torch.utils import cpp_extension
 
 STALE_LOCK_S = 900
@@ -19,10 +20,10 @@ def missing_for(builder_name: str) -> str:
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None:
         return f"its version for {get_accelerator().device_name()}"
-    if installed_ops.get(builder.name):
+    if installed_ops.get(builder.name) and accelerator_name == get_accelerator()._name:
         return ""
-    if get_accelerator().device_name() == "cuda" and _lacks_cuda_toolkit():
-        return "the CUDA toolkit with nvcc (on a cluster often a module to load; CUDA_HOME says where it is)"
+    if isinstance(builder, CUDAOpBuilder) and torch.version.hip is None and (missing := _missing_of_cuda()):
+        return missing
     if not cpp_extension.is_ninja_available():
         return "ninja"
     if not shutil.which(cpp_extension.get_cxx_compiler()):
@@ -42,7 +43,9 @@ def missing_for(builder_name: str) -> str:
     return ""
 
 
-def _lacks_cuda_toolkit() -> bool:
-    """Where there is an NVIDIA GPU, DeepSpeed compiles what runs on the CPU against it, too; PyTorch comes without."""
+def _missing_of_cuda() -> str:
+    """What is compiled for NVIDIA's GPUs needs more than PyTorch brings. Empty if it is there."""
     home = cpp_extension.CUDA_HOME
-    return torch.version.hip is None and (home is None or not (Path(home) / "bin/nvcc").is_file())
+    if home is None:
+        return "the CUDA toolkit with nvcc (on a cluster often a module to load; or set CUDA_HOME to where it is)"
+    return "" if (Path(home) / "bin/nvcc").is_file() else f"the CUDA toolkit with nvcc, which CUDA_HOME={home} has not"

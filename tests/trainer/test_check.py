@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
+from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
 
 from trainer.check import StoreFacts, check, remarks
 from trainer.config import ConfigError, RunConfig
@@ -294,6 +296,7 @@ def test_what_a_machine_lacks_is_named(
     monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/found")
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_: True)
+    monkeypatch.setattr("trainer.extensions._missing_of_cuda", lambda: "")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert missing_for("AsyncIOBuilder") == ""
     monkeypatch.setattr(lacks, lambda *_: None)
@@ -306,6 +309,7 @@ def test_a_lock_that_nobody_holds_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/found")
     monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_: True)
+    monkeypatch.setattr("trainer.extensions._missing_of_cuda", lambda: "")
     lock = tmp_path / extension / "lock"
     lock.parent.mkdir()
     lock.touch()
@@ -322,19 +326,40 @@ def test_a_part_that_does_not_exist_for_a_device_is_named(monkeypatch: pytest.Mo
     assert missing_for("AsyncIOBuilder") == "its version for abacus"
 
 
-def test_a_gpu_without_the_cuda_toolkit_compiles_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """PyTorch's wheels bring what CUDA needs to run, and no nvcc."""
-    monkeypatch.setattr(get_accelerator(), "device_name", lambda: "cuda")
+def test_a_gpu_without_the_cuda_toolkit_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyTorch's wheels bring what CUDA needs to run, and no nvcc. DeepSpeed's Adam for the CPU does without."""
+    builders = {"FusedAdamBuilder": FusedAdamBuilder, "CPUAdamBuilder": CPUAdamBuilder}
+    accelerator = SimpleNamespace(
+        create_op_builder=lambda name: builders[name](), device_name=lambda: "cuda", _name="cuda"
+    )
+    monkeypatch.setattr("trainer.extensions.get_accelerator", lambda: accelerator)
+    for builder in builders.values():
+        monkeypatch.setattr(builder, "is_compatible", lambda *_: True)
     monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/found")
-    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_: True)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
-    for home in (None, str(tmp_path)):
+    for home, expected in (
+        (None, "the CUDA toolkit with nvcc (on a cluster"),
+        (str(tmp_path), f"the CUDA toolkit with nvcc, which CUDA_HOME={tmp_path} has not"),
+    ):
         monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
-        assert missing_for("AsyncIOBuilder").startswith("the CUDA toolkit with nvcc")
+        assert missing_for("FusedAdamBuilder").startswith(expected)
+        assert missing_for("CPUAdamBuilder") == ""
+        with monkeypatch.context() as amd:
+            amd.setattr("torch.version.hip", "7.0")
+            assert missing_for("FusedAdamBuilder") == ""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/nvcc").touch()
-    assert missing_for("AsyncIOBuilder") == ""
+    assert missing_for("FusedAdamBuilder") == ""
+
+
+def test_what_was_compiled_for_another_device_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: False)
+    monkeypatch.setattr("trainer.extensions._missing_of_cuda", lambda: "")
+    monkeypatch.setattr("trainer.extensions.installed_ops", {"async_io": True})
+    for compiled_for, expected in ((get_accelerator()._name, ""), ("abacus", "ninja")):
+        monkeypatch.setattr("trainer.extensions.accelerator_name", compiled_for)
+        assert missing_for("AsyncIOBuilder") == expected
 
 
 @pytest.mark.parametrize("has_fp16", [False, True])
