@@ -5,6 +5,7 @@ in test_on_gpu.py.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.conftest import Run, Train, free_port, run, script
-from pretended_gpu.run import RUN, built
+from pretended_gpu.run import RUN, built, compiler
 
 pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this build of PyTorch has CUDA of its own")
 
@@ -27,6 +28,8 @@ TrainOnGpu = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which(compiler()[0]):
+        pytest.skip(f"there is no {compiler()[0]} to compile it with")
     return built(tmp_path_factory.mktemp("gpu"))
 
 
@@ -59,6 +62,7 @@ def test_computes_what_the_cpu_computes(
     gpu = train_on_gpu(tmp_path / "gpu", "run.steps=1", "run.histogram_every=1", *changes)
     cpu = train(1, tmp_path / "cpu", "run.steps=1", *[each for each in changes if "sequence_parallel" not in each])
     for tag in TAGS:
+        assert gpu.column(tag), tag
         assert gpu.column(tag) == pytest.approx(cpu.column(tag), rel=1e-5), tag
 
 
@@ -99,7 +103,7 @@ expected = gradients()
 model, tokens = model.cuda(), tokens.cuda()
 found = gradients()
 assert {x.device.type for x in found} == {"cuda"}
-print(max(float((x.cpu() - y).norm() / y.norm()) for x, y in zip(found, expected)))
+print(float(torch.stack([(x.cpu() - y).norm() / y.norm() for x, y in zip(found, expected)]).max()))
 """
 
 
@@ -111,13 +115,24 @@ def test_a_model_by_itself(library: Path, tmp_path: Path, fused: bool) -> None:
     assert (f"LSH attention runs as '{'triton' if fused else 'chunked'}'" in done.errors) and float(done.output) < 1e-5
 
 
-MIXED = """
+REFUSED = """
 import torch
-x = torch.ones(2, device="cuda")
-try:
-    torch.maximum(x, torch.ones(2))
-except RuntimeError as error:
-    print(error)
+x, index = torch.ones(2, device="cuda"), torch.tensor([0])
+for refused in (
+    lambda: torch.maximum(x, torch.ones(2)),
+    lambda: x.index_fill_(0, index, 2.0),
+    lambda: torch.rand(2, device="cuda", generator=torch.Generator()),
+    lambda: torch.rand(2, device="cuda"),
+    lambda: torch.empty(2, device="cuda:1"),
+    lambda: torch.view_as_real(torch.ones(2, dtype=torch.complex64, device="cuda")),
+):
+    try:
+        refused()
+    except RuntimeError as error:
+        print("refused")
+    else:
+        raise SystemExit(refused)
+assert float(x[index]) == 1
 """
 COLLECTIVE_ON_CPU = """
 import torch
@@ -132,7 +147,9 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [(MIXED, "device"), (COLLECTIVE_ON_CPU, "NCCL has no collectives")], ids=["mixed", "collective"]
+    ("text", "said"),
+    [(REFUSED, "refused"), (COLLECTIVE_ON_CPU, "NCCL has no collectives")],
+    ids=["device", "collective"],
 )
 def test_the_pretended_refuses_what_a_gpu_refuses(library: Path, tmp_path: Path, text: str, said: str) -> None:
     done = run_text(text, library, tmp_path, {})

@@ -1,7 +1,8 @@
 // The device "cuda" on a machine without one: its memory is the CPU's, and so are its kernels.
 //
 // What PyTorch does with a GPU happens as there: tensors say that they are on it, autograd gives it a thread of its own,
-// and an operation on tensors of both devices is refused. What a GPU computes by itself, in its own order, it is not.
+// and operations refuse what is on the CPU, but for numbers (tensors of no dimension) and the indices of x[i]. Random
+// numbers come from an explicit generator of the device, or not at all.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -36,19 +37,11 @@ struct Guard final : DeviceGuardImplInterface {
   void setDevice(Device) const override {}
   void uncheckedSetDevice(Device) const noexcept override {}
   Stream getStream(Device) const override { return STREAM; }
-  Stream getDefaultStream(Device) const override { return STREAM; }
   Stream getNewStream(Device, int) const override { return STREAM; }
-  Stream getStreamFromGlobalPool(Device, bool) const override { return STREAM; }
   Stream exchangeStream(Stream) const override { return STREAM; }
-  bool queryStream(const Stream&) const override { return true; }
-  void synchronizeStream(const Stream&) const override {}
-  void synchronizeDevice(const DeviceIndex) const override {}
   void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
   void block(void*, const Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void synchronizeEvent(void*) const override {}
   void destroyEvent(void*, const DeviceIndex) const noexcept override {}
-  void recordDataPtrOnStream(const DataPtr&, const Stream&) const override {}
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 }  // namespace c10::impl
@@ -79,26 +72,12 @@ namespace at {
 struct CUDAHooks final : CUDAHooksInterface {
   explicit CUDAHooks(CUDAHooksArgs) {}
   void init() const override {}
-  bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  int getNumGPUs() const override { return 1; }
-  DeviceIndex current_device() const override { return 0; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
   bool isPinnedPtr(const void*) const override { return false; }
   Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::kCPU); }
-  Device getDeviceFromPtr(void*) const override { return GPU; }
-  const at::Generator& getDefaultGenerator(DeviceIndex) const override {
-    static const at::Generator generator = make_generator<::Generator>();
-    return generator;
-  }
   at::Generator getNewGenerator(DeviceIndex) const override { return make_generator<::Generator>(); }
-  void deviceSynchronize(DeviceIndex) const override {}
 };
 REGISTER_CUDA_HOOKS(CUDAHooks)
 }  // namespace at
@@ -109,13 +88,19 @@ using at::Tensor;
 template <typename T>
 using Maybe = std::optional<T>;
 
-Tensor empty(IntArrayRef size, Maybe<at::ScalarType> dtype, Maybe<at::Layout>, Maybe<at::Device>, Maybe<bool>,
-             Maybe<at::MemoryFormat> format) {
+void check_index(Maybe<at::Device> device) {
+  TORCH_CHECK(!device || device->index() <= 0, "invalid device ordinal: there is one GPU");
+}
+
+Tensor empty(IntArrayRef size, Maybe<at::ScalarType> dtype, Maybe<at::Layout>, Maybe<at::Device> device,
+             Maybe<bool>, Maybe<at::MemoryFormat> format) {
+  check_index(device);
   return at::detail::empty_generic(size, &memory, KEYS, at::dtype_or_default(dtype), format);
 }
 
 Tensor empty_strided(IntArrayRef size, IntArrayRef stride, Maybe<at::ScalarType> dtype, Maybe<at::Layout>,
-                     Maybe<at::Device>, Maybe<bool>) {
+                     Maybe<at::Device> device, Maybe<bool>) {
+  check_index(device);
   return at::detail::empty_strided_generic(size, stride, &memory, KEYS, at::dtype_or_default(dtype));
 }
 
@@ -157,48 +142,50 @@ const Tensor& resize_(const Tensor& x, c10::SymIntArrayRef sizes, Maybe<at::Memo
   return x;
 }
 
-Tensor& set_storage_part_(Tensor& x, at::Storage source, int64_t offset, IntArrayRef size, IntArrayRef stride) {
-  auto* impl = x.unsafeGetTensorImpl();
-  auto usual = at::detail::defaultStrides(size);
-  impl->set_storage_keep_dtype(std::move(source));
-  impl->set_sizes_and_strides(size, stride.empty() ? IntArrayRef(usual) : stride, offset);
+Tensor& set_storage_(Tensor& x, at::Storage source) {
+  TORCH_CHECK(source.device() == GPU, "set_: memory of another device");
+  int64_t count = source.nbytes() / x.element_size();
+  x.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(source));
+  x.unsafeGetTensorImpl()->set_sizes_and_strides(IntArrayRef({count}), IntArrayRef({1}), 0);
   return x;
 }
-
-Tensor& set_storage_(Tensor& x, at::Storage source) {
-  int64_t count = source.nbytes() / x.element_size();
-  return set_storage_part_(x, std::move(source), 0, {count}, {1});
-}
-
-Tensor& set_tensor_(Tensor& x, const Tensor& source) {
-  return set_storage_part_(x, source.storage(), source.storage_offset(), source.sizes(), source.strides());
-}
-
-Tensor& set_nothing_(Tensor& x) { return set_tensor_(x, at::empty({0}, x.options())); }
 
 at::Scalar item(const Tensor& x) { return on_cpu(x).item(); }
 
 void record_stream(Tensor&, at::Stream) {}
 
-// Indices may be on the CPU, and numbers; nothing else may.
-void refuse_mixed(const std::string& name, const Tensor& x) {
-  bool is_indexing = name.rfind("aten::index", 0) == 0 && name != "aten::index_select";
+void refuse_cpu(const std::string& name, const Tensor& x) {
+  bool is_indexing = name == "aten::index" || name == "aten::index_put_" || name == "aten::_index_put_impl_";
   TORCH_CHECK(is_indexing || !x.defined() || x.dim() == 0 || !x.device().is_cpu(), name, ": tensors of both devices");
 }
 
+// A generator is the CPU's for as long as a kernel draws from it.
+struct Lent {
+  Generator* generator = nullptr;
+  void take(Generator* given) { (generator = given)->move(at::kCPU); }
+  ~Lent() {
+    if (generator) generator->move(GPU);
+  }
+};
+
 // Every other operation: as the CPU does it.
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  Generator* generator = nullptr;
-  for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
-    if (value.isTensor()) refuse_mixed(op.schema().name(), value.toTensor());
+  const auto& name = op.schema().name();
+  const auto& arguments = op.schema().arguments();
+  auto values = torch::jit::last(*stack, arguments.size());
+  Lent lent;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const auto& value = values[i];
+    if (value.isTensor()) refuse_cpu(name, value.toTensor());
     if (value.isTensorList()) {
-      for (const Tensor& x : value.toTensorVector()) refuse_mixed(op.schema().name(), x);
+      for (const Tensor& x : value.toTensorVector()) refuse_cpu(name, x);
     }
-    if (value.isGenerator() && value.toGenerator().device() == GPU) generator = value.toGenerator().get<Generator>();
+    if (arguments[i].name() == "generator") {
+      TORCH_CHECK(value.isGenerator() && value.toGenerator().device() == GPU, name, ": no generator of the device");
+      lent.take(value.toGenerator().get<Generator>());
+    }
   }
-  if (generator) generator->move(at::kCPU);
-  at::native::cpu_fallback(op, stack);
-  if (generator) generator->move(GPU);
+  at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
 }
 }  // namespace
 
@@ -210,9 +197,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("resize_", resize_);
   m.impl("set_.source_Storage", set_storage_);
-  m.impl("set_.source_Storage_storage_offset", set_storage_part_);
-  m.impl("set_.source_Tensor", set_tensor_);
-  m.impl("set_", set_nothing_);
   m.impl("_local_scalar_dense", item);
   m.impl("record_stream", record_stream);
   m.impl("alias", at::native::alias);

@@ -10,36 +10,22 @@ BACKEND = "nccl_by_gloo"
 class Work(dist._Work):
     """What is over already."""
 
-    def __init__(self, result):
-        super().__init__()
-        self.future = torch.futures.Future()
-        self.future.set_result(result)
-
     def wait(self, timeout=None):
         return True
 
-    def is_completed(self):
-        return True
-
-    def get_future(self):
-        return self.future
-
 
 class PretendedNCCL(dist.ProcessGroup):
-    """The collectives that the trainer and DeepSpeed make, under the names of PyTorch 2.11 and 2.13."""
+    """The collectives that the trainer and DeepSpeed make, over when they return: a missing wait goes unnoticed."""
 
     def __init__(self, store, rank, size, timeout):
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
 
-    def getBackendName(self):
-        return BACKEND
-
     def allreduce(self, tensors, opts):
         copies = [host(x) for x in tensors]
         for x, copy in zip(tensors, copies, strict=True):
             x.copy_(self.reduced(copy, opts.reduceOp))
-        return Work(tensors)
+        return Work()
 
     def reduced(self, copy, op):
         """The sum, mean, largest or smallest over all ranks of a tensor on the CPU, in its place."""
@@ -53,14 +39,7 @@ class PretendedNCCL(dist.ProcessGroup):
         self.gloo.broadcast(copies, opts).wait()
         for x, copy in zip(tensors, copies, strict=True):
             x.copy_(copy)
-        return Work(tensors)
-
-    def reduce(self, tensors, opts):
-        copies = [self.reduced(host(x), opts.reduceOp) for x in tensors]
-        if opts.rootRank == self.rank():
-            for x, copy in zip(tensors, copies, strict=True):
-                x.copy_(copy)
-        return Work(tensors)
+        return Work()
 
     def allgather(self, outputs, inputs, opts=None):
         for parts, own in zip(outputs, inputs, strict=True):
@@ -68,41 +47,31 @@ class PretendedNCCL(dist.ProcessGroup):
             self.gloo.allgather([copies], [host(own)]).wait()
             for x, copy in zip(parts, copies, strict=True):
                 x.copy_(copy)
-        return Work(outputs)
+        return Work()
 
     def all_gather_single(self, output, own, opts=None):
         self.allgather([list(output.view(-1).chunk(self.size()))], [own.view(-1)])
-        return Work(output)
-
-    def all_gather_single_coalesced(self, outputs, inputs, opts=None):
-        for output, own in zip(outputs, inputs, strict=True):
-            self.all_gather_single(output, own)
-        return Work(outputs)
+        return Work()
 
     def reduce_scatter_single(self, output, whole, opts):
+        if whole.dtype != output.dtype or whole.numel() != self.size() * output.numel():
+            raise RuntimeError("NCCL: the tensors of a reduce-scatter do not fit together")
         parts = self.reduced(host(whole), opts.reduceOp).view(-1).chunk(self.size())
         output.view(-1).copy_(parts[self.rank()])
-        return Work(output)
-
-    def reduce_scatter_single_coalesced(self, outputs, inputs, opts):
-        for output, whole in zip(outputs, inputs, strict=True):
-            self.reduce_scatter_single(output, whole, opts)
-        return Work(outputs)
+        return Work()
 
     def all_to_all_single(self, output, own, output_sizes, input_sizes, opts=None):
         copy = host(output)
         self.gloo.alltoall_base(copy, host(own), output_sizes, input_sizes).wait()
         output.copy_(copy)
-        return Work(output)
+        return Work()
 
     def barrier(self, opts=None):
         self.gloo.barrier().wait()
-        return Work(None)
+        return Work()
 
     _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
     _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
 
 
@@ -110,6 +79,8 @@ def host(x):
     """A copy on the CPU."""
     if x.device.type != "cuda":
         raise RuntimeError("NCCL has no collectives of tensors on the CPU")
+    if not x.is_contiguous():
+        raise RuntimeError("NCCL has no collectives of tensors that are not contiguous")
     return x.cpu()
 
 

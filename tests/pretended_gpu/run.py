@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import traceback
@@ -34,9 +35,13 @@ def built(folder: Path) -> Path:
     includes = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
     flags = ["-shared", "-fPIC", "-std=c++20", "-O0", "-w", *includes]
     links = [f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
-    compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library), *links], check=True)
+    subprocess.run([*compiler(), *flags, str(SOURCE), "-o", str(library), *links], check=True)
     return library
+
+
+def compiler() -> list[str]:
+    """The words of a C++ compiler's command."""
+    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def main(library: str, script: str, *arguments: str) -> None:
