@@ -38,7 +38,7 @@ from trainer.peaks import peak_flops
 if TYPE_CHECKING:
     from trainer.metrics import Metrics  # TensorBoard, which environment() does without
 
-PACKAGES = ("longhand", "torch", "deepspeed", "numpy", "zarr", "sentencepiece")
+PACKAGES = ("longhand", "deepspeed", "numpy", "zarr", "sentencepiece")
 
 
 def write_record(job: Job, device: torch.device, metrics: "Metrics", n_parameters: int) -> None:
@@ -85,8 +85,9 @@ def fenced(tree: Mapping[str, Any]) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and git commit, for run.json."""
-    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
-    versions["torch"] = str(torch.__version__)  # with the CUDA that it was built for, which its package may leave out
+    # torch's with the CUDA that it was built for, which its package may leave out.
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions |= {package: version(package) for package in PACKAGES}
     return {"versions": versions, "git_commit": _git_commit()}
 
 

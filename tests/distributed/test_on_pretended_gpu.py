@@ -128,7 +128,7 @@ for refused in (
 ):
     try:
         refused()
-    except RuntimeError as error:
+    except RuntimeError:
         print("refused")
     else:
         raise SystemExit(refused)
