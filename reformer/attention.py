@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reformer.call import Call
-from reformer.chunks import ff_chunk_tokens, map_chunks, token_slices
+from reformer.chunks import ff_chunk_tokens, map_chunks, put, token_slices
 from reformer.config import ReformerConfig
 from reformer.dense import dense_attention
 from reformer.feed_forward import layer_norm
@@ -101,7 +101,7 @@ class _Attention(nn.Module):
             groups = _taken(held) if held else self._groups(x_BTM, call, buckets, differentiable=True)
             with torch.no_grad(), shared_scratch():
                 out, gradients = self._with_gradients(x_BTM, call.part, groups, d_out_BTM, needs_output)
-            inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
+            inner_product = torch.zeros(())  # only its gradient is asked for: on the CPU, where it is seen to be 1
             parameters = [self.norm_weight, self.norm_bias, *self.projection_weights, self.out_weight]
             return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
         out, used = None, []
@@ -223,10 +223,13 @@ class _Attention(nn.Module):
         out_BhTD: the group's output, of the tokens of the layer. The group gives up its own.
         """
         dtype, weight = group.out.dtype, self.out_weight[:, group.columns]
+        batch, n_tokens, _ = d_out_BTM.shape
+        d_BThD = None
         for tokens in self._slices(d_out_BTM):
             d_out = d_out_BTM[:, tokens].flatten(0, 1).to(dtype)
             add_product(out_sum[:, group.columns], d_out.T, _rows(out_BhTD, tokens))
-        (d_BThD,) = map_chunks(lambda d: (self._heads(d.to(dtype) @ weight),), d_out_BTM, self._at_once(d_out_BTM))
+            d_BThD = put(d_BThD, tokens, self._heads((d_out @ weight).unflatten(0, (batch, -1))), n_tokens)
+        assert d_BThD is not None
         d_out_of_heads = part.to_heads([d_BThD.transpose(1, 2).to(dtype)])
         del d_BThD
         d_projected = torch.autograd.grad([group.out], group.projected, d_out_of_heads)

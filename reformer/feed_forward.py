@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
             return map_chunks(lambda x: (self._whole(x),), x_BTM, ff_chunk_tokens(self.config, x_BTM))[0], None
         with torch.no_grad():  # a graph of the output would keep every chunk's inner activations
             out, gradients = self._with_gradients_by_chunks(x_BTM, d_out_BTM, needs_output)
-        inner_product = torch.zeros((), device=x_BTM.device)  # only its gradient is ever asked for
+        inner_product = torch.zeros(())  # only its gradient is asked for: on the CPU, where it is seen to be 1
         parameters = [*self._inner_parameters, self.out_weight, self.out_bias]
         return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
 

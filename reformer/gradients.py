@@ -80,9 +80,8 @@ class _KnownGradients(torch.autograd.Function):
 
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     """The gradient times a scalar, in place where that loses nothing: a factor in bf16 would be off by up to 0.4%."""
-    if (
-        factor.device.type == "cpu" and factor.item() == 1
-    ):  # always so within a stack; a GPU would have to be waited for
+    # Always so within a stack, whose layers give a scalar on the CPU; a GPU would have to be waited for.
+    if factor.device.type == "cpu" and factor.item() == 1:
         return gradient
     if torch.promote_types(gradient.dtype, factor.dtype) == gradient.dtype:
         return gradient.mul_(factor)
