@@ -27,7 +27,7 @@ from reformer.chunks import ff_chunk_tokens, map_chunks, put, token_slices
 from reformer.config import ReformerConfig
 from reformer.dense import dense_attention
 from reformer.feed_forward import layer_norm
-from reformer.gradients import GradientSum, add_product, with_gradients
+from reformer.gradients import GradientSum, add_product, sums_of_products, with_gradients
 from reformer.local import local_attention
 from reformer.lsh import lsh_attention
 from reformer.lsh.hashing import bucket_factors, draw_rotations
@@ -204,8 +204,8 @@ class _Attention(nn.Module):
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The output if it is needed, and the gradients of x, the norm's parameters, the projections and the merge."""
         out_BTM, d_x_BTM = None, torch.empty_like(x_BTM)
-        weight_sums = GradientSum([*self.projection_weights, self.out_weight])
-        *projection_sums, out_sum = weight_sums.sums
+        weight_sums = sums_of_products([*self.projection_weights, self.out_weight])
+        *projection_sums, out_sum = weight_sums
         for group, _ in groups:
             (out_BhTD,) = part.to_tokens([group.out.detach()])
             d_projected_BhTD = self._through_merge(group, part, out_BhTD, d_out_BTM, out_sum)
@@ -213,7 +213,7 @@ class _Attention(nn.Module):
             out_BTM = self._merged(out_BhTD, group.columns, out_BTM) if needs_output else None
             self._through_projections(x_BTM, group.columns, d_projected_BhTD, projection_sums, d_x_BTM)
             del group, out_BhTD, d_projected_BhTD  # before the next group is made
-        return out_BTM, [d_x_BTM, *self._through_norm(x_BTM, d_x_BTM), *weight_sums.sums]
+        return out_BTM, [d_x_BTM, *self._through_norm(x_BTM, d_x_BTM), *weight_sums]
 
     def _through_merge(
         self, group: HeadGroup, part: SequencePart, out_BhTD: Tensor, d_out_BTM: Tensor, out_sum: Tensor
@@ -227,7 +227,8 @@ class _Attention(nn.Module):
         d_BThD = None
         for tokens in self._slices(d_out_BTM):
             d_out = d_out_BTM[:, tokens].flatten(0, 1).to(dtype)
-            add_product(out_sum[:, group.columns], d_out.T, _rows(out_BhTD, tokens))
+            out = out_BhTD[:, :, tokens].transpose(1, 2).flatten(2).flatten(0, 1)
+            add_product(out_sum[:, group.columns], d_out.T, out, is_first=tokens.start == 0)
             d_BThD = put(d_BThD, tokens, self._heads((d_out @ weight).unflatten(0, (batch, -1))), n_tokens)
         assert d_BThD is not None
         d_out_of_heads = part.to_heads([d_BThD.transpose(1, 2).to(dtype)])
@@ -243,10 +244,12 @@ class _Attention(nn.Module):
         weights = torch.cat([weight[columns] for weight in self.projection_weights])
         for tokens in self._slices(x_BTM):
             normed_BtM = layer_norm(x_BTM[:, tokens], self.norm_weight, self.norm_bias, self.config.norm_eps)
-            d_projected = [_rows(d, tokens) for d in d_BhTD]
-            for total, d in zip(sums, d_projected, strict=True):
-                add_product(total[columns], d.T, normed_BtM.flatten(0, 1).to(d.dtype))
-            part = (torch.cat(d_projected, dim=-1) @ weights).view_as(normed_BtM)
+            # Side by side by one copy: the projections, of each its heads, of each its numbers.
+            d_projected = torch.cat([d[:, :, tokens].transpose(1, 2) for d in d_BhTD], dim=2).flatten(2).flatten(0, 1)
+            normed = normed_BtM.flatten(0, 1).to(d_projected.dtype)
+            for total, d in zip(sums, d_projected.chunk(len(sums), dim=-1), strict=True):
+                add_product(total[columns], d.T, normed, is_first=tokens.start == 0)
+            part = (d_projected @ weights).view_as(normed_BtM)
             if columns.start:
                 d_normed_BTM[:, tokens] += part
             else:
@@ -262,11 +265,6 @@ class _Attention(nn.Module):
                 normed_BtM = layer_norm(x_BtM, norm_weight, norm_bias, self.config.norm_eps)
             (d_BTM[:, tokens],) = sums.add(normed_BtM, [x_BtM], d_BTM[:, tokens].to(normed_BtM.dtype))
         return sums.sums
-
-
-def _rows(x_BhTD: Tensor, tokens: slice) -> Tensor:
-    """Some tokens with their heads side by side, [B*t, E]."""
-    return x_BhTD[:, :, tokens].transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _taken(held: list[HeadGroup]) -> Iterator[tuple[HeadGroup, None]]:

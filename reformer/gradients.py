@@ -70,7 +70,9 @@ class _KnownGradients(torch.autograd.Function):
         by_hand, ctx.by_hand = ctx.by_hand, None
         if torch.is_grad_enabled():
             raise RuntimeError("second derivatives (create_graph=True) are not available through chunked layers")
-        scaled = [_scale(gradient, d_value).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        if not _is_known_to_be_one(d_value):
+            gradients = [_scaled(gradient, d_value) for gradient in gradients]
+        scaled = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
         handed = receiver(by_hand) if by_hand else None
         if handed is not None and not any(x.retains_grad or x._backward_hooks for x in by_hand):
             handed.give(scaled[: len(by_hand)])
@@ -78,11 +80,13 @@ class _KnownGradients(torch.autograd.Function):
         return None, None, None, *scaled
 
 
-def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
+def _is_known_to_be_one(factor: Tensor) -> bool:
+    """Always so within a stack, whose layers give a scalar on the CPU; a GPU would have to be waited for."""
+    return factor.device.type == "cpu" and factor.item() == 1
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """The gradient times a scalar, in place where that loses nothing: a factor in bf16 would be off by up to 0.4%."""
-    # Always so within a stack, whose layers give a scalar on the CPU; a GPU would have to be waited for.
-    if factor.device.type == "cpu" and factor.item() == 1:
-        return gradient
     if torch.promote_types(gradient.dtype, factor.dtype) == gradient.dtype:
         return gradient.mul_(factor)
     return gradient.to(factor.dtype) * factor
@@ -106,7 +110,7 @@ class GradientSum:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         # Aliases without the originals' hooks: what is differentiated chunk by chunk.
         self.aliases = [parameter.detach().requires_grad_() for parameter in parameters]
-        self._dtypes = [torch.promote_types(parameter.dtype, torch.float32) for parameter in parameters]
+        self._dtypes = [_sum_dtype(parameter) for parameter in parameters]
         self._sums: list[Tensor] = []
 
     @property
@@ -131,9 +135,23 @@ class GradientSum:
             total += gradient
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with no memory for the product where all have the same dtype."""
+def _sum_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def sums_of_products(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Memory, with anything in it, for sums of `add_product`: as large as the parameters, in fp32 or better."""
+    return [torch.empty_like(parameter, dtype=_sum_dtype(parameter)) for parameter in parameters]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool = False) -> None:
+    """total += a @ b, with no memory for the product where all have the same dtype.
+
+    If it is the first, total = a @ b, whatever stood there.
+    """
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if is_first else 1)
+    elif is_first:
+        total.copy_(a @ b)
     else:
         total += a @ b
