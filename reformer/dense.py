@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from reformer.gradients import refuse_second_derivatives
 from reformer.heads import check_heads
 from reformer.lsh.counts import Counts, PairCounts
 from reformer.lsh.dropout import check_dropout, keep_factor
@@ -71,7 +71,7 @@ def dense_attention(
         key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
         segment_ids_GT=None if segment_ids is None else by_head(segment_ids, n_heads),
         dropout=dropout,
-        dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten(),
+        dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten().clone(),
     )
     return _DenseAttention.apply(qk, v, view)
 
@@ -157,8 +157,8 @@ class _DenseAttention(torch.autograd.Function):
         return out_GTD.view(v_BHTD.shape).to(v_BHTD.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out_BHTD: Tensor) -> tuple[Tensor, Tensor, None]:
+        refuse_second_derivatives("dense attention")
         with torch.autocast(d_out_BHTD.device.type, enabled=False):
             qk, v, out, top, denom = ctx.saved_tensors
             dq_GTD, dv_GTD = _gradients(_heads(qk), _heads(v), out, top, denom, _heads(d_out_BHTD), ctx.view)

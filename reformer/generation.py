@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from reformer.config import ReformerConfig
+from reformer.heads import INTEGERS, check_tokens
 from reformer.lsh.hashing import derive_seed
-
-INTEGERS = (
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-)
-"""What token ids may be; a tokenizer's are unsigned."""
 
 
 @torch.no_grad()
@@ -70,12 +65,7 @@ def check_continuation(
         )
     if not len(tokens):
         raise ValueError("there is no token to begin with: give at least one, such as BOS")
-    least, most = (int(bound) for bound in tokens.long().aminmax())
-    if least < 0 or most >= config.vocab_size:
-        raise ValueError(
-            f"the tokens are from {least} to {most}, expected ids from 0 to {config.vocab_size - 1} "
-            f"(vocab_size={config.vocab_size}): encode the text with the tokenizer that the model was trained with"
-        )
+    check_tokens(tokens.cpu(), config.vocab_size)
     room = config.max_seq_len - len(tokens)
     if n_tokens > room:
         way_out = f"add at most {room}" if room >= 0 else f"give at most {config.max_seq_len}"
@@ -101,5 +91,6 @@ def choose(logits_V: Tensor, seed: int, temperature: float, top_p: float) -> int
     p_V, token_V = ((logits_V - logits_V.max()) / temperature).softmax(dim=0).sort(descending=True, stable=True)
     total_V = p_V.cumsum(dim=0)
     kept = int((total_V - p_V < top_p).sum())  # the last of them is the one that reaches top_p
-    at = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * total_V[kept - 1]
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.rand((), dtype=torch.float64, generator=generator, device="cpu") * total_V[kept - 1]
     return int(token_V[min(int(torch.searchsorted(total_V, at)), kept - 1)])  # of logits that are no numbers, the last

@@ -54,6 +54,16 @@ def receiver(outputs: Sequence[Tensor]) -> Handed | None:
     return getattr(made_by, "handed", None)
 
 
+def refuse_second_derivatives(through: str) -> None:
+    """In a Function's backward: raise RuntimeError where it would have to be differentiated itself.
+
+    torch.autograd's once_differentiable does so only where the gradient that comes in has a graph: a penalty on the
+    gradient of a sum would be left out without a word.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"second derivatives (create_graph=True) are not available through {through}")
+
+
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -68,8 +78,7 @@ class _KnownGradients(torch.autograd.Function):
             raise RuntimeError("these gradients were handed over already: run the forward again")
         gradients, ctx.gradients = ctx.gradients, None
         by_hand, ctx.by_hand = ctx.by_hand, None
-        if torch.is_grad_enabled():
-            raise RuntimeError("second derivatives (create_graph=True) are not available through chunked layers")
+        refuse_second_derivatives("chunked layers")
         if not _is_known_to_be_one(d_value):
             gradients = [_scaled(gradient, d_value) for gradient in gradients]
         scaled = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]

@@ -1,8 +1,15 @@
-"""What every inner attention asks of its arguments: heads [B, H, T, D], and masks that fit."""
+"""What is asked of arguments: token ids, heads [B, H, T, D] of every inner attention, and masks that fit."""
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+
+INTEGERS = (
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
+"""What token ids may be; a tokenizer's are unsigned."""
 
 
 def check_heads(heads: Mapping[str, Tensor], key_padding_mask: Tensor | None, segment_ids: Tensor | None) -> None:
@@ -20,6 +27,23 @@ def check_heads(heads: Mapping[str, Tensor], key_padding_mask: Tensor | None, se
             raise ValueError(f"{name} must be [B, T] = {shape}, got {list(mask.shape)}")
     if segment_ids is not None and segment_ids.is_floating_point():
         raise ValueError(f"segment_ids must be integers, got {segment_ids.dtype}")
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raises ValueError unless they are integers and, on a CPU, ids below vocab_size.
+
+    A GPU would have to be waited for; its kernels stop at others.
+    """
+    if tokens.dtype not in INTEGERS:
+        raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+    if tokens.device.type != "cpu":
+        return
+    least, most = (int(bound) for bound in tokens.long().aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"the tokens are from {least} to {most}, expected ids from 0 to {vocab_size - 1} "
+            f"(vocab_size={vocab_size}): encode the text with the tokenizer that the model was trained with"
+        )
 
 
 def check_chunk_len(chunk_len: int) -> None:

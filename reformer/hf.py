@@ -13,7 +13,7 @@ same buckets, except that
 - their rotations come from torch's global generator, and num_buckets=null means a power of two there, written into
   the configuration at the first sequence; ours follow from `seed` and `n_buckets=None` from each sequence's length;
 - a length that is no multiple of both kinds' chunk lengths is padded further there, which moves the places at which
-  hash rounds meet;
+  hash rounds meet, and needs max_position_embeddings for the padded length;
 - in a bidirectional model, one hash round of exactly two chunks has the other chunk before and behind it there, its
   keys counted twice, and once here;
 - their dropout also drops embeddings, positions, inner feed-forward activations and the head's input;
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from reformer.config import ConfigError, ReformerConfig
 from reformer.model import Reformer
-from reformer.weights import CONFIG_FILE, WEIGHTS_FILE, check_tensors, skeleton, write_folder
+from reformer.weights import CONFIG_FILE, HEAD, WEIGHTS_FILE, check_tensors, refuse_shared, skeleton, write_folder
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -157,9 +157,11 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
 
     Since transformers 5 ignores the bias of the head, one that is not zero is written as an equal change of the
     head's norm and weight (`fold_head_bias`), and a tied head with a matrix of its own (`untied`). All else as it is.
+    Warns where max_seq_len is no multiple of the chunks: transformers pads up to one, and has no positions for that.
 
     Raises:
-        ConfigError: the configuration has no counterpart, or a parameter is not whole (partitioned by ZeRO-3).
+        ConfigError: the configuration has no counterpart, a parameter is not whole (partitioned by ZeRO-3), or shares
+            its memory with another.
         FileExistsError: there is something in the folder already.
     """
     if not isinstance(model, Reformer):
@@ -169,7 +171,9 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
     expected = skeleton(model.config).state_dict()
     way_out = "give the Reformer itself, not a wrapper, with its parameters gathered from all ranks"
     check_tensors(state, expected, "the model does not fit its configuration", way_out)
+    refuse_shared({name: tensor for name, tensor in state.items() if name != HEAD or not model.config.tie_embeddings})
     tensors = state_to_hf(fold_head_bias(untied(state)), model.config)
+    _warn_of_padding(model.config)
     write_folder(Path(folder), config, tensors)
 
 
@@ -245,6 +249,20 @@ def state_from_hf(tensors: Mapping[str, Tensor], config: ReformerConfig) -> dict
     state = {ours: tensors[theirs] for ours, theirs in tensor_names(config).items()}
     rows, columns = "embedding.positions.rows", "embedding.positions.columns"
     return {**state, rows: state[rows].squeeze(1), columns: state[columns].squeeze(0)}
+
+
+def _warn_of_padding(config: ReformerConfig) -> None:
+    """Of the lengths up to max_seq_len that transformers refuses."""
+    kinds = {config.attention_kind(layer) for layer in range(config.n_layers)}
+    lengths = {"local": config.local_chunk_len, "lsh": config.lsh_chunk_len}
+    multiple, shortest = math.lcm(*(lengths[kind] for kind in kinds)), min(lengths[kind] for kind in kinds)
+    most = max(shortest, config.max_seq_len // multiple * multiple)
+    if most < config.max_seq_len:
+        warnings.warn(
+            f"max_seq_len={config.max_seq_len} is no multiple of {multiple}, to which transformers pads sequences that "
+            f"are longer than a chunk: it refuses those of more than {most} tokens",
+            stacklevel=3,
+        )
 
 
 def tensor_names(config: ReformerConfig) -> dict[str, str]:

@@ -56,7 +56,7 @@ def local_attention(
         key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
         segment_ids_GT=None if segment_ids is None else by_head(renumbered(segment_ids), n_heads),
         dropout=dropout,
-        dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten(),
+        dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten().clone(),
     )
     scaled_q = q * d_head**-0.5
     return attention_in_chunks(scaled_q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, backend).view_as(v)

@@ -73,8 +73,10 @@ class OutputHead(nn.Module):
         if per_token or not torch.is_grad_enabled():
             losses_BT = self._losses(streams, labels).view(labels_BT.shape)
             return losses_BT if per_token else mean_loss(losses_BT, labels_BT, self.chunk_tokens(labels.device))
-        loss, d_streams, d_parameters = self._loss_and_gradients(streams, labels)
-        inputs = [y1_BTM, y2_BTM, self.norm_weight, self.norm_bias, *self._matrices]
+        # Read once, with gradients: a parametrization may compute them.
+        norm, matrices = [self.norm_weight, self.norm_bias], self._matrices
+        loss, d_streams, d_parameters = self._loss_and_gradients(streams, labels, norm, matrices)
+        inputs = [y1_BTM, y2_BTM, *norm, *matrices]
         gradients = [*(d.view_as(y1_BTM) for d in d_streams), *d_parameters]
         return with_gradients(loss, inputs, gradients, by_hand=[y1_BTM, y2_BTM])
 
@@ -105,17 +107,17 @@ class OutputHead(nn.Module):
 
     @torch.no_grad()
     def _loss_and_gradients(
-        self, streams_TM: list[Tensor], labels_T: Tensor
+        self, streams_TM: list[Tensor], labels_T: Tensor, norm: list[Tensor], matrices: list[Tensor]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The mean loss, the gradients of both streams, and those of the norm's parameters and the matrices."""
         chunk_tokens = self.chunk_tokens(labels_T.device)
-        chunk = _Chunk(self._matrices, min(chunk_tokens, len(labels_T)))
+        chunk = _Chunk(matrices, min(chunk_tokens, len(labels_T)))
         index_T1, valid_T1 = _targets(labels_T)
         # Applied after the products: half precision would lose a millionth of a probability.
         share = 1 / valid_T1.sum().clamp(min=1).to(chunk.dtype)
         loss = streams_TM[0].new_zeros((), dtype=_loss_dtype(streams_TM[0]))
         d_streams_TM = [torch.empty_like(y) for y in streams_TM]
-        norm_sums, matrix_sums = GradientSum([self.norm_weight, self.norm_bias]), GradientSum(self._matrices)
+        norm_sums, matrix_sums = GradientSum(norm), GradientSum(matrices)
         for tokens in token_slices(len(labels_T), chunk_tokens):
             index_t1, valid_t1 = index_T1[tokens], valid_T1[tokens]
             with torch.enable_grad():

@@ -4,6 +4,7 @@ Both residual streams start as the embedded tokens, run in fp32 whatever the par
 float64), and are read side by side at the end.
 """
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from reformer.call import Call
 from reformer.config import ReformerConfig
+from reformer.heads import check_tokens
 from reformer.loss import EMBEDDING_STD, OutputHead
 from reformer.positions import AxialPositions
 from reformer.reversible import ReversibleBlock, reversible_stack
@@ -27,7 +29,8 @@ class Embedding(nn.Module):
         self.positions = AxialPositions(config)
 
     def forward(self, tokens_BT: Tensor, start: int = 0) -> Tensor:
-        return self.tokens(tokens_BT) + self.positions(tokens_BT.shape[1], start)
+        ids_BT = tokens_BT if tokens_BT.dtype in (torch.int32, torch.int64) else tokens_BT.long()
+        return self.tokens(ids_BT) + self.positions(tokens_BT.shape[1], start)
 
 
 class Reformer(nn.Module):
@@ -55,7 +58,7 @@ class Reformer(nn.Module):
         """Logits [B, T, V]; or, given labels, the mean loss in nats over labels != -100, an fp32 scalar.
 
         Args:
-            tokens: integer [B, T].
+            tokens: integers [B, T] of any type.
             labels: int64 [B, T], the token to be predicted at each place (already shifted), -100 to ignore it.
             segment_ids: integer [B, T]; tokens of different segments (documents) do not see each other.
             step: with the model's seed, fixes the hash rotations and dropout masks of this pass.
@@ -68,24 +71,27 @@ class Reformer(nn.Module):
                 A parameter's gradient, added up over the parts, each weighted with its number of labels, is that of
                 the sequence.
 
-        A backward pass adds to `.grad` of the blocks' parameters, also where it is asked for other gradients only
-        (torch.autograd.grad, inputs=), and raises RuntimeError where they have been replaced since the forward, or
-        changed so that autograd knows of it.
+        A backward pass adds to `.grad` of the blocks' parameters, once for each forward, also where it is asked for
+        other gradients only (torch.autograd.grad, inputs=), and raises RuntimeError where they have been replaced since
+        the forward, or changed so that autograd knows of it. It computes blocks again: weights that a parametrization
+        makes must come out the same (no noise, no spectral_norm), outside of torch's parametrize.cached(), and hooks
+        must not change what a block returns.
 
         Raises:
-            ValueError: tokens that are not [B, T]; n_hashes below 1, or in a model without LSH attention; labels or
-                segment_ids of another shape; per_token without labels, or where gradients are wanted; a number of parts
-                that does not divide n_heads.
+            ValueError: tokens that are not [B, T], no integers or, on a CPU, not below vocab_size; n_hashes below 1, or
+                in a model without LSH attention; labels or segment_ids of another shape; per_token without labels, or
+                where gradients are wanted; a number of parts that does not divide n_heads.
             RuntimeError: tied embeddings that are two parameters by now.
         """
         self._check(tokens, labels, segment_ids, sample_ids, n_hashes, per_token, part)
         ids = range(len(tokens)) if sample_ids is None else sample_ids
         call = Call(
             seed=self.config.seed,
-            step=step,
+            step=operator.index(step),
             sample_ids=tuple(int(sample_id) for sample_id in ids),
             dropout=self.config.dropout if self.training else 0.0,
-            segment_ids_BT=None if segment_ids is None else part.whole(segment_ids),
+            # Copied: the backward reads it again, when the caller's memory may hold the next batch.
+            segment_ids_BT=None if segment_ids is None else part.whole(segment_ids).clone(),
             attn_dropout=self.config.attn_dropout if self.training else 0.0,
             n_hashes=n_hashes,
             part=part,
@@ -115,6 +121,7 @@ class Reformer(nn.Module):
             )
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be [B, T], each at least 1, got {list(tokens.shape)}")
+        check_tokens(tokens, self.config.vocab_size)
         if sample_ids is not None and len(sample_ids) != len(tokens):
             raise ValueError(
                 f"sample_ids has {len(sample_ids)} entries for a batch of {len(tokens)}: give one for each sample"

@@ -21,7 +21,7 @@ from reformer.attention import DenseSelfAttention, HeadGroup, LocalSelfAttention
 from reformer.call import Call
 from reformer.config import ReformerConfig
 from reformer.feed_forward import FeedForward
-from reformer.gradients import Handed
+from reformer.gradients import Handed, refuse_second_derivatives
 
 
 @dataclass
@@ -62,10 +62,18 @@ class ReversibleBlock(nn.Module):
         return _scaled(fed, call.dropout_scale(fed, self.layer, "feed_forward"))
 
     def forward(
-        self, x1: Tensor, x2: Tensor, call: Call, buckets: Tensor | None = None
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        call: Call,
+        buckets: Tensor | None = None,
+        held: list[HeadGroup] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Streams [B, T, M] in, streams and buckets out: the definition, differentiable by plain autograd."""
-        attended, buckets = self.attend(x2, call, buckets)
+        """Streams [B, T, M] in, streams and buckets out: the definition, differentiable by plain autograd.
+
+        `held` as in the attention layer.
+        """
+        attended, buckets = self.attend(x2, call, buckets, held)
         y1 = _sum(x1, attended)
         return y1, _sum(x2, self.feed(y1, call)), buckets
 
@@ -144,9 +152,11 @@ def reversible_stack(
     The streams' gradients may come by autograd or by hand, see `Handed`; the backward adds them up. It raises
     RuntimeError where the parameters have been replaced since the forward, or changed so that autograd knows of it.
     """
-    if not torch.is_grad_enabled():
-        for block in blocks:
-            x1, x2, _ = block(x1, x2, call)
+    needs_gradients = x1.requires_grad or x2.requires_grad or any(p.requires_grad for p in blocks.parameters())
+    if not (torch.is_grad_enabled() and needs_gradients):
+        with torch.no_grad():
+            for block in blocks:
+                x1, x2, _ = block(x1, x2, call)
         return x1, x2
     if not (x1.requires_grad or x2.requires_grad):
         x1 = x1.detach().requires_grad_()  # a frozen embedding must not freeze the stack
@@ -192,16 +202,14 @@ class _ReversibleStack(torch.autograd.Function):
         if first_x2 is None:
             ctx.kept = _Kept(buckets, x1.detach(), x2.detach())
             return x1, x2
-        held: list[HeadGroup] = []
-        attended, _ = blocks[-1].attend(x2, call, held=held)
-        y1 = _sum(x1, attended)
-        ctx.kept = _Kept(buckets, y1.detach(), x2.detach(), _Ends(first_x2, x1.detach(), held))
-        return y1, _sum(x2, blocks[-1].feed(y1, call))
+        ends = _Ends(first_x2, x1.detach(), held=[])
+        y1, y2, _ = blocks[-1](x1, x2, call, held=ends.held)
+        ctx.kept = _Kept(buckets, y1.detach(), x2.detach(), ends)
+        return y1, y2
 
     @staticmethod
     def backward(ctx: Any, d_y1: Tensor, d_y2: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("second derivatives (create_graph=True) are not available through a reversible stack")
+        refuse_second_derivatives("a reversible stack")
         if ctx.kept is None:
             raise RuntimeError("this stack was differentiated already: run the forward again")
         _refuse_other_parameters(ctx.parameters, _parameters(ctx.blocks))

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from reformer.gradients import refuse_second_derivatives
 
 AllToAll = Callable[[Tensor], Tensor]
 """[P, …] to [P, …], contiguous: entry p goes to the holder of part p, and entry p of the result came from there."""
@@ -89,6 +90,6 @@ class _Exchange(torch.autograd.Function):
         return tuple(all_to_all(x.contiguous()) for x in tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("an exchange between the parts of a sequence")
         return None, *(ctx.all_to_all(d.contiguous()) for d in gradients)

@@ -37,11 +37,13 @@ def save_model(
     others: more files to put beside these, their contents by name.
 
     Raises:
-        ConfigError: a parameter is missing, unknown or of another shape, as those that ZeRO-3 has partitioned are.
+        ConfigError: a parameter is missing, unknown or of another shape, as those that ZeRO-3 has partitioned are; or
+            shares its memory with another, which a folder cannot say.
         FileExistsError: there is something in the folder already.
     """
     way_out = "give all parameters of a Reformer, whole, by the names that its state_dict() has"
     own = _checked(config, weights, "the weights do not fit the configuration", way_out)
+    refuse_shared(own)
     write_folder(Path(folder), {**FORMAT, "model": config.model_dump(mode="json")}, own, others)
 
 
@@ -115,6 +117,18 @@ def check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
             problems.append(f"{name} is {actual[name].dtype}, expected floating-point numbers")
     if problems:
         raise ConfigError(f"{complaint}: {way_out}\n  " + "\n  ".join(sorted(problems)))
+
+
+def refuse_shared(tensors: Mapping[str, Tensor]) -> None:
+    """ConfigError where one's memory is another's: read again, they would be two, and trained apart."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        other = first.setdefault(tensor.untyped_storage().data_ptr(), name) if tensor.numel() else name
+        if other != name:
+            raise ConfigError(
+                f"{name} and {other} share their memory, which no folder of weights can say: give copies "
+                "(tensor.clone()), which compute the same, but are two parameters to whoever trains them further"
+            )
 
 
 def refuse_existing(folder: Path) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from reformer.gradients import refuse_second_derivatives
 from reformer.lsh.rounds import Layout, Run, Tile, by_chunk, by_window
 from reformer.lsh.scratch import scratch
 from reformer.lsh.shared_keys import LOG2_E, SAFE_BOUND, key_gradient_of_query, key_scale_and_bound
@@ -47,8 +47,8 @@ class _ChunkedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+        refuse_second_derivatives("attention by chunks")
         with torch.autocast(d_out.device.type, enabled=False):
             q, k, v, out, top, denom = ctx.saved_tensors
             dq, dk, dv = _backward(q, k, v, out, top, denom, d_out, ctx.layout)

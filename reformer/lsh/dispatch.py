@@ -76,7 +76,8 @@ def lsh_attention(
 
     Returns:
         The output [B, H, T, D] in v's dtype and the buckets [B, H, n_hashes, T] that were used. Buckets carry no
-        gradient. Statistics are fp32 for half-precision inputs.
+        gradient. Statistics are fp32 for half-precision inputs. Second derivatives are those of backend="reference"
+        alone: elsewhere a backward with create_graph=True raises RuntimeError.
 
     Raises:
         ValueError: a shape, dtype or option that does not fit, with what was expected; a path that cannot run.
@@ -129,7 +130,7 @@ def lsh_attention(
         buckets_GRT=None if attend_across_buckets else renumbered(buckets_GRT),
         duplicate_correction=duplicate_correction,
         dropout=dropout,
-        dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten(),
+        dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten().clone(),
     )
     out = attention_in_chunks(qk.flatten(0, 1), None, v.flatten(0, 1), layout, backend)
     return out.view_as(v), buckets

@@ -9,6 +9,7 @@ Axes: B batch, H heads, T tokens, D head dim, R hash rounds, F half the hash wid
 
 import hashlib
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -58,8 +59,12 @@ def bucket_factors(n_buckets: int | Sequence[int] | None, n_tokens: int, chunk_l
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed from integers: different tuples give unrelated seeds, the same on every platform."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    """A 63-bit seed from integers: different tuples give unrelated seeds, the same on every platform.
+
+    Raises TypeError for what is no integer; NumPy's and tensors of one are taken as the number that they are.
+    """
+    integers = tuple(operator.index(part) for part in parts)
+    digest = hashlib.blake2b(repr(integers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -78,6 +83,7 @@ def draw_rotations(
             sum(factors) // 2,
             generator=torch.Generator().manual_seed(derive_seed(seed, step, layer, round_)),
             dtype=torch.float32,
+            device="cpu",  # whatever torch.set_default_device says: generator and numbers go together
         )
         for round_ in range(n_hashes)
     ]

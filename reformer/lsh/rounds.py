@@ -32,8 +32,8 @@ MAX_EXACT_FLOAT32 = 2**24
 
 
 def by_head(x_BT: Tensor, n_heads: int) -> Tensor:
-    """[B, T] -> [B*H, T]."""
-    return x_BT[:, None].expand(-1, n_heads, -1).flatten(0, 1)
+    """[B, T] -> [B*H, T], in memory of its own: a backward reads it again, when x may hold the next batch."""
+    return x_BT.clone()[:, None].expand(-1, n_heads, -1).flatten(0, 1)
 
 
 def by_chunk(x_S: Tensor, chunk_len: int) -> Tensor:

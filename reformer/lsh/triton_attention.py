@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from reformer.gradients import refuse_second_derivatives
 from reformer.lsh.dropout import keep_threshold
 from reformer.lsh.rounds import Layout
 
@@ -90,8 +90,8 @@ class _TritonAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+        refuse_second_derivatives("the fused kernels of attention")
         with on_device(d_out):
             dq, dk, dv = _backward(ctx.saved_tensors, with_whole_rows(d_out), ctx.layout)
         return dq, dk, dv, None

@@ -1,0 +1,204 @@
+"""What callers may do around a pass: reuse their memory, hook modules, choose dtypes and devices, freeze and share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from parity import assert_parity, gradients
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from reformer import Reformer, ReformerConfig, lsh_attention
+from reformer.config import ConfigError
+from reformer.dense import dense_attention
+from reformer.generation import choose
+from reformer.hf import save_hf
+from reformer.local import local_attention
+from reformer.lsh.hashing import draw_rotations
+from reformer.weights import save_model
+
+SMALL = {
+    "vocab_size": 50,
+    "max_seq_len": 120,
+    "d_model": 16,
+    "n_layers": 3,
+    "n_heads": 2,
+    "n_hashes": 2,
+    "lsh_chunk_len": 8,
+    "local_chunk_len": 8,
+    "attn_pattern": ["lsh", "local"],
+}
+TOKENS = torch.randint(0, 50, (2, 101), generator=torch.Generator().manual_seed(1))
+SEGMENTS = (torch.arange(101) >= 40).long().expand(2, -1)
+
+
+def make_model(**changes: object) -> Reformer:
+    torch.manual_seed(0)
+    return Reformer(ReformerConfig(**{**SMALL, **changes})).double()
+
+
+@pytest.mark.parametrize("name", ["segment_ids", "step"])
+def test_what_a_model_was_given_may_change_before_the_backward(name: str) -> None:
+    model, found = make_model(dropout=0.2, attn_dropout=0.2), []
+    for is_changed in (False, True):
+        given = {"segment_ids": SEGMENTS.clone(), "step": torch.tensor(3)}
+        loss = model(TOKENS, TOKENS, **given)
+        if is_changed:
+            given[name].add_(torch.arange(101) if name == "segment_ids" else 1)
+        loss.backward()
+        found.append(gradients(model))
+    assert_parity(*found, 0)
+
+
+Attend = Callable[..., Tensor]
+
+
+def by_lsh(backend: str) -> Attend:
+    buckets = torch.randint(0, 4, (1, 1, 2, 40), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"n_hashes": 2, "chunk_len": 8, "backend": backend}
+    return lambda q, v, **given: lsh_attention(q, v, buckets, **options, **given)[0]
+
+
+DENSE_LSH = by_lsh("dense")
+
+
+def locally(q: Tensor, v: Tensor, **given: Any) -> Tensor:
+    return local_attention(q, v, v, chunk_len=8, **given)
+
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "dropout_keys": {"dropout": 0.3, "dropout_keys": torch.tensor([[7]])},
+    "key_padding_mask": {"key_padding_mask": torch.arange(40)[None] % 5 > 0},
+    "segment_ids": {"segment_ids": (torch.arange(40)[None] >= 17).long()},
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("attend", [by_lsh("chunked"), DENSE_LSH, locally, dense_attention])
+def test_what_attention_was_given_may_change_before_the_backward(attend: Attend, name: str) -> None:
+    """Of one head and one sample, where nothing has to be copied to be there for every head."""
+    if attend is DENSE_LSH and name == "dropout_keys":
+        pytest.skip("rounds with dropout are no dense attention")
+    found = []
+    for is_changed in (False, True):
+        q, v, d_out = torch.randn(3, 1, 1, 40, 16, dtype=torch.float64, generator=generator(0))
+        inputs = [x.requires_grad_() for x in (q, v)]
+        given = {**GIVEN[name], name: GIVEN[name][name].clone()}
+        out = attend(*inputs, **given)
+        if is_changed:
+            given[name].zero_()
+        found.append(dict(zip("qv", torch.autograd.grad(out, inputs, d_out), strict=True)))
+    assert_parity(*found, 0)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("attend", [by_lsh("chunked"), DENSE_LSH, locally, dense_attention])
+def test_a_penalty_on_gradients_is_refused(attend: Attend) -> None:
+    """Also where the gradient that comes in is a constant, as that of a sum."""
+    q, v = (x.requires_grad_() for x in torch.randn(2, 1, 1, 40, 16).double())
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(attend(q, v).sum(), q, create_graph=True)
+
+
+def test_the_reference_has_second_derivatives() -> None:
+    q, v = (x.requires_grad_() for x in torch.randn(2, 1, 1, 40, 16).double())
+    (d_q,) = torch.autograd.grad(by_lsh("reference")(q, v).sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(d_q.square().sum(), q)
+    assert second.any()
+
+
+def test_a_step_is_the_number_whatever_its_type() -> None:
+    model = make_model(dropout=0.2, attn_dropout=0.2)
+    losses = [model(TOKENS, TOKENS, step=step).item() for step in (3, np.int32(3), np.int64(3), torch.tensor(3))]
+    assert losses == losses[:1] * 4 != [model(TOKENS, TOKENS, step=4).item()] * 4
+    with pytest.raises(TypeError, match="float"):
+        model(TOKENS, TOKENS, step=3.0)
+
+
+def test_random_numbers_are_drawn_on_the_cpu_whatever_the_default_device() -> None:
+    expected = draw_rotations(2, 8, 3, (4,), 0, 1, 2), choose(torch.zeros(50), 3, 1.0, 1.0)
+    logits = torch.zeros(50)
+    with torch.device("meta"):
+        rotations, chosen = draw_rotations(2, 8, 3, (4,), 0, 1, 2), choose(logits, 3, 1.0, 1.0)
+    assert torch.equal(rotations, expected[0]) and chosen == expected[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32])
+def test_tokens_are_integers_of_any_type(dtype: torch.dtype) -> None:
+    model = make_model()
+    assert torch.equal(model(TOKENS.to(dtype)), model(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (TOKENS.float(), "tokens must be integers, got torch.float32"),
+        (TOKENS.bool(), "tokens must be integers, got torch.bool"),
+        (TOKENS + 1, r"from 1 to 50, expected ids from 0 to 49 \(vocab_size=50\): encode the text"),
+        (TOKENS - 1, "from -1 to 48, expected ids from 0 to 49"),
+    ],
+)
+def test_tokens_that_are_none(tokens: Tensor, message: str) -> None:
+    assert {0, 49} <= set(TOKENS.flatten().tolist())
+    with pytest.raises(ValueError, match=message):
+        make_model()(tokens)
+
+
+@pytest.mark.parametrize("keep_ends", [True, False])
+def test_hooks_of_every_module_are_called(keep_ends: bool) -> None:
+    model, called = make_model(keep_ends=keep_ends), set()
+    modules = {name: module for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model(TOKENS, TOKENS)
+    assert called == modules.keys()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_a_head_whose_weight_is_computed_once_for_several_uses_gets_its_gradient() -> None:
+    model = make_model()
+    parametrize.register_parametrization(model.head, "weight", Doubled())
+    found = []
+    for context in (torch.enable_grad(), parametrize.cached()):
+        with context:
+            model(TOKENS, TOKENS).backward()
+        found.append(gradients(model))
+    assert_parity(*found, 1e-12)
+
+
+def test_nothing_to_train_needs_no_graph() -> None:
+    model = make_model().requires_grad_(False)
+    assert not model(TOKENS).requires_grad and not model(TOKENS, TOKENS).requires_grad
+    model.blocks[1].feed_forward.in_bias.requires_grad_(True)
+    model(TOKENS, TOKENS).backward()
+    assert model.blocks[1].feed_forward.in_bias.grad.any()
+
+
+def test_weights_of_two_layers_in_one_are_not_written(tmp_path: Path) -> None:
+    model = make_model(n_layers=4)
+    model.blocks[2].feed_forward.in_weight = model.blocks[0].feed_forward.in_weight
+    for save in (
+        lambda: save_model(tmp_path / "m", model.config, model.state_dict()),
+        lambda: save_hf(model, tmp_path / "m"),
+    ):
+        with pytest.raises(ConfigError, match=r"blocks.2.*in_weight and blocks.0.*in_weight share their memory"):
+            save()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("error")
+def test_lengths_that_transformers_would_refuse_are_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="max_seq_len=121 is no multiple of 8.* refuses those of more than 120 tokens"):
+        save_hf(make_model(max_seq_len=121), tmp_path / "odd")
+    save_hf(make_model(max_seq_len=120), tmp_path / "even")
+    save_hf(make_model(max_seq_len=7), tmp_path / "short")
