@@ -107,7 +107,7 @@ class OutputHead(nn.Module):
 
     @torch.no_grad()
     def _loss_and_gradients(
-        self, streams_TM: list[Tensor], labels_T: Tensor, norm: list[Tensor], matrices: list[Tensor]
+        self, streams_TM: list[Tensor], labels_T: Tensor, norm: Sequence[Tensor], matrices: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The mean loss, the gradients of both streams, and those of the norm's parameters and the matrices."""
         chunk_tokens = self.chunk_tokens(labels_T.device)

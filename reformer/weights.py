@@ -123,7 +123,7 @@ def refuse_shared(tensors: Mapping[str, Tensor]) -> None:
     """ConfigError where one's memory is another's: read again, they would be two, and trained apart."""
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
-        other = first.setdefault(tensor.untyped_storage().data_ptr(), name) if tensor.numel() else name
+        other = first.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
         if other != name:
             raise ConfigError(
                 f"{name} and {other} share their memory, which no folder of weights can say: give copies "
