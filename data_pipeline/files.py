@@ -14,17 +14,15 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import fsspec
+from typing import BinaryIO, NamedTuple
 
 from data_pipeline.compression import FEED_BYTES, expand
 from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.kinds import Wanted, compression_of, kind_of, without_compression
 from data_pipeline.manifest import MANIFEST_NAME
+from data_pipeline.urls import file_system, mtime_ns
 
 _CHUNK_BYTES = 1 << 20
 
@@ -234,7 +232,7 @@ def _stat(below: str, path: str) -> _Found:
 
 
 def _find_remote(url: str, wanted: Wanted) -> Iterator[_Found]:
-    system, path = _file_system(url)
+    system, path = file_system(url)
     try:
         if system.isfile(path):
             root, infos = posixpath.dirname(path), {path: system.info(path)}
@@ -258,33 +256,11 @@ def _find_remote(url: str, wanted: Wanted) -> Iterator[_Found]:
         if info["size"] is None:
             raise DataError(f"the size of {path} in {url} is not known, and it is needed: copy the file to a disk")
         location = system.unstrip_protocol(path)
-        yield _Found(path.removeprefix(root).lstrip("/"), location, info["size"], _mtime_ns(info))
+        yield _Found(path.removeprefix(root).lstrip("/"), location, info["size"], mtime_ns(info))
 
 
 def _is_hidden(below: str) -> bool:
     return any(part.startswith(".") for part in below.split("/"))
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    if url.startswith(("http://", "https://")) and "?" in url:
-        raise DataError(f"{url} has a query, so that it does not say what kind of file it is: download the file first")
-    if "::" in url:
-        raise DataError(f"{url} is a chain of URLs: give the URL of a file, a folder or a glob alone")
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # a package that is not installed, or no such protocol
-        raise DataError(f"cannot open {url}: {error}. See fsspec's documentation for the packages it needs") from error
-
-
-def _mtime_ns(info: dict[str, Any]) -> int | None:
-    """File systems of fsspec name the time of the last change as they like."""
-    keys = ("mtime", "LastModified", "last_modified", "updated", "created")
-    time = next((info[key] for key in keys if info.get(key) is not None), None)
-    if isinstance(time, str):
-        time = datetime.fromisoformat(time)
-    if isinstance(time, datetime):
-        time = time.timestamp()
-    return None if time is None else int(time * 1e9)
 
 
 def _describe(error: Exception) -> str:
@@ -323,9 +299,9 @@ def open_raw(file: InputFile) -> Iterator[BinaryIO]:
 
 def _open(location: str) -> tuple[BinaryIO, int, int | None]:
     if "://" in location:
-        system, path = _file_system(location)
+        system, path = file_system(location)
         info = system.info(path)
-        return system.open(path, "rb"), info["size"], _mtime_ns(info)
+        return system.open(path, "rb"), info["size"], mtime_ns(info)
     stream = open(location, "rb")  # noqa: PTH123, SIM115 (as above; the caller closes it)
     status = os.fstat(stream.fileno())
     return stream, status.st_size, status.st_mtime_ns
