@@ -131,7 +131,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-bos", dest="bos", action="store_false", help="no BOS before a document")
     parser.add_argument("--no-eos", dest="eos", action="store_false", help="no EOS after a document")
     parser.add_argument("--split", default="", metavar="val=0.01,test=0.01", help="shares of documents to hold out")
-    parser.add_argument("--val-input", nargs="+", default=[], metavar="PATH", help="documents of the split val")
+    parser.add_argument(
+        "--val-input", nargs="+", default=[], metavar="PATH", help="documents of the split val: no file of --input"
+    )
     _add_text(parser)
     parser.add_argument(
         "--duplicates",

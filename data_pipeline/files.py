@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -71,8 +72,8 @@ def find_files(
     folder or glob. A folder is searched for text (.txt, .jsonl, .parquet), or with `arrays` for .npy and .npz, but not
     for what is hidden or in a store; a file that is named, or that a glob matches, counts whatever its suffix.
 
-    Raises DataError for an input that is missing or unreadable or holds no such file, for a name that occurs twice, for
-    text where arrays are wanted or the reverse, and for inputs without a single byte.
+    Raises DataError for an input that is missing or unreadable or holds no such file, for a file or a name that occurs
+    twice, for text where arrays are wanted or the reverse, and for inputs without a single byte.
     """
     wanted = Wanted(arrays)
     files = [
@@ -82,6 +83,7 @@ def find_files(
         for found in _find(source, wanted)
     ]
     files.sort(key=lambda file: file.name)
+    _check_each_once(files)
     for one, other in pairwise(files):
         if one.name == other.name:
             raise DataError(
@@ -100,6 +102,31 @@ def find_files(
     if notes is not None and (note := wanted.note(read=set(locations.values()))):
         notes.append(note)
     return files
+
+
+def _check_each_once(files: Sequence[InputFile]) -> None:
+    """Raises DataError for a file that came in twice, be it by a link: what is held out must not be trained on."""
+    real_folder = cache(os.path.realpath)
+    seen: dict[str, InputFile] = {}
+    for file in files:
+        place = file.location
+        if "://" not in place:
+            folder, name = os.path.split(place)
+            place = os.path.join(real_folder(folder), name)  # noqa: PTH118 (a Path for each file, as below)
+            if os.path.islink(place):  # noqa: PTH114 (as above)
+                place = os.path.realpath(place)
+        if (other := seen.setdefault(place, file)) is not file:
+            one, two = sorted((other, file), key=lambda file: file.held_out)
+            options = [f"--{'val-input' if each.held_out else 'input'}" for each in (one, two)]
+            way_out = "leave out one of the two"
+            if one.held_out != two.held_out:
+                way_out = (
+                    "move what is held out to a folder outside --input, or give --input a glob or @LIST without it"
+                )
+            raise DataError(
+                f"one file comes in twice: {one.location} by {options[0]}, named {one.name!r}, and {two.location} by "
+                f"{options[1]}, named {two.name!r}. Give it once: {way_out}"
+            )
 
 
 def check_folders(files: Mapping[str, str], fresh: Collection[str]) -> None:
