@@ -139,7 +139,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--duplicates",
         choices=DUPLICATES,
         default=default.duplicates,
-        help="keep: count exact duplicates; drop: leave them out; near: near-duplicates too (default: %(default)s)",
+        help="keep: count exact duplicates; drop: leave them out, in train rather than of --val-input; near: "
+        "near-duplicates too (default: %(default)s)",
     )
     parser.add_argument(
         "--near-threshold",

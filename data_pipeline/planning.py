@@ -62,7 +62,7 @@ class Plan(NamedTuple):
     split: np.ndarray
     """int64 [n]: the split of each, by its number in `split_names`."""
     duplicate_of: np.ndarray
-    """int64 [all documents]: the earlier one that it repeats; -1 none, -2 one of an earlier part of the store."""
+    """int64 [all documents]: the one that it repeats, see `_find_duplicates`; -1 none, -2 one that the store has."""
     near_duplicate_of: np.ndarray
     """int64 [all documents]: the same, for near-duplicates."""
     split_names: list[str]
@@ -114,33 +114,45 @@ def make_plan(documents: Documents, held_out: np.ndarray, known: np.ndarray, set
     when a split cannot be made, or no document is left; but for what is appended, which may be nothing new.
     """
     good = documents.bad == 0
-    same, near = _find_duplicates(documents, good, known, settings)
+    is_held_out = held_out[documents.file]
+    same, near = _find_duplicates(documents, good, is_held_out, known, settings)
     dropped = ~good
     if settings.duplicates != "keep":
         dropped |= (same != -1) | (near != -1)
+    if not settings.appends:
+        sides = {" of --input": ~is_held_out, " of --val-input": is_held_out}
+        for side, members in sides.items() if held_out.any() else [("", ~is_held_out)]:
+            _check_left(side, good[members], dropped[members])
     kept = np.flatnonzero(~dropped)
-    if not len(kept) and not settings.appends:
-        raise DataError(
-            f"no document is left of the {len(good)} that were found: {int((~good).sum())} cannot be used and the "
-            "others are duplicates. Change --on-bad or --duplicates, or add documents"
-        )
-    split, names, notes = _assign(documents.sha256[kept], held_out[documents.file[kept]], settings)
+    split, names, notes = _assign(documents.sha256[kept], is_held_out[kept], settings)
     segments, split_rows = _pack_splits(documents.n_tokens[kept], split, names, settings)
     source = documents.scratch_start[kept][segments.document] + segments.document_start
     return Plan(segments, source, kept, split, same, near, names, split_rows, notes)
 
 
+def _check_left(side: str, good: np.ndarray, dropped: np.ndarray) -> None:
+    if dropped.all():
+        raise DataError(
+            f"no document{side} is left of the {len(good)} that were found: {int((~good).sum())} cannot be used and "
+            "the others are duplicates. Change --on-bad or --duplicates, or add documents"
+        )
+
+
 def _find_duplicates(
-    documents: Documents, good: np.ndarray, known: np.ndarray, settings: PlanSettings
+    documents: Documents, good: np.ndarray, is_held_out: np.ndarray, known: np.ndarray, settings: PlanSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each document the earlier one that it repeats, exactly and nearly. Documents without a byte repeat none."""
+    """For each document the first one that it repeats, exactly and nearly. Documents without a byte repeat none.
+
+    Those that are held out come first, whatever their names: where copies go, it is the one in train.
+    """
     same = np.full(len(good), -1, np.int64)
     near = same.copy()
     candidates = np.flatnonzero(good & (documents.n_bytes > 0))
+    candidates = candidates[np.argsort(~is_held_out[candidates], kind="stable")]
     same[candidates] = _renumber(duplicates.exact(documents.sha256[candidates], known), candidates)
     if settings.duplicates == "near":
         candidates = candidates[same[candidates] == -1]
-        every = len(candidates) == len(good)  # then without a copy: 512 MB for a million documents
+        every = np.array_equal(candidates, np.arange(len(good)))  # then without a copy: 512 MB for a million documents
         minhash = documents.minhash if every else documents.minhash[candidates]
         found = duplicates.near(minhash, settings.near_threshold)
         near[candidates] = _renumber(found, candidates)

@@ -18,7 +18,7 @@ def summary(store: Store) -> dict[str, Any]:
     """The figures of a store as JSON has them. Shares are fractions of 1; a share of nothing is 0."""
     manifest = store.manifest
     splits = manifest.splits
-    lengths, longest = _read_documents(store)
+    lengths, longest, also_in_train = _read_documents(store)
     stored = sum(_token_file_bytes(part.manifest.files) for part in store.parts)
     tokens = sum(split.tokens for split in splits.values())
     return {
@@ -32,24 +32,33 @@ def summary(store: Store) -> dict[str, Any]:
         **_figures(list(splits.values()), store.seq_len),
         "stored_bytes_per_token": _share(stored, tokens),
         "splits": {name: _figures([split], store.seq_len) for name, split in splits.items()},
+        "also_in_train": also_in_train,
         "problems": manifest.problems,
         "length_histogram": length_histogram(lengths),
         "longest": [{"name": one.name, "split": one.split, "tokens": one.tokens} for one in longest],
     }
 
 
-def _read_documents(store: Store) -> tuple[np.ndarray, list[DocumentRecord]]:
-    """The length of each document in tokens, and the longest documents: one reading of a long table."""
+def _read_documents(store: Store) -> tuple[np.ndarray, list[DocumentRecord], dict[str, int]]:
+    """Of one reading of a long table: the length of each document in tokens; the longest documents; and how many of
+    each held-out split are in train too, byte for byte. Empty ones do not count as that.
+    """
     lengths = array("q")
+    # Of each hash 64 bits: among a million documents, two different ones share them in one of ten million stores.
+    contents = {name: array("Q") for name in ("train", *store.manifest.splits)}
 
     def documents() -> Iterator[DocumentRecord]:
         for part in store.parts:
             for document in part.documents():
                 lengths.append(document.tokens)
+                if document.n_bytes:
+                    contents[document.split].append(int(document.sha256[:16], 16))
                 yield document
 
     longest = nsmallest(_LONGEST_SHOWN, documents(), key=lambda document: (-document.tokens, document.name))
-    return np.array(lengths, np.int64), longest
+    train = np.unique(np.array(contents.pop("train"), np.uint64))
+    also_in_train = {name: int(np.isin(np.array(hashes, np.uint64), train).sum()) for name, hashes in contents.items()}
+    return np.array(lengths, np.int64), longest, also_in_train
 
 
 def _token_file_bytes(files: Mapping[str, FileRecord]) -> int:
@@ -123,6 +132,13 @@ def _summarize(figures: dict[str, Any]) -> str:
         f"{figures['mixed_rows_share']:.2%} of rows with more than one document, "
         f"{figures['stored_bytes_per_token']:.3f} stored bytes per token",
     ]
+    for name, count in figures["also_in_train"].items():
+        if count:
+            documents = figures["splits"][name]["documents"]
+            lines.append(
+                f"{count:,} of the {documents:,} documents of {name} are in train too, byte for byte: build with "
+                "--duplicates drop to leave out the copies in train"
+            )
     if figures["problems"]:
         counts = (f"{count:,} {name.replace('/', ' ')}" for name, count in figures["problems"].items())
         lines.append(f"problems: {', '.join(counts)}: problems.jsonl lists them")

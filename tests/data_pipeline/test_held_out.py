@@ -6,8 +6,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from data_pipeline.build import build
+from data_pipeline.config import BuildSettings
 from data_pipeline.errors import DataError
 from data_pipeline.files import find_files
+from data_pipeline.report import inspect, summary
+from data_pipeline.store import Store, list_files
+from data_pipeline.verify import verify
 
 
 def write(path: Path, content: str = "text") -> Path:
@@ -62,3 +67,108 @@ def test_a_file_that_is_given_twice_is_an_error(tmp_path: Path, link: str) -> No
     (folder / link).symlink_to(path)
     with pytest.raises(DataError, match=rf"one file comes in twice: .*/{link} by --input"):
         names(folder)
+
+
+# A copy of a document
+
+NOVEL = " ".join(f"word{n}" for n in range(300))
+REPRINT = NOVEL.replace("word150", "misprint")
+
+
+def make(folder: Path, output: str = "store", **changes: object) -> Store:
+    """Of the folders train and val in `folder`."""
+    settings = {
+        "inputs": (str(folder / "train"),),
+        "val_inputs": (str(folder / "val"),),
+        "tokenizer": "bytes",
+        "output": folder / output,
+        "seq_len": 512,
+        "rows_per_shard": 2,
+    }
+    return build(BuildSettings(**{**settings, **changes})).store  # type: ignore[arg-type]
+
+
+def split_of(store: Store) -> dict[str, str]:
+    return {document.name: document.split for document in store.documents}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Names of train come first, and last."""
+    for name in ("a", "z"):
+        write(tmp_path / f"train/{name}_copy.txt", "a copy")
+        write(tmp_path / f"train/{name}_novel.txt", REPRINT)
+    write(tmp_path / "train/other.txt", "another text")
+    write(tmp_path / "val/copied.txt", "a copy")
+    write(tmp_path / "val/novel.txt", NOVEL)
+    return tmp_path
+
+
+def test_of_copies_the_one_in_train_goes(folder: Path) -> None:
+    exact = make(folder, "exact", duplicates="drop")
+    assert split_of(exact) == {"a_novel.txt": "train", "copied.txt": "val", "novel.txt": "val", "other.txt": "train"}
+    near = make(folder, "near", duplicates="near")
+    assert split_of(near) == {"copied.txt": "val", "novel.txt": "val", "other.txt": "train"}
+    assert [(problem.document, problem.problem, problem.detail) for problem in near.problems] == [
+        ("a_copy.txt", "duplicate", "of copied.txt"),
+        ("a_novel.txt", "near-duplicate", "of novel.txt"),
+        ("z_copy.txt", "duplicate", "of copied.txt"),
+        ("z_novel.txt", "duplicate", "of a_novel.txt"),
+    ]
+    for store in (exact, near):
+        assert verify(store.path) == []
+        assert "in train too" not in inspect(store)
+
+
+def test_near_copies_where_no_two_documents_are_equal(tmp_path: Path) -> None:
+    write(tmp_path / "train/a_other.txt", "another text")
+    write(tmp_path / "train/b_novel.txt", REPRINT)
+    write(tmp_path / "val/novel.txt", NOVEL)
+    (problem,) = make(tmp_path, duplicates="near").problems
+    assert (problem.document, problem.detail) == ("b_novel.txt", "of novel.txt")
+
+
+@pytest.mark.parametrize("duplicates", ["drop", "near"])
+def test_which_copy_goes_does_not_depend_on_who_builds(folder: Path, duplicates: str) -> None:
+    stores = [make(folder, f"{n}", duplicates=duplicates, workers=n).path for n in (1, 2)]
+    one, other = [{name: (store / name).read_bytes() for name in list_files(store)} for store in stores]
+    assert one == other
+
+
+def test_what_a_store_holds_already_stays(folder: Path) -> None:
+    """Also in train. What is added is held against it, and then as ever."""
+    make(folder, duplicates="drop")
+    write(folder / "more/b_new.txt", "new")
+    write(folder / "more/b_copy.txt", "a copy")
+    write(folder / "more_val/new.txt", "new")
+    write(folder / "more_val/other_copy.txt", "another text")
+    more = {"inputs": (str(folder / "more"),), "val_inputs": (str(folder / "more_val"),)}
+    after = make(folder, duplicates="drop", append=True, **more)
+    assert list(split_of(after).items())[-1] == ("new.txt", "val")
+    assert split_of(after).keys().isdisjoint({"b_new.txt", "b_copy.txt", "other_copy.txt"})
+    assert split_of(after)["other.txt"] == "train"
+    assert summary(after)["also_in_train"] == {"val": 0}
+
+
+def test_copies_that_are_kept_are_counted_in_so_many_words(folder: Path) -> None:
+    write(folder / "val/empty.txt", "")
+    write(folder / "train/nothing.txt", "")
+    store = make(folder)
+    assert summary(store)["also_in_train"] == {"val": 1}
+    assert "\n1 of the 3 documents of val are in train too, byte for byte: build with --duplicates drop" in inspect(
+        store
+    )
+    write(folder / "more/new.txt", NOVEL)
+    after = make(folder, append=True, inputs=(str(folder / "more"),), val_inputs=())
+    assert summary(after)["also_in_train"] == {"val": 2}
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train/a.txt", "a copy")
+    write(tmp_path / "train/b.txt", "a copy")
+    write(tmp_path / "val/a_copy.txt", "a copy")
+    with pytest.raises(DataError, match=r"no document of --input is left of the 2 that were found: 0 cannot be used"):
+        make(tmp_path, duplicates="drop")
+    write(tmp_path / "broken/a.jsonl", "{not JSON")
+    with pytest.raises(DataError, match=r"no document of --val-input is left of the 1 that were found: 1 cannot be"):
+        make(tmp_path, "other", val_inputs=(str(tmp_path / "broken"),), policies={"unreadable": "skip"})
