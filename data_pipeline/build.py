@@ -26,7 +26,7 @@ from data_pipeline.config import BuildSettings
 from data_pipeline.documents import Reading
 from data_pipeline.errors import DataError
 from data_pipeline.files import find_files
-from data_pipeline.inputs import check_same_input, check_same_policies, new_files
+from data_pipeline.inputs import check_same_input, check_same_policies, check_unchanged, new_files
 from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, StoreSettings, settings_differences
 from data_pipeline.progress import Progress
 from data_pipeline.scratch import RECORD_SUFFIX
@@ -80,7 +80,7 @@ def build(settings: BuildSettings) -> BuildResult:
         work = _describe(settings, decisive, folder)
         with Progress(work, shown=team.rank == 0):
             _go_through(work, team)
-        notes = stages.read_json(folder / "plan" / f"{jobs.record_name(0)}.json")["notes"]
+        notes = jobs.read_json(folder / "plan" / f"{jobs.record_name(0)}.json")["notes"]
         published = True
     return BuildResult(Store.open(settings.output), False, tuple(notes), team)
 
@@ -131,7 +131,9 @@ def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team) -> B
     files = find_files(settings.inputs, settings.val_inputs, decisive.tokenizer_kind == "integers", notes)
     fresh = new_files(files, existing.parts) if settings.append else []
     if not settings.append:
-        check_same_input(output, existing.parts[0], files)
+        check_same_input(output, existing.parts[0], files, contents=team.rank == 0)  # by the one that reports
+    elif not fresh and team.rank == 0:  # otherwise by whoever begins to append
+        check_unchanged(files, existing.parts)
     reading = Reading(settings.text, decisive.tokenizer_kind, settings.vocab_size or 0, settings.policies)
     for part in existing.parts:
         check_same_policies(output, part, files, reading)
@@ -141,7 +143,7 @@ def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team) -> B
 def _holds(store: Store, folder: Path) -> bool:
     """Whether what a work directory was to make is in the store: not where it is of an append that is unfinished."""
     job = folder / "job.json"
-    files = stages.read_json(job)["files"] if job.exists() else {}
+    files = jobs.read_json(job)["files"] if job.exists() else {}
     return files.keys() <= {record.name for record in store.inputs}
 
 
@@ -169,7 +171,7 @@ def _explained(folder: Path) -> Iterator[None]:
 def _go_through(work: Work, team: Team) -> None:
     stages.begin(work)  # here, so that what is wrong with the input is known before processes start
     if team.rank == 0:
-        for note in stages.read_json(work.folder / "start" / f"{jobs.record_name(0)}.json")["notes"]:
+        for note in jobs.read_json(work.folder / "start" / f"{jobs.record_name(0)}.json")["notes"]:
             logger.warning("note: %s", note)
     if work.settings.workers > 1:
         _go_through_in_processes(work, work.settings.workers)

@@ -1,11 +1,12 @@
 """Are the input files those that a build began with, or that a store was made of?
 
-Names and sizes are compared always, times where a build is unfinished. The content of a finished store's inputs is
-compared too, but for files that were not modified since the store was built: as `make` does, and for the same reason.
+Names and sizes are compared always, times where a build is unfinished. A finished store is a pure function of what its
+inputs hold, so it knows of no times: the inputs are read once more and compared by their hashes. That is one process's
+business, where several are at work.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, check_folders, hash_file
 from data_pipeline.layout import StorePart
 from data_pipeline.manifest import (
-    InputRecord,
+    UNREADABLE,
     ProblemRecord,
     StoreSettings,
     document_differences,
@@ -90,13 +91,17 @@ def hash_files(files: Sequence[InputFile], hashes: Sequence[str]) -> str:
     return hash_input([(f.name, f.n_bytes, sha256, f.held_out) for f, sha256 in zip(files, hashes, strict=True)])
 
 
-def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile]) -> None:
-    """Raises DataError when `output`, or rather its first part, was made of other files than these."""
+def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile], contents: bool) -> None:
+    """Raises DataError when `output`, or rather its first part, was made of other files than these.
+
+    contents: whether to read and compare what they hold, and not their names and sizes only.
+    """
     old = {record.name: record for record in part.inputs()}
     sizes = {name: record.n_bytes for name, record in old.items()}
     differences = document_differences(sizes, {file.name: file.n_bytes for file in files})
     if not differences:
-        hashes = _hashes(part, old, files)
+        recorded = [old[file.name].sha256 for file in files]
+        hashes = _hash_all(files, recorded) if contents else recorded
         now = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
         differences = document_differences({name: record.sha256 for name, record in old.items()}, now)
         if not differences and hash_files(files, hashes) != part.manifest.input_sha256:
@@ -111,23 +116,29 @@ def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile]) 
 def new_files(files: Sequence[InputFile], parts: Sequence[StorePart]) -> list[InputFile]:
     """The files that a store, all of its parts, does not have.
 
-    Raises DataError for one that has changed since, and for one that would give two documents the same name.
+    Raises DataError for one that would give two documents the same name.
     """
-    fresh = {file.name: file for file in files}
-    for part in parts:
-        old = {record.name: record for record in part.inputs()}
-        present = [file for file in files if file.name in old]
-        for file, digest in zip(present, _hashes(part, old, present), strict=True):
-            if (file.n_bytes, digest) != (old[file.name].n_bytes, old[file.name].sha256):
-                raise DataError(
-                    f"{file.location} is not what the store was built from under the name {file.name!r}, and --append "
-                    "changes nothing that is there: rename the file, or build a new store"
-                )
-            del fresh[file.name]
+    recorded = {record.name for part in parts for record in part.inputs()}
+    fresh = {file.name: file.location for file in files if file.name not in recorded}
     if fresh:
-        known = {record.name: f"{record.name} of the store" for part in parts for record in part.inputs()}
-        check_folders(known | {file.name: file.location for file in fresh.values()}, fresh)
-    return list(fresh.values())
+        check_folders({name: f"{name} of the store" for name in recorded} | fresh, fresh)
+    return [file for file in files if file.name in fresh]
+
+
+def check_unchanged(files: Sequence[InputFile], parts: Sequence[StorePart]) -> None:
+    """Raises DataError for a file that has changed since a store, one of its parts, was made of it: all are read."""
+    recorded = {record.name: record for part in parts for record in part.inputs()}
+    present = [file for file in files if file.name in recorded]
+    changed = [file for file in present if file.n_bytes != recorded[file.name].n_bytes]
+    if not changed:
+        old = [recorded[file.name].sha256 for file in present]
+        hashes = zip(present, old, _hash_all(present, old), strict=True)
+        changed = [file for file, before, now in hashes if before != now]
+    if changed:
+        raise DataError(
+            f"{changed[0].location} is not what the store was built from under the name {changed[0].name!r}, and "
+            "--append changes nothing that is there: rename the file, or build a new store"
+        )
 
 
 def check_same_policies(output: Path, part: StorePart, files: Sequence[InputFile], reading: Reading) -> None:
@@ -176,25 +187,23 @@ def _kept_documents(file: InputFile, reading: Reading, keeps_empty: bool) -> set
     return kept
 
 
-def _hashes(part: StorePart, old: Mapping[str, InputRecord], files: Sequence[InputFile]) -> list[str]:
-    """The sha256 of each file: as recorded where it has its size and was not modified since the part was built."""
-    # Written when all inputs had been read, and never again, as the manifest is by each append.
-    built_ns = (part.path / "tokens" / "zarr.json").stat().st_mtime_ns
-
-    def known(file: InputFile) -> bool:
-        unmodified = file.mtime_ns is not None and file.mtime_ns < built_ns
-        return unmodified and file.n_bytes == old[file.name].n_bytes
-
-    return _hash_all(files, lambda file: old[file.name].sha256 if known(file) else hash_file(file))
-
-
-def _hash_all(files: Sequence[InputFile], hash_one: Callable[[InputFile], str]) -> list[str]:
+def _hash_all(files: Sequence[InputFile], recorded: Sequence[str]) -> list[str]:
+    """The sha256 (hex) of each file, given what is recorded of it."""
     hashes = []
     with (
         ThreadPoolExecutor(_HASHING_THREADS) as pool,
         tqdm(desc="check", total=sum(file.n_bytes for file in files), unit="B", unit_scale=True, disable=None) as bar,
     ):
-        for file, digest in zip(files, pool.map(hash_one, files), strict=True):
+        for file, digest in zip(files, pool.map(_hash, files, recorded), strict=True):
             hashes.append(digest)
             bar.update(file.n_bytes)
     return hashes
+
+
+def _hash(file: InputFile, recorded: str) -> str:
+    try:
+        return hash_file(file)
+    except DataError:
+        if recorded == UNREADABLE:  # as it was
+            return recorded
+        raise

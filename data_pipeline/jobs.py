@@ -12,15 +12,16 @@ bytes twice. What keeps other builds out is a lock (`membership`).
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from data_pipeline.errors import DataError
 from data_pipeline.staging import unwritable
@@ -52,6 +53,17 @@ def publishing(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Publishes a JSON file."""
+    with publishing(path) as output:
+        output.write(json.dumps(content).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads one back."""
+    return dict(json.loads(path.read_bytes()))
 
 
 def record_name(task: int) -> str:

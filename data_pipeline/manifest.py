@@ -23,6 +23,8 @@ from data_pipeline.tokenizer import TokenizerKind
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+UNREADABLE = "0" * 64
+"""Recorded as the sha256 of an input file that could not be read, where it was allowed to leave such files out."""
 
 
 class _Frozen(BaseModel):
@@ -71,7 +73,7 @@ class InputRecord(NamedTuple):
     n_bytes: int
     """As stored, so perhaps compressed."""
     sha256: str
-    """Of these bytes."""
+    """Of these bytes, or `UNREADABLE`."""
 
 
 class ProblemRecord(NamedTuple):

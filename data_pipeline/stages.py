@@ -29,8 +29,15 @@ from data_pipeline.config import POLICIES, BuildSettings
 from data_pipeline.documents import Reading, Span, plan_tasks
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, find_files
-from data_pipeline.inputs import compare_with_others, compare_with_snapshot, hash_files, new_files, snapshot
-from data_pipeline.jobs import alone, done_tasks, publishing, record_name, run_stage
+from data_pipeline.inputs import (
+    check_unchanged,
+    compare_with_others,
+    compare_with_snapshot,
+    hash_files,
+    new_files,
+    snapshot,
+)
+from data_pipeline.jobs import alone, done_tasks, publishing, read_json, record_name, run_stage, write_json
 from data_pipeline.manifest import (
     FileRecord,
     InputRecord,
@@ -157,7 +164,9 @@ def start(work: Work, number: int) -> None:
     notes: list[str] = []
     files = find_files(settings.inputs, settings.val_inputs, work.decisive.tokenizer_kind == "integers", notes)
     if work.append_to is not None:
-        files = new_files(files, store.Store.open(work.append_to).parts)
+        parts = store.Store.open(work.append_to).parts
+        check_unchanged(files, parts)
+        files = new_files(files, parts)
     job = work.folder / "job.json"
     if _is_planned(work) and not (work.folder / "content").exists() and not work.target.exists():
         job.unlink(missing_ok=True)  # it was published, and whoever did that was killed before all was cleared away
@@ -383,14 +392,3 @@ def _save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         with publishing(folder / f"{name}.npy") as output:
             np.save(output, array)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Publishes a JSON file."""
-    with publishing(path) as output:
-        output.write(json.dumps(content).encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads one back."""
-    return dict(json.loads(path.read_bytes()))

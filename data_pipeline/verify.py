@@ -20,13 +20,11 @@ from data_pipeline.documents import Reading, Span, read_parts
 from data_pipeline.errors import DataError
 from data_pipeline.files import BadDocument, InputFile, find_files, hash_file
 from data_pipeline.layout import StorePart
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import UNREADABLE, Manifest
 from data_pipeline.packing import Segments
 from data_pipeline.store import Store, part_path, read_part
 
 _EMPTY = np.frombuffer(hashlib.sha256().digest(), np.uint8)
-_UNREADABLE = "0" * 64
-"""Recorded as the sha256 of an input file that could not be read, where it was allowed to leave such files out."""
 
 
 class Documents(NamedTuple):
@@ -92,7 +90,7 @@ def check_sources(store: Store, sources: Sequence[str], quick: bool = False) -> 
         yield f"input {name!r} is recorded and is not there"
     for file in tqdm(files, desc="compare sources", unit="file", disable=None):
         try:
-            if recorded[file.name] not in (_UNREADABLE, hash_file(file)):
+            if recorded[file.name] not in (UNREADABLE, hash_file(file)):
                 yield f"{file.location} is not what the store was made of under the name {file.name!r}"
             elif not quick:
                 yield from _compare_documents(store.manifest, file, documents)

@@ -1,6 +1,7 @@
 """A store is a pure function of its inputs and settings, and holds every byte of them."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from data_pipeline import blocks, documents, scratch, stages
+from data_pipeline import blocks, documents, files, scratch, stages
 from data_pipeline import build as build_module
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
@@ -235,6 +236,67 @@ def test_what_changed_is_noticed_after_an_append(make_store: Callable[..., Store
         make_store(inputs=(old,), split={})
     with pytest.raises(DataError, match=r"old.txt is not what the store was built from"):
         make_store(inputs=(old, new), split={}, append=True)
+
+
+@pytest.fixture
+def changed(make_store: Callable[..., Store], tmp_path: Path) -> Callable[..., Store]:
+    """Builds one document. Builds after that find another of its size in its place, that says it is older."""
+    path = tmp_path / "in" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("text")
+    make_store(inputs=(str(path),), split={})
+    path.write_text("TEXT")
+    os.utime(path, (1, 1))
+    return lambda **changes: make_store(**{"inputs": (str(path.parent),), "split": {}, **changes})
+
+
+def test_times_of_files_say_nothing_of_what_they_hold(changed: Callable[..., Store], tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "store.zarr", tmp_path / "copy")
+    for output in (tmp_path / "store.zarr", tmp_path / "copy"):
+        with pytest.raises(DataError, match=r"built from other input: 1 documents changed: a.txt"):
+            changed(output=output)
+    for more in (False, True):
+        if more:
+            (tmp_path / "in" / "more.txt").write_text("more")
+        with pytest.raises(DataError, match=r"a.txt is not what the store was built from under the name 'a.txt'"):
+            changed(append=True)
+    (tmp_path / "in" / "more.txt").unlink()
+    (tmp_path / "in" / "a.txt").write_text("text")
+    assert changed().n_rows == changed(append=True).n_rows == 1
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_one_process_of_several_reads_the_inputs_of_a_finished_store(
+    changed: Callable[..., Store], monkeypatch: pytest.MonkeyPatch, append: bool
+) -> None:
+    monkeypatch.setattr(build_module, "find_team", lambda _: Team("mpi-1", 1, 2, "MPI"))
+    assert changed(append=append).n_rows == 1
+    monkeypatch.setattr(build_module, "find_team", lambda _: Team("mpi-1", 0, 2, "MPI"))
+    with pytest.raises(DataError, match=r"a.txt"):
+        changed(append=append)
+
+
+def test_what_could_not_be_read_is_no_change_as_long_as_it_cannot(
+    make_store: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text("text")
+    real = files._open
+
+    def fail(location: str) -> object:
+        if location.endswith("b.txt"):
+            raise PermissionError(13, "Permission denied")
+        return real(location)
+
+    settings = {"inputs": (str(tmp_path / "in"),), "split": {}, "policies": {"unreadable": "skip"}}
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_open", fail)
+        before = content(make_store(**settings).path)
+        assert content(make_store(**settings).path) == before
+        assert content(make_store(**settings, append=True).path) == before
+    with pytest.raises(DataError, match=r"1 documents changed: b.txt"):
+        make_store(**settings)
 
 
 @pytest.mark.parametrize("exists", [True, False])
