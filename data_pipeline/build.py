@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from data_pipeline import jobs, stages
 from data_pipeline.blocks import BLOCK_BYTES
 from data_pipeline.config import BuildSettings
 from data_pipeline.documents import Reading
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, InputChanged
 from data_pipeline.files import find_files
 from data_pipeline.inputs import check_same_input, check_same_policies, check_unchanged, new_files
 from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, StoreSettings, settings_differences
@@ -71,7 +71,7 @@ def build(settings: BuildSettings) -> BuildResult:
     def keep() -> bool:
         return not published and any((folder / "tokens").glob(f"*{RECORD_SUFFIX}"))
 
-    with jobs.membership(folder, team.job, settings.output, keep), _explained(folder):
+    with jobs.membership(folder, team.job, settings.output, keep), _explained(folder, keep):
         if (finished := _finished(settings, decisive, team)) is not None:  # by others, or before we were killed
             published = _holds(finished.store, folder)
             return finished
@@ -155,10 +155,17 @@ def _describe(settings: BuildSettings, decisive: StoreSettings, folder: Path) ->
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """What the system's errors mean here."""
+def _explained(folder: Path, keep: Callable[[], bool]) -> Iterator[None]:
+    """What the system's errors mean here, and a changed input where `keep()` says that work of before it is there."""
     try:
         yield
+    except InputChanged as error:
+        if not keep():
+            raise
+        raise DataError(
+            f"{error.what}, and {folder} was begun with it as it was. Put it back, time of modification included, and "
+            f"run the same command again, or remove {folder} to start afresh"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -9,6 +9,18 @@ class DataError(Exception):
     """
 
 
+class InputChanged(DataError):
+    """An input file is not what was found before."""
+
+    @property
+    def what(self) -> str:
+        """What happened, without the way out, which in a build that has begun is another."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.what}: run the command again"
+
+
 class BadDocument(Exception):
     """Something is wrong with one document. What is done about it is the policy of its class of problem."""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data_pipeline.compression import FEED_BYTES, expand
-from data_pipeline.errors import BadDocument, DataError
+from data_pipeline.errors import BadDocument, DataError, InputChanged
 from data_pipeline.kinds import Wanted, compression_of, kind_of, without_compression
 from data_pipeline.manifest import MANIFEST_NAME
 from data_pipeline.urls import file_system, mtime_ns
@@ -300,20 +300,20 @@ def _unreadable(error: Exception) -> BadDocument:
     return BadDocument("unreadable", f"cannot be read: {_describe(error)}")
 
 
-def _changed(file: InputFile) -> DataError:
-    return DataError(f"{file.location} changed while it was being read: run the command again")
+def _changed(file: InputFile) -> InputChanged:
+    return InputChanged(f"{file.location} changed while it was being read")
 
 
 @contextmanager
 def open_raw(file: InputFile) -> Iterator[BinaryIO]:
     """The file's bytes as stored, seekable.
 
-    Raises BadDocument("unreadable") when it cannot be opened, DataError when it is not what was found before.
+    Raises BadDocument("unreadable") when it cannot be opened, InputChanged when it is not what was found before.
     """
     try:
         stream, n_bytes, mtime_ns = _open(file.location)
     except FileNotFoundError:
-        raise DataError(f"{file.location} is gone since it was found: run the command again") from None
+        raise InputChanged(f"{file.location} is gone since it was found") from None
     except DataError:
         raise
     except Exception as error:  # storage clients raise errors of their own

@@ -52,13 +52,19 @@ def compare_with_snapshot(
     old_settings = StoreSettings.model_validate(before["settings"])
     if not planned:
         old_settings = old_settings.model_copy(update={name: getattr(settings, name) for name in _PLAN_SETTINGS})
-    differences = settings_differences(old_settings, settings)
+    other_settings = settings_differences(old_settings, settings)
     old = {name: tuple(facts) for name, facts in before["files"].items()}
-    differences += document_differences(old, snapshot(files))
-    if differences:
+    other_inputs = document_differences(old, snapshot(files))
+    others, way_out = "settings", "Run the command that began it"
+    if other_inputs:
+        others = "inputs and settings" if other_settings else "inputs"
+        way_out = (
+            f"{way_out if other_settings else 'Run it'} with the inputs as they were, times of modification included"
+        )
+    if other_settings or other_inputs:
         raise DataError(
-            f"{folder} holds an unfinished build of {output} from other inputs or settings: {'; '.join(differences)}. "
-            f"Run the command that began it, or remove {folder} to start afresh"
+            f"{folder} holds an unfinished build of {output} from other {others}: "
+            f"{'; '.join(other_settings + other_inputs)}. {way_out}, or remove {folder} to start afresh"
         )
 
 

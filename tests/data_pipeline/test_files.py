@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -13,7 +14,7 @@ import pytest
 from fsspec.registry import known_implementations
 from small_stores import write_store
 
-from data_pipeline.errors import BadDocument, DataError
+from data_pipeline.errors import BadDocument, DataError, InputChanged
 from data_pipeline.files import InputFile, find_files, hash_file, open_raw, read_content
 from data_pipeline.inputs import new_files
 from data_pipeline.store import Store
@@ -283,6 +284,11 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path, memory: fsspec.AbstractF
     for file in files:
         with pytest.raises(DataError, match="is gone since it was found"):
             list(read_content(file))
+
+
+def test_a_worker_process_can_say_that_an_input_changed() -> None:
+    error = pickle.loads(pickle.dumps(InputChanged("a.txt changed")))
+    assert (error.what, str(error)) == ("a.txt changed", "a.txt changed: run the command again")
 
 
 def test_a_file_of_the_same_size_but_another_time_is_noticed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -124,8 +125,53 @@ def test_other_inputs_are_refused(
     old = (books / "2.txt").read_bytes()
     (books / "2.txt").write_bytes(old + b"more\n")
     (books / "3.txt").touch()
-    with pytest.raises(DataError, match=r"1 documents added: 3.txt; 1 documents changed: 2.txt"):
+    differences = "1 documents added: 3.txt; 1 documents changed: 2.txt"
+    with pytest.raises(
+        DataError, match=rf"from other inputs: {differences}. Run it with the inputs as they were, times"
+    ):
         make()
+    message = (
+        rf"inputs and settings: eos: True -> False; {differences}. Run the command that began it with the inputs as"
+    )
+    with pytest.raises(DataError, match=message):
+        make(eos=False)
+
+
+def test_an_input_that_changes_meanwhile(
+    make: Callable[..., Store], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = content(make(output=tmp_path / "undisturbed").path)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in books.iterdir()}
+    real = stages.tokenize
+    n_done = 0
+
+    def change(task: scratch.TokenizeTask) -> None:
+        nonlocal n_done
+        if n_done == n_good:
+            Path(task.files[0].location).write_text("changed")
+        real(task)
+        n_done += 1
+
+    for n_good, way_out in (
+        (0, r": run the command again$"),
+        (
+            1,
+            r", and .*/\.store\.partial was begun.* same command again, or remove .*/\.store\.partial to start afresh$",
+        ),
+    ):
+        n_done = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(stages, "tokenize", change)
+            with pytest.raises(DataError, match=rf"\d\.txt changed while it was being read{way_out}"):
+                make()
+        assert partial_path(tmp_path / "store").exists() == bool(n_good)
+        if n_good:
+            with pytest.raises(DataError, match=r"unfinished build of .* from other inputs: 1 documents changed"):
+                make()
+        for path, (data, mtime_ns) in before.items():
+            path.write_bytes(data)
+            os.utime(path, ns=(mtime_ns, mtime_ns))
+    assert content(make().path) == undisturbed
 
 
 def test_the_plan_may_change_until_it_is_made(
