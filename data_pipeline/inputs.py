@@ -51,7 +51,10 @@ def compare_with_snapshot(
     """
     old_settings = StoreSettings.model_validate(before["settings"])
     if not planned:
-        old_settings = old_settings.model_copy(update={name: getattr(settings, name) for name in _PLAN_SETTINGS})
+        free = list(_PLAN_SETTINGS)
+        if "near" not in (old_settings.duplicates, settings.duplicates):  # for which documents get signatures
+            free.append("duplicates")
+        old_settings = old_settings.model_copy(update={name: getattr(settings, name) for name in free})
     other_settings = settings_differences(old_settings, settings)
     old = {name: tuple(facts) for name, facts in before["files"].items()}
     other_inputs = document_differences(old, snapshot(files))

@@ -184,12 +184,13 @@ def test_the_plan_may_change_until_it_is_made(
     def fail(*_: object) -> None:
         raise AssertionError("tokenized again")
 
+    with pytest.raises(DataError, match="from other settings: duplicates: keep -> near"):
+        make(duplicates="near")
+    changes = {"seq_len": 1 << 14, "packing": "stream", "rows_per_shard": 8, "duplicates": "drop"}
     with monkeypatch.context() as patch:
         patch.setattr(stages, "tokenize", fail)
-        changed = make(seq_len=1 << 14, packing="stream", rows_per_shard=8)
-    assert content(changed.path) == content(
-        make(output=tmp_path / "other", seq_len=1 << 14, packing="stream", rows_per_shard=8).path
-    )
+        changed = make(**changes)
+    assert content(changed.path) == content(make(output=tmp_path / "other", **changes).path)
 
 
 def test_a_policy_may_change_and_only_what_it_applies_to_is_done_again(
