@@ -37,7 +37,7 @@ POLICIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """What can be wrong with a document -> what can be done about it, the default first.
 
-    encoding    bytes that are not valid in --encoding; a value outside the vocabulary of an integer array
+    encoding    bytes that are not valid in --encoding; an integer outside the vocabulary, which nothing can replace
     empty       no bytes at all
     truncated   a compressed file or an array that ends early or is corrupt
     unreadable  no permission, an I/O error, or not the format that its name says
@@ -158,17 +158,26 @@ class BuildSettings:
             raise DataError(f"--rows-per-shard is {self.rows_per_shard}: expected at least 1")
         if self.workers < 1:
             raise DataError(f"--workers is {self.workers}: expected at least 1")
-        if self.tokenizer == "integers" and self.duplicates == "near":
-            raise DataError("--duplicates near compares words, which integers are not: use drop")
         if self.tokenizer in ("bytes", "integers") and (self.text.encoding != "utf-8" or self.text.normalize):
             raise DataError(
                 f"--tokenizer {self.tokenizer} takes {self.tokenizer} as they are: leave out --encoding and "
                 "--normalize, or use a SentencePiece model"
             )
         check_policies(self.policies)
+        if self.tokenizer == "integers":
+            self._check_integers()
         _check_split(self.split)
         if self.val_inputs and "val" in self.split:
             raise DataError("the split val is given twice: drop either --val-input or val= in --split")
+
+    def _check_integers(self) -> None:
+        if self.duplicates == "near":
+            raise DataError("--duplicates near compares words, which integers are not: use drop")
+        if self.policies.get("encoding") == "replace":
+            raise DataError(
+                "--on-bad encoding=replace has nothing to put in place of an integer outside the vocabulary: use "
+                "encoding=skip, or a larger --vocab-size"
+            )
 
     @property
     def shard_rows(self) -> int:

@@ -206,12 +206,10 @@ class _PartWriter:
         """The policy for a problem, applied. Raises DataError when it is to stop the build."""
         policy = self.task.reading.policies.get(problem, POLICIES[problem][0])
         if policy == "strict":
-            others = " or ".join(f"{problem}={other}" for other in POLICIES[problem] if other != "strict")
             record = "" if self.part.record < 0 else f", record {self.part.record} from byte {self.span.start} on,"
             raise DataError(
-                f"{self.file.location}{record} {detail}: mend it, leave it out, "
-                f"{'name its --encoding, ' if problem == 'encoding' else ''}or build with --on-bad {others}. What is "
-                "done so far is kept"
+                f"{self.file.location}{record} {detail}: {_ways_out(problem, self.task.reading.kind)}. What is done so "
+                "far is kept"
             )
         number = PROBLEMS.index(problem) + 1
         if policy == "skip" or lost:
@@ -219,6 +217,16 @@ class _PartWriter:
         else:
             self.replaced = self.replaced or number
         return policy
+
+
+def _ways_out(problem: str, kind: str) -> str:
+    """What can be done about a problem that is to stop the build, given the kind of tokenizer."""
+    if problem == "encoding" and kind == "integers":
+        change, others = "give a larger --vocab-size unless it is negative, ", "encoding=skip"
+    else:
+        change = "name its --encoding, " if problem == "encoding" and kind == "sentencepiece" else ""
+        others = " or ".join(f"{problem}={other}" for other in POLICIES[problem] if other != "strict")
+    return f"mend it, leave it out, {change}or build with --on-bad {others}"
 
 
 def _input_hash(file: InputFile, reading: Reading, span: Span, rows: list[_Row]) -> bytes:

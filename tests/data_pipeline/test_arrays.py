@@ -6,6 +6,7 @@ import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from read_documents import blocks_of, only, problems, read, whole
 
-from data_pipeline.config import TextSettings
+from data_pipeline.build import build
+from data_pipeline.config import BuildSettings, TextSettings
 from data_pipeline.documents import BLOCK_BYTES, Reading, Span, read_parts
+from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile
 
 
@@ -81,6 +84,24 @@ def test_arrays_by_url(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/arrays/a.npz", (tmp_path / "a.npz").read_bytes())
     file = only("memory://arrays", arrays=True)
     assert [result for _, result, _ in read(file, integers(10))] == [bytes([0, 1, 2]), bytes([3, 4, 5])]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"duplicates": "near"}, "compares words, which integers are not: use drop"),
+        (
+            {"policies": {"encoding": "replace"}},
+            "nothing to put in place of .*: use encoding=skip, or a larger --vocab",
+        ),
+        ({"text": TextSettings(encoding="latin-1")}, "leave out --encoding and --normalize"),
+    ],
+)
+def test_settings_that_have_no_meaning_for_integers(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    np.save(tmp_path / "a.npy", np.arange(5))
+    with pytest.raises(DataError, match=message):
+        build(BuildSettings((str(tmp_path),), "integers", tmp_path / "store", vocab_size=9, **changes))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(-1, np.int8), (10, np.uint8), (2**40, np.int64), (-(2**40), np.int64)])

@@ -127,9 +127,12 @@ def test_integer_arrays(tmp_path: Path) -> None:
     assert texts["images.npz/3"] == images[3].tobytes()
     assert texts["melody.npy/0"] == melody.astype(np.uint8).tobytes()
     assert verify(store.path) == []
-    with pytest.raises(DataError, match=r"melody.npy.*has the value 100 at place 100: expected 0 to 99"):
+    message = (
+        r"has the value 100 at place 100: expected 0 to 99: mend it, leave it out, give a larger --vocab-size unless"
+    )
+    with pytest.raises(DataError, match=rf"melody.npy.*{message} .* or build with --on-bad encoding=skip\. What"):
         make(tmp_path / "other", tmp_path / "melody.npy", tokenizer="integers", vocab_size=100)
-    policies = {"encoding": "replace"}  # there is nothing to put in its place
+    policies = {"encoding": "skip"}
     rest = make(tmp_path / "rest", tmp_path, tokenizer="integers", vocab_size=128, policies=policies)
     assert list(texts_of(rest)) == ["melody.npy/0"]
     assert rest.manifest.problems == {"encoding/dropped": 5}
@@ -154,6 +157,10 @@ def test_bad_documents(tmp_path: Path, tokenizer_file: Path) -> None:
         attempt("a", truncated="skip")
     with pytest.raises(DataError, match=r"lines.jsonl.*--on-bad unreadable=skip"):
         attempt("a", truncated="skip", encoding="skip")
+    (corpus / "z.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')  # no --encoding, which --tokenizer bytes refuses
+    with pytest.raises(DataError, match=r"z.jsonl.*: mend it, leave it out, or build with --on-bad encoding=replace"):
+        make(tmp_path / "bytes", corpus / "z.jsonl")
+    (corpus / "z.jsonl").unlink()
     rest = {"unreadable": "skip", "oversized": "skip"}
     store = attempt("a", truncated="skip", encoding="skip", empty="skip", **rest)
     assert texts_of(store) == {"good.txt": b"good\n", "lines.jsonl/0": b"one", "lines.jsonl/3": b"two"}
