@@ -291,7 +291,9 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="bom: drop a byte order mark; newlines: CRLF and CR become LF (default: every byte stays)",
     )
     parser.add_argument(
-        "--field", default=default.field, help="field of JSON lines, column of Parquet (default: %(default)s)"
+        "--field",
+        default=default.field,
+        help="field of JSON lines, column of Parquet (default: %(default)s); the one array of .npz files to read",
     )
     parser.add_argument(
         "--max-record-bytes",

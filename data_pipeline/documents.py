@@ -23,7 +23,7 @@ from data_pipeline.blocks import (
     unify_newlines,
 )
 from data_pipeline.config import POLICIES, TextSettings
-from data_pipeline.errors import BadDocument
+from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, open_seekable, read_content
 from data_pipeline.records import Line, json_text, parquet_values, split_lines
 
@@ -242,11 +242,26 @@ def _parquet_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
             yield part
 
 
+def check_field(files: Sequence[InputFile], reading: Reading) -> None:
+    """Raises DataError for a `field` of arrays where no file is an archive, which alone has arrays by name."""
+    if reading.kind == "integers" and _array_name(reading) and not any(map(_is_archive, files)):
+        raise DataError(
+            f"--field {reading.text.field} names an array of .npz files, and none of the inputs is one: leave it out"
+        )
+
+
+def _array_name(reading: Reading) -> str | None:
+    return None if reading.text.field == TextSettings().field else reading.text.field
+
+
+def _is_archive(file: InputFile) -> bool:
+    return file.name.lower().endswith(".npz")
+
+
 def _array_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
     """A part for each item of each array, and one for an array that cannot be read."""
-    member = None if reading.text.field == TextSettings().field else reading.text.field
     with open_seekable(file) as stream:
-        for array in open_arrays(stream, file.name.lower().endswith(".npz"), member):
+        for array in open_arrays(stream, _is_archive(file), _array_name(reading)):
             if isinstance(array, BadDocument):
                 yield Part(blocks=_failing(array))
                 continue

@@ -26,7 +26,7 @@ import numpy as np
 
 from data_pipeline import store
 from data_pipeline.config import POLICIES, BuildSettings
-from data_pipeline.documents import Reading, Span, plan_tasks
+from data_pipeline.documents import Reading, Span, check_field, plan_tasks
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, find_files
 from data_pipeline.inputs import (
@@ -167,6 +167,8 @@ def start(work: Work, number: int) -> None:
         parts = store.Store.open(work.append_to).parts
         check_unchanged(files, parts)
         files = new_files(files, parts)
+    else:  # what is added must be read as the rest was
+        check_field(files, work.reading)
     job = work.folder / "job.json"
     if _is_planned(work) and not (work.folder / "content").exists() and not work.target.exists():
         job.unlink(missing_ok=True)  # it was published, and whoever did that was killed before all was cleared away

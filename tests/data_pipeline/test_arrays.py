@@ -95,6 +95,14 @@ def test_arrays_by_url(tmp_path: Path) -> None:
             "nothing to put in place of .*: use encoding=skip, or a larger --vocab",
         ),
         ({"text": TextSettings(encoding="latin-1")}, "leave out --encoding and --normalize"),
+        (
+            {"text": TextSettings(max_record_bytes=99)},
+            "--max-record-bytes is for JSON lines and Parquet, .*leave it out",
+        ),
+        (
+            {"text": TextSettings(field="x")},
+            "--field x names an array of .npz files, and none of the inputs is one: le",
+        ),
     ],
 )
 def test_settings_that_have_no_meaning_for_integers(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -102,6 +110,20 @@ def test_settings_that_have_no_meaning_for_integers(tmp_path: Path, changes: dic
     with pytest.raises(DataError, match=message):
         build(BuildSettings((str(tmp_path),), "integers", tmp_path / "store", vocab_size=9, **changes))
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_a_field_is_for_archives_and_other_arrays_may_be_with_them(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(5))
+    np.savez(tmp_path / "b.npz", x=np.arange(6), y=np.arange(7))
+    text, output = TextSettings(field="x"), tmp_path / "store"
+    build(BuildSettings((str(tmp_path),), "integers", output, vocab_size=9, text=text))
+    np.save(tmp_path / "c.npy", np.arange(8))
+    store = build(BuildSettings((str(tmp_path / "c.npy"),), "integers", output, 9, text=text, append=True)).store
+    assert [(document.name, document.tokens) for document in store.documents] == [
+        ("a.npy/0", 7),
+        ("b.npz/0", 8),
+        ("c.npy/0", 10),
+    ]
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(-1, np.int8), (10, np.uint8), (2**40, np.int64), (-(2**40), np.int64)])
