@@ -108,7 +108,15 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     default = BuildSettings
     _add_input(parser)
-    parser.add_argument("--tokenizer", type=_tokenizer, required=True, metavar="FILE.model|bytes|integers")
+    parser.add_argument(
+        "--tokenizer",
+        type=_tokenizer,
+        required=True,
+        metavar="FILE.model|bytes|integers",
+        help="integers: of .npy and .npz (all arrays of one, or the one that --field names). An array of more than one "
+        "dimension is a document for each item of its first, flattened: save a single piece flat, or with a leading "
+        "dimension of 1",
+    )
     parser.add_argument(
         "--vocab-size",
         type=int,
@@ -291,9 +299,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="bom: drop a byte order mark; newlines: CRLF and CR become LF (default: every byte stays)",
     )
     parser.add_argument(
-        "--field",
-        default=default.field,
-        help="field of JSON lines, column of Parquet (default: %(default)s); the one array of .npz files to read",
+        "--field", default=default.field, help="field of JSON lines, column of Parquet (default: %(default)s)"
     )
     parser.add_argument(
         "--max-record-bytes",
