@@ -37,7 +37,7 @@ from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, 
 from trainer.schedule import learning_rate
 from trainer.sequence_parallel import Place, timed
 from trainer.state import local_square_sum, n_parameters
-from trainer.terminal import Terminal, eval_line, show, show_model_messages
+from trainer.terminal import Reported, Terminal, eval_line, show, show_model_messages
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
 
@@ -77,7 +77,7 @@ class Trainer:
         self.start = checkpoint.sound_start(self.plan.dir, self.launch, device, self.say)
         self.first_step = self.start.step if self.start else 0
         self.progress = Progress()
-        self.newest: dict[str, float] = {}  # of each tag
+        self.scores: dict[str, Reported] = {}  # the newest, for the summary
         self.saved_step = self.first_step
 
     def say(self, line: str) -> None:
@@ -214,6 +214,7 @@ class Trainer:
             self.report(lambda metrics: self.profiler.write())
         self.spent.add(self.batch_size, score.n_tokens, seconds)
         self.progress.n_tokens += score.n_tokens
+        self.scores["last batch"] = Reported(done, score.loss, score.bits_per_byte)
         self.watch_health(done, score, result)
         if self.terminal:
             self.terminal.step(done)
@@ -304,7 +305,6 @@ class Trainer:
         if self.job.config.data.on_damage == "skip":
             skipped = self.place.rows_of([each["data/skipped_rows"] for each in everyone])
             values["data/skipped_rows"] = self.before.skipped_rows + skipped
-        self.newest |= values
         self.report(partial(Metrics.write, step=done, values=values))
         if self.terminal:
             self.terminal.step(done, values)
@@ -321,7 +321,7 @@ class Trainer:
         self.refuse_replaced_stores()
         config, launch, place = self.job.config, self.launch, self.place
         found = held_out(self.engine, self.eval_rows, config, launch, place, self.device, self.token_bytes)
-        self.newest |= found.values
+        self.scores["held out"] = Reported(done, found.values["eval/loss"], found.values["eval/bits_per_byte"])
 
         def write(metrics: Metrics) -> None:
             from trainer.figures import figure_by_position  # half a second, which only rank 0 needs
@@ -383,7 +383,7 @@ class Trainer:
         self.report(partial(Metrics.close, finished=done == self.plan.steps))
         if not self.terminal:
             return
-        self.terminal.close(summary(self.plan, self.first_step, done, self.before, self.progress, self.newest).text())
+        self.terminal.close(summary(self.plan, self.first_step, done, self.before, self.progress, self.scores).text())
 
 
 def due(every: int, done: int, steps: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Self
 from trainer.config import LoopConfig
 from trainer.evaluate import Score
 from trainer.faults import Health, Slowest, slow_ranks
-from trainer.terminal import Summary
+from trainer.terminal import Reported, Summary
 
 STEP_PARTS = ("data", "forward", "backward", "optimizer")
 """Parts of a step whose seconds are reported."""
@@ -122,7 +122,7 @@ def long_step_line(seconds: float, n_batches: int) -> str | None:
 
 
 def summary(
-    plan: LoopConfig, first_step: int, done: int, before: Progress, now: Progress, newest: Mapping[str, float]
+    plan: LoopConfig, first_step: int, done: int, before: Progress, now: Progress, scores: Mapping[str, Reported]
 ) -> Summary:
     """Of a start at `first_step` that has come to `done`."""
     return Summary(
@@ -133,5 +133,7 @@ def summary(
         n_tokens=now.n_tokens - before.n_tokens,
         seconds=now.train_s - before.train_s,
         save_s=now.save_s - before.save_s,
-        newest=newest,
+        skipped_steps=now.health.skipped_steps,
+        spikes=now.health.spikes,
+        scores=scores,
     )

@@ -120,6 +120,20 @@ def eval_line(step: int, steps: int, values: Mapping[str, float], n_rows: int) -
 
 
 @dataclass(frozen=True)
+class Reported:
+    """How well something was predicted, and when: what is newest at the end of a run need not be of its last step."""
+
+    step: int
+    """Optimizer steps done."""
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
+
+
+@dataclass(frozen=True)
 class Summary:
     """What there is to say when a run ends, or stops on the way."""
 
@@ -136,26 +150,27 @@ class Summary:
     """Since the first of these steps, with evaluations and checkpoints."""
     save_s: float
     """Those of the seconds that checkpoints took."""
-    newest: Mapping[str, float]
-    """The newest value of each tag of metrics.py."""
+    skipped_steps: int
+    """Of the whole run, and so the spikes of the loss."""
+    spikes: int
+    scores: Mapping[str, Reported]
+    """The newest of this start: of the "last batch", whether or not its step has a line, and of what is "held out"."""
 
     def text(self) -> str:
         state = "finished" if self.done >= self.steps else "stopped"
         before = f" ({self.first_step} of them before this start)" if self.first_step else ""
         speed = self.n_tokens / self.seconds if self.seconds else 0.0
         scores = "   ".join(
-            f"{name}: {self.newest[f'{split}/loss']:.4f} nats per token, "
-            f"{self.newest[f'{split}/bits_per_byte']:.4f} bits per byte"
-            for split, name in (("train", "last batch"), ("eval", "held out"))
-            if f"{split}/loss" in self.newest
+            f"{name}, step {self.scores[name].step}: {self.scores[name]}"
+            for name in ("last batch", "held out")
+            if name in self.scores
         )
-        skipped, spikes = (int(self.newest.get(f"train/{name}", 0)) for name in ("skipped_steps", "spikes"))
         lines = [
             f"{state}: {self.done} of {self.steps} steps{before}, {self.n_tokens:,.0f} tokens in "
             f"{duration(self.seconds)}, {speed:,.0f} tokens/s",
             *([scores] if scores else []),
             f"checkpoints took {self.save_s / self.seconds if self.seconds else 0.0:.1%} of the time; "
-            f"{_count(skipped, 'step')} skipped, {_count(spikes, 'spike')} of the loss",
+            f"{_count(self.skipped_steps, 'step')} skipped, {_count(self.spikes, 'spike')} of the loss",
             f"the run lies in {self.run_dir}; how it went: python launch/report.py {self.run_dir}",
             f"see its curves: {see_curves(self.run_dir)}",
         ]

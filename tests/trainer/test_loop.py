@@ -19,7 +19,7 @@ from trainer.distributed import Launch
 from trainer.evaluate import Score
 from trainer.loop import Trainer
 from trainer.profiling import Profiler
-from trainer.reports import Progress, Spent, long_step_line
+from trainer.reports import Progress, Spent, long_step_line, summary
 from trainer.sequence_parallel import Place
 
 
@@ -107,20 +107,45 @@ def test_a_long_step_is_foretold_by_its_first_micro_batch() -> None:
     )
 
 
-def test_the_watchdog_knows_that_a_trace_is_being_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Which may take longer than anything else between two steps. On all ranks alike, though one writes."""
+@pytest.fixture
+def stepping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, list[tuple[int, str]]]:
+    """A trainer whose steps cost nothing, with a loss of as many nats as steps were done before, and the marks that it
+    leaves with the watchdog."""
     marks: list[tuple[int, str]] = []
     trainer: Any = object.__new__(Trainer)
-    trainer.plan = LoopConfig(dir=tmp_path, deepspeed_config=Path("x.json"), steps=9)
+    trainer.plan = LoopConfig(dir=tmp_path, deepspeed_config=Path("x.json"), steps=9, log_every=3)
     trainer.job = SimpleNamespace(deepspeed={"optimizer": {"params": {"lr": 1.0}}})
     trainer.watchdog = SimpleNamespace(mark=lambda *mark: marks.append(mark))
     trainer.spent, trainer.progress, trainer.batch_size = Spent(), Progress(), 1
     trainer.watch_health = trainer.log = trainer.evaluate = trainer.save = lambda *_, **__: None
     trainer.report = lambda write: write(None)
     trainer.engine = trainer.terminal = None
+    trainer.scores = {}
     trainer.profiler = Profiler(tmp_path, "2..3", rank=1)
     monkeypatch.setattr("trainer.loop.set_learning_rate", lambda *_: None)
-    trainer.step = lambda step: (Score(1.0, 1, 1), SimpleNamespace(norm=1.0))
+    trainer.step = lambda step: (Score(float(step), 1, 1), SimpleNamespace(norm=1.0))
+    return trainer, marks
+
+
+def test_the_watchdog_knows_that_a_trace_is_being_written(stepping: tuple[Any, list[tuple[int, str]]]) -> None:
+    """Which may take longer than anything else between two steps. On all ranks alike, though one writes."""
+    trainer, marks = stepping
     for step in range(4):
         trainer.train_step(step)
     assert marks == [(3, "profile")]
+
+
+def test_the_summary_of_a_run_that_stops_between_two_reports_is_of_its_last_step(
+    stepping: tuple[Any, list[tuple[int, str]]],
+) -> None:
+    trainer, _ = stepping
+    logged: list[int] = []
+    trainer.log = lambda done, *_: logged.append(done)
+    for step in range(5):
+        trainer.train_step(step)
+    trainer.progress.health.skipped_steps = 2  # since the report of step 3
+    assert logged == [3]
+    said = summary(trainer.plan, 0, 5, Progress(), trainer.progress, trainer.scores).text()
+    assert said.startswith("stopped: 5 of 9 steps")
+    assert f"last batch, step 5: 4.0000 nats per token, {4 / math.log(2):.4f} bits per byte" in said
+    assert "2 steps skipped" in said

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.terminal import Summary, Terminal, duration, eval_line, train_line
+from trainer.terminal import Reported, Summary, Terminal, duration, eval_line, train_line
 
 VALUES = {
     "train/loss": 2.5,
@@ -150,22 +150,23 @@ def test_closing_twice_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_summary() -> None:
-    newest = {"train/loss": 2.5, "train/bits_per_byte": 3.25, "eval/loss": 2.75, "eval/bits_per_byte": 3.5}
-    newest |= {"train/skipped_steps": 1.0, "train/spikes": 2.0}
-    summary = Summary(
-        Path("runs/x"), steps=10, first_step=4, done=10, n_tokens=6e6, seconds=100.0, save_s=2.5, newest=newest
-    )
-    first, scores, checkpoints, run, curves = summary.text().splitlines()
+    scores = {"held out": Reported(8, 2.75, 3.5), "last batch": Reported(10, 2.5, 3.25)}
+    counts = {"n_tokens": 6e6, "seconds": 100.0, "save_s": 2.5, "skipped_steps": 1, "spikes": 2}
+    summary = Summary(Path("runs/x"), steps=10, first_step=4, done=10, scores=scores, **counts)
+    first, scored, checkpoints, run, curves = summary.text().splitlines()
     assert (
         first == "finished: 10 of 10 steps (4 of them before this start), 6,000,000 tokens in 0:01:40, 60,000 tokens/s"
     )
-    assert "last batch: 2.5000 nats per token, 3.2500 bits per byte" in scores
-    assert "held out: 2.7500 nats per token, 3.5000 bits per byte" in scores
+    assert scored == (
+        "last batch, step 10: 2.5000 nats per token, 3.2500 bits per byte   "
+        "held out, step 8: 2.7500 nats per token, 3.5000 bits per byte"
+    )
     assert checkpoints == "checkpoints took 2.5% of the time; 1 step skipped, 2 spikes of the loss"
     assert run.endswith("python launch/report.py runs/x")
     assert curves.endswith("tensorboard --logdir runs/x/tensorboard")
 
 
 def test_the_summary_of_a_run_that_was_stopped_before_it_did_anything() -> None:
-    summary = Summary(Path("x"), steps=10, first_step=0, done=0, n_tokens=0, seconds=0.0, save_s=0.0, newest={})
+    counts = {"n_tokens": 0, "seconds": 0.0, "save_s": 0.0, "skipped_steps": 0, "spikes": 0}
+    summary = Summary(Path("x"), steps=10, first_step=0, done=0, scores={}, **counts)
     assert summary.text().startswith("stopped: 0 of 10 steps, 0 tokens in 0:00:00, 0 tokens/s\ncheckpoints took 0.0%")
