@@ -1,5 +1,8 @@
 """Say in a few lines how a run went, and draw its curve.
 
+Beside each first and last value is its step: training steps are reported every run.log_every, evaluations every
+run.eval_every, and a run that was stopped in between has done more steps than its last line says.
+
 python launch/report.py runs/demo/run
 python launch/report.py runs/demo/run --plot loss.png
 """
@@ -16,6 +19,9 @@ from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError, RunConfig
 from trainer.terminal import see_curves
+
+Point = tuple[int, float | None]
+"""A step, and what was reported of it."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,13 +49,18 @@ def column(metrics: list[dict[str, float]], tag: str) -> list[float]:
     return [values[tag] for values in metrics if values.get(tag) is not None]
 
 
-def recovered_mass(metrics: list[dict[str, float]]) -> list[float]:
+def points(metrics: list[dict[str, float]], tag: str) -> list[Point]:
+    """The values of a tag, each with its step; None for what was not finite."""
+    return [(int(values["step"]), values[tag]) for values in metrics if tag in values]
+
+
+def recovered_mass(metrics: list[dict[str, float]]) -> list[Point]:
     """Of each evaluation the share of dense attention that LSH attention recovers, the mean of its layers."""
-    means = []
+    means: list[Point] = []
     for values in metrics:
         tags = [tag for tag in values if tag.startswith("lsh/") and tag.endswith("/recovered_mass")]
         if shares := [values[tag] for tag in tags if values[tag] is not None]:
-            means.append(sum(shares) / len(shares))
+            means.append((int(values["step"]), sum(shares) / len(shares)))
     return means
 
 
@@ -57,17 +68,28 @@ def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> st
     """The text of the report."""
     if not any("train/loss" in values for values in metrics):
         raise ConfigError(f"{path} has no training step yet: train first, or wait for its first line")
-    rows = [("", "first step", f"step {int(metrics[-1]['step'])}"), *scores(metrics)]
-    lines = [f"{name:<32}{first:>12}{last:>12}" for name, first, last in rows]
+    lines = [row("", "first", "step", "last", "step")]
+    lines += [row(name, *cells(said[0]), *cells(said[-1])) for name, said in scores(metrics)]
     if column(metrics, "eval/loss"):
         unigram = unigram_score(Store.open(config.data.store), config.data, config.run.eval_rows)
-        lines.append(f"{'unigram model, held out:':<32}{'':>12}{unigram.bits_per_byte:>12.4f} bits per byte")
-    lines += [f"{name:<32}{'':>12}{value:>12}" for name, value in costs(metrics)]
+        lines.append(f"{row('unigram model, held out:', last=f'{unigram.bits_per_byte:.4f}')} bits per byte")
+    lines += [row(name, last=value) for name, value in costs(metrics)]
     return "\n".join([*lines, "", f"the run lies in {path}", f"see its curves:  {see_curves(path)}"])
 
 
-def scores(metrics: list[dict[str, float]]) -> Iterator[tuple[str, str, str]]:
-    """What is predicted how well: a name, the first value and the last; "none" where it was not finite."""
+def row(name: str, first: str = "", first_step: str = "", last: str = "", last_step: str = "") -> str:
+    """A line of the report: reports and evaluations are not of the same steps, so each value has its own beside it."""
+    return f"{name:<32}{first:>12}{first_step:>8}{last:>12}{last_step:>8}".rstrip()
+
+
+def cells(point: Point) -> tuple[str, str]:
+    """A value and its step; "none" for what was not finite."""
+    step, value = point
+    return "none" if value is None else f"{value:.4f}", str(step)
+
+
+def scores(metrics: list[dict[str, float]]) -> Iterator[tuple[str, list[Point]]]:
+    """What is predicted how well: a name, and its values in order, at least one."""
     names: dict[str, str] = {}
     for split, name in (("train", "training batch"), ("eval", "held out")):
         names |= {f"{split}/loss": f"{name}, nats per token", f"{split}/bits_per_byte": f"{name}, bits per byte"}
@@ -75,11 +97,10 @@ def scores(metrics: list[dict[str, float]]) -> Iterator[tuple[str, str, str]]:
     names |= {tag: f"  up to {tag.split('/')[-1].lstrip('0')} tokens before" for tag in positions}
     names["eval/lsh_gain"] = "  what LSH attention gains"
     for tag, name in names.items():
-        if said := [values[tag] for values in metrics if tag in values]:
-            first, last = ("none" if value is None else f"{value:.4f}" for value in (said[0], said[-1]))
-            yield name, first, last
+        if said := points(metrics, tag):
+            yield name, said
     if recovered := recovered_mass(metrics):
-        yield "dense attention recovered", f"{recovered[0]:.4f}", f"{recovered[-1]:.4f}"
+        yield "dense attention recovered", recovered
 
 
 def costs(metrics: list[dict[str, float]]) -> Iterator[tuple[str, str]]:

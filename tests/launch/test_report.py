@@ -98,16 +98,17 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
     done = report(tmp_path / "run", "--plot", tmp_path / "curve.png")
     assert done.returncode == 0, done.stderr
     for figure in (
-        "5.2500      2.5000",
-        "8.2500      3.7500",
-        "8.1250      4.0625",
-        "  up to 16K tokens before             5.7500      2.2500",
-        "  what LSH attention gains            0.5000      0.5000",
-        "0.3750      0.8125",
-        "of the devices' peak (median)                      31.2%",
-        "share of checkpoints                                6.2%",
-        "steps skipped                                          3",
-        "spikes of the loss                                     4",
+        "                                       first    step        last    step",
+        "training batch, nats per token        5.2500       1      2.5000       2",
+        "training batch, bits per byte         8.2500       1      3.7500       2",
+        "held out, bits per byte               8.1250       0      4.0625       2",
+        "  up to 16K tokens before             5.7500       0      2.2500       2",
+        "  what LSH attention gains            0.5000       2      0.5000       2",
+        "dense attention recovered             0.3750       0      0.8125       2",
+        "of the devices' peak (median)                              31.2%",
+        "share of checkpoints                                        6.2%",
+        "steps skipped                                                  3",
+        "spikes of the loss                                             4",
         "1.25",
         "100",
         "--logdir",
@@ -123,8 +124,9 @@ def test_a_loss_that_was_not_finite_at_the_end_is_none(tmp_path: Path, store: Pa
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('ss": null, "train/bits_per_byte": null}\n')
     done = report(tmp_path / "run")
-    assert "training batch, nats per token        5.2500        none\n" in done.stdout, done.stderr
-    assert "training batch, bits per byte         8.2500        none\n" in done.stdout
+    assert "training batch, nats per token        5.2500       1        none       3\n" in done.stdout, done.stderr
+    assert "training batch, bits per byte         8.2500       1        none       3\n" in done.stdout
+    assert "held out, nats per token              5.5000       0      2.7500       2\n" in done.stdout
 
 
 @pytest.mark.parametrize("damage", ["missing", "run.json", "metrics.jsonl", "no UTF-8", "no step", "plot"])
