@@ -56,7 +56,8 @@ def facts(run: Path) -> dict[str, Any]:
     metrics = list(read_metrics(run / "metrics.jsonl"))
     newest = newest_values(metrics)
     sound, damaged = check_checkpoints(run)
-    done = max([line["step"] for line in metrics], default=sound["step"] if sound else 0)
+    # A run that was stopped between two lines (run.log_every) has its last step in the checkpoint only.
+    done = max([0, *(line["step"] for line in metrics), *([sound["step"]] if sound else [])])
     left_s = (steps - done) * newest["speed/step_s"] if steps is not None and "speed/step_s" in newest else None
     paths = {state.rank: state_path(run, state.rank) for state in states}  # a new start removes some
     written = {rank: path.stat().st_mtime for rank, path in paths.items() if path.exists()}  # by one clock
@@ -243,7 +244,8 @@ def figures(
             lines.append((name, f"{number} at step {step:,}{per_byte}  {sparkline([each for _, each in values])}"))
     if "train/skipped_steps" in newest:
         skipped, spikes = (newest.get(f"train/{name}", 0.0) for name in ("skipped_steps", "spikes"))
-        lines.append(("trouble", f"steps skipped: {skipped:.0f}, spikes of the loss: {spikes:.0f}"))
+        counted = f"steps skipped: {skipped:.0f}, spikes of the loss: {spikes:.0f}"
+        lines.append(("trouble", f"{counted}, by step {losses['train/loss'][-1][0]:,}"))  # on the same lines
     return lines
 
 

@@ -87,9 +87,20 @@ def test_a_run_at_work(run: Path) -> None:
     assert lines["speed"] == "12,345 tokens/s, 4 s a step"
     assert lines["train loss"] == "2.0000 at step 6, 9.0000 bits per byte  █▇ ▄▂▁"
     assert lines["held out"].startswith("5.5000 at step 0, 7.2500 bits per byte")
-    assert lines["trouble"] == "steps skipped: 3, spikes of the loss: 1"
+    assert lines["trouble"] == "steps skipped: 3, spikes of the loss: 1, by step 6"
     assert lines["checkpoint"] == f"{newest}, sound"
     assert not {"damaged", "hang", "quiet", "missing", "ended"} & lines.keys()
+
+
+def test_a_run_that_was_stopped_between_two_lines_of_its_metrics(run: Path) -> None:
+    """Its last step is in the checkpoint alone, and each figure says which step it is of."""
+    end(run, "preempted", "preempted")
+    checkpoint(run, 8)
+    lines = lines_of(run)
+    assert lines["step"] == "8 of 100 (8.0%)"
+    assert lines["train loss"].startswith("2.0000 at step 6, ")
+    assert lines["trouble"].endswith(", by step 6")
+    assert lines["held out"].startswith("5.5000 at step 0, ")
 
 
 def test_a_run_that_has_just_begun(run: Path) -> None:
