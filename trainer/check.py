@@ -27,12 +27,15 @@ class StoreFacts:
     rows: Mapping[str, int]
     """Rows of each split."""
     tokenizer_sha256: str
+    fingerprint: str
+    """Of its content, wherever it lies."""
 
     @classmethod
     def of(cls, store: Store) -> Self:
         """The facts of a store on disk."""
         rows = {name: sum(stop - start for start, stop in store.split_rows(name)) for name in store.manifest.splits}
-        return cls(store.seq_len, store.vocab_size, rows, store.manifest.tokenizer_sha256)
+        manifest = store.manifest
+        return cls(store.seq_len, store.vocab_size, rows, manifest.tokenizer_sha256, manifest.fingerprint)
 
 
 def check(
@@ -102,16 +105,21 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
             f"model.max_seq_len={model.max_seq_len}, but the rows of {data.store} have {store.seq_len} tokens: "
             f"set model.max_seq_len={store.seq_len}, with an axial_shape of that product"
         )
-    splits = [
+    trained = [
         (f"data.mixture.{name}.split", source.split or data.train_split, source.store, sources[name])
         for name, source in data.mixture.items()
     ] or [("data.train_split", data.train_split, data.store, store)]
-    if config.run.eval_every:
-        splits.append(("data.eval_split", data.eval_split, data.store, store))
-    for name, split, path, facts in splits:
+    evaluated = [("data.eval_split", data.eval_split, data.store, store)] if config.run.eval_every else []
+    for name, split, path, facts in trained + evaluated:
         if not facts.rows.get(split):
             full = ", ".join(f"'{known}'" for known, rows in facts.rows.items() if rows)
             problems.append(f"{name}='{split}' has no rows in {path}: its splits are {full}")
+    problems += [
+        f"{name}='{split}' of {path} is what evaluations read, data.eval_split='{split}' of data.store={data.store}: "
+        "nothing would be held out; choose another split for one of them, or set run.eval_every=0 to evaluate nothing"
+        for name, split, path, facts in trained
+        if evaluated and (split, facts.fingerprint) == (data.eval_split, store.fingerprint)
+    ]
     return problems + [
         f"data.mixture.{name}: {key} of {data.mixture[name].store} is {theirs}, that of data.store={data.store} is "
         f"{ours}: build all stores of a mixture with one tokenizer and one --seq-len"

@@ -39,7 +39,7 @@ class DataConfig(StrictConfig):
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "val"
-    """Split held out for evaluation."""
+    """Split of data.store that is held out for evaluation: none that is trained on, while run.eval_every is not 0."""
     on_damage: Literal["strict", "skip"] = "strict"
     """A damaged row stops the training, or "skip": it trains nothing, and data/skipped_rows counts it. Evaluations stop
     in either case."""

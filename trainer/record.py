@@ -4,8 +4,8 @@ RUN/run.json: one object, written before the first step.
 
     started, resumed_from_step          ISO time; null unless resumed
     config, deepspeed                   the resolved TOML side {model, data, run} and DeepSpeed's JSON
-    store                               of data.store: {fingerprint, seq_len, vocab_size, rows: {split: number},
-                                        tokenizer_sha256}
+    store                               of data.store: {seq_len, vocab_size, rows: {split: number}, tokenizer_sha256,
+                                        fingerprint}
     samples                             what the order of the samples follows from: seed, and store (its fingerprint)
                                         and split; of a mixture NAME.store, … and NAME.per_thousand of each source
     launch                              {launcher, world_size, local_world_size, device, and peak_flops: what one such
@@ -50,7 +50,7 @@ def write_record(job: Job, device: torch.device, metrics: "Metrics", n_parameter
         "resumed_from_step": metrics.first_step - 1 if metrics.first_step else None,
         "config": job.config.model_dump(mode="json"),
         "deepspeed": job.deepspeed,
-        "store": {"fingerprint": job.store.manifest.fingerprint, **asdict(StoreFacts.of(job.store))},
+        "store": asdict(StoreFacts.of(job.store)),
         "samples": dict(job.samples.identity),
         "launch": {
             "launcher": job.launch.launcher,

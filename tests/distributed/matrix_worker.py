@@ -144,7 +144,7 @@ def main(cases_file: str, rendezvous: str, output: str, rank: str) -> None:
     cases, folder = torch.load(cases_file, weights_only=False), Path(output).parent
     for case in cases:  # as a run does, before the processes join each other
         config = run_config(case)
-        facts = StoreFacts(SEQ_LEN, config.model.vocab_size, {"train": BATCH, "val": BATCH}, "")
+        facts = StoreFacts(SEQ_LEN, config.model.vocab_size, {"train": BATCH, "val": BATCH}, "", "")
         check(config, deepspeed_config(case, folder), facts, RANKS)
     join_ranks(rendezvous, int(rank), RANKS)
     PartitionedParameterProfiler.stop_event = lambda _, name, n_elements: FETCHED.update({name: n_elements})

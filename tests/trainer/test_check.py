@@ -18,7 +18,8 @@ from trainer.check import StoreFacts, check, remarks
 from trainer.config import ConfigError, RunConfig
 from trainer.extensions import missing_for
 
-STORE = StoreFacts(seq_len=256, vocab_size=258, rows={"train": 10, "val": 2, "empty": 0}, tokenizer_sha256="abc")
+ROWS = {"train": 10, "val": 2, "empty": 0}
+STORE = StoreFacts(seq_len=256, vocab_size=258, rows=ROWS, tokenizer_sha256="abc", fingerprint="of data/store")
 DEEPSPEED: dict[str, Any] = {
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 1,
@@ -171,7 +172,7 @@ MIXTURE = {"books": {"store": "a", "weight": 3}, "web": {"store": "b", "weight":
 
 def test_a_mixture_reads_its_own_splits() -> None:
     rows = {"a": {"train": 1}, "b": {"val": 1}}
-    books, web = (replace(STORE, rows=rows[name]) for name in ("a", "b"))
+    books, web = (replace(STORE, rows=rows[name], fingerprint=f"of {name}") for name in ("a", "b"))
     held_out = replace(STORE, rows={"val": 2})
     config = make_config(data_mixture=MIXTURE)
     check(config, DEEPSPEED, held_out, 1, {"books": books, "web": web})
@@ -183,9 +184,31 @@ def test_a_mixture_reads_its_own_splits() -> None:
     ]
 
 
+HELD_OUT = "is what evaluations read, data.eval_split='val' of data.store=data/store: nothing would be held out; choose"
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    config = make_config(data_train_split="val")
+    with pytest.raises(ConfigError, match=f"^data.train_split='val' of data/store {HELD_OUT} .* run.eval_every=0"):
+        check(config, DEEPSPEED, STORE, world_size=1)
+    check(make_config(data_train_split="val", run_eval_every=0), DEEPSPEED, STORE, world_size=1)
+
+
+def test_what_is_held_out_is_not_trained_on_in_a_mixture_either() -> None:
+    """Under another path too: a store is known by its content. A source without a split has data.train_split."""
+    config = make_config(data_mixture=MIXTURE)
+    other = replace(STORE, fingerprint="of another")
+    check(config, DEEPSPEED, STORE, 1, {"books": STORE, "web": other})
+    with pytest.raises(ConfigError, match=f"^data.mixture.web.split='val' of b {HELD_OUT}"):
+        check(config, DEEPSPEED, STORE, 1, {"books": other, "web": STORE})
+    config = make_config(data_mixture=MIXTURE, data_train_split="val")
+    with pytest.raises(ConfigError, match=f"^data.mixture.books.split='val' of a {HELD_OUT}"):
+        check(config, DEEPSPEED, STORE, 1, {"books": STORE, "web": other})
+
+
 @pytest.mark.parametrize(("key", "value"), [("tokenizer_sha256", "xyz"), ("vocab_size", 300), ("seq_len", 128)])
 def test_the_stores_of_a_mixture_must_agree(key: str, value: Any) -> None:
-    facts = {"books": STORE, "web": replace(STORE, **{key: value})}
+    facts = {"books": STORE, "web": replace(STORE, fingerprint="of b", **{key: value})}
     message = f"data.mixture.web: {key} of b is {value}, that of data.store=data/store is {getattr(STORE, key)}: build"
     with pytest.raises(ConfigError, match=message):
         check(make_config(data_mixture=MIXTURE), DEEPSPEED, STORE, 1, facts)

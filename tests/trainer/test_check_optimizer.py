@@ -7,7 +7,7 @@ import pytest
 from trainer.check import StoreFacts, check
 from trainer.config import ConfigError, RunConfig
 
-STORE = StoreFacts(seq_len=256, vocab_size=258, rows={"train": 10, "val": 2}, tokenizer_sha256="abc")
+STORE = StoreFacts(seq_len=256, vocab_size=258, rows={"train": 10, "val": 2}, tokenizer_sha256="abc", fingerprint="")
 CONFIG = RunConfig(
     model={"vocab_size": 258, "max_seq_len": 256},
     data={"store": "data/store"},

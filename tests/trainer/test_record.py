@@ -145,8 +145,7 @@ def test_run_json_states_the_peak_that_mfu_is_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device_name: str, deepspeed: dict[str, Any], peak: float | None
 ) -> None:
     store = MagicMock()
-    store.manifest.fingerprint = "abc"
-    monkeypatch.setattr("trainer.record.StoreFacts.of", lambda _: StoreFacts(8, 9, {"train": 1}, "sha"))
+    monkeypatch.setattr("trainer.record.StoreFacts.of", lambda _: StoreFacts(8, 9, {"train": 1}, "sha", "abc"))
     monkeypatch.setattr("trainer.record.distributed.device_name", lambda _: device_name)
     run = LoopConfig(dir=tmp_path, deepspeed_config="x.json", steps=3)
     config = RunConfig(model={"vocab_size": 9}, data={"store": "s"}, run=run.model_dump())
