@@ -34,6 +34,7 @@ In the order things happen:
     verify.py        is every byte still what was built?
     decode.py        the exact text back
     report.py        statistics for people
+    output.py        a reader of standard output may leave before the end
     order.py         (seed, epoch, position) -> row; which rank reads which
     mixture.py       several data sets in one, by weight
     dataset.py       rows as torch tensors

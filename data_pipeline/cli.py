@@ -26,6 +26,7 @@ from data_pipeline.config import (
 )
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
+from data_pipeline.output import reader_may_leave
 from data_pipeline.report import inspect, summary
 from data_pipeline.staging import check_writable
 from data_pipeline.store import Store
@@ -38,16 +39,14 @@ from data_pipeline.verify import verify
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    code = 0
     try:
         arguments = make_parser().parse_args(argv)
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
+        with reader_may_leave():
+            code = arguments.run(arguments)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has seen enough, as with `decode … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:  # disk full, no permission: the system's words name the file
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import DataError
+from data_pipeline.output import reader_may_leave
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from reformer import ConfigError, Reformer, load_model
 from reformer.generation import check_continuation, continue_tokens
@@ -153,11 +154,10 @@ def main() -> int:
         model, tokenizer, bos = read_folder(arguments.folder)
         tokens = encode(read_prompt(arguments.prompt), tokenizer, bos).to(device)
         check_continuation(model.config, tokens, arguments.tokens, **draws)  # before anything is printed
-        for piece in text_of(model.to(device), tokenizer, tokens, arguments.tokens, seed=arguments.seed, **draws):
-            print(piece, end="", flush=True)
-        print()
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its exit
+        with reader_may_leave():
+            for piece in text_of(model.to(device), tokenizer, tokens, arguments.tokens, seed=arguments.seed, **draws):
+                print(piece, end="", flush=True)
+            print()
     except (ValueError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.output import reader_may_leave
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError, RunConfig
@@ -137,17 +138,20 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         config, metrics = read_run(arguments.run)
-        print(report(arguments.run, config, metrics))
+        text = report(arguments.run, config, metrics)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    with reader_may_leave():
+        print(text)
     if arguments.plot:
         try:
             plot(metrics, arguments.plot)
         except (OSError, ValueError) as error:  # no such folder, or a format that matplotlib does not write
             print(f"error: cannot draw {arguments.plot}: {error}", file=sys.stderr)
             return 2
-        print(f"drew {arguments.plot}")
+        with reader_may_leave():
+            print(f"drew {arguments.plot}")
     return 0
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.output import reader_may_leave
 from trainer.checkpoint import problems, published
 from trainer.config import ConfigError
 from trainer.presence import holder
@@ -273,7 +274,8 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found, indent=1) if arguments.json else text(found))
+    with reader_may_leave():
+        print(json.dumps(found, indent=1) if arguments.json else text(found))
     return 0
 
 

@@ -129,6 +129,17 @@ def test_a_loss_that_was_not_finite_at_the_end_is_none(tmp_path: Path, store: Pa
     assert "held out, nats per token              5.5000       0      2.7500       2\n" in done.stdout
 
 
+def test_a_reader_who_leaves_is_no_error_and_the_plot_is_drawn(tmp_path: Path, store: Path) -> None:
+    make_run(tmp_path / "run", store)
+    command = [sys.executable, "launch/report.py", str(tmp_path / "run"), "--plot", str(tmp_path / "curve.png")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # as `report.py … | true` does, before it prints
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert (tmp_path / "curve.png").exists()
+
+
 @pytest.mark.parametrize("damage", ["missing", "run.json", "metrics.jsonl", "no UTF-8", "no step", "plot"])
 def test_report_of_what_is_no_run_is_one_line(tmp_path: Path, store: Path, damage: str) -> None:
     run, options = tmp_path / "run", []

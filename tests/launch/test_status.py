@@ -190,6 +190,19 @@ def test_json_is_what_programs_get(run: Path) -> None:
     assert found["newest"]["speed/tokens_per_s"] == 12_345.0
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_who_leaves_is_no_error(run: Path, options: list[str]) -> None:
+    """More is printed than a pipe holds, so that the reader is gone in the middle of it."""
+    say(run, replace(STATE, ended="failed: " + "x" * 2**20))
+    command = [sys.executable, "launch/status.py", str(run), *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert len(process.stdout.read(8)) == 8
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("folder", ["nothing", "empty", "a file"])
 def test_what_is_no_run(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     path = tmp_path / folder
