@@ -173,11 +173,6 @@ class BuildSettings:
     def _check_integers(self) -> None:
         if self.duplicates == "near":
             raise DataError("--duplicates near compares words, which integers are not: use drop")
-        if self.text.max_record_bytes != TextSettings().max_record_bytes:
-            raise DataError(
-                "--max-record-bytes is for JSON lines and Parquet, which --tokenizer integers does not read: leave it "
-                "out"
-            )
         if self.policies.get("encoding") == "replace":
             raise DataError(
                 "--on-bad encoding=replace has nothing to put in place of an integer outside the vocabulary: use "

@@ -72,8 +72,8 @@ def find_files(
     folder or glob. A folder is searched for text (.txt, .jsonl, .parquet), or with `arrays` for .npy and .npz, but not
     for what is hidden or in a store; a file that is named, or that a glob matches, counts whatever its suffix.
 
-    Raises DataError for an input that is missing or unreadable or holds no such file, for a file or a name that occurs
-    twice, for text where arrays are wanted or the reverse, and for inputs without a single byte.
+    Raises DataError for an input that is missing or unreadable or holds no such file, for a name that occurs twice, for
+    text where arrays are wanted or the reverse, and for inputs without a single byte.
     """
     wanted = Wanted(arrays)
     files = [
@@ -83,9 +83,9 @@ def find_files(
         for found in _find(source, wanted)
     ]
     files.sort(key=lambda file: file.name)
-    _check_each_once(files)
     for one, other in pairwise(files):
         if one.name == other.name:
+            check_held_out((one, other), {one.name})
             raise DataError(
                 f"two files are named {one.name!r}: {one.location} and {other.location}. Names are paths below the "
                 "folder given, without the suffix of a compression; give a folder that holds both, or rename one"
@@ -104,28 +104,25 @@ def find_files(
     return files
 
 
-def _check_each_once(files: Sequence[InputFile]) -> None:
-    """Raises DataError for a file that came in twice, be it by a link: what is held out must not be trained on."""
+def check_held_out(files: Sequence[InputFile], fresh: Collection[str]) -> None:
+    """Raises DataError for a file that is trained on and held out, be it by a link, under a name that is `fresh`."""
     real_folder = cache(os.path.realpath)
-    seen: dict[str, InputFile] = {}
-    for file in files:
-        place = file.location
-        if "://" not in place:
-            folder, name = os.path.split(place)
-            place = os.path.join(real_folder(folder), name)  # noqa: PTH118 (a Path for each file, as below)
-            if os.path.islink(place):  # noqa: PTH114 (as above)
-                place = os.path.realpath(place)
-        if (other := seen.setdefault(place, file)) is not file:
-            one, two = sorted((other, file), key=lambda file: file.held_out)
-            options = [f"--{'val-input' if each.held_out else 'input'}" for each in (one, two)]
-            way_out = "leave out one of the two"
-            if one.held_out != two.held_out:
-                way_out = (
-                    "move what is held out to a folder outside --input, or give --input a glob or @LIST without it"
-                )
+
+    def place(file: InputFile) -> str:
+        path = file.location.removeprefix("file://")
+        if "://" in path:
+            return path
+        folder, name = os.path.split(path)
+        path = os.path.join(real_folder(folder), name)  # noqa: PTH118 (a Path for each file, as below)
+        return os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114 (as above)
+
+    held_out = {place(file): file for file in files if file.held_out}
+    for file in files if held_out else ():
+        if not file.held_out and (other := held_out.get(place(file))) and not {file.name, other.name}.isdisjoint(fresh):
             raise DataError(
-                f"one file comes in twice: {one.location} by {options[0]}, named {one.name!r}, and {two.location} by "
-                f"{options[1]}, named {two.name!r}. Give it once: {way_out}"
+                f"one file comes in twice: {file.location} by --input, named {file.name!r}, and {other.location} by "
+                f"--val-input, named {other.name!r}. Give it once: move what is held out to a folder outside --input, "
+                "or give --input a glob or @LIST without it"
             )
 
 

@@ -136,8 +136,8 @@ def _summarize(figures: dict[str, Any]) -> str:
         if count:
             documents = figures["splits"][name]["documents"]
             lines.append(
-                f"{count:,} of the {documents:,} documents of {name} are in train too, byte for byte: build with "
-                "--duplicates drop to leave out the copies in train"
+                f"{count:,} of the {documents:,} documents of {name} are in train too, byte for byte: a new store "
+                "built with --duplicates drop leaves out the copies in train"
             )
     if figures["problems"]:
         counts = (f"{count:,} {name.replace('/', ' ')}" for name, count in figures["problems"].items())

@@ -28,7 +28,7 @@ from data_pipeline import store
 from data_pipeline.config import POLICIES, BuildSettings
 from data_pipeline.documents import Reading, Span, check_field, plan_tasks
 from data_pipeline.errors import DataError
-from data_pipeline.files import InputFile, find_files
+from data_pipeline.files import InputFile, check_held_out, find_files
 from data_pipeline.inputs import (
     check_unchanged,
     compare_with_others,
@@ -162,11 +162,12 @@ def start(work: Work, number: int) -> None:
     """
     settings = work.settings
     notes: list[str] = []
-    files = find_files(settings.inputs, settings.val_inputs, work.decisive.tokenizer_kind == "integers", notes)
+    found = find_files(settings.inputs, settings.val_inputs, work.decisive.tokenizer_kind == "integers", notes)
+    files = found
     if work.append_to is not None:
         parts = store.Store.open(work.append_to).parts
-        check_unchanged(files, parts)
-        files = new_files(files, parts)
+        check_unchanged(found, parts)
+        files = new_files(found, parts)
     else:  # what is added must be read as the rest was
         check_field(files, work.reading)
     job = work.folder / "job.json"
@@ -178,6 +179,7 @@ def start(work: Work, number: int) -> None:
         if before["policies"] != work.policies:
             _forget_tasks_with_problems(work)
     else:
+        check_held_out(found, {file.name for file in files})
         _forget(work, "plan", "tokens")
     if not _is_planned(work):
         _forget(work, *_OF_THE_PLAN)

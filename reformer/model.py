@@ -29,7 +29,7 @@ class Embedding(nn.Module):
         self.positions = AxialPositions(config)
 
     def forward(self, tokens_BT: Tensor, start: int = 0) -> Tensor:
-        ids_BT = tokens_BT if tokens_BT.dtype in (torch.int32, torch.int64) else tokens_BT.long()
+        ids_BT = tokens_BT.to(torch.int64, copy=True)  # the backward reads them again
         return self.tokens(ids_BT) + self.positions(tokens_BT.shape[1], start)
 
 

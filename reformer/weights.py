@@ -113,6 +113,8 @@ def check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     for name in actual.keys() & expected.keys():
         if actual[name].shape != expected[name].shape:
             problems.append(f"{name} is {list(actual[name].shape)}, expected {list(expected[name].shape)}")
+        elif hasattr(actual[name], "full_tensor"):
+            problems.append(f"{name} is sharded, expected the whole: get_model_state_dict() with full_state_dict=True")
         elif not actual[name].is_floating_point():
             problems.append(f"{name} is {actual[name].dtype}, expected floating-point numbers")
     if problems:
@@ -123,7 +125,7 @@ def refuse_shared(tensors: Mapping[str, Tensor]) -> None:
     """ConfigError where one's memory is another's: read again, they would be two, and trained apart."""
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
-        other = first.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        other = first.setdefault(tensor.data_ptr(), name) if tensor.data_ptr() else name
         if other != name:
             raise ConfigError(
                 f"{name} and {other} share their memory, which no folder of weights can say: give copies "

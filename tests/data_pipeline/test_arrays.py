@@ -96,10 +96,6 @@ def test_arrays_by_url(tmp_path: Path) -> None:
         ),
         ({"text": TextSettings(encoding="latin-1")}, "leave out --encoding and --normalize"),
         (
-            {"text": TextSettings(max_record_bytes=99)},
-            "--max-record-bytes is for JSON lines and Parquet, .*leave it out",
-        ),
-        (
             {"text": TextSettings(field="x")},
             "--field x names an array of .npz files, and none of the inputs is one: le",
         ),

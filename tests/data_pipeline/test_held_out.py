@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings
 from data_pipeline.errors import DataError
-from data_pipeline.files import find_files
+from data_pipeline.files import InputFile, check_held_out, find_files
 from data_pipeline.report import inspect, summary
 from data_pipeline.store import Store, list_files
 from data_pipeline.verify import verify
@@ -30,43 +30,49 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
     system.store.clear()
 
 
-def names(*inputs: object) -> list[str]:
-    return [file.name for file in find_files([str(source) for source in inputs], [], False)]
-
-
 # The same file
+
+
+def check(files: list[InputFile]) -> None:
+    """All of them are new."""
+    check_held_out(files, {file.name for file in files})
 
 
 def test_a_file_is_either_trained_on_or_held_out(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
     write(tmp_path / "in/a.txt")
     write(tmp_path / "in/valid/v.txt")
     (tmp_path / "link").symlink_to(tmp_path / "in" / "valid")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/l.txt").symlink_to(tmp_path / "in/valid/v.txt")
     memory.pipe({"/in/a.txt": b"text", "/in/valid/v.txt": b"text"})
     inside = tmp_path / "in"
     for train, held_out in (
         (inside, inside / "valid"),
         (inside, tmp_path / "link"),
+        (inside, tmp_path / "links"),
         (inside, f"{tmp_path}/in/../in/v*/*.txt"),
+        (inside, f"file://{tmp_path}/in/valid"),
         ("memory://in", "memory://in/valid"),
     ):
-        with pytest.raises(DataError, match=r"in/valid/v.txt by --input, named 'valid/v.txt', and .*v.txt by --val-in"):
-            find_files([str(train)], [str(held_out)], False)
+        with pytest.raises(DataError, match=r"in/valid/v.txt by --input, named 'valid/v.txt', and .*.txt by --val-in"):
+            check(find_files([str(train)], [str(held_out)], False))
     files = find_files([f"{inside}/*.txt"], [str(inside / "valid")], False)
+    check(files)
     assert [(file.name, file.held_out) for file in files] == [("a.txt", False), ("v.txt", True)]
+    with pytest.raises(DataError, match=r"one file comes in twice: .*in/a.txt by --input"):
+        find_files([str(inside)], [str(inside)], False)
 
 
-@pytest.mark.parametrize("link", ["b.txt", "deep/b.txt"])
-def test_a_file_that_is_given_twice_is_an_error(tmp_path: Path, link: str) -> None:
-    """By a link to it, or by itself and its folder. A copy is another file."""
-    folder, path = tmp_path / "in", write(tmp_path / "in/deep/a.txt")
-    with pytest.raises(DataError, match=r"deep/a.txt by --input, named 'a.txt', .* Give it once: leave out one of"):
-        names(folder, path)
-    write(folder / link)
-    assert names(folder) == sorted(["deep/a.txt", link])
-    (folder / link).unlink()
-    (folder / link).symlink_to(path)
-    with pytest.raises(DataError, match=rf"one file comes in twice: .*/{link} by --input"):
-        names(folder)
+def test_a_build_that_would_hold_out_what_it_trains_on_does_not_begin(tmp_path: Path) -> None:
+    write(tmp_path / "train/a.txt")
+    write(tmp_path / "train/val/v.txt")
+    (tmp_path / "val").symlink_to(tmp_path / "train/val")
+    with pytest.raises(DataError, match=r"one file comes in twice: .*train/val/v.txt by --input"):
+        make(tmp_path)
+    assert not (tmp_path / "store").exists()
+    make(tmp_path, inputs=(f"{tmp_path}/train/*.txt",))
+    with pytest.raises(DataError, match=r"one file comes in twice: .*train/val/v.txt by --input"):
+        make(tmp_path, append=True)  # which would train on what the store holds out
 
 
 # A copy of a document
@@ -155,9 +161,7 @@ def test_copies_that_are_kept_are_counted_in_so_many_words(folder: Path) -> None
     write(folder / "train/nothing.txt", "")
     store = make(folder)
     assert summary(store)["also_in_train"] == {"val": 1}
-    assert "\n1 of the 3 documents of val are in train too, byte for byte: build with --duplicates drop" in inspect(
-        store
-    )
+    assert "\n1 of the 3 documents of val are in train too, byte for byte: a new store" in inspect(store)
     write(folder / "more/new.txt", NOVEL)
     after = make(folder, append=True, inputs=(str(folder / "more"),), val_inputs=())
     assert summary(after)["also_in_train"] == {"val": 2}

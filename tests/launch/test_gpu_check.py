@@ -246,7 +246,7 @@ def test_models_are_built_in_the_dtype_asked_for_and_the_default_is_restored() -
 
 def test_the_whole_flow_on_the_cpu(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
-    words = f"--device cpu --seq-len 32 64 {TINY} --skip-tests --budget-s 10 --json {file}".split()
+    words = f"--device cpu --seq-len 32 64 {TINY} --skip-tests --budget-s 60 --json {file}".split()
     words += ["--peers", "ours", "flash", "ours-attention"]
     done = subprocess.run(
         [sys.executable, "launch/gpu_check.py", *words], capture_output=True, text=True, cwd=ROOT, check=True

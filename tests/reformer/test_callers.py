@@ -40,14 +40,16 @@ def make_model(**changes: object) -> Reformer:
     return Reformer(ReformerConfig(**{**SMALL, **changes})).double()
 
 
-@pytest.mark.parametrize("name", ["segment_ids", "step"])
+@pytest.mark.parametrize("name", ["tokens", "labels", "segment_ids", "step"])
 def test_what_a_model_was_given_may_change_before_the_backward(name: str) -> None:
+    """Also where torch does not see it, as by NumPy, whose memory a tensor may share."""
     model, found = make_model(dropout=0.2, attn_dropout=0.2), []
     for is_changed in (False, True):
-        given = {"segment_ids": SEGMENTS.clone(), "step": torch.tensor(3)}
-        loss = model(TOKENS, TOKENS, **given)
+        given = {"tokens": TOKENS, "labels": TOKENS, "segment_ids": SEGMENTS, "step": torch.tensor(3)}
+        given[name] = given[name].clone()
+        loss = model(**given)
         if is_changed:
-            given[name].add_(torch.arange(101) if name == "segment_ids" else 1)
+            given[name].numpy()[...] = given[name].flip(-1).numpy() if name != "step" else 4
         loss.backward()
         found.append(gradients(model))
     assert_parity(*found, 0)
@@ -194,6 +196,19 @@ def test_weights_of_two_layers_in_one_are_not_written(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"blocks.2.*in_weight and blocks.0.*in_weight share their memory"):
             save()
     assert not list(tmp_path.iterdir())
+
+
+class Sharded(Tensor):
+    """As a DTensor: a part here, and a way to the whole."""
+
+    full_tensor = None
+
+
+def test_parts_of_sharded_weights_are_not_written(tmp_path: Path) -> None:
+    model = make_model()
+    weights = {name: weight.as_subclass(Sharded) for name, weight in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"head.bias is sharded, expected the whole: get_model_state_dict"):
+        save_model(tmp_path / "m", model.config, weights)
 
 
 @pytest.mark.filterwarnings("error")
