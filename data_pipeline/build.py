@@ -64,7 +64,8 @@ def build(settings: BuildSettings) -> BuildResult:
         settings = replace(settings, output=settings.output.resolve())
     decisive = store_settings(settings, load_tokenizer(settings.tokenizer, settings.vocab_size))
     folder = partial_path(settings.output)
-    if (finished := _finished(settings, decisive, team)) is not None and not folder.exists():
+    is_alone = not folder.exists()
+    if (finished := _finished(settings, decisive, team, contents=is_alone)) is not None and is_alone:
         return finished
     published = False
 
@@ -72,7 +73,9 @@ def build(settings: BuildSettings) -> BuildResult:
         return not published and any((folder / "tokens").glob(f"*{RECORD_SUFFIX}"))
 
     with jobs.membership(folder, team.job, settings.output, keep), _explained(folder, keep):
-        if (finished := _finished(settings, decisive, team)) is not None:  # by others, or before we were killed
+        if (
+            finished := _finished(settings, decisive, team, contents=True)
+        ) is not None:  # by others, or before we were killed
             published = _holds(finished.store, folder)
             return finished
         if settings.append:  # in the store itself, which nobody writes to before the end
@@ -111,8 +114,11 @@ def store_settings(settings: BuildSettings, tokenizer: Tokenizer) -> StoreSettin
     )
 
 
-def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team) -> BuildResult | None:
-    """The output, if it is already what is asked for. Raises DataError, before any long work, if it is not."""
+def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team, contents: bool) -> BuildResult | None:
+    """The output, if it is already what is asked for. Raises DataError, before any long work, if it is not.
+
+    contents: whether what the inputs hold is compared too, by the one of the team that reports.
+    """
     output = settings.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         if settings.append:
@@ -130,9 +136,10 @@ def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team) -> B
     notes: list[str] = []
     files = find_files(settings.inputs, settings.val_inputs, decisive.tokenizer_kind == "integers", notes)
     fresh = new_files(files, existing.parts) if settings.append else []
+    contents = contents and team.rank == 0
     if not settings.append:
-        check_same_input(output, existing.parts[0], files, contents=team.rank == 0)  # by the one that reports
-    elif not fresh and team.rank == 0:  # otherwise by whoever begins to append
+        check_same_input(output, existing.parts[0], files, contents)
+    elif not fresh and contents:  # otherwise by whoever begins to append
         check_unchanged(files, existing.parts)
     reading = Reading(settings.text, decisive.tokenizer_kind, settings.vocab_size or 0, settings.policies)
     for part in existing.parts:

@@ -1,8 +1,9 @@
-"""A small corpus with everything that text files hold in practice, a tokenizer for it, and a way to build stores."""
+"""A small corpus with all that text files hold in practice, a tokenizer for it, and stores; files in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data_pipeline.build import build
@@ -71,3 +72,12 @@ def make_store(tmp_path: Path, corpus: Path, tokenizer_file: Path) -> Callable[.
         return build(BuildSettings(**{**settings, **changes})).store  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    """An empty file system behind memory://."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import zarr
 
-from data_pipeline import blocks, documents, files, scratch, stages
+from data_pipeline import blocks, documents, files, inputs, scratch, stages
 from data_pipeline import build as build_module
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
 from data_pipeline.layout import chunk_tokens
 from data_pipeline.manifest import Manifest
+from data_pipeline.staging import partial_path
 from data_pipeline.store import Store, list_files
 from data_pipeline.team import Team
 from data_pipeline.tokenizer import load_tokenizer
@@ -224,7 +225,6 @@ def test_other_inputs_are_refused(make_store: Callable[..., Store], corpus: Path
 
 
 def test_what_changed_is_noticed_after_an_append(make_store: Callable[..., Store], tmp_path: Path) -> None:
-    """An append writes the manifest anew: its time is not that at which the inputs were read."""
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.txt").write_text(name)
@@ -263,6 +263,19 @@ def test_times_of_files_say_nothing_of_what_they_hold(changed: Callable[..., Sto
     (tmp_path / "in" / "more.txt").unlink()
     (tmp_path / "in" / "a.txt").write_text("text")
     assert changed().n_rows == changed(append=True).n_rows == 1
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_inputs_of_a_finished_store_are_read_once(
+    changed: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    (tmp_path / "in" / "a.txt").write_text("text")
+    read: list[str] = []
+    monkeypatch.setattr(inputs, "hash_file", lambda file: read.append(file.name) or files.hash_file(file))
+    if not is_alone:  # work that was stopped lies beside it
+        partial_path(tmp_path / "store.zarr").mkdir()
+    assert changed().n_rows == 1
+    assert read == ["a.txt"]
 
 
 @pytest.mark.parametrize("append", [False, True])

@@ -4,7 +4,6 @@ import gzip
 import io
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -33,15 +32,6 @@ def names(*inputs: object, arrays: bool = False) -> list[str]:
 
 def only(source: object) -> InputFile:
     return find_files([str(source)], [], False)[0]
-
-
-@pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
-    """An empty file system behind memory://."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    yield system
-    system.store.clear()
 
 
 def test_names_are_paths_below_the_folder(corpus: Path, odd_documents: dict[str, bytes]) -> None:

@@ -1,6 +1,5 @@
 """What is held out by --val-input is not trained on: neither the same file, nor a copy of a document."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -19,15 +18,6 @@ def write(path: Path, content: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
     return path
-
-
-@pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
-    """An empty file system behind memory://."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    yield system
-    system.store.clear()
 
 
 # The same file

@@ -1,5 +1,6 @@
 """What callers may do around a pass: reuse their memory, hook modules, choose dtypes and devices, freeze and share."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,6 @@ def by_lsh(backend: str) -> Attend:
     return lambda q, v, **given: lsh_attention(q, v, buckets, **options, **given)[0]
 
 
-DENSE_LSH = by_lsh("dense")
-
-
 def locally(q: Tensor, v: Tensor, **given: Any) -> Tensor:
     return local_attention(q, v, v, chunk_len=8, **given)
 
@@ -78,12 +76,16 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", GIVEN)
-@pytest.mark.parametrize("attend", [by_lsh("chunked"), DENSE_LSH, locally, dense_attention])
+@pytest.mark.parametrize(
+    ("attend", "name"),
+    [
+        *itertools.product((by_lsh("chunked"), locally, dense_attention), GIVEN),
+        (by_lsh("dense"), "key_padding_mask"),
+        (by_lsh("dense"), "segment_ids"),
+    ],
+)
 def test_what_attention_was_given_may_change_before_the_backward(attend: Attend, name: str) -> None:
     """Of one head and one sample, where nothing has to be copied to be there for every head."""
-    if attend is DENSE_LSH and name == "dropout_keys":
-        pytest.skip("rounds with dropout are no dense attention")
     found = []
     for is_changed in (False, True):
         q, v, d_out = torch.randn(3, 1, 1, 40, 16, dtype=torch.float64, generator=generator(0))
@@ -100,7 +102,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("attend", [by_lsh("chunked"), DENSE_LSH, locally, dense_attention])
+@pytest.mark.parametrize("attend", [by_lsh("chunked"), by_lsh("dense"), locally, dense_attention])
 def test_a_penalty_on_gradients_is_refused(attend: Attend) -> None:
     """Also where the gradient that comes in is a constant, as that of a sum."""
     q, v = (x.requires_grad_() for x in torch.randn(2, 1, 1, 40, 16).double())
