@@ -20,13 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from generate import TOKENIZER_MODEL, TOKENIZER_RECORD
 from torch import Tensor
 
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.store import Store
-from data_pipeline.tokenizer import SentencePieceTokenizer
+from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD, SentencePieceTokenizer
 from reformer import ReformerConfig, save_model
 from reformer.hf import save_hf
 from reformer.weights import assemble, refuse_existing

@@ -34,11 +34,9 @@ from torch import Tensor
 
 from data_pipeline.errors import DataError
 from data_pipeline.output import reader_may_leave
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD, Tokenizer, load_tokenizer
 from reformer import ConfigError, Reformer, load_model
 from reformer.generation import check_continuation, continue_tokens
-
-TOKENIZER_RECORD, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 
 
 def parse_arguments() -> argparse.Namespace:

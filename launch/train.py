@@ -32,9 +32,11 @@ from data_pipeline.errors import DataError  # noqa: E402
 from data_pipeline.store import Store  # noqa: E402
 from trainer.batches import open_sources, training_samples  # noqa: E402
 from trainer.check import StoreFacts, check, remarks  # noqa: E402
+from trainer.checkpoint import published  # noqa: E402
 from trainer.config import ConfigError, load  # noqa: E402
 from trainer.continuation import EVAL_STORE, identity, refuse_another_run, refuse_other_files  # noqa: E402
 from trainer.distributed import detect  # noqa: E402
+from trainer.initial import check_initial  # noqa: E402
 from trainer.job import Job  # noqa: E402
 from trainer.loop import train  # noqa: E402
 from trainer.presence import hold  # noqa: E402
@@ -65,8 +67,11 @@ def main() -> int:
         sources = open_sources(config.data)
         facts = {name: StoreFacts.of(source) for name, source in sources.items()}
         check(config, deepspeed, StoreFacts.of(store), launch.world_size, facts)
-        for remark in remarks(config, StoreFacts.of(store)) if rank == 0 else ():
-            show(f"note: {remark}")
+        notes = remarks(config, StoreFacts.of(store))
+        if config.run.init_from and not published(config.run.dir):  # a run that goes on has weights of its own
+            notes += check_initial(config.run.init_from, config.model, store.path, store.manifest.tokenizer_sha256)
+        for note in notes if rank == 0 else ():
+            show(f"note: {note}")
         samples = training_samples(config.data, store, sources, config.run.seed)
         fingerprint = samples.identity if sources else store.manifest.fingerprint
         own = identity(config, deepspeed, fingerprint, launch.world_size)

@@ -62,6 +62,9 @@ class LoopConfig(StrictConfig):
     """Lowest learning rate as a part of the peak: the end of cosine and linear, a floor under inverse_sqrt."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
+    init_from: Path | None = None
+    """Folder of the weights that a new run begins with, in place of random ones, relative to the working directory: one
+    that launch/export.py or Hugging Face's save_pretrained wrote, of a model as in [model]."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Ranks that share each sequence, neighbours by number, each with an equal part of its tokens; 1: every rank has
     whole ones. Divides the ranks, model.n_heads and the rows' length, and may change when a run continues."""

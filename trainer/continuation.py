@@ -23,12 +23,14 @@ FIXED = (
     "model",
     "data.train_split",
     "run.seed",
+    "run.init_from",
     "train_batch_size",
     "deepspeed.optimizer",
     "deepspeed.bf16",
     "deepspeed.data_types",
 )
-"""What must be the same when a run continues: the model, the order of the data, what the optimizer computes."""
+"""What must be the same when a run continues: the model, what it began with, the order of the data, what the optimizer
+computes."""
 EVAL_STORE = "eval_store_fingerprint"
 """Of data.store where a mixture is trained on and it is for evaluations alone; older checkpoints do not say it."""
 
@@ -122,5 +124,8 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, s
 
 def _way_back(name: str) -> str:
     if re.fullmatch(r"store_fingerprint(\..*\.store)?", name):
-        return "it is another store, or was added to (--append), which changes the order; continue on that of before"
+        return (
+            "it is another store, or was added to (--append), which changes the order; continue on that of before, "
+            "begin a new run with these weights (launch/export.py, then run.init_from)"
+        )
     return "set it back"

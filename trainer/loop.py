@@ -27,6 +27,7 @@ from trainer.evaluate import Score, held_out
 from trainer.faults import lost_ranks
 from trainer.flops import training_flops
 from trainer.gradients import gradients
+from trainer.initial import read_initial
 from trainer.job import Job
 from trainer.metrics import Metrics
 from trainer.peaks import mfu, peak_flops
@@ -36,7 +37,7 @@ from trainer.record import write_record
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
 from trainer.schedule import learning_rate
 from trainer.sequence_parallel import Place, timed
-from trainer.state import local_square_sum, n_parameters
+from trainer.state import local_square_sum, n_parameters, set_weights
 from trainer.terminal import Reported, Terminal, eval_line, show, show_model_messages
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
@@ -116,6 +117,8 @@ class Trainer:
             saved = checkpoint.read_state(self.start.path)
             self.progress = Progress.from_state(saved["progress"])
             self.changes = changes(saved["run"], self.job.identity)
+        elif self.plan.init_from:
+            set_weights(self.engine, read_initial(self.plan.init_from))
         self.place = place = Place.of(launch.rank, launch.world_size, self.plan.sequence_parallel).joined()
         if place.n_parts > 1:
             self.say(f"{place.n_parts} ranks share each sequence")
@@ -182,14 +185,15 @@ class Trainer:
         return f"step {self.saved_step}" if self.saved_step else "the beginning, without a checkpoint"
 
     def begin(self) -> None:
-        """Say where the run starts from; of a new run, evaluate the untrained weights."""
+        """Say where the run starts from; of a new run, evaluate the weights as they are."""
         if self.start:
             self.say(f"continuing from {self.start.path}, after step {self.first_step}")
             for name, what in self.changes.items():
                 self.say(f"note: {name} {what}")
             return
-        first = "" if self.eval_rows is None else "; first the untrained weights are evaluated"
-        self.say(f"starting anew in {self.plan.dir}{first}")
+        weights = f"the weights of {self.plan.init_from}" if self.plan.init_from else "untrained weights"
+        first = "" if self.eval_rows is None else "; first these are evaluated"
+        self.say(f"starting anew in {self.plan.dir} with {weights}{first}")
         self.evaluate(done=0)
 
     @contextmanager

@@ -125,20 +125,37 @@ def local_square_sum(engine: deepspeed.DeepSpeedEngine) -> Tensor:
 @torch.no_grad()
 def restore(engine: deepspeed.DeepSpeedEngine, saved: "SavedSlices") -> None:
     """Take weights and optimizer state from a checkpoint, whatever wrote it. All ranks call this."""
+    counting: dict[Optimizer, list[Partition]] = {}
+    with _masters_change(engine):
+        for partition in partitions(engine, writing=True):
+            if saved.has_optimizer_state:
+                _make_state(partition)
+            for part in partition.slices:
+                _put(partition, part, saved)
+            if isinstance(partition.optimizer, DeepSpeedCPUAdam | FusedAdam) and partition.tensor.device.type == "cpu":
+                counting.setdefault(partition.optimizer, []).append(partition)
+        for own in counting.values():
+            _count_again(own)
+
+
+@torch.no_grad()
+def set_weights(engine: deepspeed.DeepSpeedEngine, weights: Mapping[str, Tensor]) -> None:
+    """Take whole parameters, by name, into the fp32 weights; the optimizer is left alone. All ranks call this."""
+    with _masters_change(engine):
+        for partition in partitions(engine, writing=True):
+            for part in partition.slices:
+                values = weights[part.name].flatten()[part.start : part.start + part.size]
+                _inside(partition.tensor, part).copy_(values)
+
+
+@contextmanager
+def _masters_change(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """While the fp32 weights are changed; after it those that the model computes with are the same again."""
     optimizer = engine.optimizer
     is_zero_3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
     if is_zero_3:
         optimizer.checkpoint_event_prologue()
-    counting: dict[Optimizer, list[Partition]] = {}
-    for partition in partitions(engine, writing=True):
-        if saved.has_optimizer_state:
-            _make_state(partition)
-        for part in partition.slices:
-            _put(partition, part, saved)
-        if isinstance(partition.optimizer, DeepSpeedCPUAdam | FusedAdam) and partition.tensor.device.type == "cpu":
-            counting.setdefault(partition.optimizer, []).append(partition)
-    for own in counting.values():
-        _count_again(own)
+    yield
     if is_zero_3:
         optimizer.checkpoint_event_epilogue()
     elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
@@ -149,6 +166,11 @@ def restore(engine: deepspeed.DeepSpeedEngine, saved: "SavedSlices") -> None:
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
         for weights, masters in _pairs(optimizer):
             weights.copy_(masters)
+
+
+def _inside(tensor: Tensor, part: Slice) -> Tensor:
+    """A slice's elements of a partition or of a state of its shape, flat; a view."""
+    return tensor.view(-1)[part.offset : part.offset + part.size]
 
 
 def _make_state(partition: Partition) -> None:
@@ -190,8 +212,7 @@ def _put(partition: Partition, part: Slice, saved: "SavedSlices") -> None:
     tensors = {WEIGHT: partition.tensor, **partition.optimizer.state.get(partition.tensor, {})}
     for kind, value in tensors.items():
         if torch.is_tensor(value) and value.shape == partition.tensor.shape:
-            flat = value.view(-1)[part.offset : part.offset + part.size]
-            flat.copy_(saved.read(part.name, kind, part.start, part.start + part.size))
+            _inside(value, part).copy_(saved.read(part.name, kind, part.start, part.start + part.size))
         elif torch.is_tensor(value):
             value.copy_(saved.whole(part.name, kind).reshape(value.shape))
         else:

@@ -2,8 +2,9 @@
 
     python tests/distributed/state_worker.py PLAN RENDEZVOUS OUTPUT RANK RANKS
 
-PLAN: JSON, a list of {case: fields of zero_matrix.Case, load: folder or null, first: step, steps: number, save: folder
-or null}. OUTPUT of rank 0: JSON, a list of the losses and norms of each, or of the text of an error.
+PLAN: JSON, a list of {case: fields of zero_matrix.Case, load: folder or null, weights: folder or null (of a checkpoint
+whose weights alone to take), first: step, steps: number, save: folder or null}. OUTPUT of rank 0: JSON, a list of the
+losses and norms of each, or of the text of an error.
 """
 
 import gc
@@ -24,7 +25,7 @@ from trainer import checkpoint
 from trainer.batches import collate
 from trainer.distributed import Launch, all_sum
 from trainer.engine import backward, build_engine, forward, optimizer_step, set_learning_rate
-from trainer.state import local_square_sum
+from trainer.state import local_square_sum, set_weights
 
 CPU = torch.device("cpu")
 PEAK_LR = 0.02
@@ -37,6 +38,8 @@ def run(task: dict[str, Any], launch: Launch, folder: Path) -> list[list[float]]
     try:
         if task["load"]:
             checkpoint.load(engine, checkpoint.Checkpoint(Path(task["load"]), task["first"]))
+        if task["weights"]:
+            set_weights(engine, checkpoint.read_weights(Path(task["weights"])))
         seen = [step_of(engine, step, launch) for step in range(task["first"], task["first"] + task["steps"])]
         assert not case.variant.startswith("nvme") or bytes_on_drive(folder), "nothing is on the drive"
         if task["save"]:

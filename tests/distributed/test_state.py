@@ -6,7 +6,7 @@ import than a case to run.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,11 @@ FROM = "zero2"
 Task = Mapping[str, Any]
 
 
-def task(case: Case, load: Path | None, first: int, steps: int, save: Path | None) -> Task:
+def task(case: Case, load: Path | None, first: int, steps: int, save: Path | None, weights: Path | None = None) -> Task:
     return {
         "case": asdict(case),
         "load": load and str(load),
+        "weights": weights and str(weights),
         "first": first,
         "steps": steps,
         "save": save and str(save),
@@ -145,14 +146,34 @@ def test_reading_and_writing_again_changes_nothing(saved, launch, tmp_path: Path
         assert digest(copy.path) == expected, name
 
 
-def digest(path: Path) -> str:
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_weights_alone_begin_a_run_under_every_stage(saved, launch, tmp_path: Path, tied: bool) -> None:
+    """In full precision, to the bit; with an optimizer that has not taken a step, so that all stages part alike."""
+    own = {name: case for name, case in CASES.items() if case.tied == tied}
+    path, _ = saved["zero1" if tied else FROM, 2]
+    begun = launch(2, [task(case, None, 0, 0, tmp_path / name, path) for name, case in own.items()])
+    assert begun == [[]] * len(own)
+    for name in own:
+        (copy,) = published(tmp_path / name)
+        assert digest(copy.path, [WEIGHT]) == digest(path, [WEIGHT]), name
+    of_fp32 = {name: case for name, case in own.items() if not case.bf16 and case.optimizer == "AdamW"}
+    plain = [replace(case, dropout=0.0) for case in of_fp32.values()]
+    first, *others = launch(2, [task(case, None, 0, MORE, None, path) for case in plain])
+    random = launch(2, [task(plain[0], None, 0, MORE, None)])
+    assert flat(first) != pytest.approx(flat(random[0]), rel=1e-2)
+    for name, other in zip(list(of_fp32)[1:], others, strict=True):
+        assert flat(other) == pytest.approx(flat(first), rel=1e-5), name
+
+
+def digest(path: Path, kinds: Sequence[str] = (WEIGHT, "exp_avg", "exp_avg_sq")) -> str:
     """Of all numbers, by parameter and kind, however they are cut."""
     total = hashlib.sha256()
     with SavedSlices.open(path) as saved:
         for name, shape in saved.shapes.items():
-            for kind in (WEIGHT, "exp_avg", "exp_avg_sq"):
+            for kind in kinds:
                 total.update(saved.read(name, kind, 0, torch.Size(shape).numel()).numpy().tobytes())
-            total.update(str(saved.whole(name, "step").item()).encode())
+            if "exp_avg" in kinds:
+                total.update(str(saved.whole(name, "step").item()).encode())
     return total.hexdigest()
 
 
@@ -165,6 +186,9 @@ def test_from_a_drive_and_back(launch, tmp_path: Path, case: Case) -> None:
     assert isinstance(part, list), part
     (only,) = published(tmp_path / "a")
     plain = replace(case, variant="")
-    again, elsewhere = launch(2, [task(c, only.path, STEPS, MORE, None) for c in (case, plain)])
+    tasks = [task(c, only.path, STEPS, MORE, None) for c in (case, plain)]
+    again, elsewhere, _ = launch(2, [*tasks, task(case, None, 0, 0, tmp_path / "b", only.path)])
+    (begun,) = published(tmp_path / "b")
+    assert digest(begun.path, [WEIGHT]) == digest(only.path, [WEIGHT])
     assert again == whole[STEPS:]
     assert flat(elsewhere) == pytest.approx(flat(whole[STEPS:]), rel=1e-5)

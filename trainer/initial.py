@@ -1,0 +1,87 @@
+"""The weights that a new run begins with, out of a folder (run.init_from), where they are not to be random.
+
+The folder is read twice: before any process joins another, to find out whether it fits, and when the model is built.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD
+from reformer import Reformer, ReformerConfig, load_model
+from reformer.hf import load_hf
+from reformer.weights import CONFIG_FILE, skeleton
+from trainer.config import ConfigError
+
+WITHOUT_EFFECT = ("dropout", "attn_dropout", "ff_chunk_tokens", "loss_chunk_tokens", "keep_ends", "seed")
+"""Fields of the model that may change without being remarked on: they are about training, or memory."""
+
+
+def read_initial(folder: Path) -> dict[str, Tensor]:
+    """The parameters, by name, of the model in a folder, as `read_model` reads it."""
+    return dict(read_model(folder).named_parameters())
+
+
+def read_model(folder: Path) -> Reformer:
+    """The model in a folder that launch/export.py, save_model, save_hf or Hugging Face's save_pretrained wrote.
+
+    Raises ConfigError where there is none, or it is damaged.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"run.init_from={folder} is no folder: give one that launch/export.py wrote")
+    if (folder / "checkpoints").is_dir() or (folder / "SHA256SUMS").is_file():
+        raise ConfigError(
+            f"run.init_from={folder} is a run or a checkpoint of one: export its model first, python launch/export.py "
+            f"{folder} --output exported, and give that folder"
+        )
+    return load_hf(folder) if _read_json(folder / CONFIG_FILE).get("model_type") == "reformer" else load_model(folder)
+
+
+def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_sha256: str) -> list[str]:
+    """What is to be said of a folder that a run of this model on this store begins with, a line for each.
+
+    Raises ConfigError where its weights are not those of such a model, or its tokens not those of the store.
+    """
+    model = read_model(folder)
+    there = model.config.model_dump()
+    changed = [
+        f"model.{name} is {own!r}, and {there[name]!r} there"
+        for name, own in config.model_dump().items()
+        if own != there[name] and name not in WITHOUT_EFFECT
+    ]
+    if _shapes(model) != _shapes(skeleton(config)):
+        raise ConfigError(
+            f"run.init_from={folder} holds another model than [model]: {'; '.join(changed)}. Set [model] to that "
+            "model, or give another folder"
+        )
+    if any(not parameter.isfinite().all() for parameter in model.parameters()):
+        raise ConfigError(
+            f"run.init_from={folder} has weights that are not finite: give those of an earlier checkpoint"
+        )
+    record = _read_json(folder / TOKENIZER_RECORD)
+    trained_with = record.get("sha256")  # Hugging Face has another file of this name
+    if trained_with not in (None, tokenizer_sha256):
+        tokenizer = folder / TOKENIZER_MODEL if record.get("kind") == "sentencepiece" else record.get("kind")
+        raise ConfigError(
+            f"run.init_from={folder} was trained with another tokenizer than that of {store}: its tokens mean other "
+            f"texts. Build the store with --tokenizer {tokenizer}, or give another folder"
+        )
+    unknown = f"{folder} does not say which tokenizer its model was trained with: it must be that of {store}"
+    return [f"{line} (run.init_from)" for line in changed] + ([unknown] if trained_with is None else [])
+
+
+def _shapes(model: Reformer) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """An object; an empty one where there is none to be read."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, Mapping) else {}
