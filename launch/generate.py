@@ -9,9 +9,8 @@ The text and its continuation go to standard output as the tokens are drawn, and
 UTF-8 are replaced. It ends where the model ends the document, or after --tokens. The same arguments give the same text,
 on the same device.
 
-Every new token costs a forward pass over all tokens before it, since nothing is kept in between. With the demo's model
-on two CPU cores, --tokens 200 after a short prompt took 3.6 seconds with the start, and after a prompt of 60,103 tokens
-ten more of them took 5.3 (measured).
+The prompt takes one forward pass; what attention needs of it is kept (reformer/decoding.py), and every token after it
+a few milliseconds, however long the text is. TIMES
 
 What makes text of a folder's tokens, as launch/export.py puts it there:
 
@@ -36,6 +35,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.output import reader_may_leave
 from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD, Tokenizer, load_tokenizer
 from reformer import ConfigError, Reformer, load_model
+from reformer.decoding import Decoder
 from reformer.generation import check_continuation, continue_tokens
 
 
@@ -124,15 +124,16 @@ def text_of(
 
     A character whose bytes are several tokens comes with the last of them.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    yield decoder.decode(tokenizer.decode(tokens.cpu().numpy()))
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    yield characters.decode(tokenizer.decode(tokens.cpu().numpy()))
+    forward = Decoder(model)
     for _ in range(n_tokens):  # one at a time, which gives the same tokens as all at once
-        added = continue_tokens(model, model.config, tokens, 1, temperature=temperature, top_p=top_p, seed=seed)
+        added = continue_tokens(forward, model.config, tokens, 1, temperature=temperature, top_p=top_p, seed=seed)
         if int(added) == tokenizer.eos_id:
             break
         tokens = torch.cat([tokens, added])
-        yield decoder.decode(tokenizer.decode(added.cpu().numpy()))
-    yield decoder.decode(b"", final=True)
+        yield characters.decode(tokenizer.decode(added.cpu().numpy()))
+    yield characters.decode(b"", final=True)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -107,7 +107,7 @@ class _Attention(nn.Module):
         out, used = None, []
         with shared_scratch():
             for group, bucket in self._groups(x_BTM, call, buckets, differentiable=held is not None):
-                out = self._merged(call.part.to_tokens([group.out])[0], group.columns, out)
+                out = self.merged(call.part.to_tokens([group.out])[0], group.columns, out)
                 used.append(bucket)
                 if held is not None:
                     held.append(group)
@@ -183,8 +183,8 @@ class _Attention(nn.Module):
             out_BhTD, used = self.attend(projected, call, buckets, call.part.own_heads(heads))
         return HeadGroup(columns, projected, out_BhTD), used
 
-    def _merged(self, out_BhTD: Tensor, columns: slice, total_BTM: Tensor | None) -> Tensor:
-        """The output projection of a group's output, added to that of the groups before it."""
+    def merged(self, out_BhTD: Tensor, columns: slice = slice(None), total_BTM: Tensor | None = None) -> Tensor:
+        """The output projection [B, T, M] of the heads that stand in these columns, added to that of others."""
         out_BThD, weight = out_BhTD.transpose(1, 2), self.out_weight[:, columns]
         if total_BTM is None or torch.is_grad_enabled():
             at_once = self._at_once(out_BThD)
@@ -210,7 +210,7 @@ class _Attention(nn.Module):
             (out_BhTD,) = part.to_tokens([group.out.detach()])
             d_projected_BhTD = self._through_merge(group, part, out_BhTD, d_out_BTM, out_sum)
             # Here, not where the most is alive.
-            out_BTM = self._merged(out_BhTD, group.columns, out_BTM) if needs_output else None
+            out_BTM = self.merged(out_BhTD, group.columns, out_BTM) if needs_output else None
             self._through_projections(x_BTM, group.columns, d_projected_BhTD, projection_sums, d_x_BTM)
             del group, out_BhTD, d_projected_BhTD  # before the next group is made
         return out_BTM, [d_x_BTM, *self._through_norm(x_BTM, d_x_BTM), *weight_sums]

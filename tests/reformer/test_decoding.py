@@ -1,0 +1,194 @@
+"""Tokens that are added one by one, against a twin that attends by the oracles to all tokens, every time again."""
+
+import pytest
+import torch
+from parity import relative_error
+from torch import Tensor
+
+from reformer import Reformer, ReformerConfig
+from reformer.decoding import Decoder, _LocalCache
+from reformer.generation import continue_tokens
+from reformer.local import local_attention_reference
+from reformer.lsh.hashing import bucket_factors, draw_rotations, hash_to_buckets
+from reformer.lsh.reference import lsh_attention_reference
+
+LENGTH = 35
+ROUNDING = 1e-11
+SHAPE = {"vocab_size": 13, "max_seq_len": 64, "d_model": 16, "n_heads": 2, "n_layers": 2, "local_chunk_len": 5}
+
+
+def make(dtype: torch.dtype = torch.float64, **changes: object) -> Reformer:
+    """Trained weights are not small: with initial ones, attention would hardly choose."""
+    torch.manual_seed(3)
+    model = Reformer(ReformerConfig(**{**SHAPE, "lsh_chunk_len": 4, "n_hashes": 2, **changes})).double()
+    with torch.no_grad():
+        for block in model.blocks:
+            for name in block.attention.projections:
+                block.attention.get_parameter(f"{name}_weight").mul_(3)
+    return model.to(dtype).eval()
+
+
+def draw(n_tokens: int = LENGTH) -> Tensor:
+    return torch.randint(0, 13, (1, n_tokens), generator=torch.Generator().manual_seed(5))
+
+
+class Slow:
+    """A cache that keeps what comes in, and attends by the oracle of its kind."""
+
+    def __init__(self, attention: torch.nn.Module) -> None:
+        self.config, self.layer, self.parts = attention.config, attention.layer, []
+        self.is_local = "key" in attention.projections
+        self.factors = bucket_factors(self.config.n_buckets, self.config.max_seq_len, self.config.lsh_chunk_len)
+
+    def extend(self, projected: list[Tensor]) -> Tensor:
+        self.parts.append(projected)
+        tensors = [torch.cat(each, dim=1)[None] for each in zip(*self.parts, strict=True)]
+        return self.attend(*tensors)[0, :, -projected[0].shape[1] :]
+
+    def attend(self, *tensors: Tensor) -> Tensor:
+        config = self.config
+        if self.is_local:
+            return local_attention_reference(*tensors, chunk_len=config.local_chunk_len)
+        shape = (config.n_heads, config.d_head, config.n_hashes, self.factors)
+        rotations = draw_rotations(*shape, config.seed, 0, self.layer)
+        return lsh_attention_reference(
+            *tensors,
+            hash_to_buckets(tensors[0], rotations, self.factors),
+            chunk_len=config.lsh_chunk_len,
+            attend_across_buckets=config.attend_across_buckets,
+            duplicate_correction=config.duplicate_correction,
+        )
+
+
+def slow_decoder(model: Reformer) -> Decoder:
+    decoder = Decoder(model)
+    decoder.caches = [Slow(block.attention) for block in model.blocks]
+    return decoder
+
+
+@pytest.mark.parametrize("n_first", [1, 17])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"n_hashes": 1},
+        {"n_hashes": 4, "lsh_chunk_len": 3},
+        {"n_buckets": (4, 2)},
+        {"n_buckets": 2},
+        {"lsh_chunk_len": 64, "n_hashes": 1},
+        {"lsh_chunk_len": 64},
+        {"lsh_chunk_len": 1},
+        {"duplicate_correction": True, "n_hashes": 4},
+        {"attend_across_buckets": False},
+        {"attend_across_buckets": False, "n_hashes": 1, "n_buckets": 2},
+        {"attend_across_buckets": False, "duplicate_correction": True, "n_hashes": 4, "n_buckets": 4},
+        {"tie_embeddings": True, "activation": "gelu", "d_head": 5},
+    ],
+    ids=str,
+)
+def test_every_token_is_attended_to_as_by_the_oracle(mode: dict[str, object], n_first: int) -> None:
+    model, tokens = make(attn_pattern=["lsh", "local"], **mode), draw()
+    fast, slow = Decoder(model), slow_decoder(model)
+    worst = max(relative_error(fast(tokens[:, :t]), slow(tokens[:, :t])) for t in range(n_first, LENGTH + 1))
+    print(f"largest relative error of the logits {worst:.1e}")
+    assert worst < ROUNDING
+
+
+@pytest.mark.parametrize("n_first", [1, 5, 6, 23])
+@pytest.mark.parametrize("pattern", [["local"], ["dense"], ["local", "dense"]], ids=str)
+def test_without_lsh_layers_it_is_a_pass_over_all_tokens(pattern: list[str], n_first: int) -> None:
+    model, tokens = make(attn_pattern=pattern), draw()
+    decoder = Decoder(model)
+    with torch.no_grad():
+        for t in range(n_first, LENGTH + 1):
+            assert relative_error(decoder(tokens[:, :t]), model(tokens[:, :t])[:, -1:]) < ROUNDING
+
+
+def test_the_first_call_is_a_pass_and_chunks_that_hold_all_make_all_of_them_one() -> None:
+    model, tokens = make(max_seq_len=LENGTH), draw()
+    with torch.no_grad():
+        expected = model(tokens)
+    assert relative_error(Decoder(model)(tokens), expected[:, -1:]) < ROUNDING
+    # Every round sees everything, equally often.
+    model = make(lsh_chunk_len=64)
+    decoder = Decoder(model)
+    with torch.no_grad():
+        for t in (1, 2, 30, 31, 32):
+            assert relative_error(decoder(tokens[:, :t]), model(tokens[:, :t])[:, -1:]) < ROUNDING
+
+
+def test_several_tokens_later_are_the_same_as_one_by_one() -> None:
+    model, tokens = make(), draw()
+    one_by_one, at_once = Decoder(model), Decoder(model)
+    for t in range(10, LENGTH + 1):
+        expected = one_by_one(tokens[:, :t])
+    at_once(tokens[:, :10])
+    assert torch.equal(at_once(tokens.to(torch.uint16)), expected)
+
+
+def test_it_continues_a_text() -> None:
+    model, prompt = make(), draw(20)[0]
+    state = torch.get_rng_state()
+    options = {"temperature": 2.0, "top_p": 0.9, "seed": 7}
+    found = continue_tokens(Decoder(model), model.config, prompt, 24, **options)
+    assert torch.equal(found, continue_tokens(slow_decoder(model), model.config, prompt, 24, **options))
+    assert len(found.unique()) > 3
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_fewer_bits(dtype: torch.dtype) -> None:
+    """Against the twin in the same precision: the weights, and so the buckets, are the same."""
+    model, tokens = make(dtype, attn_pattern=["lsh", "local", "dense"], n_layers=1), draw()
+    fast, slow = Decoder(model), slow_decoder(model)
+    for t in range(10, LENGTH + 1):
+        error = relative_error(fast(tokens[:, :t]), slow(tokens[:, :t]))
+        assert error < 10 * torch.finfo(dtype).eps, (t, error)
+
+
+def test_a_query_of_zeros_and_tokens_of_all_kinds_of_numbers() -> None:
+    model, tokens = make(duplicate_correction=True), draw()
+    with torch.no_grad():
+        for block in model.blocks:
+            if "qk" in block.attention.projections:
+                block.attention.qk_weight[:8] = 0
+    fast, slow = Decoder(model), slow_decoder(model)
+    for t in range(1, LENGTH + 1):
+        assert relative_error(fast(tokens[:, :t]), slow(tokens[:, :t])) < ROUNDING
+
+
+def test_local_layers_keep_two_chunks() -> None:
+    decoder = Decoder(make(attn_pattern=["local"]))
+    for t in (28, 29, 35):
+        decoder(draw()[:, :t])
+        for cache in decoder.caches:
+            assert isinstance(cache, _LocalCache)
+            assert cache.k.shape[1] <= 10 and cache.k.untyped_storage().nbytes() == cache.k.numel() * 8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (
+            draw(7),
+            r"tokens are \[1, 7\], expected \[1, T\] with T from 8 to 64: as many as this decoder has seen and at",
+        ),
+        (draw(65), r"tokens are \[1, 65\], expected \[1, T\] with T from 8 to 64"),
+        (draw(8)[0], r"tokens are \[8\], expected \[1, T\]"),
+        (draw(8).expand(2, -1), r"tokens are \[2, 8\], expected \[1, T\]"),
+        ((draw(8) + 1) % 13, "the tokens do not begin with those that this decoder has seen: make another one"),
+        (torch.cat([draw(7), torch.tensor([[13]])], dim=1), "expected ids from 0 to 12"),
+    ],
+)
+def test_what_is_no_continuation_is_refused(tokens: Tensor, message: str) -> None:
+    decoder = Decoder(make())
+    decoder(draw(7))
+    with pytest.raises(ValueError, match=message):
+        decoder(tokens)
+    assert torch.isfinite(decoder(draw(8))).all()
+
+
+def test_what_cannot_be_decoded_is_refused() -> None:
+    with pytest.raises(ValueError, match="causal=False computes every token again when one is added: call the model"):
+        Decoder(make(causal=False, attn_pattern=["lsh"]))
