@@ -9,8 +9,9 @@ The text and its continuation go to standard output as the tokens are drawn, and
 UTF-8 are replaced. It ends where the model ends the document, or after --tokens. The same arguments give the same text,
 on the same device.
 
-The prompt takes one forward pass; what attention needs of it is kept (reformer/decoding.py), and every token after it
-a few milliseconds, however long the text is. TIMES
+The prompt takes one forward pass; what attention needs of it is kept (reformer/decoding.py). With the demo's model on
+two CPU cores, --tokens 200 after a short prompt took 3.5 seconds with the start, and each token after a prompt of
+60,056 tokens 3 milliseconds (measured).
 
 What makes text of a folder's tokens, as launch/export.py puts it there:
 

@@ -1,8 +1,9 @@
 """A sequence continued by a model, token by token.
 
-Every new token costs a forward pass over all tokens before it, and nothing is kept in between, so that the model
-computes what it computes in training. The choice of a token is a function of its logits, the seed and its place:
-continued in two goes, or by another rank, a text is the same.
+Every new token is one call of `forward` with all tokens before it: of the model itself, which computes what it computes
+in training, all of it every time; or of a Decoder (decoding.py), which computes what is new. The choice of a token is a
+function of its logits, the seed and its place: by the model itself continued in two goes, or by another rank, a text is
+the same.
 """
 
 from collections.abc import Callable
@@ -29,11 +30,11 @@ def continue_tokens(
     """The `n_tokens` tokens that follow tokens [T], int64 [n_tokens] on their device.
 
     Args:
-        forward: tokens [1, T] -> logits [1, T, V], or those of the last place alone [1, 1, V]: the model, or a wrapper;
-            in evaluation mode, without dropout.
+        forward: tokens [1, T] -> logits [1, T, V], or those of the last place alone [1, 1, V]: a Decoder of the model,
+            or the model or a wrapper of it, in evaluation mode, without dropout.
         config: the model's.
         tokens: integers [T] of any type, at least one.
-        n_tokens: how many to add; as many passes are made, whatever comes out of them.
+        n_tokens: how many to add; as many calls are made, whatever comes out of them.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draws from the fewest tokens that have this share of the probability.
         seed: of the draws.
