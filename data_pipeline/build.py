@@ -128,9 +128,10 @@ def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team, cont
         raise DataError(f"{output} exists and is not a store: choose another --output, or remove it")
     differences = settings_differences(Manifest.read(output), decisive)
     if differences:
+        own = "To --append, give the options that it was built with. Otherwise b" if settings.append else "B"
         raise DataError(
-            f"{output} was built otherwise: {'; '.join(differences)}. Build into another --output, or delete this one "
-            "first"
+            f"{output} was built otherwise: {'; '.join(differences)}. {own}uild into another --output, or delete this "
+            "one first"
         )
     existing = Store.open(output)
     notes: list[str] = []

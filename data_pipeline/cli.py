@@ -258,7 +258,12 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--document", metavar="NAME", help="write one document to stdout")
     what.add_argument("--row", type=int, metavar="N", help="write one row to stdout")
-    what.add_argument("--all", action="store_true", help="write every document to its name below --output")
+    what.add_argument(
+        "--all",
+        action="store_true",
+        help="write every document to its name below --output. Of the tokenizer integers come the values end to end, "
+        "as little-endian unsigned integers of the fewest of 1, 2 and 4 bytes that --vocab-size needs",
+    )
     parser.add_argument("--output", type=_output, metavar="DIR", help="for --all: a new or empty directory")
     parser.set_defaults(run=_run_decode)
 

@@ -226,7 +226,7 @@ def _ways_out(problem: str, kind: str) -> str:
     else:
         change = "name its --encoding, " if problem == "encoding" and kind == "sentencepiece" else ""
         others = " or ".join(f"{problem}={other}" for other in POLICIES[problem] if other != "strict")
-    return f"mend it, leave it out, {change}or build with --on-bad {others}"
+    return f"mend it, leave it out, {change}or build with --on-bad {others}; skip leaves the whole document out"
 
 
 def _input_hash(file: InputFile, reading: Reading, span: Span, rows: list[_Row]) -> bytes:

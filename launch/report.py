@@ -96,7 +96,7 @@ def scores(metrics: list[dict[str, float]]) -> Iterator[tuple[str, list[Point]]]
         names |= {f"{split}/loss": f"{name}, nats per token", f"{split}/bits_per_byte": f"{name}, bits per byte"}
     positions = sorted({tag for values in metrics for tag in values if tag.startswith("eval/loss_at/")})
     names |= {tag: f"  up to {tag.split('/')[-1].lstrip('0')} tokens before" for tag in positions}
-    names["eval/lsh_gain"] = "  what LSH attention gains"
+    names["eval/lsh_gain"] = "  more without LSH attention"
     for tag, name in names.items():
         if said := points(metrics, tag):
             yield name, said

@@ -128,4 +128,6 @@ def _way_back(name: str) -> str:
             "it is another store, or was added to (--append), which changes the order; continue on that of before, "
             "begin a new run with these weights (launch/export.py, then run.init_from)"
         )
+    if re.fullmatch(r"store_fingerprint\..*\.per_thousand", name):
+        return "it follows from the weights in data.mixture; set them back"
     return "set it back"

@@ -1,4 +1,4 @@
-"""What is said about a model on held-out rows: its loss, exactly, where in documents it is made, and what LSH adds.
+"""What is said about a model on held-out rows: its loss, exactly, where in documents it is made, and without LSH.
 
 Ranks share the rows, and the last ones get blank rows where there are too few, since under ZeRO-3 all must take part in
 every forward pass. Sums over all tokens of all ranks are divided once, so that nothing depends on the number of ranks.
@@ -14,7 +14,9 @@ The tags, all of the model after so many steps, hash rotations those of step 0:
                                 00004, 00016, …
     eval/loss_without_lsh       of the first run.ablation_rows of these rows, with nothing in place of LSH attention; a
                                 row costs 0.7 times as much again (measured, the demo's model)
-    eval/lsh_gain               by how much that is more than the loss of the same rows with it
+    eval/lsh_gain               by how much that is more than the loss of the same rows with it. Near 0, LSH layers do
+                                nothing; otherwise it says that they are used, not how well a model would do that was
+                                trained without them
     lsh/…, reversible/…         see metrics.py; of the first row, on the ranks that have it in the first pass
 """
 

@@ -112,7 +112,7 @@ def train_line(step: int, steps: int, values: Mapping[str, float]) -> str:
 
 def eval_line(step: int, steps: int, values: Mapping[str, float], n_rows: int) -> str:
     """One line on an evaluation."""
-    gain = f"LSH gains {values['eval/lsh_gain']:.4f}  " if "eval/lsh_gain" in values else ""
+    gain = f"without LSH {values['eval/lsh_gain']:+.4f}  " if "eval/lsh_gain" in values else ""
     return (
         f"eval {step:>{len(str(steps))}}/{steps}  loss {values['eval/loss']:.4f}  "
         f"bits/byte {values['eval/bits_per_byte']:.4f}  {gain}on {n_rows} held-out rows"

@@ -130,7 +130,8 @@ def test_integer_arrays(tmp_path: Path) -> None:
     message = (
         r"has the value 100 at place 100: expected 0 to 99: mend it, leave it out, give a larger --vocab-size unless"
     )
-    with pytest.raises(DataError, match=rf"melody.npy.*{message} .* or build with --on-bad encoding=skip\. What"):
+    way_out = r"or build with --on-bad encoding=skip; skip leaves the whole document out\. What"
+    with pytest.raises(DataError, match=rf"melody.npy.*{message} .* {way_out}"):
         make(tmp_path / "other", tmp_path / "melody.npy", tokenizer="integers", vocab_size=100)
     policies = {"encoding": "skip"}
     rest = make(tmp_path / "rest", tmp_path, tokenizer="integers", vocab_size=128, policies=policies)
@@ -239,7 +240,7 @@ def test_append(folder: Path, tmp_path: Path) -> None:
     (folder / "copy.txt").write_text(TEXTS[4])
     with pytest.raises(DataError, match=r"2 documents added: copy.txt, new.txt.*--append"):
         make(output, folder, split={"val": 0.3}, duplicates="drop")
-    with pytest.raises(DataError, match="seq_len: 128 -> 64"):
+    with pytest.raises(DataError, match=r"seq_len: 128 -> 64; .*64\. To --append, give the options that it was "):
         make(output, folder, split={"val": 0.3}, duplicates="drop", seq_len=64, append=True)
     after = make(output, folder, split={"val": 0.3}, duplicates="drop", append=True)
     assert texts_of(after) == {**texts_of(before), "new.txt": b"a new document\n" * 40}

@@ -4,6 +4,10 @@ import gzip
 import json
 import logging
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -298,3 +302,40 @@ def test_what_decided_the_model_is_recorded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"text .*utf-8.* -> .*iso8859-1"):
         train_tokenizer(settings(text, output, vocab_size=280, text=text_settings("latin-1", (), "text", 1000)))
     assert not train_tokenizer(small)
+
+
+def test_what_unigram_is_slow_on_is_said() -> None:
+    assert not training.is_slow(Counter({"A": 249_999, "C": 250_000, "G": 250_000, "T": 250_000}))
+    assert training.is_slow(Counter({"A": 250_000, "C": 250_000, "G": 250_000, "T": 250_000, "\n": 9}))
+    assert not training.is_slow(Counter({"a": 900_000, " ": 100_000}))
+    assert not training.is_slow(Counter({chr(0x4E00 + i): 10_000 for i in range(100)}))
+
+
+def test_ctrl_c_ends_the_training_at_once(tmp_path: Path) -> None:
+    """SentencePiece itself would go on for half a minute."""
+    (tmp_path / "genome.txt").write_text("".join(random.Random(0).choices("ACGT", k=1_100_000)))
+    options = ["--input", "genome.txt", "--output", "genome.model", "--vocab-size", "500"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_pipeline", "tokenizer", *options],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr
+    said = [process.stderr.readline() for _ in range(2)]
+    assert said[0] == "training on 1,100,000 bytes out of 1 files\n"
+    assert said[1].startswith("note: 4 different characters and hardly a space between them, as in a genome: unigram ")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    assert process.communicate(timeout=60) == (None, "error: interrupted\n")
+    assert process.returncode == 130 and time.monotonic() - begun < 10
+    assert [path.name for path in tmp_path.iterdir()] == ["genome.txt"]
+
+
+def test_a_long_training_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(training, "SIGN_OF_LIFE_S", 0.05)
+    with caplog.at_level(logging.INFO):
+        training._in_a_thread(lambda: time.sleep(0.3))
+    assert "still training, after 0 s" in caplog.text

@@ -103,7 +103,7 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
         "training batch, bits per byte         8.2500       1      3.7500       2",
         "held out, bits per byte               8.1250       0      4.0625       2",
         "  up to 16K tokens before             5.7500       0      2.2500       2",
-        "  what LSH attention gains            0.5000       2      0.5000       2",
+        "  more without LSH attention          0.5000       2      0.5000       2",
         "dense attention recovered             0.3750       0      0.8125       2",
         "of the devices' peak (median)                              31.2%",
         "share of checkpoints                                        6.2%",

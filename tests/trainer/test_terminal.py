@@ -43,7 +43,7 @@ def test_the_line_of_a_step() -> None:
 def test_the_line_of_an_evaluation() -> None:
     values = {"eval/loss": 2.0, "eval/bits_per_byte": 3.0}
     assert eval_line(3, 10, values, 7) == "eval  3/10  loss 2.0000  bits/byte 3.0000  on 7 held-out rows"
-    assert "  LSH gains 0.1250  on" in eval_line(3, 10, {**values, "eval/lsh_gain": 0.125}, 7)
+    assert "  without LSH +0.1250  on" in eval_line(3, 10, {**values, "eval/lsh_gain": 0.125}, 7)
 
 
 def test_duration() -> None:
