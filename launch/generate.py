@@ -1,9 +1,10 @@
-"""Continue a text with the model in a folder that launch/export.py wrote.
+"""Continue a text, or integers, with the model in a folder that launch/export.py wrote.
 
     python launch/generate.py exported "It was a dark and stormy night"
     python launch/generate.py exported "It was a dark" --tokens 200 --temperature 0.8 --top-p 0.9 --seed 0
     python launch/generate.py exported "" --temperature 0              a new document; the likeliest token each time
     python launch/generate.py exported - < chapter.txt > longer.txt    the text of standard input, its last newline too
+    python launch/generate.py exported "67 60 52 48"                   a model of integers: values, with spaces between
 
 The text and its continuation go to standard output as the tokens are drawn, and nothing else does; bytes that are no
 UTF-8 are replaced. It ends where the model ends the document, or after --tokens. The same arguments give the same text,
@@ -26,9 +27,10 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +41,14 @@ from reformer import ConfigError, Reformer, load_model
 from reformer.decoding import Decoder
 from reformer.generation import check_continuation, continue_tokens
 
+N_ENDS = 2
+"""BOS and EOS, which a vocabulary of integers has beside its values."""
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="EXPORT", help="folder that launch/export.py wrote")
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to continue; - reads it from standard input")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="to add, at most (default: 200)")
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="divides the logits; 0 takes the likeliest token (default: 1)"
@@ -59,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 def read_folder(folder: Path) -> tuple[Reformer, Tokenizer, bool]:
     """The model, its tokenizer, and whether documents begin with BOS.
 
-    Raises ConfigError or DataError where the folder is not an export, is damaged, or has no tokenizer of text.
+    Raises ConfigError or DataError where the folder is not an export, is damaged, or has no tokenizer.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: give one that launch/export.py wrote")
@@ -83,7 +88,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
     path = folder / TOKENIZER_RECORD
     try:
         record = json.loads(path.read_bytes())
-        kind, bos, sha256 = record["kind"], record["bos"], record["sha256"]
+        kind, bos, sha256, _ = (record[name] for name in ("kind", "bos", "sha256", "vocab_size"))
     except FileNotFoundError:
         raise ConfigError(
             f"{folder} has no tokenizer ({TOKENIZER_RECORD} is missing): export it again where the run's store is "
@@ -92,11 +97,9 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}): copy it, or export the model, again") from None
     if kind == "integers":
-        raise ConfigError(
-            f"the vocabulary of {folder} is of integers, which are no text: continue them in Python with "
-            "reformer.load_model and reformer.generation.continue_tokens"
-        )
-    tokenizer = load_tokenizer("bytes" if kind == "bytes" else str(folder / TOKENIZER_MODEL))
+        tokenizer = load_tokenizer(kind, record["vocab_size"] - N_ENDS)
+    else:
+        tokenizer = load_tokenizer(kind if kind == "bytes" else str(folder / TOKENIZER_MODEL))
     if tokenizer.sha256 != sha256:
         raise ConfigError(f"{folder / TOKENIZER_MODEL} is not what {path} says: copy both again")
     return tokenizer, bos
@@ -110,12 +113,32 @@ def read_prompt(argument: str) -> bytes:
 def encode(text: bytes, tokenizer: Tokenizer, bos: bool) -> Tensor:
     """The ids [T] of the beginning of a document. Raises ConfigError where the text cannot be encoded."""
     try:
-        tokens = tokenizer.encode(text)
+        tokens = integers(text, tokenizer.bos_id) if tokenizer.kind == "integers" else tokenizer.encode(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"the prompt is not UTF-8 at byte {error.start} ({error.reason}): convert it") from None
     if not len(tokens) and not bos:
         raise ConfigError("the prompt is empty, and documents of this model begin without BOS: give at least a word")
     return torch.tensor([tokenizer.bos_id] * bos + tokens.tolist(), dtype=torch.int64)
+
+
+def integers(text: bytes, n_values: int) -> np.ndarray:
+    """The values [T] that a text names. Raises ConfigError for what is none of 0 to n_values - 1."""
+    words = text.split()
+    for word in words:
+        if not (word.isdigit() and int(word) < n_values):
+            raise ConfigError(
+                f"the prompt has {word.decode(errors='replace')!r} in it: this model continues integers from 0 to "
+                f"{n_values - 1}, with spaces between them"
+            )
+    return np.array([int(word) for word in words], np.int64)
+
+
+def spelling(tokenizer: Tokenizer) -> Callable[[Tensor], str]:
+    """What turns ids [n] that come one after another into text; without ids, what is left of the text."""
+    if tokenizer.kind == "integers":
+        return lambda ids: "".join(f"{value} " for value in ids.tolist() if value < tokenizer.bos_id)
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    return lambda ids: characters.decode(tokenizer.decode(ids.cpu().numpy()), final=not len(ids))
 
 
 def text_of(
@@ -125,16 +148,15 @@ def text_of(
 
     A character whose bytes are several tokens comes with the last of them.
     """
-    characters = codecs.getincrementaldecoder("utf-8")("replace")
-    yield characters.decode(tokenizer.decode(tokens.cpu().numpy()))
-    forward = Decoder(model)
+    spelled, forward = spelling(tokenizer), Decoder(model)
+    yield spelled(tokens)
     for _ in range(n_tokens):  # one at a time, which gives the same tokens as all at once
         added = continue_tokens(forward, model.config, tokens, 1, temperature=temperature, top_p=top_p, seed=seed)
         if int(added) == tokenizer.eos_id:
             break
         tokens = torch.cat([tokens, added])
-        yield characters.decode(tokenizer.decode(added.cpu().numpy()))
-    yield characters.decode(b"", final=True)
+        yield spelled(added)
+    yield spelled(tokens[:0])
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -89,6 +89,7 @@ MODEL = """
 import logging
 import torch
 from reformer import Reformer, ReformerConfig
+from reformer.decoding import Decoder
 logging.basicConfig(level="INFO")
 torch.manual_seed(0)
 model = Reformer(ReformerConfig(vocab_size=32, n_layers=2, d_model=32, n_heads=1, attn_pattern=("local", "lsh"),
@@ -98,7 +99,9 @@ def gradients():
     model.zero_grad()
     loss = model(tokens, labels=tokens)
     loss.backward()
-    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+    decoder = Decoder(model)
+    decoder(tokens[:1, :60])  # and then token by token
+    return [loss.detach(), decoder(tokens[:1, :70]), *(parameter.grad.clone() for parameter in model.parameters())]
 expected = gradients()
 model, tokens = model.cuda(), tokens.cuda()
 found = gradients()
@@ -109,7 +112,7 @@ print(float(torch.stack([(x.cpu() - y).norm() / y.norm() for x, y in zip(found, 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "portable"])
 def test_a_model_by_itself(library: Path, tmp_path: Path, fused: bool) -> None:
-    """By the fused kernels in Triton's interpreter, too."""
+    """In training and token by token; by the fused kernels in Triton's interpreter, too."""
     done = run_text(MODEL, library, tmp_path, {"TRITON_INTERPRET": "1"} if fused else {})
     assert done.code == 0, done.errors
     assert (f"LSH attention runs as '{'triton' if fused else 'chunked'}'" in done.errors) and float(done.output) < 1e-5

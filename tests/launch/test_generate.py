@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.tokenizer import ByteTokenizer, load_tokenizer
+from data_pipeline.tokenizer import ByteTokenizer, IntegerTokenizer, load_tokenizer
 from data_pipeline.training import TrainingSettings, train_tokenizer
 from reformer import Reformer, ReformerConfig, load_model, save_model
 from reformer.generation import continue_tokens
@@ -122,6 +122,25 @@ def test_a_character_of_several_tokens_is_whole(exported: Path, call, monkeypatc
     assert call(exported, "x", "--tokens", "6")[1] == "xé가\ufffd\n"
 
 
+def test_integers(tmp_path: Path, call) -> None:
+    """Values of a piece of music, say; what a byte of text would be is none of theirs."""
+    tokenizer = IntegerTokenizer(300)
+    facts = record(kind="integers", vocab_size=302, sha256=tokenizer.sha256)
+    folder = write(tmp_path / "integers", 302, facts, eos_id=tokenizer.eos_id)
+    model = load_model(folder)
+    added = continue_tokens(model, model.config, torch.tensor([300, 67, 299, 0]), 20, temperature=0).tolist()
+    values = [str(value) for value in (67, 299, 0, *added) if value < 300]
+    code, out, error = call(folder, "67  299\n0", "--tokens", "20", "--temperature", "0")
+    assert (code, out.split(), error) == (0, values, "")
+    for prompt in ("67 300", "67 -1", "67 x", "6.5"):
+        code, out, error = call(folder, prompt, "--tokens", "20")
+        assert code == 2 and out == ""
+        assert (
+            f"the prompt has {prompt.split()[-1]!r} in it: this model continues integers from 0 to 299, with" in error
+        )
+    assert call(folder, "", "--tokens", "1")[0] == 0
+
+
 def test_the_end_of_the_document_ends_the_text(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "ends", 258, record(), eos_bias=100.0)
     asked: list[int] = []
@@ -198,14 +217,13 @@ def test_folders_that_are_no_export(tmp_path: Path, exported: Path, call) -> Non
         ({}, r"has no tokenizer (tokenizer.json is missing): export it again where the run's store is"),
         ({"tokenizer.json": b"{"}, "tokenizer.json cannot be read"),
         ({"tokenizer.json": b"[]"}, "tokenizer.json cannot be read"),
-        (record(kind="integers"), "is of integers, which are no text: continue them in Python"),
+        (record(kind="integers"), "is not what"),
+        ({"tokenizer.json": json.dumps({"kind": "bytes", "bos": True, "sha256": ""}).encode()}, "cannot be read"),
         (record(sha256="0"), "is not what"),
         (record(kind="sentencepiece"), "cannot read tokenizer"),
     ],
 )
-def test_tokenizers_that_are_missing_damaged_or_of_no_text(
-    tmp_path: Path, call, others: dict[str, bytes], message: str
-) -> None:
+def test_tokenizers_that_are_missing_or_damaged(tmp_path: Path, call, others: dict[str, bytes], message: str) -> None:
     code, out, error = call(write(tmp_path / "exported", 258, others), "abc", "--tokens", "5")
     assert code == 2 and out == "" and message in error
 
