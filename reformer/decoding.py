@@ -32,14 +32,15 @@ class Decoder:
     """A model that remembers a sequence: called with all of it, it computes what is new.
 
     The first call takes any number of tokens at once, and is a forward pass of the model. There are as many hash
-    buckets as in a sequence of max_seq_len, however short this one is. Dropout is never applied.
+    buckets as in a sequence of max_seq_len, however short this one is. Dropout is never applied. The weights must stay
+    as they are meanwhile.
     """
 
     def __init__(self, model: Reformer) -> None:
         """Raises ValueError for a model that is not causal."""
         if not model.config.causal:
             raise ValueError("a model with causal=False computes every token again when one is added: call the model")
-        self.model, self.seen_T = model, torch.zeros(0, dtype=torch.int64)
+        self.model, self.seen_T, self.is_sound = model, torch.zeros(0, dtype=torch.int64), True
         self.blocks = cast(Sequence[ReversibleBlock], model.blocks)
         self.caches = [_cache(block.attention) for block in self.blocks]
 
@@ -47,18 +48,22 @@ class Decoder:
     def __call__(self, tokens_1T: Tensor) -> Tensor:
         """The logits [1, 1, V] of what follows tokens [1, T], which begin with those of the call before.
 
-        Raises ValueError where they do not, nothing is new, or they are more than max_seq_len.
+        Raises ValueError where they do not, nothing is new, or they are more than max_seq_len; RuntimeError after one
+        that was interrupted.
         """
         self._check(tokens_1T)
+        self.is_sound = False  # until all layers have taken the tokens in
         tokens_1T = tokens_1T.long()
         done, n_tokens = len(self.seen_T), tokens_1T.shape[1]
         for stop in range(done + 1, n_tokens + 1) if done else (n_tokens,):
             streams = self._added(tokens_1T[:, done:stop], done)
             done = stop
-        self.seen_T = tokens_1T[0].clone()
+        self.seen_T, self.is_sound = tokens_1T[0].clone(), True
         return self.model.head(*(x[:, -1:] for x in streams))
 
     def _check(self, tokens_1T: Tensor) -> None:
+        if not self.is_sound:
+            raise RuntimeError("this decoder was interrupted while it took tokens in: make another one")
         done, most = len(self.seen_T), self.model.config.max_seq_len
         if tokens_1T.ndim != 2 or len(tokens_1T) != 1 or not done < tokens_1T.shape[1] <= most:
             raise ValueError(
@@ -74,7 +79,9 @@ class Decoder:
         x = self.model.embedding(tokens_1n, start)
         x1 = x2 = x.to(torch.promote_types(x.dtype, torch.float32))
         for block, cache in zip(self.blocks, self.caches, strict=True):
-            out_HnD = cache.extend([x_1HnD[0] for x_1HnD in block.attention.project(x2)])
+            projected = [x_1HnD[0] for x_1HnD in block.attention.project(x2)]
+            with torch.autocast(x.device.type, enabled=False):  # rounded products would change buckets
+                out_HnD = cache.extend(projected)
             x1 = x1 + block.attention.merged(out_HnD[None])
             x2 = x2 + block.feed_forward(x1)[0]
         return x1, x2

@@ -158,6 +158,26 @@ def test_a_query_of_zeros_and_tokens_of_all_kinds_of_numbers() -> None:
         assert relative_error(fast(tokens[:, :t]), slow(tokens[:, :t])) < ROUNDING
 
 
+def test_under_autocast_buckets_are_those_of_the_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is projected is rounded, as in training."""
+    model, tokens = make(torch.float32, attn_pattern=["lsh"], n_layers=1), draw()
+    fast, slow = Decoder(model), slow_decoder(model)
+    monkeypatch.setattr(Slow, "attend", torch.autocast("cpu", enabled=False)(Slow.attend))
+    with torch.autocast("cpu", torch.bfloat16):
+        for t in range(1, LENGTH + 1):
+            assert relative_error(fast(tokens[:, :t]), slow(tokens[:, :t])) < 0.02, t
+
+
+def test_an_interrupted_call_is_not_taken_for_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, tokens = Decoder(make()), draw()
+    decoder(tokens[:, :5])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decoder.caches[1], "extend", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        decoder(tokens[:, :6])
+    with pytest.raises(RuntimeError, match="this decoder was interrupted while it took tokens in: make another one"):
+        decoder(tokens[:, :6])
+
+
 def test_local_layers_keep_two_chunks() -> None:
     decoder = Decoder(make(attn_pattern=["local"]))
     for t in (28, 29, 35):
