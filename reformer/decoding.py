@@ -48,8 +48,8 @@ class Decoder:
     def __call__(self, tokens_1T: Tensor) -> Tensor:
         """The logits [1, 1, V] of what follows tokens [1, T], which begin with those of the call before.
 
-        Raises ValueError where they do not, nothing is new, or they are more than max_seq_len; RuntimeError after one
-        that was interrupted.
+        Raises ValueError where they do not, nothing is new, or they are more than max_seq_len; RuntimeError where an
+        earlier call was interrupted.
         """
         self._check(tokens_1T)
         self.is_sound = False  # until all layers have taken the tokens in
