@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from reformer.config import ReformerConfig
 
+POSITION_STD = 0.02
+"""Of initial position embeddings."""
+
 
 class AxialPositions(nn.Module):
     """Embeddings [T, M] of T of the max_seq_len positions."""
@@ -17,8 +20,8 @@ class AxialPositions(nn.Module):
         super().__init__()
         assert config.axial_shape is not None and config.axial_dims is not None  # filled in by the config
         (n_rows, n_columns), (d_rows, d_columns) = config.axial_shape, config.axial_dims
-        self.rows = nn.Parameter(torch.randn(n_rows, d_rows) * 0.02)
-        self.columns = nn.Parameter(torch.randn(n_columns, d_columns) * 0.02)
+        self.rows = nn.Parameter(torch.randn(n_rows, d_rows) * POSITION_STD)
+        self.columns = nn.Parameter(torch.randn(n_columns, d_columns) * POSITION_STD)
 
     def forward(self, n_tokens: int, start: int = 0) -> Tensor:
         """Those of the positions start, start + 1, …"""

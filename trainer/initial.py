@@ -14,6 +14,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD
 from reformer import Reformer, ReformerConfig, load_model
 from reformer.hf import load_hf
+from reformer.positions import POSITION_STD
 from reformer.weights import CONFIG_FILE, skeleton
 from trainer.config import ConfigError
 
@@ -21,9 +22,19 @@ WITHOUT_EFFECT = ("dropout", "attn_dropout", "ff_chunk_tokens", "loss_chunk_toke
 """Fields of the model that may change without being remarked on: they are about training, or memory."""
 
 
-def read_initial(folder: Path) -> dict[str, Tensor]:
-    """The parameters, by name, of the model in a folder, as `read_model` reads it."""
-    return dict(read_model(folder).named_parameters())
+ROWS = "embedding.positions.rows"
+"""What alone is longer in a model of longer sequences, if its axial_shape has as many columns."""
+
+
+def read_initial(folder: Path, config: ReformerConfig, seed: int) -> dict[str, Tensor]:
+    """The parameters, by name, with which a run of this model begins; the folder is one that `check_initial` passes.
+
+    Rows of positions that the folder does not have are drawn by the seed.
+    """
+    parameters = {name: parameter.detach() for name, parameter in read_model(folder).named_parameters()}
+    rows, shape = parameters[ROWS], _shapes(skeleton(config))[ROWS]
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * POSITION_STD
+    return {**parameters, ROWS: torch.cat([rows, drawn[len(rows) :].to(rows.dtype)])}
 
 
 def read_model(folder: Path) -> Reformer:
@@ -53,10 +64,14 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
         for name, own in config.model_dump().items()
         if own != there[name] and name not in WITHOUT_EFFECT
     ]
-    if _shapes(model) != _shapes(skeleton(config)):
+    own_shapes, shapes = _shapes(skeleton(config)), _shapes(model)
+    n_rows, n_own_rows = shapes[ROWS][0], own_shapes[ROWS][0]
+    is_longer = n_own_rows > n_rows and own_shapes[ROWS][1:] == shapes[ROWS][1:]
+    if own_shapes != shapes | ({ROWS: own_shapes[ROWS]} if is_longer else {}):
+        keep = " (longer sequences are possible with as many columns in axial_shape as there)"
         raise ConfigError(
             f"run.init_from={folder} holds another model than [model]: {'; '.join(changed)}. Set [model] to that "
-            "model, or give another folder"
+            f"model{keep if config.max_seq_len > model.config.max_seq_len else ''}, or give another folder"
         )
     if any(not parameter.isfinite().all() for parameter in model.parameters()):
         raise ConfigError(
@@ -71,7 +86,9 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
             f"texts. Build the store with --tokenizer {tokenizer}, or give another folder"
         )
     unknown = f"{folder} does not say which tokenizer its model was trained with: it must be that of {store}"
-    return [f"{line} (run.init_from)" for line in changed] + ([unknown] if trained_with is None else [])
+    drawn = f"positions from {model.config.max_seq_len} on are not in {folder}: they begin as random ones"
+    notes = [f"{line} (run.init_from)" for line in changed]
+    return notes + [drawn] * is_longer + [unknown] * (trained_with is None)
 
 
 def _shapes(model: Reformer) -> dict[str, torch.Size]:

@@ -118,7 +118,7 @@ class Trainer:
             self.progress = Progress.from_state(saved["progress"])
             self.changes = changes(saved["run"], self.job.identity)
         elif self.plan.init_from:
-            set_weights(self.engine, read_initial(self.plan.init_from))
+            set_weights(self.engine, read_initial(self.plan.init_from, config.model, self.plan.seed))
         self.place = place = Place.of(launch.rank, launch.world_size, self.plan.sequence_parallel).joined()
         if place.n_parts > 1:
             self.say(f"{place.n_parts} ranks share each sequence")
