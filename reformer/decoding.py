@@ -67,10 +67,11 @@ class Decoder:
         done, most = len(self.seen_T), self.model.config.max_seq_len
         if tokens_1T.ndim != 2 or len(tokens_1T) != 1 or not done < tokens_1T.shape[1] <= most:
             raise ValueError(
-                f"tokens are {list(tokens_1T.shape)}, expected [1, T] with T from {done + 1} to {most}: as many as "
-                "this decoder has seen and at least one more, up to max_seq_len"
+                f"tokens are {list(tokens_1T.shape)}, expected [1, T] with T above the {done} that this decoder has "
+                f"seen and at most max_seq_len={most}; another sequence takes another decoder"
             )
         check_tokens(tokens_1T, self.model.config.vocab_size)
+        self.model.check_embeddings()
         if done and not torch.equal(tokens_1T[0, :done].long(), self.seen_T):
             raise ValueError("the tokens do not begin with those that this decoder has seen: make another one for them")
 
@@ -134,7 +135,8 @@ class _Growing:
         start, self.length = self.length, self.length + new.shape[self.dim]
         if not start:
             self.memory = new.clone()
-        elif self.length > self.memory.shape[self.dim]:
+            return
+        if self.length > self.memory.shape[self.dim]:
             shape = list(new.shape)
             shape[self.dim] = self.length // 2 + 1
             self.memory = torch.cat([self.memory.narrow(self.dim, 0, start), new.new_empty(shape)], self.dim)
@@ -242,8 +244,6 @@ class _LSHCache(_SharedKeys):
         is_seen = place_HRw < self.n_tokens
         at_HW = (round_HRw * self.n_tokens + place_HRw.clamp(max=self.n_tokens - 1)).flatten(1)
         token_HW = self.order_HRT.flatten(1).gather(1, at_HW).long()
-        if n_rounds * n_places == length:  # a single chunk, which is not before itself
-            is_seen[..., :length] = False
         if not self.config.attend_across_buckets:
             of_round_HW = (round_HRw * self.n_tokens).flatten(1) + token_HW
             bucket_HRw = self.buckets.tensor.flatten(1).gather(1, of_round_HW).view_as(is_seen)
@@ -252,8 +252,9 @@ class _LSHCache(_SharedKeys):
 
     def _share(self, token_HW: Tensor, is_seen_HW: Tensor) -> Tensor:
         """1 / N_ij for a key that is seen N_ij times (eq. 16), 0 for what is not seen."""
-        same_HWW = (token_HW[:, :, None] == token_HW[:, None, :]) & is_seen_HW[:, None, :]
-        return is_seen_HW / same_HWW.sum(dim=-1).clamp(min=1).to(self.keys.memory.dtype)
+        seen_HW = is_seen_HW.to(self.keys.memory.dtype)
+        n_HT = seen_HW.new_zeros(len(seen_HW), self.n_tokens).scatter_add_(1, token_HW, seen_HW)
+        return seen_HW / n_HT.gather(1, token_HW).clamp(min=1)
 
 
 def _attended(q_H1D: Tensor, k_HWD: Tensor, v_HWD: Tensor, weight_HW: Tensor | None = None) -> Tensor:

@@ -381,7 +381,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is missing: only one file of safetensors is read, no pickle and no shards; load the folder with "
             "transformers and save it again by save_pretrained(folder, max_shard_size='1TB')"
         ) from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
 
 

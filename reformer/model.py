@@ -98,6 +98,14 @@ class Reformer(nn.Module):
         )
         return self.head(*self._streams(tokens, call), labels, per_token)
 
+    def check_embeddings(self) -> None:
+        """Raise RuntimeError for tied embeddings that are two parameters by now."""
+        if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:
+            raise RuntimeError(
+                "tie_embeddings=True, but the embedding and the head have a matrix each, as to_empty() and "
+                "load_state_dict(assign=True) leave them: set model.head.weight = model.embedding.tokens.weight"
+            )
+
     def _check(
         self,
         tokens: Tensor,
@@ -109,11 +117,7 @@ class Reformer(nn.Module):
         part: SequencePart,
     ) -> None:
         """Raises what `forward` says."""
-        if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:
-            raise RuntimeError(
-                "tie_embeddings=True, but the embedding and the head have a matrix each, as to_empty() and "
-                "load_state_dict(assign=True) leave them: set model.head.weight = model.embedding.tokens.weight"
-            )
+        self.check_embeddings()
         if n_hashes is not None and (n_hashes < 1 or "lsh" not in self.config.attn_pattern):
             raise ValueError(
                 f"n_hashes={n_hashes} must be at least 1, and some layer must use LSH attention "

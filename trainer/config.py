@@ -109,6 +109,12 @@ class LoopConfig(StrictConfig):
     """Held-out rows that an evaluation also scores with the LSH layers' attention left out; 0: none."""
 
     @model_validator(mode="after")
+    def _check_folders(self) -> Self:
+        if self.init_from is not None and self.init_from.resolve() == self.dir.resolve():
+            raise ValueError(f"run.init_from={self.init_from} is run.dir itself: give the run a folder of its own")
+        return self
+
+    @model_validator(mode="after")
     def _check_profile_steps(self) -> Self:
         if self.profile_steps is not None:
             window = profiled_steps(self.profile_steps)

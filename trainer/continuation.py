@@ -106,8 +106,18 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     return [
         f"{name} {what}: {_way_back(name)}, or start anew in another run.dir"
         for name, what in changes(saved, current).items()
-        if name not in FREE and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
+        if name not in FREE
+        and not _same_beginning(name, saved, current)
+        and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
     ]
+
+
+def _same_beginning(name: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether what changed is how run.init_from names its folder, or that it is named at all: it is not read again."""
+    if name != "run.init_from":
+        return False
+    before, now = saved["run"].get("init_from"), current["run"]["init_from"]
+    return now is None or (before is not None and Path(before).resolve() == Path(now).resolve())
 
 
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:

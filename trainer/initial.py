@@ -3,8 +3,11 @@
 The folder is read twice: before any process joins another, to find out whether it fits, and when the model is built.
 """
 
+import hashlib
 import json
+import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,12 @@ from reformer.hf import load_hf
 from reformer.positions import POSITION_STD
 from reformer.weights import CONFIG_FILE, skeleton
 from trainer.config import ConfigError
+from trainer.distributed import Launch, all_gather, hosts, together
 
-WITHOUT_EFFECT = ("dropout", "attn_dropout", "ff_chunk_tokens", "loss_chunk_tokens", "keep_ends", "seed")
-"""Fields of the model that may change without being remarked on: they are about training, or memory."""
+SAME = ("n_heads", "d_head", "activation")
+"""Fields of the model that must be as they were, even where all tensors fit: what they were trained for is in these."""
+WITHOUT_EFFECT = ("dropout", "attn_dropout", "ff_chunk_tokens", "loss_chunk_tokens", "keep_ends")
+"""Those that may change without being remarked on: they are about training, or memory."""
 
 
 ROWS = "embedding.positions.rows"
@@ -31,10 +37,39 @@ def read_initial(folder: Path, config: ReformerConfig, seed: int) -> dict[str, T
 
     Rows of positions that the folder does not have are drawn by the seed.
     """
-    parameters = {name: parameter.detach() for name, parameter in read_model(folder).named_parameters()}
-    rows, shape = parameters[ROWS], _shapes(skeleton(config))[ROWS]
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * POSITION_STD
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `check_initial` has said it
+        parameters = _parameters(read_model(folder))
+    rows, shapes = parameters[ROWS], _shapes(_parameters(skeleton(config)))
+    drawn = torch.randn(shapes[ROWS], generator=torch.Generator().manual_seed(seed)) * POSITION_STD
+    if {**_shapes(parameters), ROWS: rows.shape[1:]} != {**shapes, ROWS: drawn.shape[1:]}:
+        raise ConfigError(
+            f"run.init_from={folder} is not what it was when it was checked: keep it until the first step"
+        )
     return {**parameters, ROWS: torch.cat([rows, drawn[len(rows) :].to(rows.dtype)])}
+
+
+def agreed_weights(
+    folder: Path, config: ReformerConfig, seed: int, launch: Launch, device: torch.device
+) -> dict[str, Tensor]:
+    """What `read_initial` gives, the same on all ranks, which call this.
+
+    Raises ConfigError, on one of them, where the folder cannot be read there, or is another one than that of rank 0.
+    """
+    weights = together(partial(read_initial, folder, config, seed), launch, device)
+    (first,), *others = all_gather([_digest(weights)], device)
+    different = [rank for rank, (digest,) in enumerate(others, start=1) if digest != first]
+    names = hosts()
+
+    def refuse() -> None:
+        if different:
+            raise ConfigError(
+                f"run.init_from={folder} holds other weights for rank {different[0]} on {names[different[0]]} than for "
+                f"rank 0 on {names[0]}: have all nodes see the same folder"
+            )
+
+    together(refuse, launch, device)
+    return weights
 
 
 def read_model(folder: Path) -> Reformer:
@@ -57,42 +92,58 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
 
     Raises ConfigError where its weights are not those of such a model, or its tokens not those of the store.
     """
-    model = read_model(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = read_model(folder)
     there = model.config.model_dump()
     changed = [
         f"model.{name} is {own!r}, and {there[name]!r} there"
         for name, own in config.model_dump().items()
         if own != there[name] and name not in WITHOUT_EFFECT
     ]
-    own_shapes, shapes = _shapes(skeleton(config)), _shapes(model)
+    own_shapes, shapes = _shapes(_parameters(skeleton(config))), _shapes(_parameters(model))
     n_rows, n_own_rows = shapes[ROWS][0], own_shapes[ROWS][0]
     is_longer = n_own_rows > n_rows and own_shapes[ROWS][1:] == shapes[ROWS][1:]
-    if own_shapes != shapes | ({ROWS: own_shapes[ROWS]} if is_longer else {}):
+    fits = own_shapes == shapes | ({ROWS: own_shapes[ROWS]} if is_longer else {})
+    if not fits or any(there[name] != getattr(config, name) for name in SAME):
         keep = " (longer sequences are possible with as many columns in axial_shape as there)"
         raise ConfigError(
             f"run.init_from={folder} holds another model than [model]: {'; '.join(changed)}. Set [model] to that "
             f"model{keep if config.max_seq_len > model.config.max_seq_len else ''}, or give another folder"
         )
-    if any(not parameter.isfinite().all() for parameter in model.parameters()):
+    if any(not parameter.float().isfinite().all() for parameter in model.parameters()):
         raise ConfigError(
             f"run.init_from={folder} has weights that are not finite: give those of an earlier checkpoint"
         )
     record = _read_json(folder / TOKENIZER_RECORD)
     trained_with = record.get("sha256")  # Hugging Face has another file of this name
     if trained_with not in (None, tokenizer_sha256):
-        tokenizer = folder / TOKENIZER_MODEL if record.get("kind") == "sentencepiece" else record.get("kind")
+        tokenizer = record["kind"] if record.get("kind") in ("bytes", "integers") else folder / TOKENIZER_MODEL
         raise ConfigError(
             f"run.init_from={folder} was trained with another tokenizer than that of {store}: its tokens mean other "
             f"texts. Build the store with --tokenizer {tokenizer}, or give another folder"
         )
     unknown = f"{folder} does not say which tokenizer its model was trained with: it must be that of {store}"
     drawn = f"positions from {model.config.max_seq_len} on are not in {folder}: they begin as random ones"
-    notes = [f"{line} (run.init_from)" for line in changed]
+    notes = [f"{line} (run.init_from)" for line in changed] + [str(each.message) for each in caught]
     return notes + [drawn] * is_longer + [unknown] * (trained_with is None)
 
 
-def _shapes(model: Reformer) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+def _parameters(model: Reformer) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in parameters.items()}
+
+
+def _digest(weights: Mapping[str, Tensor]) -> float:
+    """48 bits of a hash of all numbers, which float64 holds."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.float().numpy().tobytes())
+    return float(int.from_bytes(digest.digest()[:6], "little"))
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from trainer.evaluate import Score, held_out
 from trainer.faults import lost_ranks
 from trainer.flops import training_flops
 from trainer.gradients import gradients
-from trainer.initial import read_initial
+from trainer.initial import agreed_weights
 from trainer.job import Job
 from trainer.metrics import Metrics
 from trainer.peaks import mfu, peak_flops
@@ -118,7 +118,8 @@ class Trainer:
             self.progress = Progress.from_state(saved["progress"])
             self.changes = changes(saved["run"], self.job.identity)
         elif self.plan.init_from:
-            set_weights(self.engine, read_initial(self.plan.init_from, config.model, self.plan.seed))
+            folder, seed = self.plan.init_from, self.plan.seed
+            set_weights(self.engine, agreed_weights(folder, config.model, seed, launch, device))
         self.place = place = Place.of(launch.rank, launch.world_size, self.plan.sequence_parallel).joined()
         if place.n_parts > 1:
             self.say(f"{place.n_parts} ranks share each sequence")

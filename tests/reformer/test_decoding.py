@@ -14,7 +14,15 @@ from reformer.lsh.reference import lsh_attention_reference
 
 LENGTH = 35
 ROUNDING = 1e-11
-SHAPE = {"vocab_size": 13, "max_seq_len": 64, "d_model": 16, "n_heads": 2, "n_layers": 2, "local_chunk_len": 5}
+SHAPE = {
+    "vocab_size": 13,
+    "max_seq_len": 64,
+    "d_model": 16,
+    "n_heads": 2,
+    "n_layers": 2,
+    "local_chunk_len": 5,
+    "seed": 11,
+}
 
 
 def make(dtype: torch.dtype = torch.float64, **changes: object) -> Reformer:
@@ -134,7 +142,32 @@ def test_it_continues_a_text() -> None:
     assert torch.equal(found, continue_tokens(slow_decoder(model), model.config, prompt, 24, **options))
     assert len(found.unique()) > 3
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not Decoder(model)(prompt[None]).requires_grad
+
+
+def test_in_half_precision_streams_and_keys_are_fp32_as_in_a_pass() -> None:
+    model, tokens = make(torch.bfloat16, attn_pattern=["local", "dense"], n_layers=6), draw()
+    decoder = Decoder(model)
+    with torch.no_grad():
+        for t in range(1, LENGTH + 1):
+            assert relative_error(decoder(tokens[:, :t]), model(tokens[:, :t])[:, -1:]) < 0.01, t
+
+
+def test_tokens_that_the_caller_changes_afterwards() -> None:
+    model, tokens = make(), draw()
+    decoder, memory = Decoder(model), tokens.clone()
+    decoder(memory[:, :9])
+    memory[:, :9] = 0
+    with pytest.raises(ValueError, match="do not begin with those"):
+        decoder(memory[:, :10])
+    assert torch.isfinite(decoder(tokens[:, :10])).all()
+
+
+def test_tied_embeddings_that_are_two_parameters_are_refused() -> None:
+    model = make(tie_embeddings=True)
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    with pytest.raises(RuntimeError, match="the embedding and the head have a matrix each"):
+        Decoder(model)(draw())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -189,7 +222,8 @@ def test_local_layers_keep_two_chunks() -> None:
         decoder(draw()[:, :t])
         for cache in decoder.caches:
             assert isinstance(cache, _LocalCache)
-            assert cache.k.shape[1] <= 10 and cache.k.untyped_storage().nbytes() == cache.k.numel() * 8
+            for kept in (cache.k, cache.v):
+                assert kept.shape[1] <= 10 and kept.untyped_storage().nbytes() == kept.numel() * 8
 
 
 @pytest.mark.parametrize(
@@ -197,9 +231,12 @@ def test_local_layers_keep_two_chunks() -> None:
     [
         (
             draw(7),
-            r"tokens are \[1, 7\], expected \[1, T\] with T from 8 to 64: as many as this decoder has seen and at",
+            r"tokens are \[1, 7\], expected \[1, T\] with T above the 7 that this decoder has seen and at most",
         ),
-        (draw(65), r"tokens are \[1, 65\], expected \[1, T\] with T from 8 to 64"),
+        (
+            draw(65),
+            r"tokens are \[1, 65\], expected \[1, T\] with T above the 7 that this decoder has seen",
+        ),
         (draw(8)[0], r"tokens are \[8\], expected \[1, T\]"),
         (draw(8).expand(2, -1), r"tokens are \[2, 8\], expected \[1, T\]"),
         ((draw(8) + 1) % 13, "the tokens do not begin with those that this decoder has seen: make another one"),

@@ -114,7 +114,8 @@ def test_what_decides_about_memory_only_may_change_and_is_told(tmp_path: Path) -
         ),
         ({"train_batch_size": 8}, "train_batch_size was 4 and is 8 now"),
         ({"model": {**IDENTITY["model"], "n_layers": 3}}, "model.n_layers was 2 and is 3 now"),
-        ({"run": {"seed": 1}}, "run.seed was 0 and is 1 now"),
+        ({"run": {**IDENTITY["run"], "seed": 1}}, "run.seed was 0 and is 1 now"),
+        ({"run": {**IDENTITY["run"], "init_from": "w"}}, "run.init_from was None and is 'w' now: set it back, or"),
         ({"deepspeed": {**DEEPSPEED, "bf16": {"enabled": True}}}, "deepspeed.bf16.enabled was None and is True now"),
     ],
 )
@@ -122,6 +123,15 @@ def test_what_decides_them_may_not(tmp_path: Path, changed: dict[str, Any], mess
     publish(tmp_path, 50)
     with pytest.raises(ConfigError, match=message):
         refuse_another_run(tmp_path, {**IDENTITY, **changed}, new=False)
+
+
+def test_weights_that_a_run_began_with_may_be_named_otherwise_or_not_at_all(tmp_path: Path) -> None:
+    begun = {**IDENTITY, "run": {**IDENTITY["run"], "init_from": "weights"}}
+    publish(tmp_path, 50, begun)
+    for name in ("weights", str(Path("weights").resolve()), None):
+        refuse_another_run(tmp_path, {**begun, "run": {**begun["run"], "init_from": name}}, new=False)
+    with pytest.raises(ConfigError, match=r"run\.init_from was 'weights' and is 'others' now"):
+        refuse_another_run(tmp_path, {**begun, "run": {**begun["run"], "init_from": "others"}}, new=False)
 
 
 def test_damage_is_not_taken_for_another_run(tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
 """Which folders a new run may begin with, and what is said of the others."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from evaluation import config
+from evaluation import CPU, config
+from safetensors.torch import load_file, save_file
 
 from data_pipeline.tokenizer import TOKENIZER_RECORD
 from reformer import Reformer, ReformerConfig, save_model
 from reformer.hf import save_hf
 from reformer.weights import assemble
+from trainer import initial
 from trainer.config import ConfigError
-from trainer.initial import ROWS, check_initial, read_initial
+from trainer.distributed import Launch
+from trainer.initial import ROWS, check_initial, read_initial, read_model
 
+pytestmark = pytest.mark.usefixtures("process_group")
 STORE, OURS = Path("data/store"), "0123abc"
 UNKNOWN = "does not say which tokenizer its model was trained with: it must be that of data/store"
 
@@ -34,7 +39,7 @@ def test_an_exported_model_of_the_stores_tokenizer(tmp_path: Path) -> None:
     model = Reformer(model_config())
     folder = write(tmp_path / "model", model, kind="sentencepiece", sha256=OURS)
     assert check_initial(folder, model.config, STORE, OURS) == []
-    assert check_initial(folder, model_config(dropout=0.1, seed=3, keep_ends=False), STORE, OURS) == []
+    assert check_initial(folder, model_config(dropout=0.1, keep_ends=False), STORE, OURS) == []
     read = read_initial(folder, model_config(), 0)
     assert list(read) == [name for name, _ in model.named_parameters()]
     assert all(torch.equal(read[name], parameter) for name, parameter in model.named_parameters())
@@ -51,15 +56,17 @@ def test_one_of_hugging_faces_and_one_in_half_precision(tmp_path: Path) -> None:
     half = Reformer(model_config(tie_embeddings=True)).bfloat16()
     folder = write(tmp_path / "half", half)
     assert check_initial(folder, half.config, STORE, OURS) == [f"{folder} {UNKNOWN}"]
-    assert "head.weight" not in read_initial(folder, model_config(), 0)
+    assert "head.weight" not in read_initial(folder, half.config, 0)
 
 
 def test_what_changes_no_weight_may_differ_and_is_told(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", kind="bytes", sha256=OURS)
-    notes = check_initial(folder, model_config(n_hashes=8, attn_pattern=["local", "dense"]), STORE, OURS)
+    changed = model_config(n_hashes=8, attn_pattern=["local", "dense"], seed=3)
+    notes = check_initial(folder, changed, STORE, OURS)
     assert notes == [
         "model.attn_pattern is ('local', 'dense'), and ('local', 'lsh') there (run.init_from)",
         "model.n_hashes is 8, and 2 there (run.init_from)",
+        "model.seed is 3, and 0 there (run.init_from)",
     ]
 
 
@@ -109,9 +116,20 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("changes", [{"n_heads": 4, "d_head": 4}, {"activation": "gelu"}], ids=str)
+def test_nor_is_one_whose_tensors_mean_something_else(tmp_path: Path, changes: dict[str, object]) -> None:
+    folder = write(tmp_path / "model", kind="bytes", sha256=OURS)
+    with pytest.raises(ConfigError, match=f"holds another model than .model.: model.{next(iter(changes))} is "):
+        check_initial(folder, model_config(**changes), STORE, OURS)
+
+
 @pytest.mark.parametrize(
     ("record", "way_out"),
-    [({"kind": "sentencepiece"}, "--tokenizer {}/tokenizer.model, "), ({"kind": "bytes"}, "--tokenizer bytes, ")],
+    [
+        ({"kind": "sentencepiece"}, "--tokenizer {}/tokenizer.model, "),
+        ({"kind": "bytes"}, "--tokenizer bytes, "),
+        ({}, "--tokenizer {}/tokenizer.model, "),
+    ],
 )
 def test_another_tokenizer_is_refused(tmp_path: Path, record: dict[str, str], way_out: str) -> None:
     folder = write(tmp_path / "model", **record, sha256="another")
@@ -132,6 +150,55 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
         read_initial(tmp_path / "model", model_config(), 0)
+
+
+def test_what_hugging_face_leaves_out_is_a_note(tmp_path: Path) -> None:
+    model = Reformer(model_config())
+    folder = tmp_path / "hf"
+    save_hf(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.bias": torch.ones(20)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bias, _ = check_initial(folder, model.config, STORE, OURS)
+        assert torch.equal(read_initial(folder, model.config, 0)["head.bias"], torch.ones(20))
+    assert bias.startswith(f"{folder}: lm_head.bias is not zero. It is added to the logits")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+        read_model(folder)
+
+
+def test_a_folder_that_has_changed_since_or_is_another_one_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, launch = Reformer(model_config()), Launch("this test")
+    folder = write(tmp_path / "model", model)
+    weights = initial.agreed_weights(folder, model.config, 0, launch, CPU)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    with pytest.raises(ConfigError, match="is not what it was when it was checked: keep it until the first step"):
+        initial.agreed_weights(folder, model_config(d_ff=24), 0, launch, CPU)
+
+    monkeypatch.setattr(initial, "hosts", lambda: ["alpha", "beta", "gamma"])
+    monkeypatch.setattr(initial, "all_gather", lambda own, _: [own, own, [own[0] + 1]])
+    with pytest.raises(
+        ConfigError, match=r"other weights for rank 2 on gamma than for rank 0 on alpha: have all nodes"
+    ):
+        initial.agreed_weights(folder, model.config, 0, launch, CPU)
+
+
+def test_what_tells_weights_apart() -> None:
+    weights = {"a": torch.zeros(3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    digest = initial._digest(weights)
+    assert digest == initial._digest({name: tensor.float() for name, tensor in weights.items()})
+    for other in ({**weights, "a": torch.tensor([0, 0, 1e-40])}, {"c": weights["a"], "b": weights["b"]}):
+        assert initial._digest(other) != digest
+
+
+def test_a_run_is_not_where_its_weights_come_from(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.init_from=.* is run\.dir itself: give the run a folder of its own"):
+        config(run={"dir": tmp_path, "init_from": tmp_path / "link"})
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
