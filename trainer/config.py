@@ -64,8 +64,8 @@ class LoopConfig(StrictConfig):
     """Seed of the initial weights and of the order of the samples."""
     init_from: Path | None = None
     """Folder of the weights that a new run begins with, in place of random ones, relative to the working directory: one
-    that launch/export.py or Hugging Face's save_pretrained wrote, of a model as in [model], or of one for shorter
-    sequences with as many columns in its axial_shape."""
+    that launch/export.py or Hugging Face's save_pretrained wrote, with the tensors of [model]; those of a model for
+    shorter sequences if it has as many columns in its axial_shape."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Ranks that share each sequence, neighbours by number, each with an equal part of its tokens; 1: every rank has
     whole ones. Divides the ranks, model.n_heads and the rows' length, and may change when a run continues."""

@@ -23,7 +23,7 @@ from trainer.config import ConfigError
 from trainer.distributed import Launch, all_gather, hosts, together
 
 SAME = ("n_heads", "d_head", "activation")
-"""Fields of the model that must be as they were, even where all tensors fit: what they were trained for is in these."""
+"""Fields of the model that must be as they were: with others the same tensors, which may fit, mean something else."""
 WITHOUT_EFFECT = ("dropout", "attn_dropout", "ff_chunk_tokens", "loss_chunk_tokens", "keep_ends")
 """Those that may change without being remarked on: they are about training, or memory."""
 
