@@ -22,6 +22,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 import argparse  # noqa: E402
 import os  # noqa: E402
+import socket  # noqa: E402
 import sys  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -80,13 +81,15 @@ def main() -> int:
         refuse_other_files(config.run.dir)
         with hold(config.run.dir) if launch.rank == 0 else nullcontext():
             # Not before: whoever held it until now may have begun another run.
-            refuse_another_run(config.run.dir, own, arguments.new)
-            return train(Job(config, deepspeed, store, samples, launch, own, sources.values()))
+            known = refuse_another_run(config.run.dir, own, arguments.new)
+            return train(Job(config, deepspeed, store, samples, launch, known, sources.values()))
     except (ConfigError, DataError) as error:
         # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.
         told = rank != 0 and not dist.is_initialized() and signal.sigtimedwait(STOPPING, PATIENCE_S)
         if not told:
-            show(f"error: {error}", error=True)
+            host = socket.gethostname()
+            place = f" (rank {rank} on {host}; if rank 0 has no such error: do all nodes see the same files?)"
+            show(f"error: {error}{place if rank and not dist.is_initialized() else ''}", error=True)
         return 2
 
 

@@ -72,8 +72,10 @@ def refuse_other_files(run_dir: Path) -> None:
         )
 
 
-def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> None:
+def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> Mapping[str, Any]:
     """Raise a ConfigError where `current` cannot be begun or continued in this folder; before any process joins.
+
+    Returns what checkpoints of this run are to say about it: `current`, and what the run began with long ago.
 
     new: whether the run is to be a new one.
     """
@@ -98,7 +100,8 @@ def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> 
             saved = read_state(checkpoint.path)
             if differences := _differences(saved["run"], current):
                 raise ConfigError("\n".join([f"cannot continue from {checkpoint.path}:", *differences]))
-            return
+            return {**current, "run": {**current["run"], "init_from": saved["run"]["run"].get("init_from")}}
+    return current
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from data_pipeline.dataset import RowDataset
 from data_pipeline.loader import Loader
 from trainer import checkpoint, distributed, memory
+from trainer.agreement import refuse_different
 from trainer.batches import Batch, collate
 from trainer.checkpoint import SaveError
 from trainer.config import ConfigError
@@ -75,6 +76,7 @@ class Trainer:
         self.say(distributed.describe(job.launch, device))
         if self.leads:
             show_model_messages()
+        refuse_different(self.plan.dir, job.identity, self.launch, device)
         self.start = checkpoint.sound_start(self.plan.dir, self.launch, device, self.say)
         self.first_step = self.start.step if self.start else 0
         self.progress = Progress()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Self
 
@@ -171,7 +172,7 @@ class Summary:
             *([scores] if scores else []),
             f"checkpoints took {self.save_s / self.seconds if self.seconds else 0.0:.1%} of the time; "
             f"{_count(self.skipped_steps, 'step')} skipped, {_count(self.spikes, 'spike')} of the loss",
-            f"the run lies in {self.run_dir}; how it went: python launch/report.py {self.run_dir}",
+            f"the run lies in {self.run_dir}; how it went: python launch/report.py {quote(str(self.run_dir))}",
             f"see its curves: {see_curves(self.run_dir)}",
         ]
         return "\n".join(lines)
@@ -183,7 +184,7 @@ def _count(n: int, thing: str) -> str:
 
 def see_curves(run_dir: Path) -> str:
     """The command that shows a run's curves."""
-    return f"{Path(sys.executable).parent / 'tensorboard'} --logdir {run_dir / 'tensorboard'}"
+    return f"{Path(sys.executable).parent / 'tensorboard'} --logdir {quote(str(run_dir / 'tensorboard'))}"
 
 
 def duration(seconds: float) -> str:

@@ -129,7 +129,8 @@ def test_weights_that_a_run_began_with_may_be_named_otherwise_or_not_at_all(tmp_
     begun = {**IDENTITY, "run": {**IDENTITY["run"], "init_from": "weights"}}
     publish(tmp_path, 50, begun)
     for name in ("weights", str(Path("weights").resolve()), None):
-        refuse_another_run(tmp_path, {**begun, "run": {**begun["run"], "init_from": name}}, new=False)
+        current = {**begun, "run": {**begun["run"], "init_from": name}}
+        assert refuse_another_run(tmp_path, current, new=False) == begun
     with pytest.raises(ConfigError, match=r"run\.init_from was 'weights' and is 'others' now"):
         refuse_another_run(tmp_path, {**begun, "run": {**begun["run"], "init_from": "others"}}, new=False)
 
