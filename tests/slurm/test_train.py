@@ -5,6 +5,7 @@ That is, each step and evaluation is reported once, and losses, learning rates, 
 
 import json
 import shlex
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -225,14 +226,42 @@ def test_bad_input_fails_the_job(training: Training) -> None:
     assert "absent.toml" in training.log
 
 
+def pretend_python(folder: Path, line: str) -> None:
+    """In place of the training comes a line of shell."""
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/activate").write_text(f"PATH={folder}:$PATH\n")
+    (folder / "python").write_text(f"#!/bin/bash\necho ran\n{line}\n")
+    (folder / "python").chmod(0o755)
+
+
 def test_an_element_of_an_array_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> None:
-    """The last one, whose number SLURM takes for the whole array's. In place of the training is a line of shell."""
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}:$PATH\n")
-    python = tmp_path / "python"
-    python.write_text("#!/bin/bash\necho ran\nexit $((SLURM_ARRAY_TASK_ID == 2 && !SLURM_RESTART_COUNT ? 75 : 0))\n")
-    python.chmod(0o755)
+    """The last one, whose number SLURM takes for the whole array's."""
+    pretend_python(tmp_path, "exit $((SLURM_ARRAY_TASK_ID == 2 && !SLURM_RESTART_COUNT ? 75 : 0))")
     options = ("--array=0-2%1", "--chdir", tmp_path, "--output=%a.log", "--nodes=1", "--ntasks-per-node=1")
     job = cluster.submit(*options, SLURM / "train.sbatch", "absent.toml")
     assert cluster.wait(job) == ["COMPLETED"] * 3
     assert [(tmp_path / f"{number}.log").read_text().count("ran") for number in range(3)] == [1, 1, 2]
+
+
+def test_a_job_without_the_environment_of_who_submits_it_and_one_that_cannot_be_requeued(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """--export=NONE, which clusters make their default; its tasks have what the script has."""
+    pretend_python(tmp_path, "exit 75")
+    options = ("--export=NONE", "--no-requeue", "--chdir", tmp_path, "--output=job.log", "--ntasks-per-node=1")
+    job = cluster.submit(*options, SLURM / "train.sbatch", "absent.toml")
+    assert cluster.wait(job) == ["FAILED"]
+    log = (tmp_path / "job.log").read_text()
+    assert log.startswith("ran\n") and log.endswith(
+        "not requeued: submit the same line again, which goes on from the checkpoint\n"
+    )
+    assert cluster.jobs(job)[0]["ExitCode"] == "75:0"
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sbatch")), ids=lambda path: path.name)
+def test_a_folder_that_is_not_the_repository(script: Path, tmp_path: Path) -> None:
+    done = subprocess.run(["bash", script, "a", "b"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"error: {tmp_path} has no .venv: run make install, and submit from the repository (or "
+    )
