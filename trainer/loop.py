@@ -5,7 +5,6 @@ from its number, so a run that stopped and continued equals one that did not.
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,7 +31,7 @@ from trainer.initial import agreed_weights
 from trainer.job import Job
 from trainer.metrics import Metrics
 from trainer.peaks import mfu, peak_flops
-from trainer.preemption import PREEMPTED, Preemption
+from trainer.preemption import PREEMPTED, Preemption, stopping
 from trainer.profiling import Profiler
 from trainer.record import write_record
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
@@ -379,7 +378,7 @@ class Trainer:
         number = int(all_max(self.preemption.signal, self.device))
         if number:
             self.preemption.signal = number
-            self.say(f"{signal.Signals(number).name} after step {done}: stopping")
+            self.say(stopping(number, done, self.first_step))
             if done > self.saved_step:
                 self.save(done, needed=True)
             self.say(f"the same command goes on from {self.way_on}")

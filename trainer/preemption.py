@@ -66,3 +66,11 @@ class Preemption:
         elif now - self._interrupted_s > AGAIN_S:
             signal.default_int_handler(number, frame)
         self._note(number, frame)
+
+
+def stopping(number: int, done: int, first_step: int) -> str:
+    """What is said where a signal ends a run that began at first_step, after `done` steps."""
+    early = (
+        "" if done > first_step else "; not a step was made since the start: in a SLURM job, is --time above --signal?"
+    )
+    return f"{signal.Signals(number).name} after step {done}: stopping{early}"

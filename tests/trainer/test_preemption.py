@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainer.preemption import SIGNALS, Preemption
+from trainer.preemption import SIGNALS, Preemption, stopping
 
 USR1 = signal.SIGUSR1
 COUNTS = """
@@ -110,3 +110,11 @@ def test_a_process_that_is_signalled_ends_in_order(moment: str, ignored: str) ->
                 process.stdin.write("\n")
                 process.stdin.flush()
         assert process.wait(timeout=30) == 75
+
+
+def test_a_signal_before_the_first_step_is_no_usual_one() -> None:
+    """SLURM would send it again, and the job come back, for ever."""
+    assert stopping(signal.SIGUSR1, 7, 5) == "SIGUSR1 after step 7: stopping"
+    assert stopping(signal.SIGUSR1, 5, 5).endswith(
+        "not a step was made since the start: in a SLURM job, is --time above --signal?"
+    )
