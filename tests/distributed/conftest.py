@@ -134,14 +134,18 @@ def train(config: Path) -> Train:
     """
 
     def launch(ranks: int, run_dir: Path, *arguments: str) -> Run:
-        words = [*script(config, run_dir), *arguments]
-        if ranks == 1:
-            return run_forks(words, run_dir, [{}])
-        job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        return run_forks(words, run_dir, [job | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)])
+        return run_forks([[*script(config, run_dir), *arguments]] * ranks, run_dir, torchrun_variables(ranks))
 
     return launch
+
+
+def torchrun_variables(ranks: int) -> list[dict[str, str]]:
+    """Of each rank; none for one alone."""
+    if ranks == 1:
+        return [{}]
+    job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 @pytest.fixture(scope="session")
@@ -201,14 +205,14 @@ def run(commands: list[list[str]], run_dir: Path, variables: list[dict[str, str]
     return Run(run_dir, exit_code(codes), output, errors, time.perf_counter() - begun)
 
 
-def run_forks(words: list[str], run_dir: Path, variables: list[dict[str, str]]) -> Run:
-    """The same with `python WORDS` for each of the variables, started warm."""
+def run_forks(commands: list[list[str]], run_dir: Path, variables: list[dict[str, str]]) -> Run:
+    """The same with `python COMMAND` for each, started warm."""
     environ, begun = clean_environ(), time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         files = [(Path(name) / f"{i}.out", Path(name) / f"{i}.err") for i in range(len(variables))]
         processes = [
             warm_start.start(words, ROOT, environ | own, *streams)
-            for own, streams in zip(variables, files, strict=True)
+            for words, own, streams in zip(commands, variables, files, strict=True)
         ]
         try:
             codes = warm_start.exit_codes(processes, LIMIT_S)

@@ -30,7 +30,7 @@ def slowed(run_dir: Path, rank: int, over: threading.Event) -> None:
 
 
 @pytest.mark.parametrize("n_parts", [1, 2])
-def test_a_slow_rank_is_named(train_by_srun, tmp_path: Path, n_parts: int) -> None:
+def test_a_slow_rank_is_named(train, tmp_path: Path, n_parts: int) -> None:
     """Also where the other one shares its sequences, and waits for it in every attention."""
     over = threading.Event()
     thread = threading.Thread(target=slowed, args=(tmp_path / "run", 1, over))
@@ -43,7 +43,7 @@ def test_a_slow_rank_is_named(train_by_srun, tmp_path: Path, n_parts: int) -> No
             "run.save_every=0",
             f"run.sequence_parallel={n_parts}",
         )
-        run = train_by_srun(2, tmp_path / "run", *options)
+        run = train(2, tmp_path / "run", *options)
     finally:
         over.set()
         thread.join()

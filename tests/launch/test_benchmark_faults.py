@@ -156,7 +156,7 @@ def test_what_was_not_survived_is_the_exit_code(
     assert main(monkeypatch, *options, "--part", "damage") == 0
 
 
-def test_seconds_of_starting_saving_and_of_the_loop(bench: runs.Bench) -> None:
+def test_seconds_of_starting_saving_and_of_the_loop(bench: runs.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     budget = {"threads": 1, "budget_s": 300}
     loop = overhead.in_worker("loop", 256, 2, **budget)
     assert len(loop["step_s"]["trainer"]) == len(loop["step_s"]["bare"]) == 2, loop
@@ -166,8 +166,17 @@ def test_seconds_of_starting_saving_and_of_the_loop(bench: runs.Bench) -> None:
     assert saved["bytes"] > 12 * saved["n_parameters"] > 0, saved  # a weight and two moments, fp32
     assert saved["save_mb_s"] == pytest.approx(saved["bytes"] / 1e6 / saved["save_s"])
     assert "parameters, " in overhead.line(saved)
-    failed = overhead.in_worker("loop", "no number", 1, **budget)
-    assert "error" in failed and "loop no number: error: " in overhead.line(failed)
+    assert "loop 7: error: no memory" in overhead.line({"what": "loop", "size": 7, "error": "no memory"})
+    # The starts themselves are those of the other tests.
+    started: list[tuple[str, ...]] = []
+
+    def first_step(mode: str, run: jobs.Run, _: runs.Bench) -> tuple[float, float]:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        started.append(run.changes)
+        return float(len(started)), 0.0
+
+    monkeypatch.setattr(overhead, "first_step", first_step)
     (resumed,) = overhead.resume(bench, 1, modes=("process",))
-    assert 0 < resumed["anew_s"] < 300 and 0 < resumed["resumed_s"] < 300
+    assert (resumed["anew_s"], resumed["resumed_s"], resumed["resume_overhead_s"]) == (2.0, 3.0, 1.0)
+    assert [changes[-1] for changes in started] == ["run.steps=3", "run.steps=3", "run.steps=4"]
     assert "resume, process: the first step begins" in overhead.line(resumed)
