@@ -155,12 +155,14 @@ class Watchdog:
             if self._factor == 0:
                 continue
             # Who cannot write must not hold it against another that it does not either.
-            silent_s = neighbour.silent_s(self._clock(), excused=self._cannot_write)
+            silent_s, overdue = neighbour.silent_s(self._clock(), excused=self._cannot_write), self._state().overdue
             if self._alarmed():
                 self._answer()
+            elif time.monotonic() - now > 2 * self._beat_s:
+                continue  # stopped just now: the next beat takes that time out
             elif silent_s > self._min_s:
                 self._alarm()
-            elif self._state().overdue and self._clock() >= self._look_again_s:
+            elif overdue and self._clock() >= self._look_again_s:
                 # Not at every beat: in a large run, all ranks read the files of all.
                 self._look_again_s = self._clock() + 6 * self._beat_s
                 # It is no hang to wait for a rank that is within its own limit, in an evaluation say.

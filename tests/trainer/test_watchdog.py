@@ -159,6 +159,25 @@ def test_a_run_that_was_suspended_has_not_hung(run_dir: Path) -> None:
     assert child.end() == (0, "")
 
 
+def test_nor_has_one_that_was_suspended_while_the_watchdog_looked(run_dir: Path) -> None:
+    """Between its clock and its judgement, which a busy machine makes long: a slow write in their place."""
+
+    def body(watching: Watchdog) -> None:
+        write = watching._write
+
+        def slow() -> None:
+            watching._write = write
+            time.sleep(4)
+            write()
+
+        watching.mark(60, "forward")
+        watching._write = slow
+        for _ in range(50):
+            time.sleep(0.1)
+
+    assert Child(run_dir, body, min_s=3).end() == (0, "")
+
+
 @pytest.mark.parametrize("never", [False, True])
 def test_where_nothing_can_be_written_the_run_goes_on(run_dir: Path, never: bool) -> None:
     """A folder that is gone and one that never was; said once, however often it is tried."""
