@@ -52,6 +52,7 @@ N_BYTES, N_SPECIAL = 256, 6
 COVERAGE = 0.9995
 """SentencePiece's own default."""
 SIGN_OF_LIFE_S = 60.0
+"""From one line that the training goes on to the next."""
 THREADS = 8
 """Fixed, not the machine's: SentencePiece writes it into the model, and sums in an order that depends on it."""
 

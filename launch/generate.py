@@ -10,9 +10,8 @@ The text and its continuation go to standard output as the tokens are drawn, and
 UTF-8 are replaced. It ends where the model ends the document, or after --tokens. The same arguments give the same text,
 on the same device.
 
-The prompt takes one forward pass; what attention needs of it is kept (reformer/decoding.py). With the demo's model on
-two CPU cores, --tokens 200 after a short prompt took 3.5 seconds with the start, and each token after a prompt of
-60,056 tokens 3 milliseconds (measured).
+The prompt takes one forward pass. What attention needs of it is kept (reformer/decoding.py), so that no token after it
+takes another; seconds are in benchmarks/LOG.md.
 
 What makes text of a folder's tokens, as launch/export.py puts it there:
 
@@ -88,7 +87,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
     path = folder / TOKENIZER_RECORD
     try:
         record = json.loads(path.read_bytes())
-        kind, bos, sha256, _ = (record[name] for name in ("kind", "bos", "sha256", "vocab_size"))
+        kind, bos, sha256, n_values = record["kind"], record["bos"], record["sha256"], record["vocab_size"] - N_ENDS
     except FileNotFoundError:
         raise ConfigError(
             f"{folder} has no tokenizer ({TOKENIZER_RECORD} is missing): export it again where the run's store is "
@@ -97,11 +96,11 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}): copy it, or export the model, again") from None
     if kind == "integers":
-        tokenizer = load_tokenizer(kind, record["vocab_size"] - N_ENDS)
+        tokenizer = load_tokenizer(kind, n_values)
     else:
         tokenizer = load_tokenizer(kind if kind == "bytes" else str(folder / TOKENIZER_MODEL))
     if tokenizer.sha256 != sha256:
-        raise ConfigError(f"{folder / TOKENIZER_MODEL} is not what {path} says: copy both again")
+        raise ConfigError(f"the tokenizer of {folder} is not what {path} says: copy the folder again")
     return tokenizer, bos
 
 

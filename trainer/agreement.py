@@ -7,6 +7,7 @@ texts, or one rank would end before the others.
 import json
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def refuse_different(run_dir: Path, identity: Mapping[str, Any], launch: Launch,
     """
     if launch.world_size == 1:
         return
-    # A folder of a save that was interrupted, which whoever opens the reports removes.
+    # Named as a save that was interrupted, so that it is removed if this process dies before that.
     trace = run_dir / "checkpoints" / f".partial-seen-{uuid.uuid4().hex}"
     found: list[Any] = [None] * launch.world_size
     dist.all_gather_object(found, (trace.name, flatten(json.loads(json.dumps(identity)))))
@@ -42,7 +43,10 @@ def refuse_different(run_dir: Path, identity: Mapping[str, Any], launch: Launch,
         for rank, other in enumerate(identities):
             if other != identities[0]:
                 raise ConfigError(_difference(identities[0], other, where[rank], where[0]))
-        trace.mkdir(parents=True)
+        try:
+            trace.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
 
     def look() -> None:
         if not trace.with_name(names[0]).is_dir():
@@ -53,6 +57,9 @@ def refuse_different(run_dir: Path, identity: Mapping[str, Any], launch: Launch,
 
     together(compare, launch, device)
     together(look, launch, device)
+    if not launch.rank:
+        with suppress(OSError):
+            trace.rmdir()
 
 
 def _difference(first: Mapping[str, Any], other: Mapping[str, Any], where: str, where_first: str) -> str:

@@ -26,8 +26,6 @@ SAME = ("n_heads", "d_head", "activation")
 """Fields of the model that must be as they were: with others the same tensors, which may fit, mean something else."""
 WITHOUT_EFFECT = ("dropout", "attn_dropout", "ff_chunk_tokens", "loss_chunk_tokens", "keep_ends")
 """Those that may change without being remarked on: they are about training, or memory."""
-
-
 ROWS = "embedding.positions.rows"
 """What alone is longer in a model of longer sequences, if its axial_shape has as many columns."""
 

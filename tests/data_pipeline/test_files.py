@@ -317,15 +317,6 @@ def test_a_file_that_cannot_be_read_is_a_bad_document(tmp_path: Path, monkeypatc
         hash_file(file)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_a_bad_document(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.txt", b"text")
-    file = only(path)
-    path.chmod(0)
-    with pytest.raises(BadDocument, match="cannot be read: Permission denied"):
-        list(read_content(file))
-
-
 def test_hashes_are_of_the_bytes_as_stored(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt.gz", gzip.compress(b"text", mtime=0))
     other = write(tmp_path, "b.txt", path.read_bytes())

@@ -142,14 +142,15 @@ def test_a_launcher_on_each_of_two_hosts(tmp_path: Path, command: list[str], und
 
 
 def test_mpirun_and_torchrun(tmp_path: Path, command: list[str], undisturbed: Curves) -> None:
-    """mpirun passes USR2 (and USR1) on, and the code; torchrun passes TERM on, and says 1 whatever the ranks say."""
+    """mpirun passes USR1 and USR2 on, and the code; torchrun passes TERM on, and says 1 whatever the ranks say."""
     mpirun = [BIN / "mpirun", "--oversubscribe", "-n", "2", sys.executable, *command]
     torchrun = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", *command]
-    with launched(tmp_path, "mpirun", *mpirun) as run:
-        run.wait_for_steps(3)
-        run.process.send_signal(signal.SIGUSR2)  # USR1 too: launch/benchmark.py faults
-        assert run.ends() == PREEMPTED, run.said()
-        assert "mpirun: 2 processes, 2 on this node" in run.said()
+    for number, signalled in enumerate((signal.SIGUSR1, signal.SIGUSR2)):
+        with launched(tmp_path, f"mpirun{number}", *mpirun) as run:
+            run.wait_for_steps(3)
+            run.process.send_signal(signalled)
+            assert run.ends() == PREEMPTED, run.said()
+            assert "mpirun: 2 processes, 2 on this node" in run.said()
     with launched(tmp_path, "torchrun", *torchrun) as run:
         run.wait_for_steps(3)
         run.process.terminate()

@@ -36,10 +36,20 @@ def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
 def test_one_run(say: Say, tmp_path: Path) -> None:
     same = {"a": [1, 2], "b": {"c": 3}}
     say(0, same, None)
-    (trace,) = (tmp_path / "checkpoints").iterdir()
-    say(1, same, trace.name)
+    checkpoints = tmp_path / "checkpoints"
+    assert not any(checkpoints.iterdir()), "what the others were to see is gone"
+    (checkpoints / "trace").mkdir()
+    say(1, same, "trace")
     refuse_different(tmp_path / "alone", IDENTITY, Launch("test"), CPU)
     assert not (tmp_path / "alone").exists()
+
+
+def test_a_folder_that_cannot_be_written_to(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file in its place")
+    with pytest.raises(
+        ConfigError, match=f"cannot write to run.dir={tmp_path}: Not a directory: choose another folder"
+    ):
+        say(0, {"a": [1, 2], "b": {"c": 3}}, None)
 
 
 def test_another_run(say: Say) -> None:
