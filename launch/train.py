@@ -14,14 +14,16 @@ SIGUSR2, SIGTERM and Ctrl-C stop the run after the step that it is at, with a ch
 Exit codes: 0 finished, 2 a mistake that is named, 75 stopped by a signal and to be continued, 70 ended by the watchdog.
 """
 
+import os
 import signal
 
 STOPPING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 # The imports below take seconds. A signal meanwhile waits until the trainer listens to it, instead of ending us.
 signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+# torch.compile is for nothing that we use: DeepSpeed has it load its compiler for one optimizer, a fifth of a start.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import argparse  # noqa: E402
-import os  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
 from contextlib import nullcontext  # noqa: E402

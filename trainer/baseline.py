@@ -7,7 +7,7 @@ from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from data_pipeline.store import Store
 from trainer.batches import open_sources
 from trainer.config import DataConfig
-from trainer.evaluate import Score
+from trainer.scoring import Score
 
 
 def unigram_score(store: Store, data: DataConfig, n_rows: int) -> Score:

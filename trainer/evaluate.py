@@ -20,8 +20,7 @@ The tags, all of the model after so many steps, hash rotations those of step 0:
     lsh/…, reversible/…         see metrics.py; of the first row, on the ranks that have it in the first pass
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from data_pipeline.dataset import IGNORED_LABEL, RowDataset
+from data_pipeline.dataset import RowDataset
 from reformer.config import ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.loss import mean_loss
@@ -39,40 +38,8 @@ from trainer.config import RunConfig
 from trainer.diagnostics import diagnosed
 from trainer.distributed import Launch, all_sum, together
 from trainer.samples import sample_continuation
+from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks, range_name
 from trainer.sequence_parallel import Place
-
-FIRST_RANGE, FIRST_RANGE_OF_SHORT_ROWS = 1024, 4
-"""Where the first range of positions ends; each of the others ends at four times the position of the one before."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well tokens are predicted, made of sums so that it is exact."""
-
-    nll: float
-    """Sum of the tokens' negative log-likelihoods in nats."""
-    n_tokens: float
-    n_bytes: float
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nll / self.n_tokens if self.n_tokens else math.nan
-
-    @property
-    def bits_per_token(self) -> float:
-        """The loss in bits."""
-        return self.loss / math.log(2)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits per byte of text: comparable between tokenizers, unlike the loss."""
-        return self.nll / math.log(2) / self.n_bytes if self.n_bytes else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss): of so many equally likely tokens one would be as hard to predict."""
-        return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
 @dataclass(frozen=True)
@@ -172,7 +139,9 @@ def evaluate(
     """
     ends = range_ends(rows.store.seq_len)
     nll = torch.zeros((), dtype=torch.float64, device=device)
-    parts = torch.zeros(1 + len(ends), 2, dtype=torch.float64, device=device)  # `_sums` of n_first, and of each range
+    parts = torch.zeros(
+        1 + len(ends), 2, dtype=torch.float64, device=device
+    )  # `masked_sums` of n_first, and of each range
     n_tokens = n_bytes = 0
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
     for share in evaluation_shares(n_rows, micro_batch_size, place.replica, place.n_replicas):
@@ -185,7 +154,7 @@ def evaluate(
         n_bytes += batch.n_bytes
         is_first_B = torch.tensor([row is not None and row < n_first for row in share], device=device)
         masks = [is_first_B[:, None], *range_masks(_positions(batch), ends)]
-        parts += torch.stack([_sums(losses_BT, batch.labels, mask) for mask in masks])
+        parts += torch.stack([masked_sums(losses_BT, batch.labels, mask) for mask in masks])
     nll_sum, tokens_sum, bytes_sum, *sums = all_sum([nll, n_tokens, n_bytes, *parts.flatten()], device)
     first, *by_range = (Score(*pair, n_bytes=0) for pair in zip(sums[::2], sums[1::2], strict=True))
     return Scores(Score(nll_sum, tokens_sum, bytes_sum), first, dict(zip(ends, by_range, strict=True)))
@@ -211,26 +180,6 @@ def _losses(engine: deepspeed.DeepSpeedEngine, batch: Batch, n_hashes: int | Non
     )
 
 
-def _sums(losses_BT: Tensor, labels_BT: Tensor, mask: Tensor) -> Tensor:
-    """The loss and the number [2] of the tokens to predict in a mask that broadcasts to [B, T], float64."""
-    counted_BT = (labels_BT != IGNORED_LABEL) & mask
-    return torch.stack([losses_BT.double().where(counted_BT, 0).sum(), counted_BT.sum().double()])
-
-
-def range_ends(seq_len: int) -> list[int]:
-    """Where ranges of positions end, in rows of so many tokens; the first begins at 0, each other where one ends."""
-    ends = [FIRST_RANGE if seq_len > FIRST_RANGE else FIRST_RANGE_OF_SHORT_ROWS]
-    while ends[-1] < seq_len:
-        ends.append(4 * ends[-1])
-    return ends
-
-
-def range_masks(position_BT: Tensor, ends: Sequence[int]) -> Iterator[Tensor]:
-    """Of each range of positions, which tokens [B, T] are in it."""
-    for begin, end in zip([0, *ends], ends, strict=False):
-        yield (begin <= position_BT) & (position_BT < end)
-
-
 def _positions(batch: Batch) -> Tensor:
     """`positions` of a batch's tokens [B, T] in their whole sequences."""
     n_tokens = batch.segment_ids.shape[1]
@@ -238,15 +187,6 @@ def _positions(batch: Batch) -> Tensor:
     return positions(batch.part.whole(batch.segment_ids))[:, start : start + n_tokens]
 
 
-def positions(segment_ids_BT: Tensor) -> Tensor:
-    """For each token how many of its own segment are before it, int64 [B, T]: what a causal model may look back on."""
-    place_T = torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device)
-    begins_BT = torch.ones_like(segment_ids_BT, dtype=torch.bool)
-    begins_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    return place_T - place_T.where(begins_BT, 0).cummax(dim=1).values
-
-
 def position_tag(end: int, seq_len: int) -> str:
-    """The tag of a range of positions in rows of so many tokens; tags of one length are in the order of ranges."""
-    where = f"{end // 1024:05d}K" if seq_len > FIRST_RANGE else f"{end:05d}"
-    return f"eval/loss_at/{where}"
+    """The tag of a range of positions in rows of so many tokens."""
+    return f"eval/loss_at/{range_name(end, seq_len)}"

@@ -4,23 +4,20 @@ The folder is read twice: before any process joins another, to find out whether 
 """
 
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD
-from reformer import Reformer, ReformerConfig, load_model
-from reformer.hf import load_hf
+from reformer import Reformer, ReformerConfig
 from reformer.positions import POSITION_STD
-from reformer.weights import CONFIG_FILE, skeleton
+from reformer.weights import skeleton
 from trainer.config import ConfigError
 from trainer.distributed import Launch, all_gather, hosts, together
+from trainer.exported import knows_tokenizer, read_model
 
 SAME = ("n_heads", "d_head", "activation")
 """Fields of the model that must be as they were: with others the same tensors, which may fit, mean something else."""
@@ -37,7 +34,7 @@ def read_initial(folder: Path, config: ReformerConfig, seed: int) -> dict[str, T
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `check_initial` has said it
-        parameters = _parameters(read_model(folder))
+        parameters = _parameters(read_model(folder, f"run.init_from={folder}"))
     rows, shapes = parameters[ROWS], _shapes(_parameters(skeleton(config)))
     drawn = torch.randn(shapes[ROWS], generator=torch.Generator().manual_seed(seed)) * POSITION_STD
     if {**_shapes(parameters), ROWS: rows.shape[1:]} != {**shapes, ROWS: drawn.shape[1:]}:
@@ -70,21 +67,6 @@ def agreed_weights(
     return weights
 
 
-def read_model(folder: Path) -> Reformer:
-    """The model in a folder that launch/export.py, save_model, save_hf or Hugging Face's save_pretrained wrote.
-
-    Raises ConfigError where there is none, or it is damaged.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"run.init_from={folder} is no folder: give one that launch/export.py wrote")
-    if (folder / "checkpoints").is_dir() or (folder / "SHA256SUMS").is_file():
-        raise ConfigError(
-            f"run.init_from={folder} is a run or a checkpoint of one: export its model first, python launch/export.py "
-            f"{folder} --output exported, and give that folder"
-        )
-    return load_hf(folder) if _read_json(folder / CONFIG_FILE).get("model_type") == "reformer" else load_model(folder)
-
-
 def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_sha256: str) -> list[str]:
     """What is to be said of a folder that a run of this model on this store begins with, a line for each.
 
@@ -92,7 +74,7 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = read_model(folder)
+        model = read_model(folder, f"run.init_from={folder}")
     there = model.config.model_dump()
     changed = [
         f"model.{name} is {own!r}, and {there[name]!r} there"
@@ -113,18 +95,11 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
         raise ConfigError(
             f"run.init_from={folder} has weights that are not finite: give those of an earlier checkpoint"
         )
-    record = _read_json(folder / TOKENIZER_RECORD)
-    trained_with = record.get("sha256")  # Hugging Face has another file of this name
-    if trained_with not in (None, tokenizer_sha256):
-        tokenizer = record["kind"] if record.get("kind") in ("bytes", "integers") else folder / TOKENIZER_MODEL
-        raise ConfigError(
-            f"run.init_from={folder} was trained with another tokenizer than that of {store}: its tokens mean other "
-            f"texts. Build the store with --tokenizer {tokenizer}, or give another folder"
-        )
+    is_known = knows_tokenizer(folder, f"run.init_from={folder}", store, tokenizer_sha256)
     unknown = f"{folder} does not say which tokenizer its model was trained with: it must be that of {store}"
     drawn = f"positions from {model.config.max_seq_len} on are not in {folder}: they begin as random ones"
     notes = [f"{line} (run.init_from)" for line in changed] + [str(each.message) for each in caught]
-    return notes + [drawn] * is_longer + [unknown] * (trained_with is None)
+    return notes + [drawn] * is_longer + [unknown] * (not is_known)
 
 
 def _parameters(model: Reformer) -> dict[str, Tensor]:
@@ -142,12 +117,3 @@ def _digest(weights: Mapping[str, Tensor]) -> float:
         digest.update(name.encode())
         digest.update(tensor.float().numpy().tobytes())
     return float(int.from_bytes(digest.digest()[:6], "little"))
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    """An object; an empty one where there is none to be read."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, Mapping) else {}

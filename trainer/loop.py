@@ -23,7 +23,7 @@ from trainer.config import ConfigError
 from trainer.continuation import changes
 from trainer.distributed import all_gather, all_max, all_sum, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
-from trainer.evaluate import Score, held_out
+from trainer.evaluate import held_out
 from trainer.faults import lost_ranks
 from trainer.flops import training_flops
 from trainer.gradients import gradients
@@ -36,6 +36,7 @@ from trainer.profiling import Profiler
 from trainer.record import write_record
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
 from trainer.schedule import learning_rate
+from trainer.scoring import Score
 from trainer.sequence_parallel import Place, timed
 from trainer.state import local_square_sum, n_parameters, set_weights
 from trainer.terminal import Reported, Terminal, eval_line, show, show_model_messages

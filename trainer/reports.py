@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from trainer.config import LoopConfig
-from trainer.evaluate import Score
 from trainer.faults import Health, Slowest, slow_ranks
+from trainer.scoring import Score
 from trainer.terminal import Reported, Summary
 
 STEP_PARTS = ("data", "forward", "backward", "optimizer")

@@ -17,8 +17,9 @@ from data_pipeline.store import Store
 from reformer import Reformer
 from trainer.config import ConfigError, RunConfig, load
 from trainer.distributed import Launch
-from trainer.evaluate import Score, Scores, evaluate, position_tag, positions, range_ends, range_masks
+from trainer.evaluate import Scores, evaluate, position_tag
 from trainer.figures import figure_by_position
+from trainer.scoring import Score, positions, range_ends, range_masks
 from trainer.sequence_parallel import Place
 
 ALONE = Launch("this test")

@@ -16,7 +16,8 @@ from reformer.weights import assemble
 from trainer import initial
 from trainer.config import ConfigError
 from trainer.distributed import Launch
-from trainer.initial import ROWS, check_initial, read_initial, read_model
+from trainer.exported import read_model
+from trainer.initial import ROWS, check_initial, read_initial
 
 pytestmark = pytest.mark.usefixtures("process_group")
 STORE, OURS = Path("data/store"), "0123abc"
@@ -166,7 +167,7 @@ def test_what_hugging_face_leaves_out_is_a_note(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
-        read_model(folder)
+        read_model(folder, str(folder))
 
 
 def test_a_folder_that_has_changed_since_or_is_another_one_elsewhere(

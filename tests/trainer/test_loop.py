@@ -16,10 +16,10 @@ from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 from trainer.config import LoopConfig
 from trainer.distributed import Launch
-from trainer.evaluate import Score
 from trainer.loop import Trainer
 from trainer.profiling import Profiler
 from trainer.reports import Progress, Spent, long_step_line, summary
+from trainer.scoring import Score
 from trainer.sequence_parallel import Place
 
 

@@ -1,0 +1,258 @@
+"""Scores of an exported model: against sums by the plainest code, with every attention, and what is refused."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+from evaluation import CPU, PlainEngine, make_store
+from evaluation import config as run_config
+from torch import Tensor
+from torch.nn import functional as F
+
+import trainer.evaluate
+from data_pipeline.dataset import RowDataset
+from data_pipeline.store import Store
+from data_pipeline.tokenizer import ByteTokenizer
+from reformer import Reformer, ReformerConfig, load_model, save_model
+from reformer.attention import LSHSelfAttention
+from reformer.hf import save_hf
+from reformer.lsh.reference import lsh_attention_reference
+from trainer.compare import standard_error
+from trainer.distributed import Launch
+from trainer.sequence_parallel import Place
+
+BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True}
+Row = tuple[float, int, int]
+"""Nats, tokens to predict, and bytes of these."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+def write(folder: Path, sha256: str = ByteTokenizer.sha256, **changes: object) -> Path:
+    """An export of a model that attends: random weights, with sharper queries than a new one has."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "max_seq_len": 256, "d_model": 16, "n_layers": 2, "n_heads": 2, "dropout": 0.5}
+    config = ReformerConfig(**{**sizes, "n_hashes": 2, "lsh_chunk_len": 8, "local_chunk_len": 8, **changes})
+    model = Reformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    save_model(folder, config, model.state_dict(), {"tokenizer.json": json.dumps({**BYTES, "sha256": sha256}).encode()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("model") / "exported")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """The command: its exit code, standard output and standard error."""
+
+    def run(folder: Path, store: Path, *arguments: object) -> tuple[int, str, str]:
+        words = ["evaluate.py", folder, store, *arguments, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        code = evaluate.main()
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def scores(call, tmp_path: Path):
+    """What the command writes about each setting."""
+
+    def run(folder: Path, store: Store, *arguments: object) -> list[dict]:
+        code, _, errors = call(folder, store.path, *arguments, "--json", tmp_path / "scores.json")
+        assert (code, errors) == (0, "")
+        return json.loads((tmp_path / "scores.json").read_bytes())["settings"]
+
+    return run
+
+
+def plain(store: Store, logits: Callable[..., Tensor]) -> list[Row]:
+    """Of each held-out row, from whole logits."""
+    found = []
+    for row in range(7):
+        tokens, labels, segment_ids = (x[None] for x in RowDataset(store, "val")[row])
+        with torch.no_grad():
+            logits_TV = logits(tokens, segment_ids=segment_ids)[0].double()
+        nats = F.cross_entropy(logits_TV, labels[0], reduction="sum", ignore_index=-100).item()
+        predicted = labels[labels != -100]
+        found.append((nats, len(predicted), int((predicted < 256).sum())))  # BOS and EOS stand for no bytes
+    return found
+
+
+def assert_equal(found: dict, expected: list[Row]) -> None:
+    """All that is said of a setting, by what is said of its rows."""
+    rows = [(row["nats"], row["tokens"], row["bytes"]) for row in found["rows"]]
+    assert [row[1:] for row in rows] == [row[1:] for row in expected]
+    assert [row[0] for row in rows] == pytest.approx([row[0] for row in expected], rel=1e-6)
+    nats, n_tokens, n_bytes = map(sum, zip(*expected, strict=True))
+    assert found["nats_per_token"] == pytest.approx(nats / n_tokens, rel=1e-6)
+    assert found["bits_per_token"] == pytest.approx(nats / n_tokens / math.log(2), rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / n_tokens), rel=1e-5)
+
+
+def test_as_the_model_was_trained_without_its_dropout(exported: Path, store: Store, scores) -> None:
+    (found,) = scores(exported, store)
+    assert found["name"] == "2 rounds" and found["more_than_first"] == 0
+    assert_equal(found, plain(store, load_model(exported)))
+
+
+def test_the_evaluation_of_a_run_says_the_same(
+    exported: Path, store: Store, scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.evaluate, "together", lambda action, *_: action())
+    monkeypatch.setattr(trainer.evaluate, "all_sum", lambda values, _: [float(value) for value in values])
+    engine, token_bytes = PlainEngine(load_model(exported), 3), torch.from_numpy(store.token_bytes.astype("int64"))
+    here = (RowDataset(store, "val"), run_config(store), Launch("this test"), Place(), CPU, token_bytes)
+    of_run = trainer.evaluate.evaluate(engine, *here, n_rows=7, n_first=0)
+    (found,) = scores(exported, store)
+    assert found["nats_per_token"] == pytest.approx(of_run.all.loss, rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(of_run.all.bits_per_byte, rel=1e-6)
+    by_position = {str(end): score.loss for end, score in of_run.by_position.items() if score.n_tokens}
+    assert found["by_position"] == pytest.approx(by_position, rel=1e-6) and len(by_position) == 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_another_attention_in_lsh_layers(tied: bool, store: Store, scores, tmp_path: Path) -> None:
+    """Rounds, all tokens by the oracle in one bucket, and values that are zero."""
+    folder = write(tmp_path / "own", tie_embeddings=tied)
+    model, without = load_model(folder), load_model(folder)
+    expected = {rounds: plain(store, partial(model, n_hashes=rounds)) for rounds in (1, 3)}
+    for block in model.blocks:
+        if isinstance(block.attention, LSHSelfAttention):
+            block.attention.inner = all_tokens
+    for block in without.blocks:
+        if isinstance(block.attention, LSHSelfAttention):
+            torch.nn.init.zeros_(block.attention.value_weight)
+    found = scores(folder, store, "--attention", 3, 1, "dense", "none")
+    assert [one["name"] for one in found] == ["3 rounds", "1 round", "dense", "none"]
+    of_all = [expected[3], expected[1], plain(store, model), plain(store, without)]
+    for one, rows in zip(found, of_all, strict=True):
+        assert_equal(one, rows)
+    losses = [one["nats_per_token"] for one in found]
+    assert len({round(loss, 4) for loss in losses}) == 4, "they say nothing about each other"
+    assert [one["more_than_first"] for one in found] == pytest.approx([loss - losses[0] for loss in losses])
+
+
+def all_tokens(qk: Tensor, v: Tensor, buckets: None, *, segment_ids: Tensor, **options: object) -> tuple[Tensor, None]:
+    """One round, one bucket, one chunk."""
+    same = torch.zeros(*qk.shape[:2], 1, qk.shape[2], dtype=torch.int64)
+    return lsh_attention_reference(qk, v, same, chunk_len=qk.shape[2], segment_ids_BT=segment_ids), None
+
+
+def test_the_same_rows_are_compared_one_by_one(exported: Path, store: Store, scores) -> None:
+    first, other = scores(exported, store, "--attention", 2, 3)
+    tokens = torch.tensor([row["tokens"] for row in first["rows"]], dtype=torch.float64)
+    ours, theirs = (torch.tensor([row["nats"] for row in one["rows"]], dtype=torch.float64) for one in (other, first))
+    assert other["more_standard_error"] == pytest.approx(standard_error(ours - theirs, tokens), rel=1e-9)
+    assert other["standard_error"] == pytest.approx(standard_error(ours, tokens), rel=1e-9)
+    assert other["more_standard_error"] < other["standard_error"] / 2, "nothing is gained by comparing rows"
+
+
+def test_the_standard_error_of_a_ratio_of_sums() -> None:
+    torch.manual_seed(0)
+    equal = torch.randn(50, dtype=torch.float64)
+    assert standard_error(7 * equal, torch.full_like(equal, 7)) == pytest.approx(float(equal.std()) / 50**0.5)
+    n_tokens = torch.randint(100, 9000, (400,)).double()
+    nll = n_tokens * (4 + torch.randn(400)) + 300
+    drawn = torch.randint(400, (4000, 400))
+    means = nll[drawn].sum(1) / n_tokens[drawn].sum(1)
+    assert standard_error(nll, n_tokens) == pytest.approx(float(means.std()), rel=0.05)  # the bootstrap's
+    assert math.isnan(standard_error(nll[:1], n_tokens[:1]))
+
+
+def test_what_is_printed(exported: Path, store: Store, call) -> None:
+    code, out, errors = call(exported, store.path, "--rows", 2, "--attention", 2, "dense")
+    assert (code, errors) == (0, "")
+    rows = plain(store, load_model(exported))[:2]
+    head, empty, columns, as_trained, dense, *rest = out.splitlines()
+    n_tokens, n_bytes = (sum(row[i] for row in rows) for i in (1, 2))
+    expected = f"{exported} on 2 rows of val in {store.path}: {n_tokens} tokens to predict, {n_bytes} bytes"
+    assert (head, empty) == (expected, "")
+    assert columns.split("  ")[0] == "LSH layers" and f"{sum(row[0] for row in rows) / n_tokens:.4f} ± " in as_trained
+    assert as_trained.startswith("2 rounds ") and dense.startswith("dense ") and "+" not in as_trained
+    assert rest[2].split() == ["LSH", "layers", "4", "16", "64", "256"] and len(rest) == 5
+
+
+def test_of_one_row_nothing_is_said_about_others(exported: Path, store: Store, call, scores) -> None:
+    (found,) = scores(exported, store, "--rows", 1)
+    assert found["standard_error"] is None and len(found["rows"]) == 1
+    assert "±" not in call(exported, store.path, "--rows", 1)[1]
+
+
+def test_another_split(exported: Path, store: Store, call) -> None:
+    assert "on 1 rows of train" in call(exported, store.path, "--split", "train", "--rows", 99)[1]
+
+
+def test_hugging_face_s_folder(store: Store, call, tmp_path: Path) -> None:
+    save_hf(load_model(write(tmp_path / "own", axial_shape=(16, 16))).train(), tmp_path / "theirs")
+    ours, theirs = (call(tmp_path / folder, store.path) for folder in ("own", "theirs"))
+    assert "does not say which tokenizer" in theirs[2] and theirs[2].startswith("note: ") and ours[2] == ""
+    assert theirs[0] == 0 and theirs[1].splitlines()[3][:40] == ours[1].splitlines()[3][:40]
+
+
+def test_a_model_without_lsh_layers(store: Store, call, tmp_path: Path) -> None:
+    folder = write(tmp_path / "local", attn_pattern=("local",))
+    assert call(folder, store.path)[1].splitlines()[3].startswith("as trained ")
+    code, out, errors = call(folder, store.path, "--attention", 4)
+    assert (code, out) == (2, "") and "--attention is for models with LSH attention" in errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"vocab_size": 300}, (), "has 300 tokens, and the tokenizer of"),
+        ({"max_seq_len": 128}, (), "takes 128 tokens at most, and the rows of"),
+        ({"causal": False}, (), "(causal=False)"),
+        ({"sha256": "0" * 64}, (), "was trained with another tokenizer than that of"),
+        ({}, ("--split", "test"), "--split test has no rows in"),
+        ({}, ("--rows", 0), "--rows 0 must be at least 1"),
+        ({}, ("--json", "/nowhere/scores.json"), "/nowhere/scores.json"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    changes: dict, arguments: tuple, message: str, store: Store, call, tmp_path: Path
+) -> None:
+    code, out, errors = call(write(tmp_path / "own", **changes), store.path, *arguments)
+    assert (code, out) == (2, "") and errors.startswith("error: ") and message in errors
+
+
+def test_folders_of_something_else(exported: Path, store: Store, call, tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for name, message in (("run", "is a run or a checkpoint of one: export its model first"), ("none", "is no folder")):
+        code, out, errors = call(tmp_path / name, store.path)
+        assert (code, out) == (2, "") and errors.startswith(f"error: {tmp_path / name} {message}")
+    code, out, errors = call(exported, tmp_path / "run")
+    assert (code, out) == (2, "") and str(tmp_path / "run") in errors
+
+
+@pytest.mark.parametrize("word", ["0", "1.5", "four", "²"])
+def test_settings_that_there_are_not(word: str, exported: Path, store: Store, call, capfd) -> None:
+    with pytest.raises(SystemExit):
+        call(exported, store.path, "--attention", "2", word)
+    assert f"{word!r} is no setting: give a number of rounds from 1 on, dense or none" in capfd.readouterr().err
+
+
+def test_a_damaged_row_is_named(exported: Path, call, tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    shards = sorted((store.path / "tokens/c").rglob("*"))
+    shard = [path for path in shards if path.is_file()][-1]
+    content = bytearray(shard.read_bytes())
+    content[20] ^= 1
+    shard.write_bytes(content)
+    code, out, errors = call(exported, store.path)
+    assert (code, out) == (2, "") and errors.startswith("error: ") and shard.name in errors

@@ -1,0 +1,54 @@
+"""The model in a folder that launch/export.py or Hugging Face's save_pretrained wrote, and what it was trained with."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD
+from reformer import Reformer, load_model
+from reformer.hf import load_hf
+from reformer.weights import CONFIG_FILE
+from trainer.config import ConfigError
+
+
+def read_model(folder: Path, name: str) -> Reformer:
+    """The model in a folder that launch/export.py, save_model, save_hf or Hugging Face's save_pretrained wrote.
+
+    Raises ConfigError where there is none, or it is damaged.
+
+    name: what the folder is called in errors.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{name} is no folder: give one that launch/export.py wrote")
+    if (folder / "checkpoints").is_dir() or (folder / "SHA256SUMS").is_file():
+        raise ConfigError(
+            f"{name} is a run or a checkpoint of one: export its model first, python launch/export.py {folder} "
+            "--output exported, and give that folder"
+        )
+    return load_hf(folder) if _read_json(folder / CONFIG_FILE).get("model_type") == "reformer" else load_model(folder)
+
+
+def knows_tokenizer(folder: Path, name: str, store: Path, tokenizer_sha256: str) -> bool:
+    """Whether the folder says which tokenizer its model was trained with.
+
+    Raises ConfigError where that is not the one of the store, by its hash.
+    """
+    record = _read_json(folder / TOKENIZER_RECORD)
+    trained_with = record.get("sha256")  # Hugging Face has another file of this name
+    if trained_with not in (None, tokenizer_sha256):
+        tokenizer = record["kind"] if record.get("kind") in ("bytes", "integers") else folder / TOKENIZER_MODEL
+        raise ConfigError(
+            f"{name} was trained with another tokenizer than that of {store}: its tokens mean other texts. Build the "
+            f"store with --tokenizer {tokenizer}, or give another folder"
+        )
+    return trained_with is not None
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    """An object; an empty one where there is none to be read."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, Mapping) else {}
