@@ -19,7 +19,11 @@ from unittest import mock
 
 M_PERTURB = -6
 """Of malloc.h."""
-IMPORTED = ["trainer.loop", "torch._dynamo", "torch._inductor", "deepspeed.ops.adam"]
+IMPORTED = [
+    *("trainer.loop", "trainer.figures", "torch._dynamo", "torch._inductor", "deepspeed.ops.adam"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
+"""What a run imports when it comes to it, too."""
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(IMPORTED)
 

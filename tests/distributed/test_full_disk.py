@@ -42,8 +42,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(train_by_srun, tmp_path_factory: pytest.TempPathFactory):
-    run = train_by_srun(2, tmp_path_factory.mktemp("undisturbed") / "run", *EVERY_STEP)
+def undisturbed(train, tmp_path_factory: pytest.TempPathFactory):
+    run = train(2, tmp_path_factory.mktemp("undisturbed") / "run", *EVERY_STEP)
     assert run.code == 0, run.errors
     return run
 
@@ -66,9 +66,9 @@ def sound(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(train_by_srun, undisturbed, disk: Disk) -> None:
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(train, undisturbed, disk: Disk) -> None:
     run_dir = disk(room_for(2.5, undisturbed)) / "run"
-    run = train_by_srun(2, run_dir, *EVERY_STEP)
+    run = train(2, run_dir, *EVERY_STEP)
     assert run.code == 2
     assert sound(run_dir) == STEPS[:2]
     (error,) = [line for line in run.errors.splitlines() if line.startswith("error: ")]
@@ -76,7 +76,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(train_by_srun, undistu
     assert "Traceback" not in run.errors
 
     disk(room_for(5, undisturbed))
-    again = train_by_srun(2, run_dir, *EVERY_STEP)
+    again = train(2, run_dir, *EVERY_STEP)
     assert again.code == 0, again.errors
     assert f"continuing from {run_dir / 'checkpoints' / STEPS[1]}, after step 2" in again.output
     assert sound(run_dir) == STEPS
