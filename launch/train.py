@@ -43,10 +43,19 @@ from trainer.initial import check_initial  # noqa: E402
 from trainer.job import Job  # noqa: E402
 from trainer.loop import train  # noqa: E402
 from trainer.presence import hold  # noqa: E402
+from trainer.template import template  # noqa: E402
 from trainer.terminal import show  # noqa: E402
 
 PATIENCE_S = 10
 """How long other ranks than 0 hold back an error before all have joined, so that rank 0 reports it."""
+
+
+class Template(argparse.Action):
+    """Prints a file to begin with, as --help prints what to type."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(template(), end="")
+        parser.exit()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,6 +63,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml", help="model, data and run")
     parser.add_argument("--deepspeed_config", type=Path, metavar="FILE.json", help="in place of run.deepspeed_config")
     parser.add_argument("--new", action="store_true", help="refuse to continue: run.dir must not hold a run yet")
+    parser.add_argument(
+        "--template", action=Template, nargs=0, help="print a FILE.toml with every key, and what it means"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment rules
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the files")
     return parser.parse_intermixed_args()

@@ -84,7 +84,7 @@ class ReformerConfig(StrictConfig):
     n_hashes: int = Field(default=4, ge=1)
     """LSH rounds per layer; more rounds recover more of full attention, at proportional cost."""
     n_buckets: int | tuple[int, ...] | None = None
-    """Hash buckets: a number, its factors, or None for the paper's 2 * T / lsh_chunk_len."""
+    """Hash buckets: a number, or its factors; the paper's 2 * T / lsh_chunk_len when not given."""
     lsh_chunk_len: int = Field(default=64, ge=1)
     """Tokens per chunk of the sorted sequence in LSH attention."""
     attend_across_buckets: bool = True

@@ -1,0 +1,61 @@
+"""All that may stand in a run's TOML file, said by the configuration itself: a file to begin with."""
+
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from reformer.config import ReformerConfig, StrictConfig
+from trainer.config import DataConfig, LoopConfig, SourceConfig
+
+WIDTH = 100
+TABLES: dict[str, type[StrictConfig]] = {
+    "model": ReformerConfig,
+    "data": DataConfig,
+    "data.mixture.NAME": SourceConfig,
+    "run": LoopConfig,
+}
+KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
+BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+HEAD = """\
+# What may stand in a run's file, with its default; what is needed has none, and neither has what follows from other
+# values when it is not given. DeepSpeed's JSON (ds_config.json) has the batch, the optimizer, the precision and ZeRO.
+"""
+
+
+def template() -> str:
+    """A TOML file in which every key is a comment, below what it means."""
+    return "\n".join([HEAD, *(line for name, model in TABLES.items() for line in _table(name, model))])
+
+
+def _table(name: str, model: type[StrictConfig]) -> Iterator[str]:
+    yield f"# [{name}]" if "NAME" in name else f"[{name}]"
+    for key, field in model.model_fields.items():
+        if key == "mixture":  # has tables of its own
+            continue
+        text = f"{' '.join((field.description or '').split())} ({_expected(field)})"
+        yield from textwrap.wrap(text, WIDTH, initial_indent="## ", subsequent_indent="## ")
+        default = field.get_default(call_default_factory=True)
+        # Numbers, texts, truth values and lists of them are the same in JSON and TOML.
+        yield f"# {key} =" if default in (None, PydanticUndefined) else f"# {key} = {json.dumps(default)}"
+        yield ""
+
+
+def _expected(field: FieldInfo) -> str:
+    """The kind of a value, its bounds, and whether it must be given."""
+    bounds = [(said, getattr(one, name, None)) for one in field.metadata for name, said in BOUNDS.items()]
+    said = [f"{said} {value:{',' if isinstance(value, int) else 'g'}}" for said, value in bounds if value is not None]
+    return ", ".join([_kind(field.annotation), *said]) + ("; needed" if field.is_required() else "")
+
+
+def _kind(annotation: Any) -> str:
+    kinds = [each for each in get_args(annotation) if each is not type(None)]
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(json.dumps, kinds))
+    if get_origin(annotation) is tuple:
+        return f"list of {_kind(kinds[0])}" if kinds[-1] is Ellipsis else f"list of {len(kinds)}: {_kind(kinds[0])}"
+    return " or ".join(map(_kind, kinds)) if kinds else KINDS[annotation]
