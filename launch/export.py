@@ -2,6 +2,7 @@
 
     python launch/export.py runs/demo/run --output model                              the newest sound checkpoint
     python launch/export.py runs/demo/run --step 400 --output model                   that one
+    python launch/export.py runs/demo/run --best --output model                       the best (run.keep_best keeps it)
     python launch/export.py runs/demo/run/checkpoints/step_00000400 --output model    the same
     python launch/export.py runs/demo/run --hf --output model                         for Hugging Face's transformers
 
@@ -39,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="to write; it appears when complete"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="of a run, the checkpoint after N steps")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="of a run, the checkpoint after N steps")
+    which.add_argument("--best", action="store_true", help="of a run, the checkpoint with the lowest eval/loss")
     parser.add_argument("--store", type=Path, metavar="FOLDER", help="the run's store (default: its data.store)")
     parser.add_argument("--hf", action="store_true", help="write what Hugging Face's transformers reads")
     return parser.parse_args()
@@ -74,6 +77,21 @@ def sound_checkpoint(source: Path, step: int | None) -> Path:
     others = [str(each.step) for each in published(source) if each not in candidates and not problems(each.path)]
     way_out = f"there are those of steps {', '.join(others)}" if others else NONE_YET
     raise ConfigError(f"{source} has no sound checkpoint{asked}: {way_out}")
+
+
+def best_step(run: Path) -> int:
+    """After how many steps the held-out rows were predicted best, of those that were evaluated and saved."""
+    if not (run / "checkpoints").is_dir():
+        raise ConfigError(f"--best is for the folder of a run, and {run} has no checkpoints in it")
+    step = int(read_state(sound_checkpoint(run, None))["progress"].get("best_step", 0))
+    if not step:
+        raise ConfigError(f"{run} has no checkpoint of a step that was evaluated: leave out --best, or give --step")
+    if not any(each.step == step for each in published(run)):
+        raise ConfigError(
+            f"{run} was best after step {step}, whose checkpoint has been removed, as run.keep_best was not set: give "
+            "another one with --step, or leave out --best"
+        )
+    return step
 
 
 def read_checkpoint(source: Path, step: int | None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
@@ -147,7 +165,8 @@ def tokenizer_or_note(checkpoint: Path, run: Mapping[str, Any], store: Path | No
 def main() -> int:
     arguments = parse_arguments()
     try:
-        print(export(arguments.source, arguments.step, arguments.output, arguments.hf, arguments.store))
+        step = best_step(arguments.source) if arguments.best else arguments.step
+        print(export(arguments.source, step, arguments.output, arguments.hf, arguments.store))
     except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -219,7 +219,7 @@ def save(
             _delete(folder)
         raise SaveError(f"cannot save {final}, of {n_bytes:,} bytes: {error}") from None
     if leads and removes:
-        _retain(plan)
+        _retain(plan, progress.get("best_step"))
     all_sum([0], device)  # none goes on, and perhaps ends, before rank 0 has done this
     return Checkpoint(final, step)
 
@@ -281,9 +281,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _retain(plan: LoopConfig) -> None:
+def _retain(plan: LoopConfig, best_step: int | None) -> None:
     for old in published(plan.dir)[: -plan.keep_last]:
-        if not (plan.keep_every and old.step % plan.keep_every == 0):
+        is_best = plan.keep_best and old.step == best_step
+        if not (is_best or (plan.keep_every and old.step % plan.keep_every == 0)):
             try:
                 _remove(old)
             except OSError as error:  # what is too much is no reason to stop

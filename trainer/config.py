@@ -87,6 +87,9 @@ class LoopConfig(StrictConfig):
     """Checkpoints to keep; older ones are removed."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of steps that are a multiple of this are never removed; 0: none is kept for its step."""
+    keep_best: bool = False
+    """Whether the checkpoint that predicts the held-out rows best so far is kept, too: of the steps that are both
+    evaluated and saved, the one of the lowest eval/loss."""
     on_full_disk: Literal["stop", "continue"] = "stop"
     """What a checkpoint or a report that finds no room does to the run; earlier checkpoints are untouched in any case.
     The last step's checkpoint is needed, and stops it."""
@@ -112,6 +115,12 @@ class LoopConfig(StrictConfig):
     def _check_folders(self) -> Self:
         if self.init_from is not None and self.init_from.resolve() == self.dir.resolve():
             raise ValueError(f"run.init_from={self.init_from} is run.dir itself: give the run a folder of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Self:
+        if self.keep_best and not self.eval_every:
+            raise ValueError("run.keep_best=true, and run.eval_every=0 evaluates nothing: change one of them")
         return self
 
     @model_validator(mode="after")

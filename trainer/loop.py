@@ -351,7 +351,8 @@ class Trainer:
         skipped = self.place.rows_of([own for (own,) in all_gather([self.loader.n_skipped], self.device)])
         self.progress.skipped_rows = self.before.skipped_rows + skipped
         self.report(Metrics.sync)
-        state = (self.engine, self.plan, done, self.job.identity, asdict(self.progress))
+        progress = self.progress.saved(done, self.scores.get("held out"))
+        state = (self.engine, self.plan, done, self.job.identity, asdict(progress))
         try:
             # Weights that are not sound must not take the place of those that are.
             saved = checkpoint.save(*state, self.launch, self.device, removes=is_sound)
@@ -360,6 +361,7 @@ class Trainer:
                 self.give_up(ConfigError(f"{error}. The checkpoints before it are untouched"))
             self.say(f"{error}; going on without it (run.on_full_disk='continue')")
             return
+        self.progress = progress
         self.progress.last_save_s = time.perf_counter() - begun
         self.progress.save_s += self.progress.last_save_s
         self.saved_step = done

@@ -4,8 +4,9 @@ What is counted over the whole run is a plain value, kept in its checkpoints, so
 times counts as one that was not.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from trainer.config import LoopConfig
@@ -32,6 +33,16 @@ class Progress:
     """Tokens that were to be predicted."""
     skipped_rows: int = 0
     """Damaged rows that trained nothing, on all ranks."""
+    best_step: int = 0
+    """Of the checkpoint with the lowest eval/loss; 0 where no step was both evaluated and saved."""
+    best_loss: float | None = None
+
+    def saved(self, step: int, evaluated: Reported | None) -> Self:
+        """What it is when the state after `step` steps has been saved; `evaluated` is the newest evaluation."""
+        if evaluated is None or evaluated.step != step or not math.isfinite(evaluated.loss):
+            return self
+        is_best = self.best_loss is None or evaluated.loss < self.best_loss
+        return replace(self, best_step=step, best_loss=evaluated.loss) if is_best else self
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:

@@ -21,6 +21,7 @@ from trainer.profiling import Profiler
 from trainer.reports import Progress, Spent, long_step_line, summary
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place
+from trainer.terminal import Reported
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def saving(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[bool]]:
     trainer.plan = LoopConfig(dir=Path("run"), deepspeed_config=Path("x.json"), steps=9)
     trainer.watchdog = trainer.loader = trainer.engine = trainer.launch = trainer.job = Anything()  # type: ignore[assignment]
     trainer.job.identity = {}  # type: ignore[misc]
-    trainer.progress, trainer.before, trainer.place = Progress(), Progress(), Place()
+    trainer.progress, trainer.before, trainer.place, trainer.scores = Progress(), Progress(), Place(), {}
     trainer.device, trainer.leads, trainer.terminal = torch.device("cpu"), False, None
     trainer.refuse_replaced_stores, trainer.param_norm = lambda: None, lambda: 1.0  # type: ignore[method-assign]
     return trainer, removes
@@ -149,3 +150,13 @@ def test_the_summary_of_a_run_that_stops_between_two_reports_is_of_its_last_step
     assert said.startswith("stopped: 5 of 9 steps")
     assert f"last batch, step 5: 4.0000 nats per token, {4 / math.log(2):.4f} bits per byte" in said
     assert "2 steps skipped" in said
+
+
+def test_the_best_checkpoint_is_one_that_was_evaluated_at_its_step() -> None:
+    progress = Progress(n_tokens=3.0)
+    assert progress.saved(4, None) == progress.saved(4, Reported(3, 1.0, 1.0)) == progress
+    assert progress.saved(4, Reported(4, math.nan, math.nan)) == progress
+    best = progress.saved(4, Reported(4, 2.0, 1.0))
+    assert (best.best_step, best.best_loss, best.n_tokens) == (4, 2.0, 3.0)
+    assert best.saved(6, Reported(6, 2.0, 1.0)) == best, "of two equal ones it is the first"
+    assert best.saved(6, Reported(6, 1.9, 1.0)).best_step == 6
