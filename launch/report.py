@@ -65,12 +65,24 @@ def recovered_mass(metrics: list[dict[str, float]]) -> list[Point]:
     return means
 
 
+def best_evaluation(metrics: list[dict[str, float]]) -> Point | None:
+    """The held-out bits per byte that were lowest; None where these are the last ones, or there are none."""
+    evaluations = points(metrics, "eval/bits_per_byte")
+    finite = [(bits, step) for step, bits in evaluations if bits is not None]
+    if not finite or min(finite)[1] == evaluations[-1][0]:
+        return None
+    bits, step = min(finite)
+    return step, bits
+
+
 def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> str:
     """The text of the report."""
     if not any("train/loss" in values for values in metrics):
         raise ConfigError(f"{path} has no training step yet: train first, or wait for its first line")
     lines = [row("", "first", "step", "last", "step")]
     lines += [row(name, *cells(said[0]), *cells(said[-1])) for name, said in scores(metrics)]
+    if best := best_evaluation(metrics):
+        lines.append(row("held out, best, bits per byte", "", "", *cells(best)))
     if column(metrics, "eval/loss"):
         unigram = unigram_score(Store.open(config.data.store), config.data, config.run.eval_rows)
         lines.append(f"{row('unigram model, held out:', last=f'{unigram.bits_per_byte:.4f}')} bits per byte")

@@ -114,19 +114,23 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
         "--logdir",
     ):
         assert figure in done.stdout
+    assert "best" not in done.stdout, "the last evaluation is"
     unigram = unigram_score(Store.open(store), DataConfig(store=store), n_rows=64).bits_per_byte
     assert f"{unigram:.4f} bits per byte" in done.stdout
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_loss_that_was_not_finite_at_the_end_is_none(tmp_path: Path, store: Path) -> None:
+def test_what_was_best_and_a_loss_that_was_not_finite_at_the_end(tmp_path: Path, store: Path) -> None:
     make_run(tmp_path / "run", store)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('ss": null, "train/bits_per_byte": null}\n')
+        file.write('{"step": 3, "eval/loss": 3.0, "eval/bits_per_byte": 4.5}\n')
+        file.write('{"step": 4, "eval/loss": null, "eval/bits_per_byte": null}\n')
     done = report(tmp_path / "run")
+    assert "held out, best, bits per byte                             4.0625       2\n" in done.stdout
     assert "training batch, nats per token        5.2500       1        none       3\n" in done.stdout, done.stderr
     assert "training batch, bits per byte         8.2500       1        none       3\n" in done.stdout
-    assert "held out, nats per token              5.5000       0      2.7500       2\n" in done.stdout
+    assert "held out, nats per token              5.5000       0        none       4\n" in done.stdout
 
 
 def test_a_reader_who_leaves_is_no_error_and_the_plot_is_drawn(tmp_path: Path, store: Path) -> None:
