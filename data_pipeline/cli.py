@@ -28,7 +28,7 @@ from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
 from data_pipeline.output import reader_may_leave
 from data_pipeline.report import inspect, summary
-from data_pipeline.staging import check_writable
+from data_pipeline.staging import check_summary
 from data_pipeline.store import Store
 from data_pipeline.team import default_workers
 from data_pipeline.tokenizer import load_tokenizer
@@ -188,7 +188,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
         rows_per_shard=arguments.rows_per_shard,
         workers=arguments.workers,
     )
-    _check_summary(arguments.json)
+    check_summary(arguments.json)
     result = build(settings)
     if result.team.rank != 0:
         return 0
@@ -199,18 +199,6 @@ def _run_build(arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     _write_summary(result.store, arguments.json)
     return 0
-
-
-def _check_summary(path: Path | None) -> None:
-    """Before hours of work. Raises DataError when the summary cannot be written to `path`."""
-    if path is None:
-        return
-    if path.is_dir() or not path.parent.is_dir():
-        raise DataError(f"--json {path} cannot be written: expected the name of a file in a folder that exists")
-    if not path.exists():
-        check_writable(path.parent, f"--json {path}")
-    elif not os.access(path, os.W_OK):
-        raise DataError(f"cannot write to --json {path}: Permission denied: choose another file")
 
 
 def _write_summary(store: Store, path: Path | None) -> None:
@@ -246,7 +234,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
-    _check_summary(arguments.json)
+    check_summary(arguments.json)
     store = Store.open(arguments.store)
     print(inspect(store))
     _write_summary(store, arguments.json)

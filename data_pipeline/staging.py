@@ -45,6 +45,18 @@ def check_writable(folder: Path, what: str) -> None:
         raise unwritable(what, error) from error
 
 
+def check_summary(path: Path | None) -> None:
+    """Before hours of work. Raises DataError when what --json asks for cannot be written to `path`."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        raise DataError(f"--json {path} cannot be written: expected the name of a file in a folder that exists")
+    if not path.exists():
+        check_writable(path.parent, f"--json {path}")
+    elif not os.access(path, os.W_OK):
+        raise DataError(f"cannot write to --json {path}: Permission denied: choose another file")
+
+
 def unwritable(what: str, error: OSError) -> DataError:
     """What an error of the system means that came up on the way to an output."""
     in_the_way = isinstance(error, FileExistsError)  # a file, or a link to nothing

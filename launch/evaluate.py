@@ -1,7 +1,7 @@
 """How well the model in a folder predicts the rows of a store, and what its LSH attention does for that.
 
     python launch/evaluate.py exported data/books_64k                          the split val, as the model was trained
-    python launch/evaluate.py exported data/books_64k --split test --rows 50   the first 50 rows of another
+    python launch/evaluate.py exported data/books_64k --split test --rows 50   50 rows of another, drawn at random
     python launch/evaluate.py exported data/books_64k --attention 2 4 8 dense none --json scores.json
 
 The folder is one that launch/export.py wrote, or Hugging Face's save_pretrained. --attention says what LSH layers do,
@@ -9,41 +9,43 @@ one setting after another on the same rows: a number of rounds, other than in tr
 before, which LSH attention approximates, at a cost that grows with the square of the length; "none": nothing, which
 says whether the model uses them.
 
-Behind a mean stands its standard error: how much it would vary with other rows of the kind. Settings are compared with
-the first row by row, which leaves out what makes rows differ. Rows of one document are alike, so that both errors are
-too small where few documents fill many rows. Hash rotations are those of step 0, as in evaluations during training.
+Behind a mean stands its standard error: how much it would vary with other documents of the kind, since tokens of one
+document are alike. Settings are compared with the first one document by document, which leaves out what makes
+documents differ. Hash rotations are always those of step 0, as in evaluations during training: with others, numbers of
+rounds would differ by a little more or less than here, which the error does not know.
 """
 
 import argparse
-import json
-import math
+import io
 import sys
 import warnings
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, Literal, cast
 
-import torch
 from generate import choose_device
 from tqdm import tqdm
 
 from data_pipeline.dataset import RowDataset
 from data_pipeline.errors import DataError
 from data_pipeline.output import reader_may_leave
+from data_pipeline.staging import check_summary
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
-from trainer.compare import Attention, RowScore, attending, score_rows, standard_error, total
+from trainer.compare import Attention, Scores, attending, drawn, report, score_rows
 from trainer.exported import knows_tokenizer, read_model
-from trainer.scoring import range_ends, range_name
+
+MOST_ROUNDS = 1024
 
 
 def attention(word: str) -> Attention:
     """A setting of --attention."""
     if word in ("dense", "none"):
-        return word  # type: ignore[return-value]
-    if not (word.isdecimal() and int(word)):
-        raise argparse.ArgumentTypeError(f"{word!r} is no setting: give a number of rounds from 1 on, dense or none")
+        return cast(Literal["dense", "none"], word)
+    if not (word.isdecimal() and 1 <= int(word) <= MOST_ROUNDS):
+        expected = f"a number of rounds from 1 to {MOST_ROUNDS}, dense or none"
+        raise argparse.ArgumentTypeError(f"{word!r} is no setting: give {expected}")
     return int(word)
 
 
@@ -52,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="EXPORT", help="folder of the model")
     parser.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
     parser.add_argument("--split", default="val", metavar="NAME", help="whose rows (default: val)")
-    parser.add_argument("--rows", type=int, metavar="N", help="score the first N (default: all)")
+    parser.add_argument("--rows", type=int, metavar="N", help="score N of them, always the same draw (default: all)")
     parser.add_argument(
         "--attention",
         type=attention,
@@ -62,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of LSH layers: so many rounds, dense or none; several are compared (default: as in training)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, with those of every row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, with those of every document")
     return parser.parse_args()
 
 
@@ -83,57 +85,26 @@ def check(model: Reformer, arguments: argparse.Namespace, store: Store) -> list[
             f"the model in {folder} takes {config.max_seq_len} tokens at most, and the rows of {store.path} have "
             f"{store.seq_len}: build a store with --seq-len {config.max_seq_len}"
         )
-    if "lsh" not in config.attn_pattern and arguments.attention != [None]:
-        raise ConfigError(
-            f"--attention is for models with LSH attention, and the layers of {folder} are "
-            f"{', '.join(config.attn_pattern)}: leave it out"
-        )
+    if not config.has_lsh and arguments.attention != [None]:
+        raise ConfigError(f"--attention is for LSH attention, which no layer of {folder} has: leave it out")
     full = [name for name in store.manifest.splits if len(RowDataset(store, name))]
     if arguments.split not in full:
         raise ConfigError(f"--split {arguments.split} has no rows in {store.path}: its splits are {', '.join(full)}")
-    if knows_tokenizer(folder, str(folder), store.path, store.manifest.tokenizer_sha256):
-        return []
-    return [f"{folder} does not say which tokenizer its model was trained with: it must be that of {store.path}"]
+    notes, manifest = [], store.manifest
+    if not knows_tokenizer(folder, str(folder), store.path, manifest.tokenizer_sha256):
+        unknown = "does not say which tokenizer its model was trained with"
+        notes.append(f"{folder} {unknown}: it must be that of {store.path}")
+    if manifest.packing == "book" and manifest.stride < store.seq_len:
+        notes.append(f"rows of {store.path} overlap (--stride {manifest.stride}): a token counts in each that has it")
+    return notes
 
 
 def named(setting: Attention, model: Reformer) -> str:
     """A setting, as the table calls it."""
-    if setting is None:
-        return f"{model.config.n_hashes} rounds" if "lsh" in model.config.attn_pattern else "as trained"
-    return f"{setting} round{'s' * (setting > 1)}" if isinstance(setting, int) else setting
-
-
-def evaluate(
-    model: Reformer, setting: Attention, rows: RowDataset, n_rows: int, device: torch.device
-) -> list[RowScore]:
-    """The scores of the first n_rows rows. Raises DataError where one is damaged."""
-    token_bytes = torch.from_numpy(rows.store.token_bytes.astype("int64"))
-    numbers = tqdm(range(n_rows), desc=named(setting, model), unit="row", disable=None, leave=False)
-    with attending(model, setting) as forward:
-        return list(score_rows(forward, (rows[row] for row in numbers), token_bytes, device))
-
-
-def facts(scores: Sequence[RowScore], first: Sequence[RowScore], seq_len: int) -> dict[str, Any]:
-    """What is reported of a setting, beside the one that it is compared with; NaN is None."""
-    of_rows, of_first = [row.all for row in scores], [row.all for row in first]
-    score, n_tokens_N = total(of_rows), torch.tensor([row.n_tokens for row in of_rows], dtype=torch.float64)
-    nll_N, first_nll_N = (torch.tensor([row.nll for row in each], dtype=torch.float64) for each in (of_rows, of_first))
-    by_range = [total(ranges) for ranges in zip(*(row.by_position for row in scores), strict=True)]
-    names = [range_name(end, seq_len).lstrip("0") for end in range_ends(seq_len)]
-    values = {
-        "nats_per_token": score.loss,
-        "standard_error": standard_error(nll_N, n_tokens_N),
-        "bits_per_token": score.bits_per_token,
-        "bits_per_byte": score.bits_per_byte,
-        "perplexity": score.perplexity,
-        "more_than_first": score.loss - total(of_first).loss,
-        "more_standard_error": standard_error(nll_N - first_nll_N, n_tokens_N),
-        "seconds_a_row": median(row.seconds for row in scores),
-    }
-    return {name: value if math.isfinite(value) else None for name, value in values.items()} | {
-        "by_position": {name: one.loss for name, one in zip(names, by_range, strict=True) if one.n_tokens},
-        "rows": [{"nats": row.nll, "tokens": int(row.n_tokens), "bytes": row.n_bytes} for row in of_rows],
-    }
+    if setting is None and not model.config.has_lsh:
+        return "as trained"
+    rounds = model.config.n_hashes if setting is None else setting
+    return f"{rounds} round{'s' * (rounds > 1)}" if isinstance(rounds, int) else rounds
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -148,47 +119,37 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def cell(value: float | None, error: float | None = None, sign: str = "") -> str:
     """A number, and its standard error where there is one."""
     if value is None:
-        return "none"
+        return "–"
     return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def report(results: Sequence[dict[str, Any]]) -> str:
-    """Two tables: the scores of each setting, and its loss by position."""
-    header = [
-        "LSH layers",
-        "nats per token",
-        "more than the first",
-        "bits per token",
-        "bits per byte",
-        "perplexity",
-        "s a row",
-    ]
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """Two of them: the scores of each setting, and its loss by position."""
+    plain = {"bits_per_token": "bits per token", "bits_per_byte": "bits per byte", "perplexity": "perplexity"}
+    header = ["LSH layers", "nats per token", "more than the first", *plain.values(), "s a row"]
     lines = [
         [
             one["name"],
             cell(one["nats_per_token"], one["standard_error"]),
             cell(one["more_than_first"], one["more_standard_error"], "+") if index else "",
-            *(cell(one[name]) for name in ("bits_per_token", "bits_per_byte", "perplexity")),
+            *(cell(one[name]) for name in plain),
             f"{one['seconds_a_row']:.2f}",
         ]
         for index, one in enumerate(results)
     ]
     ends = list(results[0]["by_position"])
     by_position = [[one["name"], *(cell(one["by_position"][end]) for end in ends)] for one in results]
-    where = "nats per token, by how many tokens of its own document are before it in the row, up to"
+    where = "nats per token, by the place that the token before it has in its document, in this row: up to"
     return f"{table(header, lines)}\n\n{where}\n{table(['LSH layers', *ends], by_position)}"
 
 
-def write(file: Path, record: dict[str, Any]) -> None:
-    """Replace the file as a whole."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
-
-
 def run(arguments: argparse.Namespace) -> None:
-    """Score, print and write. Raises ConfigError or DataError where something does not fit or is damaged."""
+    """Score, print and write. Raises ConfigError or DataError where something does not fit or is damaged.
+
+    What has been scored until then is printed and written.
+    """
     device = choose_device(arguments.device)
+    check_summary(arguments.json)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = read_model(arguments.folder, str(arguments.folder)).eval()
@@ -196,31 +157,43 @@ def run(arguments: argparse.Namespace) -> None:
     for note in [*(str(each.message) for each in caught), *check(model, arguments, store)]:
         print(f"note: {note}", file=sys.stderr)
     rows, model = RowDataset(store, arguments.split), model.to(device)
-    n_rows = min(arguments.rows or len(rows), len(rows))
+    numbers = drawn(len(rows), arguments.rows or len(rows))
     record: dict[str, Any] = {"model": str(arguments.folder), "store": str(arguments.store), "split": arguments.split}
-    record |= {"rows": n_rows, "seq_len": store.seq_len, "settings": []}
-    scores: list[list[RowScore]] = []
-    for setting in arguments.attention:
-        if arguments.json:  # before the first too: that it cannot be written should not be learnt in an hour
-            write(arguments.json, record)
-        scores.append(evaluate(model, setting, rows, n_rows, device))
-        record["settings"].append({"name": named(setting, model), **facts(scores[-1], scores[0], store.seq_len)})
-    if arguments.json:
-        write(arguments.json, record)
-    of_all = total(row.all for row in scores[0])
-    predicted = f"{of_all.n_tokens:,.0f} tokens to predict, {of_all.n_bytes:,.0f} bytes"
-    print(f"{arguments.folder} on {n_rows} rows of {arguments.split} in {arguments.store}: {predicted}\n")
-    print(report(record["settings"]))
+    names = [named(setting, model) for setting in arguments.attention]
+    record |= {"seq_len": store.seq_len, "rows": numbers, "asked": names, "settings": []}
+    first: Scores | None = None
+    try:
+        for setting, name in zip(arguments.attention, names, strict=True):
+            bar = tqdm(numbers, desc=name, unit="row", disable=None, leave=False)
+            with attending(model, setting) as forward:
+                scores = score_rows(forward, rows, bar, device)
+            if not scores.all.n_tokens:
+                raise ConfigError(f"the rows of {arguments.split} in {store.path} have no token to predict")
+            first = first or scores
+            record["settings"].append({"name": name, **report(scores, first)})
+            if arguments.json:
+                arguments.json.write_text(dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    finally:
+        if first:
+            n_tokens, n_bytes, n_documents = first.all.n_tokens, first.all.n_bytes, len(first.by_document)
+            predicted = f"{n_tokens:,.0f} tokens to predict in {n_documents:,} documents, {n_bytes:,.0f} bytes"
+            print(f"{arguments.folder} on {len(numbers)} rows of {arguments.split} in {store.path}: {predicted}\n")
+            print(tables(record["settings"]))
 
 
 def main() -> int:
     arguments = parse_arguments()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         with reader_may_leave():
             run(arguments)
     except (ValueError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -20,7 +20,7 @@ import signal
 STOPPING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 # The imports below take seconds. A signal meanwhile waits until the trainer listens to it, instead of ending us.
 signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-# torch.compile is for nothing that we use: DeepSpeed has it load its compiler for one optimizer, a fifth of a start.
+# Nothing that we use is compiled: DeepSpeed has PyTorch load its compiler for one optimizer, a second of each start.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import argparse  # noqa: E402

@@ -164,6 +164,11 @@ class ReformerConfig(StrictConfig):
             bucket_factors(self.n_buckets, self.max_seq_len, self.lsh_chunk_len)
         return self
 
+    @property
+    def has_lsh(self) -> bool:
+        """Whether some layer uses LSH attention."""
+        return any(self.attention_kind(layer) == "lsh" for layer in range(self.n_layers))
+
     def attention_kind(self, layer: int) -> AttentionKind:
         """The kind of attention of layer `layer`, counted from 0."""
         return self.attn_pattern[layer % len(self.attn_pattern)]

@@ -118,7 +118,7 @@ class Reformer(nn.Module):
     ) -> None:
         """Raises what `forward` says."""
         self.check_embeddings()
-        if n_hashes is not None and (n_hashes < 1 or "lsh" not in self.config.attn_pattern):
+        if n_hashes is not None and (n_hashes < 1 or not self.config.has_lsh):
             raise ValueError(
                 f"n_hashes={n_hashes} must be at least 1, and some layer must use LSH attention "
                 f"(attn_pattern is {self.config.attn_pattern}); leave it out to keep the model's {self.config.n_hashes}"

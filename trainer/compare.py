@@ -1,43 +1,49 @@
 """A model by itself, scored on rows of a store, with one attention or another in its LSH layers.
 
-Each row is scored alone, so that two scores of the same rows can be compared row by row: their difference is known far
-better than either of them, which differ by what is in the rows.
+What is summed up is kept by document: tokens of one are alike, so a mean is as good as documents are many, not rows or
+tokens. And two scores of the same rows can be compared document by document: their difference is known far better than
+either of them, which differ by what is in the documents.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from statistics import median
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from data_pipeline.dataset import Sample
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset
+from data_pipeline.order import permute
 from reformer import Reformer, ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.weights import assemble
-from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks
+from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks, range_name
 
 Attention = int | Literal["dense", "none"] | None
 """Of LSH layers: so many rounds, all tokens (what LSH attention approximates), nothing; None: as in training."""
 
 
 @dataclass(frozen=True)
-class RowScore:
-    """How well the tokens of a row are predicted."""
+class Scores:
+    """How well some rows are predicted."""
 
-    by_position: tuple[Score, ...]
-    """Of the tokens in each range of positions: see scoring.range_ends; without bytes."""
-    n_bytes: int
-    seconds: float
+    by_document: dict[int, Score]
+    """By the document's number in the store, of what is in these rows."""
+    by_position: dict[str, Score]
+    """Of the tokens in each range of positions that has any: see scoring.range_name; without bytes."""
+    seconds_a_row: float
+    """The median."""
 
     @property
     def all(self) -> Score:
         """Of all tokens to predict."""
-        nll, n_tokens = (sum(getattr(score, name) for score in self.by_position) for name in ("nll", "n_tokens"))
-        return Score(nll, n_tokens, self.n_bytes)
+        return total(self.by_document.values())
 
 
 @contextmanager
@@ -57,36 +63,82 @@ def attending(model: Reformer, attention: Attention) -> Iterator[Callable[..., T
         yield partial(model, n_hashes=attention)
 
 
+def drawn(n_rows: int, n: int) -> list[int]:
+    """n different numbers below n_rows, drawn at random, the same in every call; all of them if there are no more."""
+    return sorted(permute(i, n_rows, seed=0, epoch=0) for i in range(min(n, n_rows)))
+
+
 @torch.no_grad()
 def score_rows(
-    forward: Callable[..., Tensor], rows: Iterable[Sample], token_bytes: Tensor, device: torch.device
-) -> Iterator[RowScore]:
-    """The score of each row, by a forward pass that `attending` gives; token_bytes: int64 [V], bytes of each token."""
-    for row in rows:
-        start = time.perf_counter()
-        tokens, labels, segment_ids = (x[None].to(device) for x in row)
+    forward: Callable[..., Tensor], rows: RowDataset, numbers: Iterable[int], device: torch.device
+) -> Scores:
+    """Score rows of a split, by their numbers, with a forward pass that `attending` gives.
+
+    Raises DataError where one is damaged.
+    """
+    ends = range_ends(rows.store.seq_len)
+    token_bytes = torch.from_numpy(rows.store.token_bytes.astype("int64"))
+    of_documents: dict[int, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    of_ranges, seconds = torch.zeros(len(ends), 2, dtype=torch.float64), []
+    for number in numbers:
+        start, sample = time.perf_counter(), rows[number]
+        tokens, labels, segment_ids = (x[None].to(device) for x in sample)
         losses = forward(tokens, labels, segment_ids=segment_ids, per_token=True)
-        masks = range_masks(positions(segment_ids), range_ends(tokens.shape[1]))
-        sums = [masked_sums(losses, labels, mask).tolist() for mask in masks]
-        by_position = tuple(Score(nll, n_tokens, n_bytes=0) for nll, n_tokens in sums)
-        n_bytes = int(token_bytes[row.labels[row.labels >= 0]].sum())
-        yield RowScore(by_position, n_bytes, time.perf_counter() - start)
+        masks = range_masks(positions(segment_ids), ends)
+        of_ranges += torch.stack([masked_sums(losses, labels, mask) for mask in masks]).cpu()
+        is_counted = sample.labels != IGNORED_LABEL
+        of_token = (losses[0].cpu(), is_counted, token_bytes[sample.labels.where(is_counted, 0)] * is_counted)
+        for segment, document in enumerate(rows.documents_of(number).tolist(), start=1):
+            is_here = sample.segment_ids == segment
+            of_documents[document] += torch.stack([x[is_here].double().sum() for x in of_token])
+        seconds.append(time.perf_counter() - start)
+    names = [range_name(end, rows.store.seq_len).lstrip("0") for end in ends]
+    return Scores(
+        {document: Score(*sums.tolist()) for document, sums in of_documents.items() if sums[1]},
+        {name: Score(nll, n, n_bytes=0) for name, (nll, n) in zip(names, of_ranges.tolist(), strict=True) if n},
+        median(seconds),
+    )
 
 
 def total(scores: Iterable[Score]) -> Score:
     """Of all tokens that any of these is of."""
-    nll, n_tokens, n_bytes = map(sum, zip(*((one.nll, one.n_tokens, one.n_bytes) for one in scores), strict=True))
-    return Score(nll, n_tokens, n_bytes)
+    sums = [(one.nll, one.n_tokens, one.n_bytes) for one in scores]
+    return Score(*map(sum, zip(*sums, strict=True))) if sums else Score(0, 0, 0)
 
 
-def standard_error(nll_N: Tensor, n_tokens_N: Tensor) -> float:
-    """Of nll.sum() / n_tokens.sum(), a ratio of sums over rows that are drawn at random; NaN for a single row.
+def report(scores: Scores, first: Scores) -> dict[str, Any]:
+    """What is said of scores, beside others of the same rows; None for what is not finite."""
+    score, ours, theirs = scores.all, list(scores.by_document.values()), list(first.by_document.values())
+    differences = [
+        Score(own.nll - other.nll, own.n_tokens, own.n_bytes) for own, other in zip(ours, theirs, strict=True)
+    ]
+    values = {
+        "nats_per_token": score.loss,
+        "standard_error": standard_error(ours),
+        "bits_per_token": score.bits_per_token,
+        "bits_per_byte": score.bits_per_byte,
+        "perplexity": score.perplexity,
+        "more_than_first": score.loss - first.all.loss,
+        "more_standard_error": standard_error(differences),
+        "seconds_a_row": scores.seconds_a_row,
+    }
+    return {name: value if math.isfinite(value) else None for name, value in values.items()} | {
+        "by_position": {name: one.loss for name, one in scores.by_position.items()},
+        "by_document": [
+            {"document": number, "nats": one.nll, "tokens": int(one.n_tokens), "bytes": int(one.n_bytes)}
+            for number, one in scores.by_document.items()
+        ],
+    }
 
-    nll_N, n_tokens_N: float64 [N]. By linearisation (Cochran, Sampling Techniques, 3rd ed., equation 6.9, without the
-    correction for a finite population).
+
+def standard_error(scores: Sequence[Score]) -> float:
+    """Of the mean loss of all tokens, where documents, whose scores these are, are drawn at random; NaN for one alone.
+
+    The loss is a ratio of sums over documents, so by linearisation (Cochran, Sampling Techniques, 3rd ed., equation
+    6.9, without the correction for a finite population).
     """
-    n_rows = len(nll_N)
-    if n_rows < 2:
-        return float("nan")
-    residual_N = nll_N - nll_N.sum() / n_tokens_N.sum() * n_tokens_N
-    return float((residual_N.square().sum() * n_rows / (n_rows - 1)).sqrt() / n_tokens_N.sum())
+    n, of_all = len(scores), total(scores)
+    if n < 2:
+        return math.nan
+    squares = sum((one.nll - of_all.loss * one.n_tokens) ** 2 for one in scores)
+    return math.sqrt(squares * n / (n - 1)) / of_all.n_tokens

@@ -153,8 +153,7 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_rounds(self) -> Self:
-        kinds = {self.model.attention_kind(layer) for layer in range(self.model.n_layers)}
-        if self.run.eval_n_hashes is not None and "lsh" not in kinds:
+        if self.run.eval_n_hashes is not None and not self.model.has_lsh:
             raise ValueError(
                 f"run.eval_n_hashes={self.run.eval_n_hashes} is the number of LSH rounds, but the model has no LSH "
                 f"layer (model.attn_pattern={self.model.attn_pattern}, n_layers={self.model.n_layers}): leave it out, "

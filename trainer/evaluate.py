@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.dataset import RowDataset
-from reformer.config import ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.loss import mean_loss
 from trainer.batches import Batch, blank, collate, evaluation_shares, part_of
@@ -85,7 +84,7 @@ def held_out(
     """
     plan = config.run
     n_rows = min(plan.eval_rows, len(rows))
-    n_ablated = min(plan.ablation_rows, n_rows) if has_lsh(config.model) else 0
+    n_ablated = min(plan.ablation_rows, n_rows) if config.model.has_lsh else 0
     evaluated = partial(evaluate, engine, rows, config, launch, place, device, token_bytes, n_first=n_ablated)
     watch: AbstractContextManager[dict[str, float]] = nullcontext({})
     if plan.diagnostics:
@@ -102,11 +101,6 @@ def held_out(
     sample = sample_continuation(engine, rows, config, launch, device)
     engine.train()
     return HeldOut(values | diagnostics, n_rows, by_position, sample)
-
-
-def has_lsh(model: ReformerConfig) -> bool:
-    """Whether some layer uses LSH attention."""
-    return any(model.attention_kind(layer) == "lsh" for layer in range(model.n_layers))
 
 
 def overall(score: Score) -> dict[str, float]:

@@ -26,7 +26,11 @@ def read_model(folder: Path, name: str) -> Reformer:
             f"{name} is a run or a checkpoint of one: export its model first, python launch/export.py {folder} "
             "--output exported, and give that folder"
         )
-    return load_hf(folder) if _read_json(folder / CONFIG_FILE).get("model_type") == "reformer" else load_model(folder)
+    is_hf = _read_json(folder / CONFIG_FILE).get("model_type") == "reformer"
+    model = load_hf(folder) if is_hf else load_model(folder)
+    if any(not parameter.float().isfinite().all() for parameter in model.parameters()):
+        raise ConfigError(f"{name} has weights that are not finite: give those of an earlier checkpoint")
+    return model
 
 
 def knows_tokenizer(folder: Path, name: str, store: Path, tokenizer_sha256: str) -> bool:
@@ -34,7 +38,10 @@ def knows_tokenizer(folder: Path, name: str, store: Path, tokenizer_sha256: str)
 
     Raises ConfigError where that is not the one of the store, by its hash.
     """
-    record = _read_json(folder / TOKENIZER_RECORD)
+    path = folder / TOKENIZER_RECORD
+    record = _read_json(path)
+    if path.exists() and not record:
+        raise ConfigError(f"{path} cannot be read: copy it, or export the model, again")
     trained_with = record.get("sha256")  # Hugging Face has another file of this name
     if trained_with not in (None, tokenizer_sha256):
         tokenizer = record["kind"] if record.get("kind") in ("bytes", "integers") else folder / TOKENIZER_MODEL

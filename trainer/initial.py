@@ -91,10 +91,6 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
             f"run.init_from={folder} holds another model than [model]: {'; '.join(changed)}. Set [model] to that "
             f"model{keep if config.max_seq_len > model.config.max_seq_len else ''}, or give another folder"
         )
-    if any(not parameter.float().isfinite().all() for parameter in model.parameters()):
-        raise ConfigError(
-            f"run.init_from={folder} has weights that are not finite: give those of an earlier checkpoint"
-        )
     is_known = knows_tokenizer(folder, f"run.init_from={folder}", store, tokenizer_sha256)
     unknown = f"{folder} does not say which tokenizer its model was trained with: it must be that of {store}"
     drawn = f"positions from {model.config.max_seq_len} on are not in {folder}: they begin as random ones"

@@ -2,16 +2,19 @@
 
 import json
 import math
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import pytest
 import torch
 from evaluation import CPU, PlainEngine, make_store
 from evaluation import config as run_config
+from small_stores import write_store
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,12 +26,13 @@ from reformer import Reformer, ReformerConfig, load_model, save_model
 from reformer.attention import LSHSelfAttention
 from reformer.hf import save_hf
 from reformer.lsh.reference import lsh_attention_reference
-from trainer.compare import standard_error
+from trainer.compare import Scores, drawn, score_rows, standard_error
 from trainer.distributed import Launch
+from trainer.scoring import Score
 from trainer.sequence_parallel import Place
 
 BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True}
-Row = tuple[float, int, int]
+Document = tuple[float, int, int]
 """Nats, tokens to predict, and bytes of these."""
 
 
@@ -80,25 +84,30 @@ def scores(call, tmp_path: Path):
     return run
 
 
-def plain(store: Store, logits: Callable[..., Tensor]) -> list[Row]:
-    """Of each held-out row, from whole logits."""
-    found = []
-    for row in range(7):
+def plain(store: Store, logits: Callable[..., Tensor], rows: Sequence[int] = range(7)) -> dict[int, Document]:
+    """Of each held-out document, in these rows, from whole logits: token by token."""
+    found: dict[int, Document] = {}
+    for row in rows:
         tokens, labels, segment_ids = (x[None] for x in RowDataset(store, "val")[row])
         with torch.no_grad():
             logits_TV = logits(tokens, segment_ids=segment_ids)[0].double()
-        nats = F.cross_entropy(logits_TV, labels[0], reduction="sum", ignore_index=-100).item()
-        predicted = labels[labels != -100]
-        found.append((nats, len(predicted), int((predicted < 256).sum())))  # BOS and EOS stand for no bytes
+        nats_T = F.cross_entropy(logits_TV, labels[0], reduction="none", ignore_index=-100).tolist()
+        (first_row, _) = store.split_rows("val")[0]
+        for start, length, document, _ in store.segments_of(first_row + row).tolist():
+            for place in range(start, start + length):
+                if (label := labels[0, place].item()) != -100:
+                    nats, n_tokens, n_bytes = found.get(document, (0.0, 0, 0))
+                    # BOS and EOS stand for no bytes.
+                    found[document] = (nats + nats_T[place], n_tokens + 1, n_bytes + (label < 256))
     return found
 
 
-def assert_equal(found: dict, expected: list[Row]) -> None:
-    """All that is said of a setting, by what is said of its rows."""
-    rows = [(row["nats"], row["tokens"], row["bytes"]) for row in found["rows"]]
-    assert [row[1:] for row in rows] == [row[1:] for row in expected]
-    assert [row[0] for row in rows] == pytest.approx([row[0] for row in expected], rel=1e-6)
-    nats, n_tokens, n_bytes = map(sum, zip(*expected, strict=True))
+def assert_equal(found: dict, expected: dict[int, Document]) -> None:
+    """All that is said of a setting, by what is said of its documents."""
+    documents = {one["document"]: (one["nats"], one["tokens"], one["bytes"]) for one in found["by_document"]}
+    assert documents.keys() == expected.keys() and len(documents) > 1
+    assert all(documents[number] == pytest.approx(expected[number], rel=1e-6) for number in expected)
+    nats, n_tokens, n_bytes = map(sum, zip(*expected.values(), strict=True))
     assert found["nats_per_token"] == pytest.approx(nats / n_tokens, rel=1e-6)
     assert found["bits_per_token"] == pytest.approx(nats / n_tokens / math.log(2), rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-6)
@@ -154,48 +163,107 @@ def all_tokens(qk: Tensor, v: Tensor, buckets: None, *, segment_ids: Tensor, **o
     return lsh_attention_reference(qk, v, same, chunk_len=qk.shape[2], segment_ids_BT=segment_ids), None
 
 
-def test_the_same_rows_are_compared_one_by_one(exported: Path, store: Store, scores) -> None:
+def test_settings_are_compared_document_by_document(exported: Path, store: Store, scores) -> None:
     first, other = scores(exported, store, "--attention", 2, 3)
-    tokens = torch.tensor([row["tokens"] for row in first["rows"]], dtype=torch.float64)
-    ours, theirs = (torch.tensor([row["nats"] for row in one["rows"]], dtype=torch.float64) for one in (other, first))
-    assert other["more_standard_error"] == pytest.approx(standard_error(ours - theirs, tokens), rel=1e-9)
-    assert other["standard_error"] == pytest.approx(standard_error(ours, tokens), rel=1e-9)
-    assert other["more_standard_error"] < other["standard_error"] / 2, "nothing is gained by comparing rows"
+    ours, theirs = (
+        [Score(row["nats"], row["tokens"], row["bytes"]) for row in one["by_document"]] for one in (other, first)
+    )
+    apart = [Score(own.nll - one.nll, own.n_tokens, 0) for own, one in zip(ours, theirs, strict=True)]
+    assert other["more_standard_error"] == pytest.approx(standard_error(apart), rel=1e-9)
+    assert other["standard_error"] == pytest.approx(standard_error(ours), rel=1e-9)
+    assert other["more_standard_error"] < other["standard_error"] / 2, "nothing is gained by comparing documents"
 
 
 def test_the_standard_error_of_a_ratio_of_sums() -> None:
     torch.manual_seed(0)
     equal = torch.randn(50, dtype=torch.float64)
-    assert standard_error(7 * equal, torch.full_like(equal, 7)) == pytest.approx(float(equal.std()) / 50**0.5)
+    assert standard_error([Score(7 * x, 7, 0) for x in equal.tolist()]) == pytest.approx(float(equal.std()) / 50**0.5)
     n_tokens = torch.randint(100, 9000, (400,)).double()
     nll = n_tokens * (4 + torch.randn(400)) + 300
-    drawn = torch.randint(400, (4000, 400))
-    means = nll[drawn].sum(1) / n_tokens[drawn].sum(1)
-    assert standard_error(nll, n_tokens) == pytest.approx(float(means.std()), rel=0.05)  # the bootstrap's
-    assert math.isnan(standard_error(nll[:1], n_tokens[:1]))
+    means = [float(nll[drawn].sum() / n_tokens[drawn].sum()) for drawn in torch.randint(400, (4000, 400))]
+    scores = [Score(*pair, 0) for pair in zip(nll.tolist(), n_tokens.tolist(), strict=True)]
+    assert standard_error(scores) == pytest.approx(float(torch.tensor(means).std()), rel=0.05)  # the bootstrap's
+    assert math.isnan(standard_error(scores[:1]))
+
+
+def test_windows_that_overlap_are_not_more_documents(exported: Path, call, tmp_path: Path) -> None:
+    """Nor is their error smaller, of as many documents; that their tokens count again is said."""
+    documents = {str(i): bytes(random.Random(i).choices(b"abcd ", k=700)) for i in range(9)}
+    errors = []
+    for name, stride in (("touch", 256), ("overlap", 64)):
+        write_store(tmp_path / name, documents, val=list(documents)[1:], seq_len=256, packing="book", stride=stride)
+        code, _, said = call(exported, tmp_path / name, "--json", tmp_path / "scores.json")
+        assert code == 0 and ("overlap (--stride 64): a token counts in each that has it" in said) == (stride == 64)
+        (found,) = json.loads((tmp_path / "scores.json").read_bytes())["settings"]
+        assert len(found["by_document"]) == 8
+        errors.append(found["standard_error"])
+    assert errors[1] > 0.7 * errors[0]
 
 
 def test_what_is_printed(exported: Path, store: Store, call) -> None:
-    code, out, errors = call(exported, store.path, "--rows", 2, "--attention", 2, "dense")
+    code, out, errors = call(exported, store.path, "--rows", 3, "--attention", 2, "dense")
     assert (code, errors) == (0, "")
-    rows = plain(store, load_model(exported))[:2]
+    documents = plain(store, load_model(exported), drawn(7, 3)).values()
     head, empty, columns, as_trained, dense, *rest = out.splitlines()
-    n_tokens, n_bytes = (sum(row[i] for row in rows) for i in (1, 2))
-    expected = f"{exported} on 2 rows of val in {store.path}: {n_tokens} tokens to predict, {n_bytes} bytes"
-    assert (head, empty) == (expected, "")
-    assert columns.split("  ")[0] == "LSH layers" and f"{sum(row[0] for row in rows) / n_tokens:.4f} ± " in as_trained
+    nats, n_tokens, n_bytes = map(sum, zip(*documents, strict=True))
+    predicted = f"{n_tokens} tokens to predict in {len(documents)} documents, {n_bytes} bytes"
+    assert (head, empty) == (f"{exported} on 3 rows of val in {store.path}: {predicted}", "")
+    assert columns.split("  ")[0] == "LSH layers" and f"{nats / n_tokens:.4f} ± " in as_trained
     assert as_trained.startswith("2 rounds ") and dense.startswith("dense ") and "+" not in as_trained
     assert rest[2].split() == ["LSH", "layers", "4", "16", "64", "256"] and len(rest) == 5
 
 
-def test_of_one_row_nothing_is_said_about_others(exported: Path, store: Store, call, scores) -> None:
-    (found,) = scores(exported, store, "--rows", 1)
-    assert found["standard_error"] is None and len(found["rows"]) == 1
-    assert "±" not in call(exported, store.path, "--rows", 1)[1]
+def test_rows_are_drawn_anywhere_and_always_the_same() -> None:
+    assert drawn(100, 10) == drawn(100, 10) == sorted(set(drawn(100, 10)))
+    assert drawn(100, 10) != list(range(10)) and set(drawn(100, 10)) < set(drawn(100, 11)) <= set(range(100))
+    assert drawn(5, 9) == drawn(5, 5) == [0, 1, 2, 3, 4]
+
+
+def test_of_one_document_nothing_is_said_about_others(exported: Path, call, tmp_path: Path) -> None:
+    write_store(tmp_path / "store", {"a": b"abc", "b": b"some more text"}, val=["b"], seq_len=256)
+    code, out, _ = call(exported, tmp_path / "store")
+    assert code == 0 and "in 1 documents, 14 bytes" in out and "±" not in out
+    write_store(tmp_path / "empty", {"a": b"abc", "b": b""}, val=["b"], seq_len=256, bos=False)
+    code, out, errors = call(exported, tmp_path / "empty")
+    assert (code, out) == (2, "") and "the rows of val in" in errors and "have no token to predict" in errors
+
+
+def test_what_was_scored_before_an_end_is_not_lost(
+    exported: Path, store: Store, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the second setting; one that comes before the first changes nothing."""
+    path = tmp_path / "scores.json"
+
+    def interrupted_at(number: int) -> tuple[int, str, str]:
+        calls = iter(range(9))
+
+        def score(*arguments: Any) -> Scores:
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            return score_rows(*arguments)
+
+        monkeypatch.setattr(evaluate, "score_rows", score)
+        return call(exported, store.path, "--attention", 2, "dense", "--json", path)
+
+    path.write_text("of before")
+    assert interrupted_at(0) == (130, "", "error: interrupted\n") and path.read_text() == "of before"
+    code, out, errors = interrupted_at(1)
+    assert (code, errors) == (130, "error: interrupted\n") and "2 rounds" in out and "dense" not in out
+    record = json.loads(path.read_bytes())
+    assert record["asked"] == ["2 rounds", "dense"] and [one["name"] for one in record["settings"]] == ["2 rounds"]
+
+
+def test_scores_go_through_links_and_to_what_is_no_file(exported: Path, store: Store, call, tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    (tmp_path / "target.json").write_text("of before")
+    assert call(exported, store.path, "--json", tmp_path / "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "target.json").read_bytes())["settings"]
+    assert call(exported, store.path, "--json", "/dev/null")[0] == 0
+    assert not Path("/dev/null").is_file()
 
 
 def test_another_split(exported: Path, store: Store, call) -> None:
-    assert "on 1 rows of train" in call(exported, store.path, "--split", "train", "--rows", 99)[1]
+    assert "on 1 rows of train in" in call(exported, store.path, "--split", "train", "--rows", 99)[1]
 
 
 def test_hugging_face_s_folder(store: Store, call, tmp_path: Path) -> None:
@@ -206,10 +274,10 @@ def test_hugging_face_s_folder(store: Store, call, tmp_path: Path) -> None:
 
 
 def test_a_model_without_lsh_layers(store: Store, call, tmp_path: Path) -> None:
-    folder = write(tmp_path / "local", attn_pattern=("local",))
+    folder = write(tmp_path / "local", n_layers=1)  # the pattern's second kind is never come to
     assert call(folder, store.path)[1].splitlines()[3].startswith("as trained ")
     code, out, errors = call(folder, store.path, "--attention", 4)
-    assert (code, out) == (2, "") and "--attention is for models with LSH attention" in errors
+    assert (code, out) == (2, "") and "--attention is for LSH attention, which no layer of" in errors
 
 
 @pytest.mark.parametrize(
@@ -221,7 +289,8 @@ def test_a_model_without_lsh_layers(store: Store, call, tmp_path: Path) -> None:
         ({"sha256": "0" * 64}, (), "was trained with another tokenizer than that of"),
         ({}, ("--split", "test"), "--split test has no rows in"),
         ({}, ("--rows", 0), "--rows 0 must be at least 1"),
-        ({}, ("--json", "/nowhere/scores.json"), "/nowhere/scores.json"),
+        ({}, ("--json", "/nowhere/scores.json"), "--json /nowhere/scores.json cannot be written"),
+        ({}, ("--json", "/tmp"), "--json /tmp cannot be written"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -240,11 +309,23 @@ def test_folders_of_something_else(exported: Path, store: Store, call, tmp_path:
     assert (code, out) == (2, "") and str(tmp_path / "run") in errors
 
 
-@pytest.mark.parametrize("word", ["0", "1.5", "four", "²"])
+@pytest.mark.parametrize("word", ["0", "1.5", "four", "²", "1025"])
 def test_settings_that_there_are_not(word: str, exported: Path, store: Store, call, capfd) -> None:
     with pytest.raises(SystemExit):
         call(exported, store.path, "--attention", "2", word)
-    assert f"{word!r} is no setting: give a number of rounds from 1 on, dense or none" in capfd.readouterr().err
+    assert f"{word!r} is no setting: give a number of rounds from 1 to 1024, dense or none" in capfd.readouterr().err
+
+
+def test_weights_that_are_not_finite_and_a_record_that_cannot_be_read(store: Store, call, tmp_path: Path) -> None:
+    model = load_model(write(tmp_path / "own"))
+    with torch.no_grad():
+        next(model.parameters())[0] = math.nan
+    save_model(tmp_path / "nan", model.config, model.state_dict())
+    code, out, errors = call(tmp_path / "nan", store.path)
+    assert (code, out) == (2, "") and f"{tmp_path / 'nan'} has weights that are not finite" in errors
+    (tmp_path / "own/tokenizer.json").write_text('{"kind"')
+    code, out, errors = call(tmp_path / "own", store.path)
+    assert (code, out) == (2, "") and f"{tmp_path / 'own/tokenizer.json'} cannot be read" in errors
 
 
 def test_a_damaged_row_is_named(exported: Path, call, tmp_path: Path) -> None:
