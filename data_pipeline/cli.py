@@ -194,10 +194,10 @@ def _run_build(arguments: argparse.Namespace) -> int:
         return 0
     if result.already_built:
         print(f"{settings.output} is already built from this input with these settings")
+    _write_summary(result.store, arguments.json)  # before what is printed, whose reader may leave
     print(inspect(result.store))
     for note in result.notes:
         print(f"note: {note}")
-    _write_summary(result.store, arguments.json)
     return 0
 
 
@@ -236,8 +236,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _run_inspect(arguments: argparse.Namespace) -> int:
     check_summary(arguments.json)
     store = Store.open(arguments.store)
-    print(inspect(store))
     _write_summary(store, arguments.json)
+    print(inspect(store))
     return 0
 
 

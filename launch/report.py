@@ -75,6 +75,15 @@ def best_evaluation(metrics: list[dict[str, float]]) -> Point | None:
     return step, bits
 
 
+def unigram(config: RunConfig) -> str:
+    """What a unigram model says of the held-out rows, or why that is not known: the rest of a report needs no store."""
+    try:
+        score = unigram_score(Store.open(config.data.store), config.data, config.run.eval_rows)
+    except DataError as error:
+        return f"unigram model, held out: not known, since {error}"
+    return f"{row('unigram model, held out:', last=f'{score.bits_per_byte:.4f}')} bits per byte"
+
+
 def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> str:
     """The text of the report."""
     if not any("train/loss" in values for values in metrics):
@@ -84,8 +93,7 @@ def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> st
     if best := best_evaluation(metrics):
         lines.append(row("held out, best, bits per byte", "", "", *cells(best)))
     if column(metrics, "eval/loss"):
-        unigram = unigram_score(Store.open(config.data.store), config.data, config.run.eval_rows)
-        lines.append(f"{row('unigram model, held out:', last=f'{unigram.bits_per_byte:.4f}')} bits per byte")
+        lines.append(unigram(config))
     lines += [row(name, last=value) for name, value in costs(metrics)]
     return "\n".join([*lines, "", f"the run lies in {path}", f"see its curves:  {see_curves(path)}"])
 

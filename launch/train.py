@@ -22,6 +22,10 @@ STOPPING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 # Nothing that we use is compiled: DeepSpeed has PyTorch load its compiler for one optimizer, a second of each start.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# A thread that waits for others looks so often before it sleeps. By default it looks for milliseconds, and where other
+# processes have the cores, a step takes ten times as long; fewer cost nothing where they have not (benchmarks/LOG.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse  # noqa: E402
 import socket  # noqa: E402

@@ -133,6 +133,14 @@ def test_what_was_best_and_a_loss_that_was_not_finite_at_the_end(tmp_path: Path,
     assert "held out, nats per token              5.5000       0        none       4\n" in done.stdout
 
 
+def test_a_store_that_is_gone_takes_the_unigram_model_with_it_and_nothing_else(tmp_path: Path, store: Path) -> None:
+    make_run(tmp_path / "run", store)
+    store.rename(tmp_path / "elsewhere")
+    done = report(tmp_path / "run")
+    assert done.returncode == 0 and f"unigram model, held out: not known, since {store} does not exist" in done.stdout
+    assert "held out, bits per byte               8.1250       0      4.0625       2" in done.stdout
+
+
 def test_a_reader_who_leaves_is_no_error_and_the_plot_is_drawn(tmp_path: Path, store: Path) -> None:
     make_run(tmp_path / "run", store)
     command = [sys.executable, "launch/report.py", str(tmp_path / "run"), "--plot", str(tmp_path / "curve.png")]
