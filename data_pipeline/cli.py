@@ -28,7 +28,7 @@ from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
 from data_pipeline.output import reader_may_leave
 from data_pipeline.report import inspect, summary
-from data_pipeline.staging import check_summary
+from data_pipeline.staging import check_json
 from data_pipeline.store import Store
 from data_pipeline.team import default_workers
 from data_pipeline.tokenizer import load_tokenizer
@@ -188,7 +188,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
         rows_per_shard=arguments.rows_per_shard,
         workers=arguments.workers,
     )
-    check_summary(arguments.json)
+    check_json(arguments.json)
     result = build(settings)
     if result.team.rank != 0:
         return 0
@@ -234,7 +234,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
-    check_summary(arguments.json)
+    check_json(arguments.json)
     store = Store.open(arguments.store)
     _write_summary(store, arguments.json)
     print(inspect(store))

@@ -45,7 +45,7 @@ def check_writable(folder: Path, what: str) -> None:
         raise unwritable(what, error) from error
 
 
-def check_summary(path: Path | None) -> None:
+def check_json(path: Path | None) -> None:
     """Before hours of work. Raises DataError when what --json asks for cannot be written to `path`."""
     if path is None:
         return

@@ -30,13 +30,14 @@ from tqdm import tqdm
 from data_pipeline.dataset import RowDataset
 from data_pipeline.errors import DataError
 from data_pipeline.output import reader_may_leave
-from data_pipeline.staging import check_summary
+from data_pipeline.staging import check_json
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
 from trainer.compare import Attention, Scores, attending, drawn, report, score_rows
 from trainer.exported import knows_tokenizer, read_model
 
 MOST_ROUNDS = 1024
+"""Far more than are of use: a typing error is not computed for hours."""
 
 
 def attention(word: str) -> Attention:
@@ -149,7 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
     What has been scored until then is printed and written.
     """
     device = choose_device(arguments.device)
-    check_summary(arguments.json)
+    check_json(arguments.json)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = read_model(arguments.folder, str(arguments.folder)).eval()

@@ -87,10 +87,13 @@ def score_rows(
         masks = range_masks(positions(segment_ids), ends)
         of_ranges += torch.stack([masked_sums(losses, labels, mask) for mask in masks]).cpu()
         is_counted = sample.labels != IGNORED_LABEL
-        of_token = (losses[0].cpu(), is_counted, token_bytes[sample.labels.where(is_counted, 0)] * is_counted)
-        for segment, document in enumerate(rows.documents_of(number).tolist(), start=1):
-            is_here = sample.segment_ids == segment
-            of_documents[document] += torch.stack([x[is_here].double().sum() for x in of_token])
+        n_bytes = token_bytes[sample.labels.where(is_counted, 0)] * is_counted
+        of_tokens_T3 = torch.stack([losses[0].double().cpu(), is_counted.double(), n_bytes.double()], dim=1)
+        documents = rows.documents_of(number).tolist()
+        sums_S3 = torch.zeros(1 + len(documents), 3, dtype=torch.float64)  # segment 0 is padding
+        sums_S3.index_add_(0, sample.segment_ids.long(), of_tokens_T3)
+        for document, sums in zip(documents, sums_S3[1:], strict=True):
+            of_documents[document] += sums
         seconds.append(time.perf_counter() - start)
     names = [range_name(end, rows.store.seq_len).lstrip("0") for end in ends]
     return Scores(

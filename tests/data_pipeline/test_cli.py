@@ -305,6 +305,20 @@ def test_a_summary_that_cannot_be_written_is_refused_at_once(run: Run, corpus: P
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("command", ["build", "inspect"])
+def test_a_reader_who_leaves_takes_no_summary_with_him(run: Run, corpus: Path, tmp_path: Path, command: str) -> None:
+    build = ("build", "--input", corpus, "--tokenizer", "bytes", "--output", tmp_path / "store")
+    if command == "inspect":
+        assert run(*build).code == 0
+    words = build if command == "build" else ("inspect", tmp_path / "store")
+    arguments = [sys.executable, "-u", "-m", "data_pipeline", *map(str, words), "--json", str(tmp_path / "summary")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, check=True)
+    os.close(writer)
+    assert b"Traceback" not in done.stderr and (tmp_path / "summary").read_text().startswith("{")
+
+
 def test_a_shard_is_no_larger_than_the_store(run: Run, corpus: Path, tmp_path: Path) -> None:
     options = ["--seq-len", 1000, "--tokenizer", "bytes", "--rows-per-shard", 10**12, "--output", tmp_path / "s"]
     assert run("build", "--input", corpus, *options).code == 0
