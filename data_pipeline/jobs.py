@@ -227,9 +227,12 @@ def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
     if alone:
         for gone in work.parent.glob(f"{work.name}.*.gone"):  # its last was killed while it removed it
             shutil.rmtree(gone, ignore_errors=True)
-        for pattern in ("*/*.claim", "*/*.partial", "*/*.expired", "*/*.probe"):
+        for pattern in ("*.partial", "*/*.claim", "*/*.partial", "*/*.expired", "*/*.probe"):
             for leftover in work.glob(pattern):
                 leftover.unlink()
+        for pattern in ("*.gone", "content.*"):  # folders that were to be removed, or to get their name
+            for leftover in work.glob(pattern):
+                shutil.rmtree(leftover)
         forget_start(work)
         owner.write_text(job)
     # Nobody can come in between: the door is ours.

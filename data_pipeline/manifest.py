@@ -151,7 +151,7 @@ class Manifest(StoreSettings):
 
     @classmethod
     def read(cls, store: Path) -> "Manifest":
-        """The manifest of a store. Raises DataError when there is none, or not a single bit is off."""
+        """The manifest of a store. Raises DataError when there is none, or a single bit of it is off."""
         path = store / MANIFEST_NAME
         try:
             data = path.read_bytes()

@@ -11,6 +11,9 @@ from typing import NamedTuple
 from data_pipeline.config import available_cpus
 from data_pipeline.errors import DataError
 
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Processes that mpirun started: Open MPI's variable, and MVAPICH's."""
+
 
 class Team(NamedTuple):
     """The place of this process in the job that it is part of."""
@@ -29,27 +32,37 @@ def find_team(environ: Mapping[str, str]) -> Team:
 
     Raises DataError when mpirun started several processes that mpi4py does not see.
     """
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_STEP_ID" in environ else 1
-    elements = int(environ.get("SLURM_ARRAY_TASK_COUNT", "1")) if "SLURM_ARRAY_JOB_ID" in environ else 1
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1) if "SLURM_STEP_ID" in environ else 1
+    elements = _number(environ, "SLURM_ARRAY_TASK_COUNT", 1) if "SLURM_ARRAY_JOB_ID" in environ else 1
     if elements > 1:  # independent jobs, of one or several processes
-        rank = int(environ["SLURM_ARRAY_TASK_ID"]) - int(environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        rank += int(environ.get("OMPI_COMM_WORLD_RANK", environ.get("SLURM_PROCID", "0")))
+        rank = _number(environ, "SLURM_ARRAY_TASK_ID", 0) - _number(environ, "SLURM_ARRAY_TASK_MIN", 0)
+        rank += _number(environ, "OMPI_COMM_WORLD_RANK", _number(environ, "SLURM_PROCID", 0))
         return Team(f"slurm-array-{environ['SLURM_ARRAY_JOB_ID']}", rank, elements, "SLURM array")
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        return _mpi_team(environ["OMPI_COMM_WORLD_SIZE"])
+    for size in _MPI_SIZES:
+        if (n_processes := _number(environ, size, 1)) > 1:
+            return _mpi_team(n_processes)
     if tasks > 1:  # before PMI's variables, which srun sets as well
         job = (environ["SLURM_JOB_ID"], environ["SLURM_STEP_ID"], environ.get("SLURM_RESTART_COUNT", "0"))
-        return Team(f"slurm-{'.'.join(job)}", int(environ["SLURM_PROCID"]), tasks, "srun")
-    if int(environ.get("PMI_SIZE", "1")) > 1:
-        return _mpi_team(environ["PMI_SIZE"])
+        return Team(f"slurm-{'.'.join(job)}", _number(environ, "SLURM_PROCID", 0), tasks, "srun")
+    if (n_processes := _number(environ, "PMI_SIZE", 1)) > 1:
+        return _mpi_team(n_processes)
     return Team(uuid.uuid4().hex, 0, 1, "this process")
 
 
-def _mpi_team(size: str) -> Team:
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    """A variable that a launcher sets; the default where it is not there or empty."""
+    value = environ.get(name, "")
+    try:
+        return int(value) if value else default
+    except ValueError:
+        raise DataError(f"{name}={value!r} in the environment should be a number: unset it, or correct it") from None
+
+
+def _mpi_team(size: int) -> Team:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    if world.size != int(size):
+    if world.size != size:
         raise DataError(
             f"mpirun started {size} processes, but mpi4py sees {world.size}: it was built for another MPI than this "
             f"mpirun's ({MPI.Get_library_version().splitlines()[0]}). Reinstall mpi4py with this MPI, or use srun"
@@ -61,7 +74,7 @@ def _mpi_team(size: str) -> Team:
 def default_workers(environ: Mapping[str, str]) -> int:
     """Processes for each command: all cores that it may use, but one core for a rank that shares its node with others
     and was given no share of its own (`--cpus-per-task`)."""
-    if "SLURM_CPUS_PER_TASK" in environ:
-        return min(int(environ["SLURM_CPUS_PER_TASK"]), available_cpus())
-    ranks = (environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
-    return 1 if any(int(size) > 1 for size in ranks) else available_cpus()
+    if n_cpus := _number(environ, "SLURM_CPUS_PER_TASK", 0):
+        return min(n_cpus, available_cpus())
+    sizes = (*_MPI_SIZES, "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+    return 1 if any(_number(environ, size, 1) > 1 for size in sizes) else available_cpus()

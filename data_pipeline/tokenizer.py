@@ -27,9 +27,6 @@ PIECE_CHARS = 1 << 16
 MAX_VALUES = 2**24
 """Different values that integers may have: a table of as many entries is part of the store."""
 
-TOKENIZER_RECORD, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
-"""What launch/export.py puts beside a model: which tokenizer it was trained with, and its file where it has one."""
-
 TokenizerKind = Literal["sentencepiece", "bytes", "integers"]
 
 # What common normalisers change: runs of spaces, a leading space, ligatures, combining marks, wide spaces, CRLF.

@@ -137,8 +137,8 @@ def draw_sample(files: Sequence[InputFile], reading: Reading, max_bytes: int, se
     met: Counter[tuple[str, str]] = Counter()
     texts = _read_texts(files, reading, READ_FACTOR * max_bytes, seed, met)
     sample = keep_at_random(join_small(texts), max_bytes, random.Random(seed))
-    for (problem, policy), n_times in sorted(met.items()):
-        logger.warning("--on-bad %s=%s: %s times in what was read for the sample", problem, policy, f"{n_times:,}")
+    for (problem, action), n_times in sorted(met.items()):
+        logger.warning("note: %s: %s %s times in what was read for the sample", problem, action, f"{n_times:,}")
     if not sample:
         raise DataError("the inputs hold no text: there is nothing to train a tokenizer on")
     return sample
@@ -191,14 +191,14 @@ def _part_texts(part: Part, file: InputFile, reading: Reading, met: Counter[tupl
     except BadDocument as problem:
         bad = problem
     else:
-        met.update((found.problem, "replace") for found in part.found)
+        met.update((found.problem, "replaced") for found in part.found)
         return
     policy = reading.policies.get(bad.problem, POLICIES[bad.problem][0])
     if policy == "strict":
         others = " or ".join(f"--on-bad {bad.problem}={other}" for other in POLICIES[bad.problem] if other != "strict")
         name = file.name if part.record < 0 else f"a record of {file.name}"
         raise DataError(f"{name} {bad.detail} ({file.location}): mend it, leave it out, or use {others}")
-    met[bad.problem, "skip"] += 1  # with "replace" too: what gets here left nothing to keep
+    met[bad.problem, "left out"] += 1  # with the policy "replace" where it left nothing to keep
 
 
 def join_small(texts: Iterable[str]) -> Iterator[bytes]:

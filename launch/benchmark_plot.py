@@ -207,15 +207,6 @@ def label_ends(axes: Any, by_peer: dict[str, Line]) -> None:
         )
 
 
-def figure_class() -> Any:
-    """matplotlib's Figure. Of the extras `bench` and `dev`: only a drawing needs it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PlotError("matplotlib is not installed: pip install -e '.[bench]'") from None
-    return Figure
-
-
 def check_output(output: Path) -> None:
     """Raises PlotError if there is no way to draw into this file."""
     if not output.parent.is_dir():
@@ -227,7 +218,6 @@ def check_output(output: Path) -> None:
             pass
     except OSError as error:
         raise PlotError(f"cannot draw {output}: {error.strerror}") from None
-    figure_class()
 
 
 def check_results(record: Record) -> None:
@@ -254,8 +244,10 @@ def check_results(record: Record) -> None:
 
 def draw(record: Record, output: Path) -> None:
     """Two panels: time and memory by length, or memory by length and by depth."""
+    from trainer.figures import Figure  # matplotlib's, which takes a while: only a drawing needs it
+
     check_results(record)
-    figure = figure_class()(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels: Any = figure.subplots(1, 2)
     figure.suptitle(title(record), x=0.01, ha="left", fontsize=9, color="#555555")
     (draw_memory if record["what"] == "memory" else draw_time_and_memory)(panels, record)

@@ -189,7 +189,7 @@ def main() -> int:
     try:
         with reader_may_leave():
             run(arguments)
-    except (ValueError, DataError, OSError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

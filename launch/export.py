@@ -26,7 +26,7 @@ from torch import Tensor
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.store import Store
-from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD, SentencePieceTokenizer
+from data_pipeline.tokenizer_folder import Ends, tokenizer_files
 from reformer import ReformerConfig, save_model
 from reformer.hf import save_hf
 from reformer.weights import assemble, refuse_existing
@@ -88,8 +88,8 @@ def best_step(run: Path) -> int:
         raise ConfigError(f"{run} has no checkpoint of a step that was evaluated: leave out --best, or give --step")
     if not any(each.step == step for each in published(run)):
         raise ConfigError(
-            f"{run} was best after step {step}, whose checkpoint has been removed, as run.keep_best was not set: give "
-            "another one with --step, or leave out --best"
+            f"{run} was best after step {step}, whose checkpoint is not there any more (run.keep_best=true would have "
+            "kept it, unless it was damaged): give another one with --step, or leave out --best"
         )
     return step
 
@@ -105,8 +105,8 @@ def read_checkpoint(source: Path, step: int | None) -> tuple[Path, dict[str, Any
     return read_checkpoint(source, step)  # the run that goes on has removed it meanwhile
 
 
-def tokenizer_files(run: Path, store: Path) -> dict[str, bytes]:
-    """What launch/generate.py reads of the tokenizer that a run was trained with: contents by name of the file.
+def tokenizer_of(run: Path, store: Path) -> dict[str, bytes]:
+    """The files of the tokenizer that a run was trained with: contents by name.
 
     Raises DataError where `store` is gone, its tokenizer is damaged, or it is not known to be that of the run.
     """
@@ -115,9 +115,7 @@ def tokenizer_files(run: Path, store: Path) -> dict[str, bytes]:
     tokenizer = Store(store, manifest).tokenizer
     if tokenizer.sha256 != expected:
         raise DataError(f"the tokenizer of {store} is not the one that {run} was trained with: give that run's store")
-    facts = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": expected, "bos": manifest.bos}
-    model = {TOKENIZER_MODEL: tokenizer.model} if isinstance(tokenizer, SentencePieceTokenizer) else {}
-    return {TOKENIZER_RECORD: (json.dumps(facts, indent=2) + "\n").encode(), **model}
+    return tokenizer_files(tokenizer, Ends(manifest.bos, manifest.eos))
 
 
 def recorded_tokenizer(run: Path) -> str:
@@ -152,7 +150,7 @@ def export(source: Path, step: int | None, output: Path, hf: bool, store: Path |
 def tokenizer_or_note(checkpoint: Path, run: Mapping[str, Any], store: Path | None) -> dict[str, bytes]:
     """The files of the tokenizer; none, and a note on standard error, where they cannot be had."""
     try:
-        return tokenizer_files(checkpoint.absolute().parent.parent, store or Path(run["data"]["store"]))
+        return tokenizer_of(checkpoint.absolute().parent.parent, store or Path(run["data"]["store"]))
     except (DataError, OSError) as error:
         print(
             f"note: without a tokenizer, which launch/generate.py needs: {error}. The weights are whole; to have both, "

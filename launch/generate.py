@@ -6,27 +6,20 @@
     python launch/generate.py exported - < chapter.txt > longer.txt    the text of standard input, its last newline too
     python launch/generate.py exported "67 60 52 48"                   a model of integers: values, with spaces between
 
-The text and its continuation go to standard output as the tokens are drawn, and nothing else does; bytes that are no
-UTF-8 are replaced. It ends where the model ends the document, or after --tokens. The same arguments give the same text,
-on the same device.
+The text and its continuation go to standard output as the tokens are drawn, and nothing else does; bytes that are not
+UTF-8 are replaced. It ends where the model ends the document, which a note on standard error says, or after --tokens.
+The same arguments give the same text, on the same device.
 
 The prompt takes one forward pass. What attention needs of it is kept (reformer/decoding.py), so that no token after it
 takes another; seconds are in benchmarks/LOG.md.
-
-What makes text of a folder's tokens, as launch/export.py puts it there:
-
-    tokenizer.json     {"kind": "sentencepiece", "bytes" or "integers", "vocab_size", "sha256": of the tokenizer,
-                        "bos": whether documents began with BOS in training}
-    tokenizer.model    the SentencePiece model, when there is one
 """
 
 import argparse
 import codecs
 import io
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +28,12 @@ from torch import Tensor
 
 from data_pipeline.errors import DataError
 from data_pipeline.output import reader_may_leave
-from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD, Tokenizer, load_tokenizer
-from reformer import ConfigError, Reformer, load_model
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_folder import Ends, read_tokenizer
+from reformer import ConfigError, Reformer, ReformerConfig
 from reformer.decoding import Decoder
 from reformer.generation import check_continuation, continue_tokens
-
-N_ENDS = 2
-"""BOS and EOS, which a vocabulary of integers has beside its values."""
+from trainer.exported import read_model
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,48 +52,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_folder(folder: Path) -> tuple[Reformer, Tokenizer, bool]:
-    """The model, its tokenizer, and whether documents begin with BOS.
+def read_folder(folder: Path) -> tuple[Reformer, Tokenizer, Ends]:
+    """The model, its tokenizer, and what its documents have around them.
 
     Raises ConfigError or DataError where the folder is not an export, is damaged, or has no tokenizer.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder: give one that launch/export.py wrote")
-    if (folder / "checkpoints").is_dir() or (folder / "SHA256SUMS").is_file():
-        raise ConfigError(
-            f"{folder} is a run or a checkpoint of one: export its model first, python launch/export.py {folder} "
-            "--output exported, and give that folder"
-        )
-    model = load_model(folder)
-    tokenizer, bos = read_tokenizer(folder)
+    model = read_model(folder, str(folder)).eval()
+    tokenizer, ends = read_tokenizer(folder)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, and its model {model.config.vocab_size}: "
             "export the model again"
         )
-    return model, tokenizer, bos
-
-
-def read_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
-    """As above, of an exported folder."""
-    path = folder / TOKENIZER_RECORD
-    try:
-        record = json.loads(path.read_bytes())
-        kind, bos, sha256, n_values = record["kind"], record["bos"], record["sha256"], record["vocab_size"] - N_ENDS
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder} has no tokenizer ({TOKENIZER_RECORD} is missing): export it again where the run's store is "
-            "(launch/export.py --store)"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}): copy it, or export the model, again") from None
-    if kind == "integers":
-        tokenizer = load_tokenizer(kind, n_values)
-    else:
-        tokenizer = load_tokenizer(kind if kind == "bytes" else str(folder / TOKENIZER_MODEL))
-    if tokenizer.sha256 != sha256:
-        raise ConfigError(f"the tokenizer of {folder} is not what {path} says: copy the folder again")
-    return tokenizer, bos
+    return model, tokenizer, ends
 
 
 def read_prompt(argument: str) -> bytes:
@@ -116,7 +79,7 @@ def encode(text: bytes, tokenizer: Tokenizer, bos: bool) -> Tensor:
     except UnicodeDecodeError as error:
         raise ConfigError(f"the prompt is not UTF-8 at byte {error.start} ({error.reason}): convert it") from None
     if not len(tokens) and not bos:
-        raise ConfigError("the prompt is empty, and documents of this model begin without BOS: give at least a word")
+        raise ConfigError("the prompt is empty, and documents of this model begin without BOS: give it a beginning")
     return torch.tensor([tokenizer.bos_id] * bos + tokens.tolist(), dtype=torch.int64)
 
 
@@ -140,19 +103,50 @@ def spelling(tokenizer: Tokenizer) -> Callable[[Tensor], str]:
     return lambda ids: characters.decode(tokenizer.decode(ids.cpu().numpy()), final=not len(ids))
 
 
+def check_draws(config: ReformerConfig, tokens: Tensor, n_tokens: int, draws: Mapping[str, float]) -> None:
+    """Raises ConfigError where the tokens [T] cannot be continued so."""
+    try:
+        check_continuation(config, tokens, n_tokens, **draws)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def within_documents(model: Reformer, tokenizer: Tokenizer, eos: bool) -> Callable[[Tensor], Tensor]:
+    """The model as `continue_tokens` asks for it, without what it has never been taught to predict: BOS, or any EOS."""
+    decoder = Decoder(model)
+    never = [tokenizer.bos_id] if eos else [tokenizer.bos_id, tokenizer.eos_id]
+
+    def forward(tokens: Tensor) -> Tensor:
+        logits = decoder(tokens).clone()
+        logits[..., never] = -torch.inf
+        return logits
+
+    return forward
+
+
 def text_of(
-    model: Reformer, tokenizer: Tokenizer, tokens: Tensor, n_tokens: int, *, temperature: float, top_p: float, seed: int
+    model: Reformer,
+    tokenizer: Tokenizer,
+    tokens: Tensor,
+    n_tokens: int,
+    eos: bool,
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> Iterator[str]:
     """The text of tokens [T], and then of each token that the model adds, to the end of the document or n_tokens.
 
     A character whose bytes are several tokens comes with the last of them.
     """
-    spelled, forward = spelling(tokenizer), Decoder(model)
+    spelled, forward = spelling(tokenizer), within_documents(model, tokenizer, eos)
     yield spelled(tokens)
-    for _ in range(n_tokens):  # one at a time, which gives the same tokens as all at once
+    for n_added in range(n_tokens):  # one at a time, which gives the same tokens as all at once
         added = continue_tokens(forward, model.config, tokens, 1, temperature=temperature, top_p=top_p, seed=seed)
         if int(added) == tokenizer.eos_id:
-            break
+            yield spelled(tokens[:0])
+            print(f"note: the model ended the document after {n_added} tokens", file=sys.stderr)
+            return
         tokens = torch.cat([tokens, added])
         yield spelled(added)
     yield spelled(tokens[:0])
@@ -172,16 +166,20 @@ def main() -> int:
     draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     try:
         device = choose_device(arguments.device)
-        model, tokenizer, bos = read_folder(arguments.folder)
-        tokens = encode(read_prompt(arguments.prompt), tokenizer, bos).to(device)
-        check_continuation(model.config, tokens, arguments.tokens, **draws)  # before anything is printed
+        model, tokenizer, ends = read_folder(arguments.folder)
+        tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
+        check_draws(model.config, tokens, arguments.tokens, draws)  # before anything is printed
+        pieces = text_of(model.to(device), tokenizer, tokens, arguments.tokens, ends.eos, seed=arguments.seed, **draws)
         with reader_may_leave():
-            for piece in text_of(model.to(device), tokenizer, tokens, arguments.tokens, seed=arguments.seed, **draws):
+            for piece in pieces:
                 print(piece, end="", flush=True)
             print()
-    except (ValueError, DataError, OSError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

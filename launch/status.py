@@ -34,7 +34,7 @@ QUIET_S = 30.0
 BARS = "▁▂▃▄▅▆▇█"
 STATES = {
     "training": "training",
-    "starting": "starting: no step is done yet",
+    "starting": "starting: no step is done since it began",
     "hung": "not running: it hung, and its watchdog ended it",
     "failed": "not running: it failed",
     "killed": "not running: it ended without a word: it was killed, or its node failed",
@@ -64,7 +64,7 @@ def facts(run: Path) -> dict[str, Any]:
     written = {rank: path.stat().st_mtime for rank, path in paths.items() if path.exists()}  # by one clock
     return {
         "run": str(run),
-        "state": state_of(who, states, hang, started="train/loss" in newest),
+        "state": state_of(who, states, hang, started="train/loss" in newest and not any(map(is_loading, states))),
         "holder": who,
         "step": done,
         "steps": steps,
@@ -109,6 +109,11 @@ def state_of(who: str | None, states: Sequence[RankState], hang: Mapping[str, An
     if any(state.ended == "preempted" for state in states):
         return "preempted"
     return "finished" if states else "idle"
+
+
+def is_loading(state: RankState) -> bool:
+    """Whether a rank of a run that goes on has not come to its first step yet."""
+    return state.ended is None and state.part == "start"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,9 +7,10 @@ Every field says what it means in one sentence; every relation between fields is
 import math
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from reformer.lsh.hashing import bucket_factors
 
@@ -21,9 +22,11 @@ class ConfigError(ValueError):
 
 
 class StrictConfig(BaseModel):
-    """A frozen pydantic model that refuses unknown fields and names the nearest real one."""
+    """A frozen pydantic model that takes values as they are, refuses unknown fields and names the nearest real one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Names that people look for here -> where it is that they stand."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -39,37 +42,43 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """
     lines = []
     for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"])
+        name, given = ".".join(str(part) for part in problem["loc"]), problem["input"]
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{name}'{_nearest(name, list(model.model_fields))}")
+            lines.append(f"unknown key '{name}': {_known(name, model)}")
         elif problem["type"] == "missing":
             lines.append(f"'{name}' is missing: give it a value")
+        elif problem["type"] == "tuple_type":
+            lines.append(f"'{name}': input should be a list, such as {[given]!r} (got {given!r})")
         elif problem["type"] == "value_error":
             message = problem["msg"].removeprefix("Value error, ")
             lines.extend(f"[{name}] {line}" if name else line for line in message.splitlines())
         else:
             message = problem["msg"][0].lower() + problem["msg"][1:]
-            lines.append(f"'{name}': {message} (got {problem['input']!r})")
+            lines.append(f"'{name}': {message} (got {given!r})")
     return "\n".join(lines)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _known(name: str, model: type[BaseModel]) -> str:
+    """Where an unknown key may belong."""
+    if issubclass(model, StrictConfig) and name in model.elsewhere:
+        return model.elsewhere[name]
+    known = list(model.model_fields)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean '{close[0]}'?" if close else f": the known keys are {', '.join(known)}"
+    return f"did you mean '{close[0]}'?" if close else f"the known keys are {', '.join(known)}"
 
 
 class ReformerConfig(StrictConfig):
     """Shape and behaviour of a `Reformer` (Kitaev, Kaiser, Levskaya, ICLR 2020)."""
 
-    vocab_size: int = Field(ge=2, strict=True)
+    vocab_size: int = Field(ge=2)
     """Number of token ids."""
     max_seq_len: int = Field(default=65_536, ge=1)
     """Longest sequence in tokens; the axial position table covers exactly this many."""
-    d_model: int = Field(default=256, ge=1)
+    d_model: int = Field(default=256, ge=2)
     """Width of each of the two residual streams."""
     n_layers: int = Field(default=6, ge=1)
     """Number of reversible blocks, each one attention and one feed-forward layer."""
-    attn_pattern: tuple[AttentionKind, ...] = ("local", "lsh")
+    attn_pattern: tuple[AttentionKind, ...] = Field(default=("local", "lsh"), strict=False)
     """Kinds of attention, repeated over the layers from the first on; "dense" takes the weights of "lsh"."""
     n_heads: int = Field(default=4, ge=1)
     """Attention heads per layer."""
@@ -83,7 +92,7 @@ class ReformerConfig(StrictConfig):
     """Whether a token sees only itself and what comes before it."""
     n_hashes: int = Field(default=4, ge=1)
     """LSH rounds per layer; more rounds recover more of full attention, at proportional cost."""
-    n_buckets: int | tuple[int, ...] | None = None
+    n_buckets: int | Annotated[tuple[int, ...], Strict(False)] | None = None
     """Hash buckets: a number, or its factors; the paper's 2 * T / lsh_chunk_len when not given."""
     lsh_chunk_len: int = Field(default=64, ge=1)
     """Tokens per chunk of the sorted sequence in LSH attention."""
@@ -93,9 +102,9 @@ class ReformerConfig(StrictConfig):
     """Whether a key that several rounds reach counts once (the paper's eq. 16) or once per round."""
     local_chunk_len: int = Field(default=64, ge=1)
     """Tokens per chunk of local attention; a token sees its own chunk and the one before."""
-    axial_shape: tuple[int, int] | None = None
+    axial_shape: tuple[int, int] | None = Field(default=None, strict=False)
     """Factors (rows, columns) of max_seq_len for the axial position table; near-square when not given."""
-    axial_dims: tuple[int, int] | None = None
+    axial_dims: tuple[int, int] | None = Field(default=None, strict=False)
     """Widths of the two axial tables, summing to d_model; a quarter and three quarters when not given."""
     ff_chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens that pass through a feed-forward layer, or the projections of an attention layer, at a time; when not
@@ -139,7 +148,7 @@ class ReformerConfig(StrictConfig):
             if filled.get("axial_shape") is None:
                 filled["axial_shape"] = _near_square(max_seq_len)
             if filled.get("axial_dims") is None:
-                filled["axial_dims"] = (d_model // 4, d_model - d_model // 4)
+                filled["axial_dims"] = _axial_dims(d_model)
         return filled
 
     @model_validator(mode="after")
@@ -151,13 +160,11 @@ class ReformerConfig(StrictConfig):
                 f"{self.max_seq_len}: give factors whose product is max_seq_len, such as "
                 f"{_near_square(self.max_seq_len)}, or leave axial_shape out"
             )
-        if self.axial_dims is not None and (sum(self.axial_dims) != self.d_model or min(self.axial_dims) < 0):
+        if self.axial_dims is not None and (sum(self.axial_dims) != self.d_model or min(self.axial_dims) < 1):
             raise ValueError(
-                f"axial_dims={self.axial_dims} must sum to d_model={self.d_model}: "
-                f"give [{self.d_model // 4}, {self.d_model - self.d_model // 4}], or leave axial_dims out"
+                f"axial_dims={self.axial_dims} must be at least 1 each and sum to d_model={self.d_model}: "
+                f"give {list(_axial_dims(self.d_model))}, or leave axial_dims out"
             )
-        if None in (self.d_head, self.d_ff, self.axial_shape, self.axial_dims):
-            raise ValueError("max_seq_len, d_model and n_heads must be whole numbers: 256, not '256' or 256.0")
         if not self.attn_pattern:
             raise ValueError("attn_pattern is empty: give the kinds of attention, such as ('local', 'lsh')")
         if self.n_buckets is not None:
@@ -172,6 +179,12 @@ class ReformerConfig(StrictConfig):
     def attention_kind(self, layer: int) -> AttentionKind:
         """The kind of attention of layer `layer`, counted from 0."""
         return self.attn_pattern[layer % len(self.attn_pattern)]
+
+
+def _axial_dims(d_model: int) -> tuple[int, int]:
+    """A quarter of the width for the rows of the position table, the rest for its columns."""
+    rows = max(1, d_model // 4)
+    return rows, d_model - rows
 
 
 def _near_square(n: int) -> tuple[int, int]:

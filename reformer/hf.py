@@ -127,6 +127,8 @@ KIND_TENSORS = {
 def load_hf(folder: str | Path) -> Reformer:
     """The model in a folder that Hugging Face's `save_pretrained` or our `save_hf` wrote, in the file's dtypes.
 
+    It is in evaluation mode: `model.train()` before training it.
+
     A `lm_head.bias` that is not zero is taken over and warned of: the authors' code and transformers 4 add it to the
     logits, transformers 5 leaves it out.
 
@@ -149,7 +151,7 @@ def load_hf(folder: str | Path) -> Reformer:
         )
     # Copies: what is read is a view of the file, which someone may overwrite.
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    return model
+    return model.eval()
 
 
 def save_hf(model: Reformer, folder: str | Path) -> None:
@@ -366,8 +368,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: give a folder that save_pretrained or save_hf wrote") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}): copy the folder again") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({error}): copy the folder again") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold an object with the model's settings, got {type(values).__name__}")
     return values

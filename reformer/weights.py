@@ -11,6 +11,7 @@ Other files may lie beside them, such as the tokenizer that launch/export.py add
 
 import json
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,11 +143,13 @@ def refuse_existing(folder: Path) -> None:
 def write_folder(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], others: Mapping[str, bytes] | None = None
 ) -> None:
-    """Both files of a folder and `others`, contents by name; it appears when complete. FileExistsError as above."""
+    """Both files of a folder and `others`, contents by name; it appears when complete. FileExistsError as above.
+
+    A process that is killed meanwhile leaves a folder `.NAME.….partial` behind, which may be removed.
+    """
     folder = folder.absolute()
     refuse_existing(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")  # two may write at once: the first wins
     partial.mkdir(parents=True)
     try:
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -157,6 +160,7 @@ def write_folder(
         )  # safetensors gives no one else the right to read
         for name, content in (others or {}).items():
             (partial / name).write_bytes(content)
+        refuse_existing(folder)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

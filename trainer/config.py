@@ -17,11 +17,29 @@ from pydantic import Field, model_validator
 
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 
+_OF_DEEPSPEED = {
+    name: f"it stands in DeepSpeed's JSON, as {key} (on the command line: deepspeed.{key}=...)"
+    for key, names in {
+        "optimizer": ("optimizer",),
+        "optimizer.params.lr": ("lr", "learning_rate"),
+        "optimizer.params.weight_decay": ("weight_decay",),
+        "optimizer.params.betas": ("betas",),
+        "train_batch_size": ("train_batch_size", "batch_size"),
+        "train_micro_batch_size_per_gpu": ("train_micro_batch_size_per_gpu", "micro_batch_size"),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps",),
+        "gradient_clipping": ("gradient_clipping", "grad_clip", "max_grad_norm"),
+        "bf16": ("bf16",),
+        "fp16": ("fp16",),
+        "zero_optimization": ("zero_optimization",),
+    }.items()
+    for name in names
+}
+
 
 class SourceConfig(StrictConfig):
     """One of several stores to train on."""
 
-    store: Path
+    store: Path = Field(strict=False)
     """Folder of the store, relative to the working directory."""
     weight: float = Field(gt=0.0, allow_inf_nan=False)
     """Its share of the samples, as a part of the sum of all weights; rounded to a thousandth, but at least one."""
@@ -32,7 +50,7 @@ class SourceConfig(StrictConfig):
 class DataConfig(StrictConfig):
     """What to read."""
 
-    store: Path
+    store: Path = Field(strict=False)
     """Folder of the store that `python -m data_pipeline build` wrote, relative to the working directory."""
     mixture: dict[str, SourceConfig] = Field(default_factory=dict)
     """Stores to train on in place of data.store, by names of your own; evaluations go on reading data.store."""
@@ -48,9 +66,11 @@ class DataConfig(StrictConfig):
 class LoopConfig(StrictConfig):
     """How long to train, what to report and what to keep."""
 
-    dir: Path
+    elsewhere = _OF_DEEPSPEED
+
+    dir: Path = Field(strict=False)
     """Folder of the run (checkpoints, TensorBoard events, metrics), relative to the working directory."""
-    deepspeed_config: Path
+    deepspeed_config: Path = Field(strict=False)
     """DeepSpeed's JSON file, relative to the TOML file; `--deepspeed_config` takes its place."""
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
@@ -62,7 +82,7 @@ class LoopConfig(StrictConfig):
     """Lowest learning rate as a part of the peak: the end of cosine and linear, a floor under inverse_sqrt."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
-    init_from: Path | None = None
+    init_from: Path | None = Field(default=None, strict=False)
     """Folder of the weights that a new run begins with, in place of random ones, relative to the working directory: one
     that launch/export.py or Hugging Face's save_pretrained wrote, with the tensors of [model]; those of a model for
     shorter sequences if it has as many columns in its axial_shape."""
@@ -82,7 +102,7 @@ class LoopConfig(StrictConfig):
     cost of evaluating that row (measured)."""
     save_every: int = Field(default=100, ge=0)
     """Steps from one checkpoint to the next, besides the one at the end; 0: only that one. While losses are not finite
-    none is written: their weights may be why."""
+    none is written, as their weights may be why; weights that are not finite are never saved."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones are removed."""
     keep_every: int = Field(default=0, ge=0)
@@ -143,6 +163,8 @@ def profiled_steps(text: str) -> range:
 
 class RunConfig(StrictConfig):
     """The TOML side of a run."""
+
+    elsewhere = _OF_DEEPSPEED
 
     model: ReformerConfig
     """The model to train."""

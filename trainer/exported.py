@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.tokenizer import TOKENIZER_MODEL, TOKENIZER_RECORD
+from data_pipeline.tokenizer_folder import TOKENIZER_MODEL, read_record
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
 from reformer.weights import CONFIG_FILE
@@ -20,7 +20,7 @@ def read_model(folder: Path, name: str) -> Reformer:
     name: what the folder is called in errors.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{name} is no folder: give one that launch/export.py wrote")
+        raise ConfigError(f"{name} is not a folder: give one that launch/export.py wrote")
     if (folder / "checkpoints").is_dir() or (folder / "SHA256SUMS").is_file():
         raise ConfigError(
             f"{name} is a run or a checkpoint of one: export its model first, python launch/export.py {folder} "
@@ -36,18 +36,15 @@ def read_model(folder: Path, name: str) -> Reformer:
 def knows_tokenizer(folder: Path, name: str, store: Path, tokenizer_sha256: str) -> bool:
     """Whether the folder says which tokenizer its model was trained with.
 
-    Raises ConfigError where that is not the one of the store, by its hash.
+    Raises ConfigError where that is not the one of the store, by its hash, and DataError where it cannot be read.
     """
-    path = folder / TOKENIZER_RECORD
-    record = _read_json(path)
-    if path.exists() and not record:
-        raise ConfigError(f"{path} cannot be read: copy it, or export the model, again")
-    trained_with = record.get("sha256")  # Hugging Face has another file of this name
+    record = read_record(folder)
+    trained_with = record.get("sha256")
     if trained_with not in (None, tokenizer_sha256):
         tokenizer = record["kind"] if record.get("kind") in ("bytes", "integers") else folder / TOKENIZER_MODEL
         raise ConfigError(
-            f"{name} was trained with another tokenizer than that of {store}: its tokens mean other texts. Build the "
-            f"store with --tokenizer {tokenizer}, or give another folder"
+            f"{name} was trained with another tokenizer than that of {store}, so their token ids do not mean the same. "
+            f"Build the store with --tokenizer {tokenizer}, or give another folder"
         )
     return trained_with is not None
 

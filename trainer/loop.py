@@ -288,14 +288,6 @@ class Trainer:
         for name, gradient in gradients(self.engine):
             self.report(partial(Metrics.histogram, step=done, tag=f"gradients/{name}", tensor=gradient))
 
-    def is_sound(self, done: int) -> bool:
-        """Whether the weights are worth a checkpoint: they are finite, and no loss of late says otherwise."""
-        if self.progress.health.nonfinite_in_row:
-            return False
-        if not (is_finite := math.isfinite(self.param_norm())):
-            self.say(f"after step {done} not all weights are finite: earlier checkpoints are kept")
-        return is_finite
-
     def param_norm(self) -> float:
         """Of all weights."""
         return math.sqrt(all_sum([local_square_sum(self.engine)], self.device)[0])
@@ -342,10 +334,17 @@ class Trainer:
         self.say(eval_line(done, self.plan.steps, found.values, found.n_rows))
 
     def save(self, done: int, needed: bool) -> None:
-        """Publish a checkpoint of the state after `done` steps, if it is sound or needed."""
+        """Publish a checkpoint of the state after `done` steps: where losses are not finite, only if it is needed."""
         self.watchdog.mark(done, "save")
         self.refuse_replaced_stores()
-        if not (is_sound := self.is_sound(done)) and not needed:
+        doubtful = self.progress.health.nonfinite_in_row > 0
+        if doubtful and not needed:
+            return
+        if not math.isfinite(self.param_norm()):
+            ruined = f"after step {done} not all weights are finite: no checkpoint is written, earlier ones are kept"
+            if done == self.plan.steps:
+                self.give_up(ConfigError(f"{ruined}. Lower the learning rate, or see when norms began to grow"))
+            self.say(ruined)
             return
         begun = time.perf_counter()
         skipped = self.place.rows_of([own for (own,) in all_gather([self.loader.n_skipped], self.device)])
@@ -354,8 +353,8 @@ class Trainer:
         progress = self.progress.saved(done, self.scores.get("held out"))
         state = (self.engine, self.plan, done, self.job.identity, asdict(progress))
         try:
-            # Weights that are not sound must not take the place of those that are.
-            saved = checkpoint.save(*state, self.launch, self.device, removes=is_sound)
+            # Weights that may be why losses are not finite must not take the place of those that are sound.
+            saved = checkpoint.save(*state, self.launch, self.device, removes=not doubtful)
         except SaveError as error:
             if self.plan.on_full_disk == "stop" or done == self.plan.steps:
                 self.give_up(ConfigError(f"{error}. The checkpoints before it are untouched"))

@@ -77,7 +77,7 @@ def state_path(run_dir: Path, rank: int) -> Path:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Replace a file at once: readers find the former content or this one. Raises OSError."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values), encoding="utf-8")
+    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
     partial.replace(path)
 
 

@@ -34,6 +34,7 @@ from trainer.check import StoreFacts
 from trainer.config import flatten
 from trainer.job import Job
 from trainer.peaks import peak_flops
+from trainer.ranks import write_json
 
 if TYPE_CHECKING:
     from trainer.metrics import Metrics  # TensorBoard, which environment() does without
@@ -62,7 +63,7 @@ def write_record(job: Job, device: torch.device, metrics: "Metrics", n_parameter
         "n_parameters": n_parameters,
         **environment(),
     }
-    (job.config.run.dir / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    write_json(job.config.run.dir / "run.json", record)
     show(metrics, record)
 
 

@@ -107,8 +107,13 @@ def test_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (work / "tokens").mkdir()
     (work / "tokens" / "00000003.claim").touch()
     (work / "tokens" / "x.partial").touch()
+    (work / "job.json.1.partial").touch()  # a shard that was being written lies there, too
+    for leftover in ("tokens.1.gone", "content.1"):
+        (work / leftover / "c").mkdir(parents=True)
+    (work / "content").mkdir()
     with membership(work, "two", what, keep=lambda: False):
         assert list((work / "tokens").iterdir()) == [], "what the dead have left is removed"
+        assert {path.name for path in work.iterdir()} == {"content", "door", "job", "members", "tokens"}
     assert not work.exists()
 
 
@@ -179,6 +184,7 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4", 
         (STEP, ("slurm-7.2.0", 3, 4, "srun")),
         ({**STEP, "SLURM_RESTART_COUNT": "1"}, ("slurm-7.2.1", 3, 4, "srun")),
         ({**STEP, "PMI_SIZE": "4"}, ("slurm-7.2.0", 3, 4, "srun")),
+        ({**STEP, "OMPI_COMM_WORLD_SIZE": ""}, ("slurm-7.2.0", 3, 4, "srun")),
     ],
 )
 def test_teams_under_slurm(environ: dict[str, str], expected: tuple) -> None:
@@ -203,12 +209,22 @@ def test_alone(environ: dict[str, str]) -> None:
 def test_an_mpi_that_mpi4py_does_not_see() -> None:
     with pytest.raises(DataError, match="mpirun started 2 processes, but mpi4py sees 1"):
         find_team({"OMPI_COMM_WORLD_SIZE": "2"})
+    with pytest.raises(DataError, match="mpirun started 3 processes, but mpi4py sees 1"):
+        find_team({"MV2_COMM_WORLD_SIZE": "3"})
+
+
+def test_variables_that_are_no_numbers() -> None:
+    message = "SLURM_STEP_NUM_TASKS='four' in the environment should be a number: unset it, or correct it"
+    for find in (find_team, default_workers):
+        with pytest.raises(DataError, match=message):
+            find({**STEP, "SLURM_STEP_NUM_TASKS": "four"})
 
 
 def test_default_workers() -> None:
     cores = len(os.sched_getaffinity(0))
     assert default_workers({}) == cores
     assert default_workers({"OMPI_COMM_WORLD_SIZE": "4"}) == 1
+    assert default_workers({"SLURM_CPUS_PER_TASK": ""}) == cores
     assert default_workers({"SLURM_STEP_NUM_TASKS": "4"}) == 1
     assert default_workers({"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_PER_TASK": "1"}) == 1
     assert default_workers({"SLURM_CPUS_PER_TASK": "1000"}) == cores

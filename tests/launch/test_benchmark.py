@@ -286,16 +286,6 @@ def test_all_peers_may_be_named_among_others() -> None:
     assert benchmark.chosen(["ours", "dense", "ours"], ["dense", "ours"]) == ["ours", "dense"]
 
 
-def test_matplotlib_missing_is_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = record(tmp_path, "a")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(sys, "argv", ["plot", str(file), "--output", "x.png"])
-    assert benchmark_plot.main() == 2
-    assert capsys.readouterr().err == "error: matplotlib is not installed: pip install -e '.[bench]'\n"
-
-
 def test_a_run_that_measured_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["launch/benchmark.py", "model", "--seq-len", "64"])
     for result, code in (({"error": "why"}, 1), ({"left_out": "why"}, 1), ({"seconds": 1.0}, 0)):

@@ -302,7 +302,10 @@ def test_what_does_not_fit_is_refused(
 
 def test_folders_of_something_else(exported: Path, store: Store, call, tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
-    for name, message in (("run", "is a run or a checkpoint of one: export its model first"), ("none", "is no folder")):
+    for name, message in (
+        ("run", "is a run or a checkpoint of one: export its model first"),
+        ("none", "is not a folder"),
+    ):
         code, out, errors = call(tmp_path / name, store.path)
         assert (code, out) == (2, "") and errors.startswith(f"error: {tmp_path / name} {message}")
     code, out, errors = call(exported, tmp_path / "run")

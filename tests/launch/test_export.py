@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import export
-import generate
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from small_stores import write_store
 from torch import Tensor
 
 from data_pipeline.tokenizer import IntegerTokenizer, Tokenizer, load_tokenizer
+from data_pipeline.tokenizer_folder import read_tokenizer
 from data_pipeline.training import TrainingSettings, train_tokenizer
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
@@ -193,15 +193,17 @@ def test_the_tokenizer_of_the_store_comes_with_the_weights(
             "vocab_size": 400,
             "sha256": tokenizer.sha256,
             "bos": False,
+            "eos": True,
         }
-    assert generate.read_tokenizer(tmp_path / "model")[0].sha256 == tokenizer.sha256
+    assert read_tokenizer(tmp_path / "model")[0].sha256 == tokenizer.sha256
 
 
 @pytest.mark.parametrize("tokenizer", [load_tokenizer("bytes"), IntegerTokenizer(1000)], ids=["bytes", "integers"])
 def test_tokenizers_without_a_model(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = run_on(tmp_path, tokenizer, np.arange(20, dtype="<u2").tobytes())
     assert call(monkeypatch, run_dir, "--output", tmp_path / "model") == 0
-    facts = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256, "bos": True}
+    facts = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
+    facts |= {"bos": True, "eos": True}
     assert json.loads((tmp_path / "model" / "tokenizer.json").read_bytes()) == facts
     assert not (tmp_path / "model" / "tokenizer.model").exists()
 

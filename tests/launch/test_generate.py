@@ -19,17 +19,23 @@ from reformer.generation import continue_tokens
 from reformer.hf import save_hf
 
 BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True}
-ENDS = -100.0
-"""A bias that keeps EOS from being drawn."""
+NEVER = -100.0
+"""A bias that keeps a token from being drawn."""
 
 
-def write(folder: Path, vocab_size: int, others: dict[str, bytes], eos_bias: float = ENDS, eos_id: int = 257) -> Path:
-    """An export of a model of random weights."""
+def write(
+    folder: Path,
+    vocab_size: int,
+    others: dict[str, bytes],
+    ends: tuple[int, int] = (256, 257),
+    biases: tuple[float, float] = (NEVER, NEVER),
+) -> Path:
+    """An export of a model of random weights but for the biases of BOS and EOS, whose ids are `ends`."""
     torch.manual_seed(0)
     config = ReformerConfig(vocab_size=vocab_size, max_seq_len=64, d_model=16, n_layers=2, n_heads=2, dropout=0.5)
     model = Reformer(config)
     with torch.no_grad():
-        model.head.bias[eos_id] = eos_bias
+        model.head.bias[list(ends)] = torch.tensor(biases)
     save_model(folder, config, model.state_dict(), others)
     return folder
 
@@ -56,7 +62,7 @@ def pieces(tmp_path: Path, tokenizer_file: Path) -> Path:
     tokenizer = load_tokenizer(str(tokenizer_file))
     facts = record(kind="sentencepiece", vocab_size=tokenizer.vocab_size, sha256=tokenizer.sha256)
     others = {**facts, "tokenizer.model": tokenizer_file.read_bytes()}
-    return write(tmp_path / "pieces", tokenizer.vocab_size, others, eos_id=tokenizer.eos_id)
+    return write(tmp_path / "pieces", tokenizer.vocab_size, others, ends=(tokenizer.bos_id, tokenizer.eos_id))
 
 
 @pytest.fixture
@@ -88,10 +94,10 @@ def test_the_prompt_and_what_the_library_adds_are_all_that_is_printed(exported: 
     assert call(exported, "my words", *options[:-1], "4")[1] != call(exported, "my words", *options)[1]
 
 
-def test_it_needs_neither_deepspeed_nor_the_trainer(exported: Path) -> None:
+def test_it_does_not_need_deepspeed(exported: Path) -> None:
     program = (
         "import runpy, sys\n"
-        "sys.modules['deepspeed'] = sys.modules['trainer'] = None  # an import fails\n"
+        "sys.modules['deepspeed'] = None  # an import fails\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     arguments = [generate.__file__, str(exported), "abc", "--tokens", "0", "--device", "cpu"]
@@ -126,7 +132,7 @@ def test_integers(tmp_path: Path, call) -> None:
     """Values of a piece of music, say; what a byte of text would be is none of theirs."""
     tokenizer = IntegerTokenizer(300)
     facts = record(kind="integers", vocab_size=302, sha256=tokenizer.sha256)
-    folder = write(tmp_path / "integers", 302, facts, eos_id=tokenizer.eos_id)
+    folder = write(tmp_path / "integers", 302, facts, ends=(tokenizer.bos_id, tokenizer.eos_id))
     model = load_model(folder)
     added = continue_tokens(model, model.config, torch.tensor([300, 67, 299, 0]), 20, temperature=0).tolist()
     values = [str(value) for value in (67, 299, 0, *added) if value < 300]
@@ -141,8 +147,22 @@ def test_integers(tmp_path: Path, call) -> None:
     assert call(folder, "", "--tokens", "1")[0] == 0
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, call) -> None:
+    folder = write(tmp_path / "ruined", 258, record(), biases=(NEVER, float("nan")))
+    code, out, error = call(folder, "abc", "--tokens", "5")
+    assert code == 2 and out == "" and "has weights that are not finite" in error
+
+
+def test_ctrl_c_is_no_traceback(exported: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "continue_tokens", interrupt)
+    assert call(exported, "abc", "--tokens", "5") == (130, "abc", "error: interrupted\n")
+
+
 def test_the_end_of_the_document_ends_the_text(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write(tmp_path / "ends", 258, record(), eos_bias=100.0)
+    folder = write(tmp_path / "ends", 258, record(), biases=(NEVER, 100.0))
     asked: list[int] = []
 
     def counted(*arguments: object, **options: object) -> torch.Tensor:
@@ -150,8 +170,17 @@ def test_the_end_of_the_document_ends_the_text(tmp_path: Path, call, monkeypatch
         return continue_tokens(*arguments, **options)
 
     monkeypatch.setattr(generate, "continue_tokens", counted)
-    assert call(folder, "all", "--tokens", "9") == (0, "all\n", "")
+    note = "note: the model ended the document after 0 tokens\n"
+    assert call(folder, "all", "--tokens", "9") == (0, "all\n", note)
     assert len(asked) == 1
+
+
+def test_what_no_document_had_in_training_is_never_drawn(tmp_path: Path, call) -> None:
+    """EOS where documents ended without it, and BOS, which follows nothing."""
+    never = write(tmp_path / "never", 258, record())
+    likely = write(tmp_path / "likely", 258, record(eos=False), biases=(100.0, 101.0))
+    added = expected(never, [256, *b"all"], 30, temperature=0).decode(errors="replace")
+    assert call(likely, "all", "--tokens", "30", "--temperature", "0") == (0, f"all{added}\n", "")
 
 
 def test_bos_is_in_front_as_it_was_in_training(tmp_path: Path, call) -> None:
@@ -200,11 +229,11 @@ def test_folders_that_are_no_export(tmp_path: Path, exported: Path, call) -> Non
     (tmp_path / "checkpoint" / "SHA256SUMS").touch()
     save_hf(Reformer(ReformerConfig(vocab_size=258, max_seq_len=64, d_model=16, n_heads=2)), tmp_path / "hf")
     messages = {
-        "nowhere": "nowhere is no folder: give one that launch/export.py wrote",
+        "nowhere": "nowhere is not a folder: give one that launch/export.py wrote",
         "empty": "empty/config.json is missing: give a folder that launch/export.py or save_model wrote",
         "run": "export its model first, python launch/export.py",
         "checkpoint": "export its model first, python launch/export.py",
-        "hf": "is of Hugging Face's Reformer",
+        "hf": "has no tokenizer (tokenizer.json is missing)",
     }
     for name, message in messages.items():
         code, out, error = call(tmp_path / name, "abc")
@@ -218,7 +247,10 @@ def test_folders_that_are_no_export(tmp_path: Path, exported: Path, call) -> Non
         ({"tokenizer.json": b"{"}, "tokenizer.json cannot be read"),
         ({"tokenizer.json": b"[]"}, "tokenizer.json cannot be read"),
         (record(kind="integers"), "is not what"),
-        ({"tokenizer.json": json.dumps({"kind": "bytes", "bos": True, "sha256": ""}).encode()}, "cannot be read"),
+        (
+            {"tokenizer.json": json.dumps({"kind": "bytes", "bos": True, "sha256": ""}).encode()},
+            "does not name a tokenizer",
+        ),
         (record(sha256="0"), "is not what"),
         (record(kind="sentencepiece"), "cannot read tokenizer"),
     ],

@@ -103,6 +103,16 @@ def test_a_run_that_was_stopped_between_two_lines_of_its_metrics(run: Path) -> N
     assert lines["held out"].startswith("5.5000 at step 0, ")
 
 
+def test_a_run_that_goes_on_and_has_not_come_to_a_step_yet(run: Path) -> None:
+    """Its metrics are those of the start before."""
+    for rank in range(2):
+        say(run, replace(STATE, rank=rank, step=0, part="start"))
+    with held(run):
+        lines = lines_of(run)
+    assert lines["state"] == "starting: no step is done since it began"
+    assert lines["step"] == "6 of 100 (6.0%)"
+
+
 def test_a_run_that_has_just_begun(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     ranks.state_path(run, 1).unlink()

@@ -28,7 +28,8 @@ def test_attention_pattern_repeats() -> None:
         ({"n_buckets": ()}, "must be even"),
         ({"attn_pattern": ()}, "attn_pattern is empty"),
         ({"axial_shape": (3, 4)}, r"axial_shape=\(3, 4\) covers 12 positions, but max_seq_len=65536.*\(256, 256\)"),
-        ({"axial_dims": (3, 4)}, "must sum to d_model=256"),
+        ({"axial_dims": (3, 4)}, r"must be at least 1 each and sum to d_model=256: give \[64, 192\]"),
+        ({"axial_dims": (0, 256)}, "must be at least 1 each"),
         ({"attn_pattern": ["global"]}, "'attn_pattern.0'"),
         ({"n_buckets": 0}, "n_buckets=0: each factor must be even and at least 2"),
         ({"n_buckets": (2**13, 2**12)}, "there can be up to 16,777,216 buckets"),
@@ -43,7 +44,28 @@ def test_errors(values: dict[str, object], message: str) -> None:
         ReformerConfig(**{"vocab_size": 10, **values})
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": "50"}, {"vocab_size": 50.0}, {"d_model": "32"}])
-def test_numbers_that_are_no_whole_numbers_are_refused(change: dict) -> None:
-    with pytest.raises(ConfigError, match=r"must be whole numbers|valid integer"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": "50"}, r"'vocab_size': input should be a valid integer \(got '50'\)"),
+        ({"vocab_size": 50.0}, r"'vocab_size': input should be a valid integer \(got 50.0\)"),
+        ({"d_model": "32"}, "'d_model': input should be a valid integer"),
+        ({"max_seq_len": 1024.0}, "'max_seq_len': input should be a valid integer"),
+        ({"n_hashes": True}, r"'n_hashes': input should be a valid integer \(got True\)"),
+        ({"causal": 1}, r"'causal': input should be a valid boolean \(got 1\)"),
+        ({"dropout": "0.1"}, "'dropout': input should be a valid number"),
+        ({"attn_pattern": "lsh"}, r"'attn_pattern': input should be a list, such as \['lsh'\]"),
+        ({"axial_shape": [256]}, "'axial_shape.1' is missing"),
+        ({"axial_shape": [256, True]}, "'axial_shape.1': input should be a valid integer"),
+        ({"n_buckets": "8"}, "'n_buckets.int': input should be a valid integer"),
+        ({"n_buckets": [4.0]}, r"'n_buckets.*0': input should be a valid integer \(got 4.0\)"),
+    ],
+)
+def test_values_of_another_kind_are_refused_not_converted(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         ReformerConfig(**{"vocab_size": 50, **change})
+
+
+def test_lists_and_whole_numbers_as_files_have_them() -> None:
+    config = ReformerConfig(vocab_size=50, attn_pattern=["lsh"], axial_shape=[128, 512], n_buckets=[4, 8], dropout=0)
+    assert (config.attn_pattern, config.axial_shape, config.n_buckets) == (("lsh",), (128, 512), (4, 8))

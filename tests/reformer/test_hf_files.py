@@ -87,7 +87,7 @@ def test_tensor_names_cover_the_state_exactly_once() -> None:
         ({"axial_pos_shape": [8, 6, 2]}, r"axial_pos_shape=\[8, 6, 2\].*two axes"),
         ({"axial_pos_shape": "8"}, "axial_pos_shape='8'"),
         ({"max_position_embeddings": 500}, "max_position_embeddings=500.*their product"),
-        ({"axial_pos_embds_dim": [7, 7]}, r"must sum to d_model=20(.|\n)*axial_dims is axial_pos_embds_dim"),
+        ({"axial_pos_embds_dim": [7, 7]}, r"and sum to d_model=20(.|\n)*axial_dims is axial_pos_embds_dim"),
         ({"hidden_act": "gelu_new"}, r"'relu' or 'gelu' \(got 'gelu_new'\)(.|\n)*activation is hidden_act"),
         ({"num_buckets": [4, 3]}, r"each factor must be even(.|\n)*n_buckets is num_buckets"),
         ({"hidden_dropout_prob": 1.0}, r"'dropout'(.|\n)*dropout is hidden_dropout_prob"),
@@ -167,7 +167,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must hold an object.*got list"):
         load_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read as JSON"):
         load_hf(tmp_path)
 
 

@@ -169,3 +169,16 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="No space"):
         save_model(tmp_path / "model", CONFIG, parameters(CONFIG))
     assert not list(tmp_path.iterdir())
+
+
+def test_of_two_that_write_one_folder_the_first_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_meanwhile(*arguments: object, **options: object) -> None:
+        monkeypatch.undo()
+        save_model(tmp_path / "model", CONFIG, parameters(CONFIG))
+        save_file(*arguments, **options)
+
+    monkeypatch.setattr("reformer.weights.save_file", write_meanwhile)
+    with pytest.raises(FileExistsError, match="model exists and is not an empty folder"):
+        save_model(tmp_path / "model", CONFIG, parameters(CONFIG))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    load_model(tmp_path / "model")

@@ -9,7 +9,7 @@ import torch
 from evaluation import CPU, config
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.tokenizer import TOKENIZER_RECORD
+from data_pipeline.tokenizer_folder import TOKENIZER_RECORD
 from reformer import Reformer, ReformerConfig, save_model
 from reformer.hf import save_hf
 from reformer.weights import assemble
@@ -141,7 +141,9 @@ def test_another_tokenizer_is_refused(tmp_path: Path, record: dict[str, str], wa
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "nowhere", write(tmp_path / "model") / "config.json"):
-        with pytest.raises(ConfigError, match=f"init_from={folder} is no folder: give one that launch/export.py wrote"):
+        with pytest.raises(
+            ConfigError, match=f"init_from={folder} is not a folder: give one that launch/export.py wrote"
+        ):
             read_initial(folder, model_config(), 0)
     with pytest.raises(ConfigError, match=r"config\.json is missing: give a folder that launch/export\.py"):
         read_initial(tmp_path, model_config(), 0)

@@ -14,7 +14,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
-from trainer.config import LoopConfig
+from trainer.config import ConfigError, LoopConfig
 from trainer.distributed import Launch
 from trainer.loop import Trainer
 from trainer.profiling import Profiler
@@ -86,16 +86,21 @@ def test_a_store_that_is_replaced_ends_the_run_before_it_is_evaluated_or_saved(
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_weights_that_are_not_finite_take_no_place(saving: tuple[Any, list[bool]], norm: float) -> None:
+def test_weights_that_are_not_finite_are_never_saved(
+    saving: tuple[Any, list[bool]], process_group: None, norm: float
+) -> None:
     """The update that ruined them came after a loss that was finite."""
     trainer, removes = saving
     said: list[str] = []
     trainer.param_norm, trainer.say = lambda: norm, said.append  # type: ignore[method-assign]
-    trainer.save(1, needed=False)
+    ruined = "after step 1 not all weights are finite: no checkpoint is written, earlier ones are kept"
+    for needed in (False, True):  # because of a signal: the run goes on from the one before
+        trainer.save(1, needed=needed)
+    assert said == [ruined, ruined]
+    trainer.launch, trainer.plan = Launch("this test"), trainer.plan.model_copy(update={"steps": 1})
+    with pytest.raises(ConfigError, match=f"{ruined}. Lower the learning rate"):
+        trainer.save(1, needed=True)
     assert not removes
-    assert said == ["after step 1 not all weights are finite: earlier checkpoints are kept"]
-    trainer.save(1, needed=True)
-    assert removes == [False]
 
 
 def test_a_long_step_is_foretold_by_its_first_micro_batch() -> None:
