@@ -5,6 +5,7 @@ for the next position. A row can be had in equal parts, one for each rank of a s
 from one token more than a part has, so the parts end to end are the whole row, labels included.
 """
 
+import operator
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -36,6 +37,10 @@ class Samples(Protocol):
     """An endless sequence of samples that is a pure function of the position: one store's rows, or a mixture."""
 
     @property
+    def form(self) -> Mapping[str, str | int]:
+        """What samples that are mixed must have alike: their length and their tokens' meaning."""
+
+    @property
     def identity(self) -> Mapping[str, str | int]:
         """What the sequence follows from: equal for two that give the same samples."""
 
@@ -56,7 +61,7 @@ class RowDataset(Dataset[Sample]):
     def __init__(self, store: Store, split: str = "train", seed: int = 0) -> None:
         self.store = store
         self.split = split
-        self.seed = seed
+        self.seed = operator.index(seed)
         self._ranges = store.split_rows(split)
 
     def __len__(self) -> int:
@@ -70,6 +75,12 @@ class RowDataset(Dataset[Sample]):
     def documents_of(self, index: int) -> np.ndarray:
         """int64 [n_segments]: of which documents the segments 1, 2, … of the split's row number `index` are."""
         return self.store.segments_of(self._row(index))[:, 2]
+
+    @property
+    def form(self) -> dict[str, str | int]:
+        """The length of the rows, and the tokenizer: see `Samples`."""
+        manifest = self.store.manifest
+        return {name: getattr(manifest, name) for name in ("seq_len", "vocab_size", "tokenizer_sha256")}
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -111,7 +122,7 @@ class RowDataset(Dataset[Sample]):
         return self._row(permute(index, len(self), self.seed, epoch))
 
     def _row(self, index: int) -> int:
-        left = index
+        left = operator.index(index)  # which a number out of torch.randperm has, and what is none has not
         for start, stop in self._ranges:
             if 0 <= left < stop - start:
                 return start + left

@@ -20,6 +20,7 @@ fill value is no token, so that a shard that is not there is noticed. Zarr encod
 every file appears whole, by a rename, so that a writer may be killed at any time, and two may write the same file.
 """
 
+import errno
 import hashlib
 import json
 import shutil
@@ -54,6 +55,8 @@ MAX_CHUNK_TOKENS = 65_536
 MIN_CHUNK_TOKENS = 1_024
 """A row whose length has no divisor from here to MAX_CHUNK_TOKENS stays one chunk: tiny chunks cost far more."""
 WAY_OUT = "restore it from a copy, or build the store again"
+_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
+"""Errors of the system that say nothing of a file: no more files or memory for this process, or ask again."""
 _SIDECAR_CHUNK = 1 << 16
 _DOCUMENTS_NAME = "documents.jsonl"
 _INPUTS_NAME = "inputs.jsonl"
@@ -139,13 +142,16 @@ class StorePart:
     def read_row(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start:stop] of a row of this part as stored, padding included; uint16 or uint32.
 
-        Raises DataError for a row that is damaged. A checksum covers every chunk, and no id outside the vocabulary is
+        Raises DataError for a row that is damaged, and OSError or MemoryError where this process has no more files or
+        memory, which says nothing of the row. A checksum covers every chunk, and no id outside the vocabulary is
         let through, so damage never yields wrong tokens.
         """
         shard = self.path / shard_name(row - self.first_row, self.manifest.rows_per_shard)
         try:
             tokens = np.asarray(self._tokens[row - self.first_row, start:stop])
         except Exception as error:  # a damaged shard fails in many ways: checksum, index, decoder, short read
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_PROCESS:
+                raise
             raise DataError(f"row {row} of {self.path} is damaged in shard {shard} ({error}): {WAY_OUT}") from error
         if tokens.size and tokens.max() >= self.manifest.vocab_size:
             raise DataError(f"row {row} of {self.path} is missing from shard {shard}: {WAY_OUT}")

@@ -9,11 +9,12 @@ and an error comes through as it is. Each row is read and decoded once, whoever 
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from data_pipeline.dataset import Sample, Samples
 from data_pipeline.errors import DataError
@@ -54,7 +55,10 @@ class Loader(Iterator[list[MicroBatch]]):
         ahead: batches of this rank that are read before they are asked for; what bounds the memory.
 
     Reading begins with the `with` statement or the first batch. `close`, or the end of the `with` statement, ends the
-    threads; after that the loader delivers nothing.
+    threads; after that the loader delivers nothing. It is for one thread of the process that made it.
+
+    Raises:
+        ValueError: an option that is out of range.
     """
 
     def __init__(
@@ -72,6 +76,12 @@ class Loader(Iterator[list[MicroBatch]]):
         threads: int = 2,
         ahead: int = 2,
     ) -> None:
+        if on_damage not in get_args(OnDamage):
+            raise ValueError(f"on_damage={on_damage!r}: choose one of {', '.join(get_args(OnDamage))}")
+        if n_consumed < 0 or threads < 1 or ahead < 1:
+            raise ValueError(
+                f"n_consumed={n_consumed} must be at least 0, threads={threads} and ahead={ahead} at least 1"
+            )
         self.samples, self.batch_size, self.on_damage = samples, batch_size, on_damage
         self.n_consumed = n_consumed
         """Samples that all ranks together have been delivered."""
@@ -81,10 +91,16 @@ class Loader(Iterator[list[MicroBatch]]):
         self._part, self._n_parts = part, n_parts
         self._ahead = ahead
         self._batches: deque[list[Future[_Read]]] = deque()
+        self._closed, self._pid = False, os.getpid()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
 
     def __next__(self) -> list[MicroBatch]:
-        """The next batch. Raises the DataError of a damaged row, again and again if asked again."""
+        """The next batch. Raises the DataError of a damaged row, again and again if asked again, and StopIteration once
+        the loader is closed."""
+        if self._closed:
+            raise StopIteration
+        if self._pid != os.getpid():
+            raise RuntimeError("this loader was made in another process, and its threads are there: make one here")
         self._read_ahead()
         reads = iter([future.result() for future in self._batches[0]])
         self._batches.popleft()
@@ -112,6 +128,7 @@ class Loader(Iterator[list[MicroBatch]]):
 
     def close(self) -> None:
         """Ends the threads, each after the row that it is reading."""
+        self._closed = True
         self._forget()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -126,7 +143,7 @@ class Loader(Iterator[list[MicroBatch]]):
 
     def _read_ahead(self) -> None:
         """Sees to it that `ahead` batches, from the next one on, are read or being read."""
-        while len(self._batches) < max(self._ahead, 1):
+        while len(self._batches) < self._ahead:
             first = self.n_consumed + len(self._batches) * self.batch_size
             positions = [first + index for ids in self._shares for index in ids]
             self._batches.append([self._pool.submit(self._read, position) for position in positions])

@@ -24,7 +24,8 @@ BLOCK_SAMPLES = 1000
 class Mixture:
     """The samples of several sources, mixed by weight; the sources are taken in the order of their names.
 
-    Weights are any positive numbers: only their ratios count. Raises DataError for weights that cannot be followed.
+    Weights are any positive numbers: only their ratios count. Raises DataError for weights that cannot be followed, and
+    for sources with rows of different lengths or different tokenizers.
     """
 
     def __init__(self, sources: "Mapping[str, Samples]", weights: Mapping[str, float], seed: int = 0) -> None:
@@ -34,7 +35,19 @@ class Mixture:
         self.seed = seed
         self._names = sorted(self.counts)
         self._sources = [sources[name] for name in self._names]
+        for name, source in zip(self._names, self._sources, strict=True):
+            for key, value in source.form.items():
+                if value != (first := self.form[key]):
+                    raise DataError(
+                        f"the sources of a mixture must be alike: {key} of {name} is {value}, and of {self._names[0]} "
+                        f"{first}"
+                    )
         self._edges = [0, *accumulate(self.counts[name] for name in self._names)]
+
+    @property
+    def form(self) -> "Mapping[str, str | int]":
+        """What all sources have alike: see `dataset.Samples`."""
+        return self._sources[0].form
 
     @property
     def identity(self) -> dict[str, str | int]:

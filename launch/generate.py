@@ -174,7 +174,7 @@ def main() -> int:
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
-    except (ConfigError, DataError, OSError) as error:
+    except (ConfigError, DataError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

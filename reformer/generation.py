@@ -41,6 +41,7 @@ def continue_tokens(
 
     Raises:
         ValueError: as `check_continuation` does, before anything is computed.
+        FloatingPointError: the logits are NaN, as those of a model that has diverged.
     """
     check_continuation(config, tokens, n_tokens, temperature, top_p)
     window = tokens.long()
@@ -86,6 +87,8 @@ def choose(logits_V: Tensor, seed: int, temperature: float, top_p: float) -> int
     The draw is made on the CPU, from one number in float64 that follows from the seed.
     """
     logits_V = logits_V.double().cpu()
+    if logits_V.isnan().any():
+        raise FloatingPointError("the model's logits are not numbers (NaN): its weights are damaged, or have diverged")
     if temperature == 0:
         return int(logits_V.argmax())
     # Without the maximum first, a tiny temperature would make infinities of them.
@@ -94,4 +97,4 @@ def choose(logits_V: Tensor, seed: int, temperature: float, top_p: float) -> int
     kept = int((total_V - p_V < top_p).sum())  # the last of them is the one that reaches top_p
     generator = torch.Generator().manual_seed(seed)
     at = torch.rand((), dtype=torch.float64, generator=generator, device="cpu") * total_V[kept - 1]
-    return int(token_V[min(int(torch.searchsorted(total_V, at)), kept - 1)])  # of logits that are no numbers, the last
+    return int(token_V[min(int(torch.searchsorted(total_V, at)), kept - 1)])

@@ -25,8 +25,9 @@ def check_heads(heads: Mapping[str, Tensor], key_padding_mask: Tensor | None, se
     for name, mask in (("key_padding_mask", key_padding_mask), ("segment_ids", segment_ids)):
         if mask is not None and list(mask.shape) != shape:
             raise ValueError(f"{name} must be [B, T] = {shape}, got {list(mask.shape)}")
-    if segment_ids is not None and segment_ids.is_floating_point():
-        raise ValueError(f"segment_ids must be integers, got {segment_ids.dtype}")
+        if mask is not None and mask.is_floating_point():
+            kinds = "integers or booleans" if mask is key_padding_mask else "integers"
+            raise ValueError(f"{name} must be {kinds}, got {mask.dtype}")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
@@ -49,4 +50,4 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 def check_chunk_len(chunk_len: int) -> None:
     """Raises ValueError unless it is a length."""
     if not isinstance(chunk_len, int) or chunk_len < 1:
-        raise ValueError(f"chunk_len={chunk_len} must be a whole number of at least 1")
+        raise ValueError(f"chunk_len={chunk_len!r} must be an int of at least 1")

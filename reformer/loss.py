@@ -53,7 +53,7 @@ class OutputHead(nn.Module):
     def forward(
         self, y1_BTM: Tensor, y2_BTM: Tensor, labels_BT: Tensor | None = None, per_token: bool = False
     ) -> Tensor:
-        """Logits [B, T, V]; or, given int64 labels, the mean loss in nats (fp32 or better) over labels != -100.
+        """Logits [B, T, V]; or, given integer labels, the mean loss in nats (fp32 or better) over labels != -100.
 
         The mean over no labels at all is 0. The outputs of a reversible stack get their gradients by hand: see
         `with_gradients`. With `per_token` the loss of each token [B, T] instead, 0 where its label is -100, without a
@@ -68,7 +68,7 @@ class OutputHead(nn.Module):
             return F.linear(read, self.weight, self.bias)
         if labels_BT.shape != y1_BTM.shape[:2]:
             raise ValueError(f"labels must be {list(y1_BTM.shape[:2])} like the tokens, got {list(labels_BT.shape)}")
-        streams, labels = [y1_BTM.flatten(0, 1), y2_BTM.flatten(0, 1)], labels_BT.flatten()
+        streams, labels = [y1_BTM.flatten(0, 1), y2_BTM.flatten(0, 1)], labels_BT.flatten().long()
         _check_labels(labels, len(self.bias))
         if per_token or not torch.is_grad_enabled():
             losses_BT = self._losses(streams, labels).view(labels_BT.shape)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reformer.call import Call
 from reformer.config import ReformerConfig
-from reformer.heads import check_tokens
+from reformer.heads import INTEGERS, check_tokens
 from reformer.loss import EMBEDDING_STD, OutputHead
 from reformer.positions import AxialPositions
 from reformer.reversible import ReversibleBlock, reversible_stack
@@ -49,7 +49,7 @@ class Reformer(nn.Module):
         labels: Tensor | None = None,
         *,
         segment_ids: Tensor | None = None,
-        step: int = 0,
+        step: int | None = None,
         sample_ids: Sequence[int] | Tensor | None = None,
         n_hashes: int | None = None,
         per_token: bool = False,
@@ -59,9 +59,10 @@ class Reformer(nn.Module):
 
         Args:
             tokens: integers [B, T] of any type.
-            labels: int64 [B, T], the token to be predicted at each place (already shifted), -100 to ignore it.
+            labels: integers [B, T], the token to be predicted at each place (already shifted), -100 to ignore it.
             segment_ids: integer [B, T]; tokens of different segments (documents) do not see each other.
-            step: with the model's seed, fixes the hash rotations and dropout masks of this pass.
+            step: with the model's seed, fixes the hash rotations and dropout masks of this pass: in training, the number
+                of updates so far. None: the rotations of step 0, and no dropout may be drawn.
             sample_ids: index of each sample in the global batch, which keys its dropout; 0, 1, … if not given.
             n_hashes: rounds of LSH attention, more or fewer than the model was trained with; None: as configured.
             per_token: the loss of each token, fp32 [B, T], in place of their mean; 0 where its label is -100. Under
@@ -71,23 +72,31 @@ class Reformer(nn.Module):
                 A parameter's gradient, added up over the parts, each weighted with its number of labels, is that of
                 the sequence.
 
-        A backward pass adds to `.grad` of the blocks' parameters, once for each forward, also where it is asked for
-        other gradients only (torch.autograd.grad, inputs=), and raises RuntimeError where they have been replaced since
-        the forward, or changed so that autograd knows of it. It computes blocks again: weights that a parametrization
-        makes must come out the same (no noise, no spectral_norm), outside of torch's parametrize.cached(), and hooks
-        must not change what a block returns.
+        A token sees none that come after it, if the model is causal. But which of those before it LSH attention shows
+        it, among the hash's candidates, depends on where all tokens of the row come to lie when they are sorted, later
+        ones and padding too.
+
+        `loss.backward()` adds to `.grad` of the blocks' parameters, once for each forward, and raises RuntimeError
+        where they have been replaced since the forward, or changed so that autograd knows of it. It does so whenever it
+        passes through the blocks to a gradient that is asked for, be that all or, by torch.autograd.grad or `inputs=`,
+        the embedding's; asked for those of blocks alone it does not come to them, and finds none. With labels,
+        gradients of what goes into the head are not to be had by torch.autograd.grad either: it finds zeros (take the
+        loss of the logits). Blocks are computed again: weights that a parametrization makes must come out the same (no
+        noise, no spectral_norm), outside of torch's parametrize.cached(); hooks on a block or its halves are called
+        again, with other arguments, and must not change what it returns.
 
         Raises:
             ValueError: tokens that are not [B, T], no integers or, on a CPU, not below vocab_size; n_hashes below 1, or
-                in a model without LSH attention; labels or segment_ids of another shape; per_token without labels, or
-                where gradients are wanted; a number of parts that does not divide n_heads.
+                in a model without LSH attention; labels or segment_ids of another shape or no integers; dropout in
+                training without a step; per_token without labels, or where gradients are wanted; a number of parts that
+                does not divide n_heads.
             RuntimeError: tied embeddings that are two parameters by now.
         """
-        self._check(tokens, labels, segment_ids, sample_ids, n_hashes, per_token, part)
+        self._check(tokens, labels, segment_ids, step, sample_ids, n_hashes, per_token, part)
         ids = range(len(tokens)) if sample_ids is None else sample_ids
         call = Call(
             seed=self.config.seed,
-            step=operator.index(step),
+            step=0 if step is None else operator.index(step),
             sample_ids=tuple(int(sample_id) for sample_id in ids),
             dropout=self.config.dropout if self.training else 0.0,
             # Copied: the backward reads it again, when the caller's memory may hold the next batch.
@@ -111,6 +120,7 @@ class Reformer(nn.Module):
         tokens: Tensor,
         labels: Tensor | None,
         segment_ids: Tensor | None,
+        step: int | None,
         sample_ids: Sequence[int] | Tensor | None,
         n_hashes: int | None,
         per_token: bool,
@@ -118,6 +128,11 @@ class Reformer(nn.Module):
     ) -> None:
         """Raises what `forward` says."""
         self.check_embeddings()
+        if step is None and self.training and (self.config.dropout or self.config.attn_dropout):
+            raise ValueError(
+                "training with dropout needs a step, from which its masks follow: pass step=, the number of updates so "
+                "far, or call model.eval()"
+            )
         if n_hashes is not None and (n_hashes < 1 or not self.config.has_lsh):
             raise ValueError(
                 f"n_hashes={n_hashes} must be at least 1, and some layer must use LSH attention "
@@ -132,8 +147,10 @@ class Reformer(nn.Module):
             )
         if segment_ids is not None and segment_ids.shape != tokens.shape:
             raise ValueError(f"segment_ids must be {list(tokens.shape)} like tokens, got {list(segment_ids.shape)}")
-        if labels is not None and labels.shape != tokens.shape:
-            raise ValueError(f"labels must be {list(tokens.shape)} like tokens, got {list(labels.shape)}")
+        if labels is not None and (labels.shape != tokens.shape or labels.dtype not in INTEGERS):
+            raise ValueError(
+                f"labels must be integers {list(tokens.shape)} like tokens, got {labels.dtype} {list(labels.shape)}"
+            )
         if per_token and (labels is None or torch.is_grad_enabled()):
             raise ValueError(
                 "per_token gives the loss of each token without gradients: give labels, in torch.no_grad()"

@@ -37,7 +37,7 @@ def sample_continuation(
 ) -> str | None:
     """The beginning of the first held-out row, and run.sample_tokens tokens that the model adds, as Markdown.
 
-    None where run.sample_tokens is 0 and where the row has nothing in it. All ranks call this, for an engine in
+    None where run.sample_tokens is 0, the row has nothing in it, or the model has diverged. All ranks call this, for an engine in
     evaluation mode. Raises DataError, on one rank while the others end, where the row or the store's tokenizer is
     damaged.
     """
@@ -49,7 +49,10 @@ def sample_continuation(
     if not len(prompt) or not n_tokens:
         return None
     forward = partial(engine, n_hashes=config.run.eval_n_hashes)
-    added = continue_tokens(forward, config.model, prompt, n_tokens, top_p=TOP_P)
+    try:
+        added = continue_tokens(forward, config.model, prompt, n_tokens, top_p=TOP_P)
+    except FloatingPointError:  # on all ranks alike; the loss says it, too
+        return None
     return together(partial(as_markdown, prompt, added, rows.store), launch, device)
 
 

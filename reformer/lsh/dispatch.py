@@ -59,8 +59,10 @@ def lsh_attention(
         n_hashes: rounds R.
         chunk_len: tokens per chunk of the sorted sequence.
         n_buckets: a number, its even factors, or None for about 2 * T / chunk_len.
-        causal: whether a token sees only what stands before it in the original order.
-        key_padding_mask: [B, T], True (non-zero) at tokens that may be seen.
+        causal: whether a token sees only what stands before it in the original order. Which of these its chunk shows
+            it depends on where all tokens are sorted to, those after it and padding too.
+        key_padding_mask: booleans or integers [B, T], True (non-zero) at tokens that may be seen, False at padding:
+            the reverse of nn.MultiheadAttention's.
         segment_ids: integer [B, T]; tokens of different segments do not see each other.
         attend_across_buckets: see all of the visible chunks, or the own bucket of the round only (eq. 4).
         duplicate_correction: subtract log N_ij, N_ij the number of times that the rounds find key j (eq. 16), so
@@ -76,8 +78,8 @@ def lsh_attention(
 
     Returns:
         The output [B, H, T, D] in v's dtype and the buckets [B, H, n_hashes, T] that were used. Buckets carry no
-        gradient. Statistics are fp32 for half-precision inputs. Second derivatives are those of backend="reference"
-        alone: elsewhere a backward with create_graph=True raises RuntimeError.
+        gradient. Statistics are fp32 for half-precision inputs. Second and forward derivatives and torch.func are
+        for backend="reference" alone: elsewhere a backward with create_graph=True raises RuntimeError.
 
     Raises:
         ValueError: a shape, dtype or option that does not fit, with what was expected; a path that cannot run.
@@ -244,7 +246,7 @@ def _check_arguments(
     check_heads({"qk": qk, "v": v}, key_padding_mask, segment_ids)
     check_chunk_len(chunk_len)
     if not isinstance(n_hashes, int) or n_hashes < 1:
-        raise ValueError(f"n_hashes={n_hashes} must be a whole number of at least 1")
+        raise ValueError(f"n_hashes={n_hashes!r} must be an int of at least 1")
     batch, n_heads, n_tokens, _ = qk.shape
     if buckets is not None:
         shape = [batch, n_heads, n_hashes, n_tokens]

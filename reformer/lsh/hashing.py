@@ -52,7 +52,7 @@ def bucket_factors(n_buckets: int | Sequence[int] | None, n_tokens: int, chunk_l
         return default_buckets(n_tokens, chunk_len)
     factors = tuple(n_buckets) if isinstance(n_buckets, Sequence) else (n_buckets,)
     if not factors or any(not isinstance(factor, int) or factor < 2 or factor % 2 for factor in factors):
-        raise ValueError(f"n_buckets={n_buckets}: each factor must be even and at least 2")
+        raise ValueError(f"n_buckets={n_buckets!r}: each factor must be even and at least 2, and an int")
     if math.prod(factors) > MAX_BUCKETS:
         raise ValueError(f"n_buckets={n_buckets}: there can be up to {MAX_BUCKETS:,} buckets")
     return factors

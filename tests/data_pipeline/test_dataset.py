@@ -1,5 +1,6 @@
 """Rows as tensors, whole or in parts: no label crosses a document or is made up."""
 
+import errno
 import pickle
 from collections.abc import Callable
 
@@ -84,6 +85,31 @@ def test_at_goes_through_epochs(make_store: Callable[..., Store]) -> None:
 def test_outside_is_an_error(make_store: Callable[..., Store], index: int) -> None:
     with pytest.raises(IndexError):
         RowDataset(make_store())[index]
+
+
+def test_rows_by_numbers_of_other_types(make_store: Callable[..., Store]) -> None:
+    """What is no number is the caller's mistake, and no damage of the row."""
+    dataset = RowDataset(make_store(), seed=np.int64(3))  # type: ignore[arg-type]
+    for index in (torch.tensor(1), np.int32(1)):
+        assert torch.equal(dataset[index].tokens, dataset[1].tokens)  # type: ignore[index]
+    with pytest.raises(TypeError):
+        dataset[1.5]  # type: ignore[index]
+    with pytest.raises(TypeError):
+        RowDataset(dataset.store, seed=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_no_more_files_or_memory_are_no_damage(
+    make_store: Callable[..., Store], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Exhausted:
+        def __getitem__(self, _: object) -> None:
+            raise OSError(number, "no more")
+
+    store = make_store()
+    monkeypatch.setitem(vars(store.parts[0]), "_tokens", Exhausted())
+    with pytest.raises(OSError, match="no more"):
+        RowDataset(store)[0]
 
 
 @pytest.mark.parametrize("packing", ["bestfit", "stream"])

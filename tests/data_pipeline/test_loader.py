@@ -1,5 +1,6 @@
 """The loader: the same global sequence on any number of ranks, whatever was read ahead, and nothing left behind."""
 
+import errno
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ class Numbered:
         self.damaged, self.blanks, self.seconds = damaged, blanks, seconds
         self.asked: list[int] = []
         self.identity: dict[str, str | int] = {"store": "abc", "seed": 0}
+        self.form: dict[str, str | int] = {}
 
     def slice_of(self, position: int, part: int, n_parts: int) -> Sample:
         self.asked.append(position)
@@ -192,9 +195,49 @@ def test_an_interrupted_wait_ends_the_threads() -> None:
 
 def test_a_closed_loader_delivers_nothing() -> None:
     loader = Loader(Numbered(), BATCH)
+    next(loader)
     loader.close()
     loader.close()
-    with pytest.raises(RuntimeError, match="shutdown"):
+    assert list(loader) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_damage": "Strict"}, "on_damage='Strict': choose one of strict, skip"),
+        ({"on_damage": None}, "on_damage=None: choose one of strict, skip"),
+        ({"n_consumed": -1}, "n_consumed=-1 must be at least 0"),
+        ({"threads": 0}, "threads=0 and ahead=2 at least 1"),
+        ({"ahead": 0}, "threads=2 and ahead=0 at least 1"),
+    ],
+)
+def test_options_that_are_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Loader(Numbered(), BATCH, **options)
+
+
+def test_a_forked_child_is_told_that_its_loader_has_no_threads() -> None:
+    """It would wait for them for ever."""
+    with Loader(Numbered(), BATCH) as loader:
+        next(loader)
+        if not (child := os.fork()):
+            signal.alarm(60)
+            try:
+                next(loader)
+            except RuntimeError as error:
+                os._exit("made in another process" not in str(error))
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_files_that_run_out_are_no_damage() -> None:
+    """The rows are sound: to leave them out would be to train on nothing."""
+
+    class Exhausted(Numbered):
+        def slice_of(self, position: int, part: int, n_parts: int) -> Sample:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    with Loader(Exhausted(), BATCH, on_damage="skip") as loader, pytest.raises(OSError, match="Too many open files"):
         next(loader)
 
 

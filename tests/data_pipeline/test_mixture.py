@@ -1,7 +1,7 @@
 """Mixtures: as many samples of each source as its weight says, each of them once, by the position alone."""
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -13,6 +13,11 @@ class Counted(NamedTuple):
     """A source whose samples say who they are."""
 
     name: str
+    seq_len: int = 8
+
+    @property
+    def form(self) -> dict[str, str | int]:
+        return {"seq_len": self.seq_len}
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -27,6 +32,13 @@ class Counted(NamedTuple):
 
 def make_mixture(weights: dict[str, float], seed: int = 0) -> Mixture:
     return Mixture({name: Counted(name) for name in weights}, weights, seed)  # type: ignore[misc]
+
+
+def test_sources_must_be_alike() -> None:
+    sources: Any = {"a": Counted("a"), "b": Counted("b", seq_len=16)}
+    with pytest.raises(DataError, match="seq_len of b is 16, and of a 8"):
+        Mixture(sources, {"a": 1.0, "b": 1.0})
+    assert Mixture({"a": sources["a"]}, {"a": 1.0}).form == {"seq_len": 8}
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,23 @@ def test_tokens_that_are_none(tokens: Tensor, message: str) -> None:
         make_model()(tokens)
 
 
+@pytest.mark.parametrize("dropped", ["dropout", "attn_dropout"])
+def test_training_with_dropout_needs_a_step(dropped: str) -> None:
+    """By default every pass would have the same masks."""
+    model = make_model(**{dropped: 0.2})
+    with pytest.raises(ValueError, match="training with dropout needs a step, from which its masks follow: pass step="):
+        model(TOKENS, TOKENS)
+    assert torch.equal(model.eval()(TOKENS), model(TOKENS, step=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_labels_are_integers_of_any_type(dtype: torch.dtype) -> None:
+    model, labels = make_model(), TOKENS.where(TOKENS != 3, -100)
+    assert torch.equal(model(TOKENS, labels.to(dtype)), model(TOKENS, labels))
+    with pytest.raises(ValueError, match=r"labels must be integers \[.*\] like tokens, got torch.float32"):
+        model(TOKENS, labels.float())
+
+
 @pytest.mark.parametrize("keep_ends", [True, False])
 def test_hooks_of_every_module_are_called(keep_ends: bool) -> None:
     model, called = make_model(keep_ends=keep_ends), set()

@@ -88,10 +88,11 @@ def test_a_token_of_no_probability_is_never_drawn() -> None:
     assert {choose(logits, seed, 1.0, 1.0) for seed in range(50)} == {17, 4999}
 
 
-def test_logits_that_are_no_numbers_give_some_token() -> None:
-    """A run whose forward pass overflowed for once goes on."""
+def test_logits_that_are_no_numbers_give_no_token() -> None:
     for temperature in (0.0, 1.0):
-        assert 0 <= choose(torch.full((5,), torch.nan), 0, temperature, 0.9) < 5
+        with pytest.raises(FloatingPointError, match=r"not numbers \(NaN\): its weights are damaged, or have diverged"):
+            choose(torch.tensor([0.0, torch.nan]), 0, temperature, 0.9)
+        assert choose(torch.tensor([-torch.inf, 0.0]), 0, temperature, 0.9) == 1
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_the_same_rotations_give_the_same_buckets(factors: tuple[int, ...]) -> N
 
 
 def test_round_trip_through_hugging_face_changes_nothing(tmp_path: Path) -> None:
-    ours = make_model(dropout=0.25, attn_dropout=0.5).float()
+    ours = make_model(dropout=0.25, attn_dropout=0.5).float().eval()
     to_huggingface(ours, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     back = load_hf(tmp_path / "theirs")
     assert back.config == ours.config

@@ -34,7 +34,7 @@ def test_equals_dense(n_tokens: int, causal: bool, masked: bool) -> None:
         ({"k": torch.zeros(1, 2, 6, 4)}, "q and k and v must all be"),
         ({"k": torch.zeros(1, 2, 5, 4, dtype=torch.float64)}, "one floating-point dtype"),
         ({"key_padding_mask": torch.ones(1, 6)}, r"key_padding_mask must be \[B, T\] = \[1, 5\]"),
-        ({"chunk_len": 0}, "chunk_len=0 must be a whole number"),
+        ({"chunk_len": 0}, "chunk_len=0 must be an int"),
     ],
 )
 def test_bad_arguments_name_what_was_expected(changes: dict[str, object], message: str) -> None:

@@ -292,7 +292,7 @@ def test_labels_of_another_shape_are_refused(shape: tuple[int, int]) -> None:
     model = Reformer(ReformerConfig(vocab_size=20, max_seq_len=64, d_model=16, n_layers=1, n_heads=2, lsh_chunk_len=8))
     tokens = torch.randint(0, 20, (2, 50))
     labels = torch.zeros(shape, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"labels must be \[2, 50\] like tokens, got"):
+    with pytest.raises(ValueError, match=r"labels must be integers \[2, 50\] like tokens, got"):
         model(tokens, labels)
     with pytest.raises(ValueError, match=r"labels must be \[2, 50\] like the tokens, got"):
         model.head(*torch.randn(2, 2, 50, 16), labels)

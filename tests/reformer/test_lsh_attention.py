@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from parity import assert_parity
@@ -359,6 +360,8 @@ def test_given_buckets_are_used_and_returned() -> None:
         ({"rotations": torch.zeros(1, 2, 2, 9)}, "rotations must be"),
         ({"segment_ids": torch.zeros(1, 5)}, "segment_ids must be"),
         ({"segment_ids": torch.zeros(1, 4)}, "segment_ids must be integers, got torch.float32"),
+        ({"key_padding_mask": torch.zeros(1, 4)}, "key_padding_mask must be integers or booleans, got torch.float32"),
+        ({"chunk_len": np.int64(4)}, r"chunk_len=np.int64\(4\) must be an int of at least 1"),
         ({"n_buckets": 2**25}, "up to 16,777,216 buckets"),
         ({"backend": "cuda"}, "choose 'auto'"),
     ],

@@ -79,10 +79,10 @@ def test_attention_dropout_differs_by_step_layer_sample_and_head_and_is_off_in_e
 def test_a_sample_drops_the_same_attention_on_any_rank() -> None:
     model = make_model(attn_dropout=0.3, dropout=0.2)
     tokens, _, _ = make_batch()
-    together = model(tokens, sample_ids=(6, 7))
-    alone = model(tokens[1:], sample_ids=(7,))
+    together = model(tokens, step=0, sample_ids=(6, 7))
+    alone = model(tokens[1:], step=0, sample_ids=(7,))
     assert_parity({"logits": alone.detach()}, {"logits": together[1:].detach()}, 1e-12)
-    assert not torch.allclose(model(tokens[1:], sample_ids=(6,)), alone)
+    assert not torch.allclose(model(tokens[1:], step=0, sample_ids=(6,)), alone)
 
 
 @pytest.mark.parametrize("n_hashes", [1, 3, 8])

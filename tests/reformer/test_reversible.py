@@ -81,7 +81,7 @@ def test_every_parameter_gets_its_gradient_once(keep_ends: bool) -> None:
 
         parameter.register_post_accumulate_grad_hook(count)
     tokens, labels, _ = make_batch()
-    model(tokens, labels).backward()
+    model(tokens, labels, step=0).backward()
     assert set(counts.values()) == {1}, counts
 
 
@@ -135,7 +135,7 @@ def test_evaluation_of_another_length_between_forward_and_backward() -> None:
     batch = make_batch()
     plain_loss(model, *batch).backward()
     plain = gradients(model)
-    loss = model(batch[0], batch[1], segment_ids=batch[2])
+    loss = model(batch[0], batch[1], segment_ids=batch[2], step=0)
     model.eval()
     for n_tokens in (120, 3):  # LSH attention of 3 tokens takes another path
         model(*make_batch(n_tokens)[:2], step=7)
@@ -185,7 +185,7 @@ def test_a_pass_inside_of_a_pass(is_same: bool, moment: str) -> None:
     elif moment == "backward in backward":
         inner.forward()
         hook = attention.norm_weight.register_hook(inner.backward)
-    loss = outer(tokens, labels, segment_ids=segments)
+    loss = outer(tokens, labels, segment_ids=segments, step=0)
     if moment == "both in backward":
         hook = attention.register_forward_hook(inner.backward)
     assert inner.done == (set() if moment == "both in backward" else {"forward"})
@@ -220,7 +220,7 @@ def test_global_random_state_is_left_alone() -> None:
     model = make_model(dropout=0.3, attn_dropout=0.3)
     tokens, labels, _ = make_batch()
     state = torch.get_rng_state()
-    loss = model(tokens, labels)
+    loss = model(tokens, labels, step=0)
     assert torch.equal(torch.get_rng_state(), state)
     loss.backward()
     assert torch.equal(torch.get_rng_state(), state)
@@ -246,7 +246,7 @@ def test_the_backward_is_the_same_under_any_autocast_and_leaves_it_as_it_was(for
     results = []
     for backward_dtype in (None, torch.bfloat16, torch.float16):
         with autocast(forward_dtype):
-            loss = model(tokens, labels)
+            loss = model(tokens, labels, step=0)
         with autocast(backward_dtype):
             loss.backward()
             assert torch.is_autocast_enabled("cpu") == (backward_dtype is not None)
@@ -254,7 +254,7 @@ def test_the_backward_is_the_same_under_any_autocast_and_leaves_it_as_it_was(for
         assert not torch.is_autocast_enabled("cpu")
         results.append(gradients(model))
     with autocast(forward_dtype):  # nor does it matter that one statement holds both
-        model(tokens, labels).backward()
+        model(tokens, labels, step=0).backward()
     results.append(gradients(model))
     for other in results[1:]:
         assert all(torch.equal(other[name], gradient) for name, gradient in results[0].items())
@@ -279,7 +279,7 @@ def test_an_error_in_the_middle_of_a_backward_leaves_nothing_behind(half: str) -
         raise Interrupted
 
     with autocast(torch.bfloat16):
-        loss = model(tokens).square().mean()
+        loss = model(tokens, step=0).square().mean()
     known = visible_tensors()
     hook = getattr(model.blocks[1], half).register_forward_hook(fail)
     with torch.autocast("cpu", dtype=torch.float16):
@@ -293,7 +293,7 @@ def test_an_error_in_the_middle_of_a_backward_leaves_nothing_behind(half: str) -
     del loss
     model.zero_grad()
     assert visible_tensors() <= known
-    model(tokens, labels, segment_ids=segments).backward()
+    model(tokens, labels, segment_ids=segments, step=0).backward()
     assert_parity(gradients(model), plain, 1e-9)
 
 
@@ -377,6 +377,6 @@ def test_dense_attention_is_differentiated_under_autocast() -> None:
         model = make_model(n_layers=2, **options).float()
         tokens, labels, _ = make_batch()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(tokens, labels)
+            loss = model(tokens, labels, step=0)
         loss.backward()
         assert all(gradient.isfinite().all() for gradient in gradients(model).values())

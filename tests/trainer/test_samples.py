@@ -106,6 +106,14 @@ def test_no_sample(store: Store) -> None:
     assert sampled(engine, store, config(store, run={"sample_tokens": 0})) is None and not engine.read
 
 
+def test_a_model_that_has_diverged_gives_no_sample(store: Store) -> None:
+    class Diverged(_Says):
+        def __call__(self, tokens: Tensor, **options: object) -> Tensor:
+            return super().__call__(tokens, **options) * torch.nan
+
+    assert sampled(Diverged([1]), store) is None
+
+
 def test_a_sample_ends_with_the_model_s_positions(store: Store) -> None:
     engine = _Says([*b"x"])
     sampled(engine, store, config(store, run={"sample_tokens": 10**6}))
