@@ -135,7 +135,7 @@ def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team, cont
         )
     existing = Store.open(output)
     notes: list[str] = []
-    files = find_files(settings.inputs, settings.val_inputs, decisive.tokenizer_kind == "integers", notes)
+    files = find_files(settings.inputs, settings.held_out, decisive.tokenizer_kind == "integers", notes)
     fresh = new_files(files, existing.parts) if settings.append else []
     contents = contents and team.rank == 0
     if not settings.append:

@@ -138,16 +138,21 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-bos", dest="bos", action="store_false", help="no BOS before a document")
     parser.add_argument("--no-eos", dest="eos", action="store_false", help="no EOS after a document")
     parser.add_argument("--split", default="", metavar="val=0.01,test=0.01", help="shares of documents to hold out")
-    parser.add_argument(
-        "--val-input", nargs="+", default=[], metavar="PATH", help="documents of the split val: no file of --input"
-    )
+    for split in ("val", "test"):
+        parser.add_argument(
+            f"--{split}-input",
+            nargs="+",
+            default=[],
+            metavar="PATH",
+            help=f"documents of the split {split}: no file of --input",
+        )
     _add_text(parser)
     parser.add_argument(
         "--duplicates",
         choices=DUPLICATES,
         default=default.duplicates,
-        help="keep: count exact duplicates; drop: leave them out, in train rather than of --val-input; near: "
-        "near-duplicates too (default: %(default)s)",
+        help="keep: only count exact duplicates; drop: keep one of them, that of --test-input or --val-input if there "
+        "is one; near: drop near-duplicates too (default: %(default)s)",
     )
     parser.add_argument(
         "--near-threshold",
@@ -180,6 +185,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
         eos=arguments.eos,
         split=parse_split(arguments.split),
         val_inputs=tuple(arguments.val_input),
+        test_inputs=tuple(arguments.test_input),
         text=_text_of(arguments),
         policies=parse_policies(arguments.on_bad),
         duplicates=arguments.duplicates,
@@ -214,7 +220,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="all the inputs, those of --val-input and --append too, to compare with what the store was made of",
+        help="all the inputs, those of --val-input, --test-input and --append too, to compare with the store",
     )
     parser.set_defaults(run=_run_verify)
 

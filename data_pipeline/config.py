@@ -125,13 +125,15 @@ class BuildSettings:
     """Name of each held-out split -> its share of the documents; the rest is "train"."""
     val_inputs: tuple[str, ...] = ()
     """Inputs whose documents form the split "val"."""
+    test_inputs: tuple[str, ...] = ()
+    """Those that form the split "test"."""
     text: TextSettings = field(default_factory=TextSettings)
     """How documents are found in files."""
     policies: Mapping[str, str] = field(default_factory=dict)
     """What to do about which problem, where it is not the default: see `POLICIES`."""
     duplicates: str = "keep"
-    """keep: exact duplicates are counted. drop: left out but for one, of `val_inputs` if one is. near: so are
-    near-duplicates."""
+    """keep: exact duplicates are counted. drop: left out but for one, of `test_inputs` or else `val_inputs` if one is.
+    near: so are near-duplicates."""
     near_threshold: float = 0.8
     """With duplicates "near": the Jaccard similarity of word 5-grams from which on documents are near-duplicates."""
     append: bool = False
@@ -167,8 +169,9 @@ class BuildSettings:
         if self.tokenizer == "integers":
             self._check_integers()
         _check_split(self.split)
-        if self.val_inputs and "val" in self.split:
-            raise DataError("the split val is given twice: drop either --val-input or val= in --split")
+        for name in self.held_out:
+            if name in self.split:
+                raise DataError(f"the split {name} is given twice: drop either --{name}-input or {name}= in --split")
 
     def _check_integers(self) -> None:
         if self.duplicates == "near":
@@ -178,6 +181,11 @@ class BuildSettings:
                 "--on-bad encoding=replace has nothing to put in place of an integer outside the vocabulary: use "
                 "encoding=skip, or a larger --vocab-size"
             )
+
+    @property
+    def held_out(self) -> dict[str, tuple[str, ...]]:
+        """The inputs that form a split of their own, by its name."""
+        return {name: inputs for name, inputs in (("val", self.val_inputs), ("test", self.test_inputs)) if inputs}
 
     @property
     def shard_rows(self) -> int:

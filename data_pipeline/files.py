@@ -40,8 +40,13 @@ class InputFile:
     """As stored: compressed, if it is."""
     mtime_ns: int | None
     """None where the file system keeps no time."""
-    held_out: bool
-    """Whether it came in by --val-input."""
+    split: str | None
+    """The split that its documents form: "val" of --val-input, "test" of --test-input; None: as --split says."""
+
+    @property
+    def option(self) -> str:
+        """How it came in."""
+        return f"--{self.split}-input" if self.split else "--input"
 
     @property
     def kind(self) -> str:
@@ -64,9 +69,11 @@ class _Found(NamedTuple):
 
 
 def find_files(
-    inputs: Sequence[str], held_out_inputs: Sequence[str], arrays: bool, notes: list[str] | None = None
+    inputs: Sequence[str], held_out: Mapping[str, Sequence[str]], arrays: bool, notes: list[str] | None = None
 ) -> list[InputFile]:
-    """All files of the inputs, sorted by name. `notes` gets a line about those that were left out, if any were.
+    """All files of the inputs, and of those that form splits of their own, by its name; sorted by their names.
+
+    `notes` gets a line about files that were left out, if any were.
 
     An input is a file, a folder, a glob, `@LIST` (a text file with an input on each line), or an fsspec URL of a file,
     folder or glob. A folder is searched for text (.txt, .jsonl, .parquet), or with `arrays` for .npy and .npz, but not
@@ -76,9 +83,10 @@ def find_files(
     text where arrays are wanted or the reverse, and for inputs without a single byte.
     """
     wanted = Wanted(arrays)
+    by_split: dict[str | None, Sequence[str]] = {None: inputs, **held_out}
     files = [
-        InputFile(without_compression(found.below), found.location, found.n_bytes, found.mtime_ns, held_out)
-        for sources, held_out in ((inputs, False), (held_out_inputs, True))
+        InputFile(without_compression(found.below), found.location, found.n_bytes, found.mtime_ns, split)
+        for split, sources in by_split.items()
         for source in sources
         for found in _find(source, wanted)
     ]
@@ -94,18 +102,16 @@ def find_files(
     check_folders(locations, locations)
     for file in files:
         _check_kind(file, arrays)
-    for held_out in {file.held_out for file in files}:
-        if not any(file.n_bytes for file in files if file.held_out == held_out):
-            raise DataError(
-                f"every file of {'--val-input' if held_out else '--input'} is empty: there is nothing to read"
-            )
+    for option in {file.option for file in files}:
+        if not any(file.n_bytes for file in files if file.option == option):
+            raise DataError(f"every file of {option} is empty: there is nothing to read")
     if notes is not None and (note := wanted.note(read=set(locations.values()))):
         notes.append(note)
     return files
 
 
 def check_held_out(files: Sequence[InputFile], fresh: Collection[str]) -> None:
-    """Raises DataError for a file that is trained on and held out, be it by a link, under a name that is `fresh`."""
+    """Raises DataError for a file that comes in by two options, be it by a link, under a name that is `fresh`."""
     real_folder = cache(os.path.realpath)
 
     def place(file: InputFile) -> str:
@@ -116,13 +122,14 @@ def check_held_out(files: Sequence[InputFile], fresh: Collection[str]) -> None:
         path = os.path.join(real_folder(folder), name)  # noqa: PTH118 (a Path for each file, as below)
         return os.path.realpath(path) if os.path.islink(path) else path  # noqa: PTH114 (as above)
 
-    held_out = {place(file): file for file in files if file.held_out}
+    held_out = {place(file): file for file in files if file.split}
     for file in files if held_out else ():
-        if not file.held_out and (other := held_out.get(place(file))) and not {file.name, other.name}.isdisjoint(fresh):
+        other = held_out.get(place(file))
+        if other and other.split != file.split and not {file.name, other.name}.isdisjoint(fresh):
             raise DataError(
-                f"one file comes in twice: {file.location} by --input, named {file.name!r}, and {other.location} by "
-                f"--val-input, named {other.name!r}. Give it once: move what is held out to a folder outside --input, "
-                "or give --input a glob or @LIST without it"
+                f"one file comes in twice: {file.location} by {file.option}, named {file.name!r}, and {other.location} "
+                f"by {other.option}, named {other.name!r}. Give it once: move what is held out to a folder outside "
+                f"{file.option}, or give {file.option} a glob or @LIST without it"
             )
 
 

@@ -90,14 +90,14 @@ def compare_with_others(
         )
 
 
-def snapshot(files: Sequence[InputFile]) -> dict[str, tuple[int, int | None, bool]]:
+def snapshot(files: Sequence[InputFile]) -> dict[str, tuple[int, int | None, str | None]]:
     """What identifies each file while a build lasts, by its name."""
-    return {file.name: (file.n_bytes, file.mtime_ns, file.held_out) for file in files}
+    return {file.name: (file.n_bytes, file.mtime_ns, file.split) for file in files}
 
 
 def hash_files(files: Sequence[InputFile], hashes: Sequence[str]) -> str:
     """The hash of a corpus, given the sha256 (hex) of each of its files."""
-    return hash_input([(f.name, f.n_bytes, sha256, f.held_out) for f, sha256 in zip(files, hashes, strict=True)])
+    return hash_input([(f.name, f.n_bytes, sha256, f.split) for f, sha256 in zip(files, hashes, strict=True)])
 
 
 def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile], contents: bool) -> None:
@@ -114,7 +114,7 @@ def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile], 
         now = {file.name: digest for file, digest in zip(files, hashes, strict=True)}
         differences = document_differences({name: record.sha256 for name, record in old.items()}, now)
         if not differences and hash_files(files, hashes) != part.manifest.input_sha256:
-            differences = ["other documents come in by --val-input"]
+            differences = ["--val-input or --test-input name other files of it than before"]
     if differences:
         raise DataError(
             f"{output} was built from other input: {'; '.join(differences)}. Build into another --output, delete this "

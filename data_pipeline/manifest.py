@@ -234,9 +234,10 @@ def document_differences(old: Mapping[str, object], new: Mapping[str, object]) -
     return [f"{len(names)} documents {kind}: {_shorten(names)}" for kind, names in kinds.items() if names]
 
 
-def hash_input(inputs: Sequence[tuple[str, int, str, bool]]) -> str:
-    """The hash of a corpus, given (name, bytes, sha256, held out) of each input file."""
-    return _hash_json(inputs)
+def hash_input(inputs: Sequence[tuple[str, int, str, str | None]]) -> str:
+    """The hash of a corpus, given (name, bytes, sha256, the split that it forms by itself) of each input file."""
+    marks = {None: False, "val": True}  # as when there was one such split
+    return _hash_json([(name, n_bytes, sha256, marks.get(split, split)) for name, n_bytes, sha256, split in inputs])
 
 
 def _hash_json(content: Any) -> str:

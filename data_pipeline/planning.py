@@ -107,48 +107,51 @@ def merge_parts(columns: Columns) -> Documents:
     )
 
 
-def make_plan(documents: Documents, held_out: np.ndarray, known: np.ndarray, settings: PlanSettings) -> Plan:
+def make_plan(documents: Documents, given_split: np.ndarray, known: np.ndarray, settings: PlanSettings) -> Plan:
     """Decides which documents are kept, in which split, and where in which row.
 
-    held_out bool [n_files]; known uint8 [m, 32]: hashes of documents that the store holds already. Raises DataError
-    when a split cannot be made, or no document is left; but for what is appended, which may be nothing new.
+    given_split str [n_files]: the split that a file's documents form, or "" where the settings' split decides; known
+    uint8 [m, 32]: hashes of documents that the store holds already. Raises DataError when a split cannot be made, or no
+    document is left; but for what is appended, which may be nothing new.
     """
     good = documents.bad == 0
-    is_held_out = held_out[documents.file]
-    same, near = _find_duplicates(documents, good, is_held_out, known, settings)
+    given = given_split[documents.file]
+    same, near = _find_duplicates(documents, good, given, known, settings)
     dropped = ~good
     if settings.duplicates != "keep":
         dropped |= (same != -1) | (near != -1)
     if not settings.appends:
-        sides = {" of --input": ~is_held_out, " of --val-input": is_held_out}
-        for side, members in sides.items() if held_out.any() else [("", ~is_held_out)]:
-            _check_left(side, good[members], dropped[members])
+        several = len(np.unique(given)) > 1
+        for name in np.unique(given):
+            option = f" of --{name}-input" if name else " of --input" if several else ""
+            _check_left(option, good[given == name], dropped[given == name])
     kept = np.flatnonzero(~dropped)
-    split, names, notes = _assign(documents.sha256[kept], is_held_out[kept], settings)
+    split, names, notes = _assign(documents.sha256[kept], given[kept], settings)
     segments, split_rows = _pack_splits(documents.n_tokens[kept], split, names, settings)
     source = documents.scratch_start[kept][segments.document] + segments.document_start
     return Plan(segments, source, kept, split, same, near, names, split_rows, notes)
 
 
-def _check_left(side: str, good: np.ndarray, dropped: np.ndarray) -> None:
+def _check_left(option: str, good: np.ndarray, dropped: np.ndarray) -> None:
     if dropped.all():
         raise DataError(
-            f"no document{side} is left of the {len(good)} that were found: {int((~good).sum())} cannot be used and "
+            f"no document{option} is left of the {len(good)} that were found: {int((~good).sum())} cannot be used and "
             "the others are duplicates. Change --on-bad or --duplicates, or add documents"
         )
 
 
 def _find_duplicates(
-    documents: Documents, good: np.ndarray, is_held_out: np.ndarray, known: np.ndarray, settings: PlanSettings
+    documents: Documents, good: np.ndarray, given: np.ndarray, known: np.ndarray, settings: PlanSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each document the first one that it repeats, exactly and nearly. Documents without a byte repeat none.
 
-    Those that are held out come first, whatever their names: where copies go, it is the one in train.
+    Those that are held out come first, of test before val, whatever their names: it is other copies that go.
     """
     same = np.full(len(good), -1, np.int64)
     near = same.copy()
     candidates = np.flatnonzero(good & (documents.n_bytes > 0))
-    candidates = candidates[np.argsort(~is_held_out[candidates], kind="stable")]
+    rank = np.select([given == "test", given == "val"], [0, 1], 2)
+    candidates = candidates[np.argsort(rank[candidates], kind="stable")]
     same[candidates] = _renumber(duplicates.exact(documents.sha256[candidates], known), candidates)
     if settings.duplicates == "near":
         candidates = candidates[same[candidates] == -1]
@@ -164,18 +167,17 @@ def _renumber(found: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     return np.where(found < 0, found, candidates[np.maximum(found, 0)]) if len(candidates) else found
 
 
-def _assign(
-    sha256: np.ndarray, held_out: np.ndarray, settings: PlanSettings
-) -> tuple[np.ndarray, list[str], list[str]]:
-    """The split of each document: --val-input decides for its own, the hash for the rest."""
+def _assign(sha256: np.ndarray, given: np.ndarray, settings: PlanSettings) -> tuple[np.ndarray, list[str], list[str]]:
+    """The split of each document: --val-input and --test-input decide for their own, the hash for the rest."""
     codes = np.zeros(len(sha256), np.int64)
     names = ["train"]
     notes: list[str] = []
-    if settings.split and not held_out.all():
-        codes[~held_out], names, notes = assign_splits(sha256[~held_out], settings.split, not settings.appends)
-    if held_out.any():
-        names = [*names, "val"]  # which --split cannot name as well
-        codes[held_out] = len(names) - 1
+    drawn = given == ""
+    if settings.split and drawn.any():
+        codes[drawn], names, notes = assign_splits(sha256[drawn], settings.split, not settings.appends)
+    for name in np.unique(given[~drawn]):
+        names = [*names, str(name)]  # which --split cannot name as well
+        codes[given == name] = len(names) - 1
     return codes, names, notes
 
 

@@ -68,5 +68,5 @@ def _nothing_for_train(words: np.ndarray, split: Mapping[str, float]) -> DataErr
     shares = ",".join(f"{name}={share:g}" for name, share in split.items())
     return DataError(  # lower fractions would not help
         f"--split {shares} needs more different documents than the {n_different} there are: add documents, name "
-        "held-out files with --val-input, or drop --split"
+        "held-out files with --val-input or --test-input, or drop --split"
     )

@@ -162,7 +162,7 @@ def start(work: Work, number: int) -> None:
     """
     settings = work.settings
     notes: list[str] = []
-    found = find_files(settings.inputs, settings.val_inputs, work.decisive.tokenizer_kind == "integers", notes)
+    found = find_files(settings.inputs, settings.held_out, work.decisive.tokenizer_kind == "integers", notes)
     files = found
     if work.append_to is not None:
         parts = store.Store.open(work.append_to).parts
@@ -242,9 +242,9 @@ def plan(work: Work, number: int) -> None:
     records = [read_record(work.folder / "tokens" / f"{record_name(n)}{RECORD_SUFFIX}") for n in range(len(work.tasks))]
     columns = concatenate(record.columns for record in records)
     documents = merge_parts(columns)
-    held_out = np.array([file.held_out for file in work.files], bool)
+    given_split = np.array([file.split or "" for file in work.files], str)
     known = store.document_hashes(work.append_to)
-    made = make_plan(documents, held_out, known, plan_settings(work))
+    made = make_plan(documents, given_split, known, plan_settings(work))
     offsets = np.cumsum([0, *(int(record.columns.n_tokens.sum()) for record in records)])
     _save_arrays(folder, {"offsets": offsets, **made.segments._asdict(), "source": made.source})
     _save_arrays(folder, {f"documents.{name}": column for name, column in documents._asdict().items()})

@@ -172,7 +172,7 @@ class Store:
         if split not in self.manifest.splits:
             raise DataError(
                 f"{self.path} has no split {split!r}, only {', '.join(self.manifest.splits)}: name one of these, or "
-                "build a store with --split or --val-input"
+                "build a store with --split, --val-input or --test-input"
             )
         return list(self.manifest.splits[split].rows)
 

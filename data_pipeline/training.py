@@ -98,7 +98,7 @@ def train_tokenizer(settings: TrainingSettings) -> bool:
     Raises DataError for bad input or settings, or when the output is there but was made otherwise.
     """
     notes: list[str] = []
-    files = find_files(settings.inputs, (), arrays=False, notes=notes)
+    files = find_files(settings.inputs, {}, arrays=False, notes=notes)
     for note in notes:
         logger.warning("note: %s", note)
     if not settings.output.exists():

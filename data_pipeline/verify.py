@@ -79,7 +79,7 @@ def check_sources(store: Store, sources: Sequence[str], quick: bool = False) -> 
     except DataError as error:
         yield str(error)
         return
-    found = find_files(sources, (), arrays=store.manifest.tokenizer_kind == "integers")
+    found = find_files(sources, {}, arrays=store.manifest.tokenizer_kind == "integers")
     files = [file for file in found if file.name in recorded]
     if not files:
         raise DataError(

@@ -61,8 +61,8 @@ class Reformer(nn.Module):
             tokens: integers [B, T] of any type.
             labels: integers [B, T], the token to be predicted at each place (already shifted), -100 to ignore it.
             segment_ids: integer [B, T]; tokens of different segments (documents) do not see each other.
-            step: with the model's seed, fixes the hash rotations and dropout masks of this pass: in training, the number
-                of updates so far. None: the rotations of step 0, and no dropout may be drawn.
+            step: with the model's seed, fixes the hash rotations and dropout masks of this pass: in training, how many
+                updates came before. None: the rotations of step 0, and no dropout may be drawn.
             sample_ids: index of each sample in the global batch, which keys its dropout; 0, 1, … if not given.
             n_hashes: rounds of LSH attention, more or fewer than the model was trained with; None: as configured.
             per_token: the loss of each token, fp32 [B, T], in place of their mean; 0 where its label is -100. Under

@@ -16,7 +16,7 @@ Outcome = bytes | tuple[str, str]
 
 
 def only(path: object, arrays: bool = False) -> InputFile:
-    return find_files([str(path)], [], arrays)[0]
+    return find_files([str(path)], {}, arrays)[0]
 
 
 def save(path: Path, content: bytes) -> InputFile:

@@ -37,9 +37,9 @@ def sample_continuation(
 ) -> str | None:
     """The beginning of the first held-out row, and run.sample_tokens tokens that the model adds, as Markdown.
 
-    None where run.sample_tokens is 0, the row has nothing in it, or the model has diverged. All ranks call this, for an engine in
-    evaluation mode. Raises DataError, on one rank while the others end, where the row or the store's tokenizer is
-    damaged.
+    None where run.sample_tokens is 0, the row has nothing in it, or the model has diverged. All ranks call this, for an
+    engine in evaluation mode. Raises DataError, on one rank while the others end, where the row or the store's
+    tokenizer is damaged.
     """
     if not config.run.sample_tokens:
         return None

@@ -32,7 +32,7 @@ def write_files(folder: Path, n_documents: int, n_bytes: int) -> Work:
     with (folder / "files.jsonl").open("w", encoding="utf-8") as lines:
         for number, size in enumerate(sizes.tolist()):
             name = f"{number % 1000:03d}/document-{number:09d}.txt"
-            file = InputFile(name, f"/corpus/{name}", size, number, False)
+            file = InputFile(name, f"/corpus/{name}", size, number, None)
             lines.write(json.dumps([*asdict(file).values()]) + "\n")
     settings = BuildSettings(
         inputs=("/corpus",), tokenizer="bytes", output=folder / "store", split={"val": 0.01, "test": 0.01}

@@ -33,7 +33,7 @@ def write(folder: Path, name: str, content: bytes) -> Path:
 
 
 def only(source: object) -> InputFile:
-    return find_files([str(source)], [], False)[0]
+    return find_files([str(source)], {}, False)[0]
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)

@@ -85,7 +85,7 @@ def test_blocks_are_of_bounded_size(tmp_path: Path) -> None:
     task_bytes=st.integers(1, 120),
 )
 def test_tasks_cover_every_file(sizes: list[tuple[int, str]], n_bytes: int, task_bytes: int) -> None:
-    files = [InputFile("a", f"a{suffix}", size, 0, False) for size, suffix in sizes]
+    files = [InputFile("a", f"a{suffix}", size, 0, None) for size, suffix in sizes]
     with blocks_of(n_bytes):
         tasks = plan_tasks(files, TextSettings(), task_bytes)
     spans = [span for task in tasks for span in task]
@@ -102,7 +102,7 @@ def test_tasks_cover_every_file(sizes: list[tuple[int, str]], n_bytes: int, task
 
 
 def test_many_empty_files_are_many_tasks() -> None:
-    files = [InputFile("a", "a.txt", 0, 0, False)] * 1000
+    files = [InputFile("a", "a.txt", 0, 0, None)] * 1000
     with blocks_of(10):
         assert len(plan_tasks(files, TextSettings(), 100)) == 11
 
@@ -121,7 +121,7 @@ def test_many_empty_files_are_many_tasks() -> None:
     ],
 )
 def test_what_can_be_read_from_the_middle_is_cut(name: str, text: dict, n_spans: int) -> None:
-    tasks = plan_tasks([InputFile("a", name, 5 << 20, 0, False)], TextSettings(**text), 2 << 20)
+    tasks = plan_tasks([InputFile("a", name, 5 << 20, 0, None)], TextSettings(**text), 2 << 20)
     assert sum(map(len, tasks)) == n_spans
 
 

@@ -27,15 +27,15 @@ def write(folder: Path, name: str, content: bytes) -> Path:
 
 
 def names(*inputs: object, arrays: bool = False) -> list[str]:
-    return [file.name for file in find_files([str(source) for source in inputs], [], arrays)]
+    return [file.name for file in find_files([str(source) for source in inputs], {}, arrays)]
 
 
 def only(source: object) -> InputFile:
-    return find_files([str(source)], [], False)[0]
+    return find_files([str(source)], {}, False)[0]
 
 
 def test_names_are_paths_below_the_folder(corpus: Path, odd_documents: dict[str, bytes]) -> None:
-    files = find_files([str(corpus)], [], False)
+    files = find_files([str(corpus)], {}, False)
     assert [file.name for file in files] == sorted(odd_documents)
     assert [file.n_bytes for file in files] == [len(odd_documents[name]) for name in sorted(odd_documents)]
 
@@ -46,7 +46,7 @@ def test_every_kind_of_file_in_a_folder(tmp_path: Path) -> None:
         write(tmp_path, name, b"content")
     assert names(tmp_path) == ["a.txt", "b.txt", "c.jsonl", "d/e.jsonl", "f.parquet", "g.txt"]
     assert names(tmp_path, arrays=True) == ["h.npy", "i.npz"]
-    kinds = {file.name: (file.kind, file.compression) for file in find_files([str(tmp_path)], [], False)}
+    kinds = {file.name: (file.kind, file.compression) for file in find_files([str(tmp_path)], {}, False)}
     assert kinds["a.txt"] == ("text", "")
     assert kinds["b.txt"] == ("text", ".gz")
     assert kinds["d/e.jsonl"] == ("jsonl", ".zst")
@@ -58,7 +58,7 @@ def test_suffixes_count_in_upper_case_too(tmp_path: Path) -> None:
         write(tmp_path, name, b"content")
     assert names(tmp_path) == ["A.TXT", "B.Txt", "C.JSONL", "D.PARQUET"]
     assert names(tmp_path, arrays=True) == ["F.NPZ", "e.NPY"]
-    found = [(file.kind, file.compression) for file in find_files([str(tmp_path)], [], False)]
+    found = [(file.kind, file.compression) for file in find_files([str(tmp_path)], {}, False)]
     assert found == [("text", ""), ("text", ".gz"), ("jsonl", ".zst"), ("parquet", "")]
     assert b"".join(read_content(only(write(tmp_path, "H.GZ", gzip.compress(b"text"))))) == b"text"
 
@@ -66,7 +66,7 @@ def test_suffixes_count_in_upper_case_too(tmp_path: Path) -> None:
 def test_what_is_left_out_of_folders_is_noted(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
     def notes(*inputs: object, arrays: bool = False) -> list[str]:
         noted: list[str] = []
-        find_files([str(source) for source in inputs], [], arrays, noted)
+        find_files([str(source) for source in inputs], {}, arrays, noted)
         return noted
 
     one, other = tmp_path / "one", tmp_path / "other"
@@ -211,14 +211,14 @@ def test_held_out_inputs_are_marked_and_must_hold_something(tmp_path: Path) -> N
     one, other, empty = (
         str(write(tmp_path, name, content)) for name, content in (("b.txt", b"b"), ("a.txt", b"a"), ("c.txt", b""))
     )
-    assert [(file.name, file.held_out) for file in find_files([one], [other], False)] == [
-        ("a.txt", True),
-        ("b.txt", False),
+    assert [(file.name, file.split) for file in find_files([one], {"val": [other]}, False)] == [
+        ("a.txt", "val"),
+        ("b.txt", None),
     ]
     with pytest.raises(DataError, match="every file of --val-input is empty"):
-        find_files([one], [empty], False)
+        find_files([one], {"val": [empty]}, False)
     with pytest.raises(DataError, match="every file of --input is empty"):
-        find_files([empty], [one], False)
+        find_files([empty], {"val": [one]}, False)
 
 
 def test_urls_of_files_folders_and_globs(memory: fsspec.AbstractFileSystem) -> None:
@@ -227,7 +227,7 @@ def test_urls_of_files_folders_and_globs(memory: fsspec.AbstractFileSystem) -> N
     assert names("memory://books") == names("memory://books/") == ["a.txt", "deep/b.txt"]
     assert names("memory://books/**/*.txt.gz") == ["deep/b.txt"]
     assert names("memory://books/d.md") == ["d.md"]
-    files = find_files(["memory://books"], [], False)
+    files = find_files(["memory://books"], {}, False)
     assert [b"".join(read_content(file)) for file in files] == [b"text", b"text"]
     assert files[1].n_bytes == len(gzip.compress(b"text"))
     with pytest.raises(DataError, match=r"no \.txt, .* files in memory://nowhere"):
@@ -335,15 +335,15 @@ def test_names_that_a_store_has_taken_already(tmp_path: Path, recorded: str) -> 
     name = "x.jsonl/0" if recorded == "x.jsonl" else recorded.partition("/0")[0]
     parts = Store.open(tmp_path / "store").parts
     with pytest.raises(DataError, match=r"lies in a folder that is named as another input is.*rename one of them"):
-        new_files([InputFile(name, f"/corpus/{name}", 5, None, False)], parts)
-    assert new_files([InputFile("y.jsonl", "/corpus/y.jsonl", 5, None, False)], parts)
+        new_files([InputFile(name, f"/corpus/{name}", 5, None, None)], parts)
+    assert new_files([InputFile("y.jsonl", "/corpus/y.jsonl", 5, None, None)], parts)
 
 
 def test_names_that_a_store_has_already_are_no_reason_to_add_nothing_more(tmp_path: Path) -> None:
     """Older versions added both; nobody could rename them now."""
     write_store(tmp_path / "store", {"x.jsonl": b"one", "x.jsonl/n.txt": b"another"})
     parts = Store.open(tmp_path / "store").parts
-    assert new_files([InputFile("y.txt", "/corpus/y.txt", 5, None, False)], parts)
+    assert new_files([InputFile("y.txt", "/corpus/y.txt", 5, None, None)], parts)
 
 
 def test_what_is_named_itself_is_not_left_out(tmp_path: Path) -> None:
@@ -351,5 +351,5 @@ def test_what_is_named_itself_is_not_left_out(tmp_path: Path) -> None:
     pdf = write(tmp_path, "in/sub/b.PDF", b"b")
     write(tmp_path, "in/c.pdf", b"c")
     notes: list[str] = []
-    find_files([str(tmp_path / "in"), str(pdf)], (), arrays=False, notes=notes)
+    find_files([str(tmp_path / "in"), str(pdf)], {}, arrays=False, notes=notes)
     assert notes == [f"left out 1 file of other kinds in {tmp_path / 'in'}: 1 .pdf"]

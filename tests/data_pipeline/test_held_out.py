@@ -45,12 +45,12 @@ def test_a_file_is_either_trained_on_or_held_out(tmp_path: Path, memory: fsspec.
         ("memory://in", "memory://in/valid"),
     ):
         with pytest.raises(DataError, match=r"in/valid/v.txt by --input, named 'valid/v.txt', and .*.txt by --val-in"):
-            check(find_files([str(train)], [str(held_out)], False))
-    files = find_files([f"{inside}/*.txt"], [str(inside / "valid")], False)
+            check(find_files([str(train)], {"val": [str(held_out)]}, False))
+    files = find_files([f"{inside}/*.txt"], {"val": [str(inside / "valid")]}, False)
     check(files)
-    assert [(file.name, file.held_out) for file in files] == [("a.txt", False), ("v.txt", True)]
+    assert [(file.name, file.split) for file in files] == [("a.txt", None), ("v.txt", "val")]
     with pytest.raises(DataError, match=r"one file comes in twice: .*in/a.txt by --input"):
-        find_files([str(inside)], [str(inside)], False)
+        find_files([str(inside)], {"val": [str(inside)]}, False)
 
 
 def test_a_build_that_would_hold_out_what_it_trains_on_does_not_begin(tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ NOVEL = " ".join(f"word{n}" for n in range(300))
 REPRINT = NOVEL.replace("word150", "misprint")
 
 
-def make(folder: Path, output: str = "store", **changes: object) -> Store:
+def settings(folder: Path, output: str = "store", **changes: object) -> BuildSettings:
     """Of the folders train and val in `folder`."""
-    settings = {
+    given = {
         "inputs": (str(folder / "train"),),
         "val_inputs": (str(folder / "val"),),
         "tokenizer": "bytes",
@@ -81,7 +81,11 @@ def make(folder: Path, output: str = "store", **changes: object) -> Store:
         "seq_len": 512,
         "rows_per_shard": 2,
     }
-    return build(BuildSettings(**{**settings, **changes})).store  # type: ignore[arg-type]
+    return BuildSettings(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def make(folder: Path, output: str = "store", **changes: object) -> Store:
+    return build(settings(folder, output, **changes)).store
 
 
 def split_of(store: Store) -> dict[str, str]:
@@ -114,6 +118,39 @@ def test_of_copies_the_one_in_train_goes(folder: Path) -> None:
     for store in (exact, near):
         assert verify(store.path) == []
         assert "in train too" not in inspect(store)
+
+
+def test_a_test_split_of_files_that_are_named(folder: Path) -> None:
+    """It keeps what val and train have, too; the rest is as ever."""
+    write(folder / "test/novel_again.txt", NOVEL)
+    write(folder / "test/own.txt", "only here")
+    tested = {"test_inputs": (str(folder / "test"),)}
+    store = make(folder, duplicates="drop", **tested)
+    assert split_of(store) == {
+        "a_novel.txt": "train",
+        "copied.txt": "val",
+        "novel_again.txt": "test",
+        "other.txt": "train",
+        "own.txt": "test",
+    }
+    assert list(store.manifest.splits) == ["train", "test", "val"] and verify(store.path) == []
+    assert build(settings(folder, duplicates="drop", **tested)).already_built
+    with pytest.raises(DataError, match=r"was built from other input: 2 documents removed: novel_again.txt, own"):
+        make(folder, duplicates="drop")
+    with pytest.raises(DataError, match="--val-input or --test-input name other files of it than before"):
+        make(folder, duplicates="drop", val_inputs=tested["test_inputs"], test_inputs=(str(folder / "val"),))
+    with pytest.raises(
+        DataError, match=r"by --test-input, named 'v.txt', and .* by --val-input|by --val-input.* --test"
+    ):
+        write(folder / "both/v.txt")
+        (folder / "links").mkdir()
+        (folder / "links/w.txt").symlink_to(folder / "both/v.txt")
+        make(folder, "both_ways", val_inputs=(str(folder / "both"),), test_inputs=(str(folder / "links"),))
+    with pytest.raises(DataError, match="the split test is given twice: drop either --test-input or test= in --split"):
+        make(folder, "twice", split={"test": 0.1}, **tested)
+    mixed = make(folder, "mixed", val_inputs=(), split={"val": 0.5}, **tested)
+    assert {split_of(mixed)[name] for name in ("novel_again.txt", "own.txt")} == {"test"}
+    assert "val" in split_of(mixed).values()
 
 
 def test_near_copies_where_no_two_documents_are_equal(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_pieces_are_the_text_and_end_at_newlines() -> None:
 def test_spans_give_the_ids_of_the_whole(text: str, tmp_path: Path, tokenizer_file: Path) -> None:
     content = (text * (BLOCK_BYTES * 5 // 4 // len(text.encode()))).encode()
     (tmp_path / "a.txt").write_bytes(content)
-    files = find_files([str(tmp_path)], (), arrays=False)
+    files = find_files([str(tmp_path)], {}, arrays=False)
     reading = Reading(TextSettings(), "sentencepiece")
     tokenizer = load_tokenizer(str(tokenizer_file))
 

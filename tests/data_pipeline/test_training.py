@@ -99,7 +99,7 @@ def test_a_model_of_text_without_spaces_keeps_spaces(tmp_path: Path) -> None:
 def sample(folder: Path, max_bytes: int, seed: int = 0, **text: object) -> list[str]:
     """The sentences of a sample of a folder."""
     reading = Reading(TextSettings(**text), "sentencepiece")  # type: ignore[arg-type]
-    found = find_files([str(folder)], (), arrays=False)
+    found = find_files([str(folder)], {}, arrays=False)
     return list(sentences_of(draw_sample(found, reading, max_bytes, seed)))
 
 
@@ -152,7 +152,7 @@ def test_an_encoding_and_what_is_normalized_decide_the_sample(tmp_path: Path) ->
 
 
 def file(name: str, n_bytes: int) -> InputFile:
-    return InputFile(name.removesuffix(".gz"), "/" + name, n_bytes, 0, held_out=False)
+    return InputFile(name.removesuffix(".gz"), "/" + name, n_bytes, 0, split=None)
 
 
 def drawn(found: list[InputFile], max_bytes: int, seed: int = 0) -> list[tuple[Span, float]]:
@@ -258,7 +258,7 @@ def test_bad_documents_are_refused_or_left_out(
 ) -> None:
     (tmp_path / "good.txt").write_text("good\n")
     (tmp_path / name).write_bytes(content)
-    found = find_files([str(tmp_path)], (), arrays=False)
+    found = find_files([str(tmp_path)], {}, arrays=False)
     with pytest.raises(DataError, match=message):
         draw_sample(found, Reading(TextSettings(), "sentencepiece"), 1000, seed=0)
     skipping = Reading(
@@ -273,7 +273,7 @@ def test_bad_documents_are_refused_or_left_out(
 
 def test_invalid_bytes_are_replaced_where_that_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9 au lait\n")
-    found = find_files([str(tmp_path)], (), arrays=False)
+    found = find_files([str(tmp_path)], {}, arrays=False)
     reading = Reading(TextSettings(), "sentencepiece", policies={"encoding": "replace"})
     with caplog.at_level(logging.WARNING):
         assert draw_sample(found, reading, 1000, seed=0) == ["caf\ufffd au lait\n".encode()]
