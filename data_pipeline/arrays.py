@@ -17,17 +17,20 @@ from data_pipeline.blocks import BLOCK_BYTES
 from data_pipeline.errors import BadDocument
 from data_pipeline.tokenizer import value_dtype
 
+_ONLY = "array"
+"""What the array of an .npy file is called; those of an archive have names."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class Array:
     """An array of integers in a stream that can be wound forward."""
 
-    def __init__(self, stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def __init__(self, stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, label: str) -> None:
         self.n_items = shape[0] if len(shape) > 1 else 1
         self.ended_early = False
         """Whether the stream was found to end before the array does: later items are not there."""
         self._stream = stream
+        self._label = label
         self._dtype = dtype
         self._item_values = math.prod(shape[1:] if len(shape) > 1 else shape)
         self._start = stream.tell()
@@ -45,19 +48,25 @@ class Array:
             wanted = min(block_values, self._item_values - first)
             data = self._read(item_start + first * self._dtype.itemsize, wanted * self._dtype.itemsize)
             values = np.frombuffer(data[: len(data) - len(data) % self._dtype.itemsize], self._dtype)
-            _check_values(values, first, n_values)
+            _check_values(values, first, n_values, self._where(item))
             if len(values):
                 yield values.astype(dtype).tobytes()
             if len(values) < wanted:
                 self.ended_early = True
                 raise BadDocument(
-                    "truncated", f"ends early: {first + len(values)} values are there instead of {self._item_values}"
+                    "truncated",
+                    f"ends early{self._where(item)}: {first + len(values)} values are there instead of "
+                    f"{self._item_values}",
                 )
 
     def is_followed(self) -> bool:
         """Whether the stream goes on after the array."""
         end = self._start + self.n_items * self._item_values * self._dtype.itemsize
         return not self.ended_early and bool(self._read(end, 1))
+
+    def _where(self, item: int) -> str:
+        """Of an archive, whose documents are numbered through all of its arrays."""
+        return "" if self._label == _ONLY else f", item {item} of its {self._label}"
 
     def _read(self, place: int, n_bytes: int) -> bytes:
         """The bytes at a place of the stream, fewer where it ends."""
@@ -70,12 +79,12 @@ class Array:
             raise BadDocument("unreadable", f"cannot be read: {error}") from error
 
 
-def _check_values(values: np.ndarray, first: int, n_values: int) -> None:
+def _check_values(values: np.ndarray, first: int, n_values: int, where: str) -> None:
     if not len(values) or (values.min() >= 0 and values.max() < n_values):
         return
     place = np.flatnonzero((values < 0) | (values >= n_values))[0]
     raise BadDocument(
-        "encoding", f"has the value {values[place]} at place {first + place}: expected 0 to {n_values - 1}"
+        "encoding", f"has the value {values[place]} at place {first + place}{where}: expected 0 to {n_values - 1}"
     )
 
 
@@ -86,7 +95,7 @@ def open_arrays(stream: BinaryIO, is_archive: bool, member: str | None) -> Itera
     one in its stream. Raises BadDocument for a file that is no such file.
     """
     if not is_archive:
-        yield from _arrays_of(stream, "array")
+        yield from _arrays_of(stream, _ONLY)
         return
     head = stream.read(4)
     stream.seek(0)
@@ -157,13 +166,13 @@ def _open_array(stream: BinaryIO, label: str) -> Array | BadDocument:
             "unreadable", f"its {label} has the shape {shape}: expected lengths from 0 on, and in all below 2**63 bytes"
         )
     if dtype.kind not in "iu":
-        way_out = "name the one to read with --field" if label != "array" else "convert it to integers"
+        way_out = "name the one to read with --field" if label != _ONLY else "convert it to integers"
         return BadDocument("unreadable", f"its {label} holds {_describe(dtype)}, not integers: {way_out}")
     if fortran_order and len(shape) > 1:
         return BadDocument(
             "unreadable", f"its {label} is in Fortran order: save numpy.ascontiguousarray(array) instead"
         )
-    return Array(stream, shape, dtype)
+    return Array(stream, shape, dtype, label)
 
 
 def _describe(dtype: np.dtype) -> str:

@@ -83,10 +83,10 @@ def find_files(
     text where arrays are wanted or the reverse, and for inputs without a single byte.
     """
     wanted = Wanted(arrays)
-    by_split: dict[str | None, Sequence[str]] = {None: inputs, **held_out}
+    by_split: list[tuple[str | None, Sequence[str]]] = [(None, inputs), *held_out.items()]
     files = [
         InputFile(without_compression(found.below), found.location, found.n_bytes, found.mtime_ns, split)
-        for split, sources in by_split.items()
+        for split, sources in by_split
         for source in sources
         for found in _find(source, wanted)
     ]

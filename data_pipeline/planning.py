@@ -17,6 +17,9 @@ from data_pipeline.packing import Segments, pack
 from data_pipeline.scratch import Columns
 from data_pipeline.splits import assign_splits
 
+_FEW_TOKENS = 32
+"""In so many nothing can be learned that is worth a document."""
+
 
 class PlanSettings(NamedTuple):
     """What of a build's settings decides its plan."""
@@ -130,6 +133,17 @@ def make_plan(documents: Documents, given_split: np.ndarray, known: np.ndarray, 
     segments, split_rows = _pack_splits(documents.n_tokens[kept], split, names, settings)
     source = documents.scratch_start[kept][segments.document] + segments.document_start
     return Plan(segments, source, kept, split, same, near, names, split_rows, notes)
+
+
+def notes_on_items(documents: Documents) -> list[str]:
+    """What the user should know of arrays whose items, each a document, hold hardly anything."""
+    n_tokens = documents.n_tokens[documents.record >= 0]
+    if len(n_tokens) < 2 or (typical := int(np.median(n_tokens))) > _FEW_TOKENS:
+        return []
+    return [
+        f"{len(n_tokens):,} items of arrays are a document each, of {typical} tokens (the median): if such an array is "
+        "one piece, save it flat, or with a leading dimension of 1"
+    ]
 
 
 def _check_left(option: str, good: np.ndarray, dropped: np.ndarray) -> None:

@@ -54,6 +54,7 @@ from data_pipeline.planning import (
     document_records,
     make_plan,
     merge_parts,
+    notes_on_items,
     problem_records,
     split_records,
 )
@@ -261,6 +262,7 @@ def plan(work: Work, number: int) -> None:
     for record in records:
         sha256[record.input_file] = record.input_sha256
     _save_arrays(folder, {"inputs": sha256})
+    made.notes.extend(notes_on_items(documents) if work.decisive.tokenizer_kind == "integers" else ())
     facts = {name: getattr(made, name) for name in _PLAN_FACTS}
     write_json(folder / f"{record_name(number)}.json", {**facts, "n_rows": made.n_rows, "problems": problems})
 

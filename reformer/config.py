@@ -146,7 +146,7 @@ class ReformerConfig(StrictConfig):
             if filled.get("d_ff") is None:
                 filled["d_ff"] = 4 * d_model
             if filled.get("axial_shape") is None:
-                filled["axial_shape"] = _near_square(max_seq_len)
+                filled["axial_shape"] = near_square(max_seq_len)
             if filled.get("axial_dims") is None:
                 filled["axial_dims"] = _axial_dims(d_model)
         return filled
@@ -158,7 +158,7 @@ class ReformerConfig(StrictConfig):
             raise ValueError(
                 f"axial_shape=({rows}, {columns}) covers {rows * columns} positions, but max_seq_len="
                 f"{self.max_seq_len}: give factors whose product is max_seq_len, such as "
-                f"{_near_square(self.max_seq_len)}, or leave axial_shape out"
+                f"{near_square(self.max_seq_len)}, or leave axial_shape out"
             )
         if self.axial_dims is not None and (sum(self.axial_dims) != self.d_model or min(self.axial_dims) < 1):
             raise ValueError(
@@ -187,7 +187,7 @@ def _axial_dims(d_model: int) -> tuple[int, int]:
     return rows, d_model - rows
 
 
-def _near_square(n: int) -> tuple[int, int]:
+def near_square(n: int) -> tuple[int, int]:
     """The factors (rows, columns) of n with rows <= columns that are closest to each other."""
     rows = next(divisor for divisor in range(math.isqrt(n), 0, -1) if n % divisor == 0)
     return rows, n // rows

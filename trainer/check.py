@@ -7,15 +7,19 @@ concerns DeepSpeed's JSON alone is in check_deepspeed.py, check_optimizer.py and
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 from typing import Any, Self
 
 from data_pipeline.store import Store
-from reformer.config import ConfigError
+from reformer.config import ConfigError, near_square
 from trainer.check_deepspeed import batch, clipping, keys, objections, precision, zero_stage
 from trainer.check_offload import offload
 from trainer.check_optimizer import optimizer
 from trainer.config import RunConfig
+
+UNEVEN = 256
+"""A position table with so many times more columns than rows is hardly one: of 1,048,576 positions, 64 x 16,384 is."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,21 @@ def check(
 
 def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
     """What is no contradiction, and may yet not be meant."""
-    if config.model.max_seq_len == store.seq_len:
-        return []
-    return [
-        f"model.max_seq_len={config.model.max_seq_len}, and the rows of {config.data.store} have {store.seq_len} "
-        "tokens: positions after them are not trained"
-    ]
+    model, notes = config.model, []
+    if model.max_seq_len != store.seq_len:
+        notes.append(
+            f"model.max_seq_len={model.max_seq_len}, and the rows of {config.data.store} have {store.seq_len} "
+            "tokens: positions after them are not trained"
+        )
+    rows, columns = sorted(model.axial_shape or (1, 1))
+    if columns > UNEVEN * rows:
+        better = next(n for n in count(model.max_seq_len) if max(near_square(n)) <= 2 * min(near_square(n)))
+        notes.append(
+            f"model.axial_shape={list(model.axial_shape or ())}: of {model.max_seq_len} positions {columns} have a "
+            f"vector of their own, which is much to learn. Rows of {better} tokens (--seq-len) would have a table of "
+            f"{' x '.join(map(str, near_square(better)))}"
+        )
+    return notes
 
 
 def _sharing(config: RunConfig, store: StoreFacts, world_size: int) -> list[str]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -116,6 +117,17 @@ def test_encodings_and_normalization(tmp_path: Path, tokenizer_file: Path) -> No
         make(tmp_path / "bytes", tmp_path / "a.txt", text=normalized)
 
 
+def test_a_piece_that_was_read_as_many_documents_is_told(tmp_path: Path) -> None:
+    np.save(tmp_path / "chorale.npy", np.ones((50, 4), np.uint8))
+    settings = BuildSettings((str(tmp_path),), "integers", tmp_path / "store", vocab_size=100, seq_len=64)
+    assert build(settings).notes == (
+        "50 items of arrays are a document each, of 6 tokens (the median): if such an array is one piece, save it "
+        "flat, or with a leading dimension of 1",
+    )
+    np.save(tmp_path / "chorale.npy", np.ones((1, 50, 4), np.uint8))
+    assert build(replace(settings, output=tmp_path / "whole")).notes == ()
+
+
 def test_integer_arrays(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     melody = np.arange(300, dtype=np.int64) % 128
@@ -133,6 +145,10 @@ def test_integer_arrays(tmp_path: Path) -> None:
     way_out = r"or build with --on-bad encoding=skip; skip leaves the whole document out\. What"
     with pytest.raises(DataError, match=rf"melody.npy.*{message} .* {way_out}"):
         make(tmp_path / "other", tmp_path / "melody.npy", tokenizer="integers", vocab_size=100)
+    with pytest.raises(
+        DataError, match=r"images.npz, record 0.* has the value \d+ at place \d+, item 0 of its array x: expected"
+    ):
+        make(tmp_path / "other", tmp_path / "images.npz", tokenizer="integers", vocab_size=100)
     policies = {"encoding": "skip"}
     rest = make(tmp_path / "rest", tmp_path, tokenizer="integers", vocab_size=128, policies=policies)
     assert list(texts_of(rest)) == ["melody.npy/0"]

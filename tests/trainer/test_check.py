@@ -157,6 +157,18 @@ def test_data_side(changes: dict[str, Any], message: str) -> None:
         check(make_config(**changes), DEEPSPEED, STORE, world_size=1)
 
 
+def test_an_uneven_position_table_is_remarked_on() -> None:
+    """An image of 64 x 64 x 3 values and BOS is a prime number of tokens."""
+    facts = replace(STORE, seq_len=12_289)
+    (line,) = remarks(make_config(model_max_seq_len=12_289), facts)
+    assert line.startswith(
+        "model.axial_shape=[1, 12289]: of 12289 positions 12289 have a vector of their own, which is "
+    )
+    assert line.endswith("Rows of 12296 tokens (--seq-len) would have a table of 106 x 116")
+    facts = replace(STORE, seq_len=2**20)
+    assert remarks(make_config(model_max_seq_len=2**20, model_axial_shape=[64, 2**14]), facts) == []
+
+
 def test_positions_that_no_row_has_are_remarked_on() -> None:
     assert remarks(make_config(), STORE) == []
     (line,) = remarks(make_config(model_max_seq_len=512), STORE)
