@@ -16,8 +16,8 @@ install: .venv/installed
 demo: install
 	$(BIN)/python launch/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
 
-# The README's comparison: a training step of ours and of its peers by length, 5 minutes for each at each at most; and
-# what it takes in memory, by length and by depth, 10 minutes for each at each at most. Then the pipeline's figures.
+# The figures of docs/benchmarks.md: a training step of ours and of its peers by length, 5 minutes for each at each at
+# most; and what it takes in memory, by length and by depth, 10 minutes for each at each at most. Then the pipeline's.
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python launch/benchmark.py model --seq-len 1024 4096 16384 65536 262144 1048576 --budget-s 300 \

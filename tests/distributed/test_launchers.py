@@ -22,8 +22,8 @@ SETTINGS = ("run.steps=30", "run.save_every=1000", "run.eval_every=15", "run.sam
 BIN = Path(sys.executable).parent
 TAGS = ("train/loss", "train/lr", "train/grad_norm", "eval/loss")
 BLOCKED = ("env", "--block-signal=USR1,USR2,TERM")
-"""How README has DeepSpeed's launcher started where signals go to all processes: it would die of them before its ranks
-have saved. The ranks unblock them."""
+"""How docs/slurm.md has DeepSpeed's launcher started where signals go to all processes: it would die of them before its
+ranks have saved. The ranks unblock them."""
 PREEMPTED = 75
 Curves = dict[str, list[tuple[int, float]]]
 

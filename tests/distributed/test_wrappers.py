@@ -1,4 +1,4 @@
-"""A model in PyTorch's own wrappers, on two ranks, has the gradients of one process: what README says of them."""
+"""A model in PyTorch's own wrappers, on two ranks, has the gradients of one process: what docs/library.md says."""
 
 from pathlib import Path
 

@@ -211,8 +211,8 @@ def test_a_partitioned_model_is_refused(tmp_path: Path) -> None:
         save_hf(model, tmp_path / "hf")
 
 
-def test_the_readmes_example_runs(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "load_hf" in block)
+def test_the_documented_example_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/library.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "load_hf" in block)
     subprocess.run([sys.executable, "-c", example], check=True, cwd=tmp_path)
     assert load_hf(tmp_path / "exported").config.vocab_size == 256

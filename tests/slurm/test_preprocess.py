@@ -163,10 +163,10 @@ def test_wrong_usage(script: str, cluster: Cluster, tmp_path: Path) -> None:
     assert "usage: sbatch " in (tmp_path / "log").read_text()
 
 
-def test_what_the_readme_submits() -> None:
+def test_what_the_documentation_submits() -> None:
     """Where the arguments are those of `build`, they are understood."""
     lines = re.findall(
-        r"^sbatch .*launch/slurm/preprocess_\w+\.sbatch (.*)", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^sbatch .*launch/slurm/preprocess_\w+\.sbatch (.*)", (ROOT / "docs/data.md").read_text(), re.MULTILINE
     )
     assert len(lines) == 2
     for line in lines:

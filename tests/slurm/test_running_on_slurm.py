@@ -1,6 +1,6 @@
-"""README's section "Running on SLURM", followed line by line on the cluster.
+"""docs/slurm.md, followed line by line on the cluster.
 
-Smaller than in the README are the jobs, and the configuration behind the name launch/configs/books_64k.toml. Otherwise
+Smaller than there are the jobs, and the configuration behind the name launch/configs/books_64k.toml. Otherwise
 the lines are typed as they stand, in a folder that looks like the repository.
 """
 
@@ -55,9 +55,9 @@ DEEPSPEED = {
 }
 
 
-def lines_of_the_readme() -> list[str]:
-    section = (ROOT / "README.md").read_text().split("## Running on SLURM\n")[1].split("\n## ")[0]
-    return [line for block in re.findall(r"```\n(.*?)```", section, flags=re.DOTALL) for line in block.splitlines()]
+def lines_of_the_page() -> list[str]:
+    page = (ROOT / "docs/slurm.md").read_text()
+    return [line for block in re.findall(r"```\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def books(tmp_path: Path) -> Path:
     return tmp_path / "books"
 
 
-def test_the_section_is_true(cluster: Cluster, repository: Path, books: Path) -> None:
-    install, preprocess, train, queue, tail, status, tensorboard, *then = lines_of_the_readme()
+def test_the_page_is_true(cluster: Cluster, repository: Path, books: Path) -> None:
+    install, preprocess, train, queue, tail, status, tensorboard, *then = lines_of_the_page()
     signal, cancel, resubmit = then
     metrics = repository / "runs/books_64k/metrics.jsonl"
 

@@ -1,4 +1,4 @@
-"""What the README says can be typed, exists, and is where it says."""
+"""What the README and docs/ say can be typed, exists, and is where they say."""
 
 import re
 import shlex
@@ -12,8 +12,8 @@ from data_pipeline.cli import make_parser
 from trainer.config import load
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)]
 COMMANDS = [
     line
     for language, block in BLOCKS
@@ -24,11 +24,11 @@ COMMANDS = [
 
 
 def test_nothing_was_left_to_be_filled_in() -> None:
-    assert "@@" not in README
+    assert not any("@@" in text for text in PAGES.values())
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 10
+    assert len(COMMANDS) >= 30
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m data_pipeline ")])
@@ -54,7 +54,7 @@ def test_make_targets_exist(command: str) -> None:
 
 
 def test_every_file_of_the_tree_exists_and_none_is_left_out() -> None:
-    tree = next(block for language, block in BLOCKS if not language and block.startswith("launch/"))
+    tree = next(block for language, block in BLOCKS if not language and block.startswith("launch/  "))
     folders, described = [Path()], set()
     for line in tree.splitlines():
         names = re.match(r"((?:  )*)((?:[\w./]+ ?)+)(?:  |$)", line)
@@ -69,7 +69,7 @@ def test_every_file_of_the_tree_exists_and_none_is_left_out() -> None:
     for package in ("reformer", "data_pipeline", "trainer", "launch"):
         for file in (ROOT / package).rglob("*.py"):
             if not file.name.startswith("__"):
-                assert file.relative_to(ROOT).as_posix() in described, f"{file} is missing from the README's tree"
+                assert file.relative_to(ROOT).as_posix() in described, f"{file} is missing from docs/layout.md"
 
 
 def test_the_library_example_runs() -> None:
@@ -78,5 +78,11 @@ def test_the_library_example_runs() -> None:
 
 
 def test_linked_files_exist() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (ROOT / target).is_file(), target
+    for page, text in PAGES.items():
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", text):
+            linked = page.parent / target
+            assert linked.exists(), f"{page}: {target}"
+            headings = (
+                re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE) if anchor else []
+            )
+            assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, anchor
