@@ -33,7 +33,8 @@ from data_pipeline.output import reader_may_leave
 from data_pipeline.staging import check_json
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
-from trainer.compare import Attention, Scores, attending, drawn, report, score_rows
+from trainer.batches import drawn
+from trainer.compare import Attention, Scores, attending, report, score_rows
 from trainer.exported import knows_tokenizer, read_model
 
 MOST_ROUNDS = 1024
@@ -158,7 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
     for note in [*(str(each.message) for each in caught), *check(model, arguments, store)]:
         print(f"note: {note}", file=sys.stderr)
     rows, model = RowDataset(store, arguments.split), model.to(device)
-    numbers = drawn(len(rows), arguments.rows or len(rows))
+    numbers = sorted(drawn(len(rows), arguments.rows or len(rows)))
     record: dict[str, Any] = {"model": str(arguments.folder), "store": str(arguments.store), "split": arguments.split}
     names = [named(setting, model) for setting in arguments.attention]
     record |= {"seq_len": store.seq_len, "rows": numbers, "asked": names, "settings": []}

@@ -6,12 +6,13 @@ number of ranks, so one rank that accumulates and two that do not compute the sa
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample, part_bounds
 from data_pipeline.mixture import Mixture
-from data_pipeline.order import shares
+from data_pipeline.order import permute, shares
 from data_pipeline.store import Store
 from reformer.sequence_part import WHOLE, SequencePart
 from trainer.config import DataConfig
@@ -30,6 +31,38 @@ def training_samples(data: DataConfig, store: Store, sources: Mapping[str, Store
         name: RowDataset(sources[name], source.split or data.train_split, seed) for name, source in data.mixture.items()
     }
     return Mixture(rows, {name: source.weight for name, source in data.mixture.items()}, seed)
+
+
+class Rows(Protocol):
+    """Rows to score."""
+
+    store: Store
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class HeldOutRows:
+    """At most `n_rows` rows of a split, drawn at random, the same ones in the same order every time.
+
+    The first rows of a split would be the beginnings of few documents, such as the end of a chromosome.
+    """
+
+    def __init__(self, store: Store, split: str, n_rows: int) -> None:
+        self.store = store
+        self._rows = RowDataset(store, split)
+        self._numbers = drawn(len(self._rows), n_rows)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._rows[self._numbers[index]]
+
+
+def drawn(n_rows: int, n: int) -> list[int]:
+    """n different numbers below n_rows, drawn at random, the same in every call; all of them if there are no more."""
+    return [permute(index, n_rows, seed=0, epoch=0) for index in range(min(n, n_rows))]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset
-from data_pipeline.order import permute
 from reformer import Reformer, ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.weights import assemble
@@ -61,11 +60,6 @@ def attending(model: Reformer, attention: Attention) -> Iterator[Callable[..., T
             yield model
     else:
         yield partial(model, n_hashes=attention)
-
-
-def drawn(n_rows: int, n: int) -> list[int]:
-    """n different numbers below n_rows, drawn at random, the same in every call; all of them if there are no more."""
-    return sorted(permute(i, n_rows, seed=0, epoch=0) for i in range(min(n, n_rows)))
 
 
 @torch.no_grad()

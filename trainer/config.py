@@ -94,7 +94,7 @@ class LoopConfig(StrictConfig):
     eval_every: int = Field(default=100, ge=0)
     """Steps from one evaluation to the next, besides the first and the last one; 0: no evaluation at all."""
     eval_rows: int = Field(default=64, ge=1)
-    """Rows of the evaluation split to use, at most."""
+    """Rows of the evaluation split to use, at most: drawn at random, the same ones in every evaluation."""
     eval_n_hashes: int | None = Field(default=None, ge=1)
     """Rounds of LSH attention in evaluations, more or fewer than in training; model.n_hashes when not given."""
     diagnostics: bool = True

@@ -13,8 +13,8 @@ from functools import partial
 import deepspeed
 import torch
 
-from data_pipeline.dataset import RowDataset
 from reformer.diagnostics import observed, of_all_heads, reconstruction_error
+from trainer.batches import Rows
 from trainer.distributed import Launch, all_gather, together
 from trainer.sequence_parallel import Place
 
@@ -24,7 +24,7 @@ RECONSTRUCTED_TOKENS = 4096
 
 @contextmanager
 def diagnosed(
-    engine: deepspeed.DeepSpeedEngine, rows: RowDataset, launch: Launch, place: Place, device: torch.device
+    engine: deepspeed.DeepSpeedEngine, rows: Rows, launch: Launch, place: Place, device: torch.device
 ) -> Iterator[dict[str, float]]:
     """Around an evaluation: a dictionary that holds the row's numbers by tag after the statement, on rank 0.
 

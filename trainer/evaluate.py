@@ -4,7 +4,7 @@ Ranks share the rows, and the last ones get blank rows where there are too few, 
 every forward pass. Sums over all tokens of all ranks are divided once, so that nothing depends on the number of ranks.
 The tags, all of the model after so many steps, hash rotations those of step 0:
 
-    eval/loss                   nats per token, of the first run.eval_rows held-out rows
+    eval/loss                   nats per token, of run.eval_rows held-out rows, drawn at random, always the same
     eval/bits_per_token         the same in bits
     eval/bits_per_byte          bits per byte of text: comparable between tokenizers, unlike the loss
     eval/perplexity             exp(eval/loss)
@@ -29,10 +29,9 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from data_pipeline.dataset import RowDataset
 from reformer.diagnostics import ablated
 from reformer.loss import mean_loss
-from trainer.batches import Batch, blank, collate, evaluation_shares, part_of
+from trainer.batches import Batch, Rows, blank, collate, evaluation_shares, part_of
 from trainer.config import RunConfig
 from trainer.diagnostics import diagnosed
 from trainer.distributed import Launch, all_sum, together
@@ -68,7 +67,7 @@ class HeldOut:
 
 def held_out(
     engine: deepspeed.DeepSpeedEngine,
-    rows: RowDataset,
+    rows: Rows,
     config: RunConfig,
     launch: Launch,
     place: Place,
@@ -77,7 +76,7 @@ def held_out(
 ) -> HeldOut:
     """Everything that an evaluation reports. All ranks call it, and make the same passes.
 
-    rows: those of the held-out split; place: of this rank, joined; token_bytes: int64 [V], the bytes that each token
+    rows: held-out ones; place: of this rank, joined; token_bytes: int64 [V], the bytes that each token
     stands for.
 
     Raises DataError, on one rank while the others end, where a row or the store's tokenizer is damaged.
@@ -116,7 +115,7 @@ def overall(score: Score) -> dict[str, float]:
 @torch.no_grad()
 def evaluate(
     engine: deepspeed.DeepSpeedEngine,
-    rows: RowDataset,
+    rows: Rows,
     config: RunConfig,
     launch: Launch,
     place: Place,
@@ -154,9 +153,7 @@ def evaluate(
     return Scores(Score(nll_sum, tokens_sum, bytes_sum), first, dict(zip(ends, by_range, strict=True)))
 
 
-def _read(
-    rows: RowDataset, share: Sequence[int | None], place: Place, token_bytes: Tensor, device: torch.device
-) -> Batch:
+def _read(rows: Rows, share: Sequence[int | None], place: Place, token_bytes: Tensor, device: torch.device) -> Batch:
     samples = [part_of(blank(rows[0]) if row is None else rows[row], place.sequence) for row in share]
     return collate(samples, range(len(share)), token_bytes, device, place.sequence)
 

@@ -13,11 +13,10 @@ from functools import partial
 
 import torch
 
-from data_pipeline.dataset import RowDataset
 from data_pipeline.loader import Loader
 from trainer import checkpoint, distributed, memory
 from trainer.agreement import refuse_different
-from trainer.batches import Batch, collate
+from trainer.batches import Batch, HeldOutRows, collate
 from trainer.checkpoint import SaveError
 from trainer.config import ConfigError
 from trainer.continuation import changes
@@ -137,7 +136,8 @@ class Trainer:
             n_consumed=self.first_step * self.batch_size,
             on_damage=config.data.on_damage,
         )
-        self.eval_rows = RowDataset(self.job.store, config.data.eval_split) if self.plan.eval_every else None
+        evaluated = (self.job.store, config.data.eval_split, self.plan.eval_rows)
+        self.eval_rows = HeldOutRows(*evaluated) if self.plan.eval_every else None
         self.token_bytes = torch.from_numpy(self.job.store.token_bytes.astype("int64"))
         self.before = replace(self.progress)
         self.stopwatch, self.spent, self.has_reported = Stopwatch(device), Spent(), False

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.dataset import RowDataset
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from reformer.generation import continue_tokens
+from trainer.batches import Rows
 from trainer.config import RunConfig
 from trainer.distributed import Launch, together
 
@@ -30,7 +30,7 @@ TOP_P = 0.95
 @torch.no_grad()
 def sample_continuation(
     engine: deepspeed.DeepSpeedEngine,
-    rows: RowDataset,
+    rows: Rows,
     config: RunConfig,
     launch: Launch,
     device: torch.device,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.dataset import IGNORED_LABEL, Sample
-from trainer.batches import blank, collate, evaluation_shares, training_samples
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
+from trainer.batches import HeldOutRows, blank, collate, drawn, evaluation_shares, training_samples
 from trainer.config import DataConfig
 
 
@@ -23,7 +23,25 @@ def test_evaluation_uses_every_row_once_and_all_ranks_equally(n_rows: int, micro
 
 
 def fake_store(name: str) -> Any:
-    return SimpleNamespace(manifest=SimpleNamespace(fingerprint=f"hash of {name}"), split_rows=lambda _: [(0, 5)])
+    alike = {"seq_len": 8, "vocab_size": 10, "tokenizer_sha256": "of all"}
+    manifest = SimpleNamespace(fingerprint=f"hash of {name}", **alike)
+    return SimpleNamespace(manifest=manifest, split_rows=lambda _: [(0, 5)])
+
+
+def test_rows_are_drawn_anywhere_and_always_the_same() -> None:
+    assert drawn(100, 10) == drawn(100, 10) == drawn(100, 11)[:10] != list(range(10))
+    assert len(set(drawn(100, 99))) == 99 and set(drawn(100, 99)) < set(range(100))
+    assert sorted(drawn(5, 9)) == [0, 1, 2, 3, 4]
+
+
+def test_evaluations_do_not_read_the_beginning_of_a_split_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rows of a chromosome would be its end, which is all N."""
+    monkeypatch.setattr(RowDataset, "__len__", lambda _: 1000)
+    monkeypatch.setattr(RowDataset, "__getitem__", lambda _, index: index)
+    rows: Any = HeldOutRows(fake_store("a"), "val", 64)
+    read = [rows[index] for index in range(len(rows))]
+    assert read == drawn(1000, 64)
+    assert min(read) < 100 and max(read) > 900 and len(set(read)) == 64
 
 
 def test_one_store_is_trained_on_as_it_is() -> None:
