@@ -281,8 +281,8 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, folders, globs, fsspec URLs of these, or @FILE with one on each line: .txt, .jsonl and .parquet, "
-        "plain or .gz, .zst, .xz; .npy and .npz for the tokenizer integers",
+        help="files, folders, globs, fsspec URLs of these, or @FILE with one on each line: .txt, .jsonl, .parquet and "
+        "FASTA (.fa, .fasta, .fna, .faa), plain or .gz, .zst, .xz; .npy and .npz for the tokenizer integers",
     )
 
 

@@ -1,6 +1,6 @@
 """Documents out of files, as bytes, in blocks: text mode would rewrite line ends and the promise is every byte back.
 
-A text file is one document; a JSON lines file, a Parquet file and an array hold many. A document is cut into blocks
+A text file is one document; a file of JSON lines, Parquet, FASTA or arrays holds many. A document is cut into blocks
 at places that depend on its bytes alone, so that any number of processes tokenize a huge one, each in bounded memory,
 to the same ids, and so that it makes no difference how its file is compressed or where it lies.
 """
@@ -8,6 +8,8 @@ to the same ids, and so that it makes no difference how its file is compressed o
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple, NoReturn
 
 from data_pipeline.arrays import open_arrays
@@ -24,6 +26,7 @@ from data_pipeline.blocks import (
 )
 from data_pipeline.config import POLICIES, TextSettings
 from data_pipeline.errors import BadDocument, DataError
+from data_pipeline.fasta import sequence_pieces
 from data_pipeline.files import InputFile, open_seekable, read_content
 from data_pipeline.records import Line, json_text, parquet_values, split_lines
 
@@ -139,6 +142,8 @@ def read_parts(file: InputFile, span: Span, reading: Reading) -> Iterator[Part]:
 def _record_parts(file: InputFile, span: Span, reading: Reading) -> Iterator[Part]:
     if file.kind == "jsonl":
         return _json_parts(file, span, reading)
+    if file.kind == "fasta":
+        return _fasta_parts(file, reading)
     return _parquet_parts(file, reading) if file.kind == "parquet" else _array_parts(file, reading)
 
 
@@ -228,6 +233,15 @@ def _json_blocks(part: Part, line: Line, encoding: str, reading: Reading) -> Ite
 
 def _oversized(what: str, n_bytes: int, limit: int) -> BadDocument:
     return BadDocument("oversized", f"{what} has {n_bytes} bytes, more than --max-record-bytes {limit}")
+
+
+def _fasta_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
+    """A part for each record."""
+    for _, pieces in groupby(sequence_pieces(read_content(file)), key=itemgetter(0)):
+        part = Part()
+        chunks = _until_truncated(map(itemgetter(1), pieces), _settle(part, reading))
+        part.blocks = _normal_blocks(part, chunks, reading)
+        yield part
 
 
 def _parquet_parts(file: InputFile, reading: Reading) -> Iterator[Part]:

@@ -50,7 +50,7 @@ class InputFile:
 
     @property
     def kind(self) -> str:
-        """What documents it holds: "text" (it is one), "jsonl", "parquet" or "array"."""
+        """What documents it holds: "text" (it is one), "jsonl", "parquet", "fasta" or "array"."""
         return kind_of(self.location)
 
     @property
@@ -76,8 +76,8 @@ def find_files(
     `notes` gets a line about files that were left out, if any were.
 
     An input is a file, a folder, a glob, `@LIST` (a text file with an input on each line), or an fsspec URL of a file,
-    folder or glob. A folder is searched for text (.txt, .jsonl, .parquet), or with `arrays` for .npy and .npz, but not
-    for what is hidden or in a store; a file that is named, or that a glob matches, counts whatever its suffix.
+    folder or glob. A folder is searched for text (.txt, .jsonl, .parquet, FASTA), or with `arrays` for .npy and .npz,
+    but not for what is hidden or in a store; a file that is named, or that a glob matches, counts whatever its suffix.
 
     Raises DataError for an input that is missing or unreadable or holds no such file, for a name that occurs twice, for
     text where arrays are wanted or the reverse, and for inputs without a single byte.
@@ -236,7 +236,7 @@ def _find_in_folder(folder: Path, wanted: Wanted) -> Iterator[_Found]:
 
 
 def _nothing_in(folder: str, wanted: Wanted) -> DataError:
-    kinds = ".npy or .npz" if wanted.arrays else ".txt, .jsonl or .parquet"
+    kinds = ".npy or .npz" if wanted.arrays else ".txt, .jsonl, .parquet or FASTA"
     return DataError(
         f"no {kinds} files in {folder}: expected at least one, in it or below it, compressed or not. A file of another "
         "kind can be named directly"

@@ -10,7 +10,14 @@ from collections.abc import Collection
 
 from data_pipeline.compression import COMPRESSIONS
 
-_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".npy": "array", ".npz": "array"}
+_KINDS = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".npy": "array",
+    ".npz": "array",
+    **dict.fromkeys((".fa", ".fasta", ".fna", ".faa"), "fasta"),
+}
 _MOST_NAMED = 5
 """Suffixes of files that were left out, in the note that says so."""
 
@@ -27,7 +34,7 @@ def without_compression(path: str) -> str:
 
 
 def kind_of(path: str) -> str:
-    """What documents a file holds: "text" (it is one), "jsonl", "parquet" or "array"."""
+    """What documents a file holds: "text" (it is one), "jsonl", "parquet", "fasta" or "array"."""
     return _KINDS.get(_suffix(path), "text")
 
 

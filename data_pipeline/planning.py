@@ -21,6 +21,11 @@ _FEW_TOKENS = 32
 """In so many nothing can be learned that is worth a document."""
 
 
+_FAR_OFF = 4
+"""Shares of tokens so many times more or less than those of documents are told."""
+_MUCH_PADDING = 0.5
+
+
 class PlanSettings(NamedTuple):
     """What of a build's settings decides its plan."""
 
@@ -132,7 +137,9 @@ def make_plan(documents: Documents, given_split: np.ndarray, known: np.ndarray, 
     split, names, notes = _assign(documents.sha256[kept], given[kept], settings)
     segments, split_rows = _pack_splits(documents.n_tokens[kept], split, names, settings)
     source = documents.scratch_start[kept][segments.document] + segments.document_start
-    return Plan(segments, source, kept, split, same, near, names, split_rows, notes)
+    plan = Plan(segments, source, kept, split, same, near, names, split_rows, notes)
+    plan.notes.extend([] if settings.appends else _notes_on_rows(documents, plan, settings))
+    return plan
 
 
 def notes_on_items(documents: Documents) -> list[str]:
@@ -144,6 +151,26 @@ def notes_on_items(documents: Documents) -> list[str]:
         f"{len(n_tokens):,} items of arrays are a document each, of {typical} tokens (the median): if such an array is "
         "one piece, save it flat, or with a leading dimension of 1"
     ]
+
+
+def _notes_on_rows(documents: Documents, plan: Plan, settings: PlanSettings) -> list[str]:
+    """What the user should know of held-out splits, by tokens, and of padding."""
+    weights = documents.n_tokens[plan.kept]
+    tokens = dict(zip(plan.split_names, np.bincount(plan.split, weights, len(plan.split_names)), strict=True))
+    shares = {name: tokens[name] / max(weights.sum(), 1) for name in settings.split}
+    notes = [
+        f"{name}={asked:g} of the documents are {shares[name]:.2g} of the tokens, since documents differ in length: to "
+        "choose, name files with --val-input or --test-input"
+        for name, asked in settings.split.items()
+        if not asked / _FAR_OFF <= shares[name] <= asked * _FAR_OFF
+    ]
+    n_places = plan.n_rows * settings.seq_len
+    if plan.n_rows > 1 and (padding := 1 - plan.segments.length.sum() / n_places) > _MUCH_PADDING:
+        notes.append(
+            f"{padding:.0%} of the rows is padding, which takes as long to train on as tokens: choose a smaller "
+            "--seq-len, or --packing bestfit"
+        )
+    return notes
 
 
 def _check_left(option: str, good: np.ndarray, dropped: np.ndarray) -> None:

@@ -225,6 +225,7 @@ def _ways_out(problem: str, kind: str) -> str:
         change, others = "give a larger --vocab-size unless it is negative, ", "encoding=skip"
     else:
         change = "name its --encoding, " if problem == "encoding" and kind == "sentencepiece" else ""
+        change = "raise --max-record-bytes, " if problem == "oversized" else change
         others = " or ".join(f"{problem}={other}" for other in POLICIES[problem] if other != "strict")
     return f"mend it, leave it out, {change}or build with --on-bad {others}; skip leaves the whole document out"
 

@@ -39,7 +39,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, Ends]:
     if not record:
         raise DataError(
             f"{folder} has no tokenizer ({TOKENIZER_RECORD} is missing): export it again where the run's store is "
-            "(launch/export.py --store)"
+            "(launch/export.py --store, and without --hf)"
         )
     try:
         kind, sha256, n_values = record["kind"], record["sha256"], record["vocab_size"] - N_ENDS

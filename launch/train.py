@@ -45,6 +45,7 @@ from trainer.continuation import EVAL_STORE, identity, refuse_another_run, refus
 from trainer.distributed import detect  # noqa: E402
 from trainer.initial import check_initial  # noqa: E402
 from trainer.job import Job  # noqa: E402
+from trainer.leakage import leaks  # noqa: E402
 from trainer.loop import train  # noqa: E402
 from trainer.presence import hold  # noqa: E402
 from trainer.template import template  # noqa: E402
@@ -89,8 +90,9 @@ def main() -> int:
         notes = remarks(config, StoreFacts.of(store))
         if config.run.init_from and not published(config.run.dir):  # a run that goes on has weights of its own
             notes += check_initial(config.run.init_from, config.model, store.path, store.manifest.tokenizer_sha256)
-        for note in notes if rank == 0 else ():
-            show(f"note: {note}")
+        if rank == 0:
+            for note in notes + (leaks(config.data, store, sources) if config.run.eval_every else []):
+                show(f"note: {note}")
         samples = training_samples(config.data, store, sources, config.run.seed)
         fingerprint = samples.identity if sources else store.manifest.fingerprint
         own = identity(config, deepspeed, fingerprint, launch.world_size)

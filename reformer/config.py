@@ -49,6 +49,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"'{name}' is missing: give it a value")
         elif problem["type"] == "tuple_type":
             lines.append(f"'{name}': input should be a list, such as {[given]!r} (got {given!r})")
+        elif problem["type"] in ("dict_type", "model_type"):
+            lines.append(f"'{name}': input should be a table of keys and values (got {given!r})")
         elif problem["type"] == "value_error":
             message = problem["msg"].removeprefix("Value error, ")
             lines.extend(f"[{name}] {line}" if name else line for line in message.splitlines())
@@ -63,7 +65,7 @@ def _known(name: str, model: type[BaseModel]) -> str:
     if issubclass(model, StrictConfig) and name in model.elsewhere:
         return model.elsewhere[name]
     known = list(model.model_fields)
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"the known keys are {', '.join(known)}"
 
 
@@ -89,7 +91,7 @@ class ReformerConfig(StrictConfig):
     activation: Literal["relu", "gelu"] = "relu"
     """Non-linearity of the feed-forward layers; relu in the authors' code."""
     causal: bool = True
-    """Whether a token sees only itself and what comes before it."""
+    """Whether a token sees only itself and what comes before it, as the trainer needs it; false is for the library."""
     n_hashes: int = Field(default=4, ge=1)
     """LSH rounds per layer; more rounds recover more of full attention, at proportional cost."""
     n_buckets: int | Annotated[tuple[int, ...], Strict(False)] | None = None

@@ -12,6 +12,9 @@ from reformer.lsh.dispatch import Backend, attention_in_chunks
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import Layout, by_head, renumbered
 
+_PADDED_TO = 64
+"""What a chunk that is longer than the sequence is cut to a multiple of."""
+
 
 def local_attention(
     q: Tensor,
@@ -46,6 +49,7 @@ def local_attention(
     check_dropout(dropout, dropout_keys, q.shape[:2])
     batch, n_heads, n_tokens, d_head = q.shape
     groups = batch * n_heads
+    chunk_len = min(chunk_len, -(-n_tokens // _PADDED_TO) * _PADDED_TO)  # one chunk of all tokens, without more padding
     places = torch.arange(n_tokens + -n_tokens % chunk_len, dtype=torch.int32, device=q.device)
     layout = Layout(
         order_GRS=places.expand(groups, 1, -1),

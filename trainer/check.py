@@ -68,12 +68,20 @@ def check(
 
 def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
     """What is no contradiction, and may yet not be meant."""
-    model, notes = config.model, []
+    model, run, notes = config.model, config.run, []
     if model.max_seq_len != store.seq_len:
         notes.append(
             f"model.max_seq_len={model.max_seq_len}, and the rows of {config.data.store} have {store.seq_len} "
             "tokens: positions after them are not trained"
         )
+    if run.keep_best and run.save_every:
+        both = math.lcm(run.eval_every, run.save_every)
+        if both > max(run.eval_every, run.save_every):
+            notes.append(
+                f"run.keep_best: only every {both:,} steps, and at the end, there are both an evaluation and a "
+                f"checkpoint (run.eval_every={run.eval_every}, run.save_every={run.save_every}); the best of these is "
+                "kept"
+            )
     rows, columns = sorted(model.axial_shape or (1, 1))
     if columns > UNEVEN * rows:
         better = next(n for n in count(model.max_seq_len) if max(near_square(n)) <= 2 * min(near_square(n)))

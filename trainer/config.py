@@ -133,6 +133,9 @@ class LoopConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_folders(self) -> Self:
+        for name, folder in (("dir", self.dir), ("init_from", self.init_from)):
+            if folder == Path():
+                raise ValueError(f"run.{name} is empty, or the working directory itself: give it a folder of its own")
         if self.init_from is not None and self.init_from.resolve() == self.dir.resolve():
             raise ValueError(f"run.init_from={self.init_from} is run.dir itself: give the run a folder of its own")
         return self

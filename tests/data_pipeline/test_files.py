@@ -177,7 +177,7 @@ def test_twice_the_same_name_is_an_error(tmp_path: Path, other: str) -> None:
 def test_inputs_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere does not exist"):
         names(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no \.txt, \.jsonl or \.parquet files"):
+    with pytest.raises(DataError, match=r"no \.txt, \.jsonl, \.parquet or FASTA files"):
         names(tmp_path)
     with pytest.raises(DataError, match=r"no \.npy or \.npz files"):
         names(tmp_path, arrays=True)

@@ -153,6 +153,19 @@ def test_a_test_split_of_files_that_are_named(folder: Path) -> None:
     assert "val" in split_of(mixed).values()
 
 
+def test_splits_that_are_far_off_by_tokens_and_padding_are_told(tmp_path: Path) -> None:
+    """A share is one of documents; of few that differ in length it may be hardly any of the tokens, or most."""
+    for number in range(20):
+        write(tmp_path / f"train/{number}.txt", f"{number} " * (1000 if number == 3 else 5))
+    options = {"val_inputs": (), "split": {"val": 0.2}, "packing": "book"}
+    notes = build(settings(tmp_path, **options)).notes
+    share, padding = sorted(notes, reverse=True)
+    assert share.startswith("val=0.2 of the documents are 0.0") and "to choose, name files with --val-input" in share
+    assert padding.endswith("choose a smaller --seq-len, or --packing bestfit")
+    even = {**options, "packing": "bestfit", "split": {"val": 0.2}, "inputs": (f"{tmp_path}/train/1*.txt",)}
+    assert build(settings(tmp_path, "even", **even)).notes == ()
+
+
 def test_near_copies_where_no_two_documents_are_equal(tmp_path: Path) -> None:
     write(tmp_path / "train/a_other.txt", "another text")
     write(tmp_path / "train/b_novel.txt", REPRINT)

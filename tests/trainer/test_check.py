@@ -157,6 +157,15 @@ def test_data_side(changes: dict[str, Any], message: str) -> None:
         check(make_config(**changes), DEEPSPEED, STORE, world_size=1)
 
 
+def test_steps_that_are_hardly_ever_both_evaluated_and_saved_are_remarked_on() -> None:
+    often = {"run_keep_best": True, "run_eval_every": 50, "run_save_every": 100}
+    assert remarks(make_config(**often), STORE) == []
+    (line,) = remarks(make_config(**{**often, "run_save_every": 75}), STORE)
+    assert line.startswith(
+        "run.keep_best: only every 150 steps, and at the end, there are both an evaluation and a check"
+    )
+
+
 def test_an_uneven_position_table_is_remarked_on() -> None:
     """An image of 64 x 64 x 3 values and BOS is a prime number of tokens."""
     facts = replace(STORE, seq_len=12_289)

@@ -1,0 +1,41 @@
+"""Sequences out of FASTA files: genomes, transcripts, proteins.
+
+A record is a line that begins with `>`, its header, and the lines after it, its sequence, end to end. The sequence is a
+document; header and ends of lines are not part of it.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from data_pipeline.errors import BadDocument
+
+_NOT_SEQUENCE = b"\r\n \t"
+
+
+def sequence_pieces(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(number of the record from 0 on, bytes of its sequence) as they come; of each record at least one, perhaps empty.
+
+    Raises BadDocument("unreadable") where something stands before the first header.
+    """
+    record, in_header, at_line_start = -1, False, True
+    for chunk in chunks:
+        place = 0
+        while place < len(chunk):
+            if in_header:
+                newline = chunk.find(b"\n", place)
+                place, in_header, at_line_start = (
+                    (newline + 1, False, True) if newline >= 0 else (len(chunk), True, False)
+                )
+            elif at_line_start and chunk.startswith(b">", place):
+                record, in_header = record + 1, True
+                yield record, b""
+            else:
+                header = chunk.find(b"\n>", place)
+                end = header + 1 if header >= 0 else len(chunk)
+                piece = chunk[place:end].translate(None, _NOT_SEQUENCE)
+                if piece and record < 0:
+                    raise BadDocument(
+                        "unreadable", f"is not FASTA: it begins with {piece[:20]!r}, expected '>' and a header"
+                    )
+                if piece:
+                    yield record, piece
+                place, at_line_start = end, chunk[end - 1 : end] == b"\n"

@@ -1,0 +1,40 @@
+"""What a mixture trains on is held against what evaluations hold out."""
+
+from pathlib import Path
+
+import pytest
+from small_stores import write_store
+
+from data_pipeline.store import Store
+from trainer.config import DataConfig
+from trainer.leakage import leaks
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> dict[str, Store]:
+    """Both books and web train on what books holds out; of web one text under another name, and an empty one."""
+    write_store(tmp_path / "books", {"a": b"train", "v": b"held out", "w": b"held, too", "x": b""}, val=("v", "w", "x"))
+    write_store(tmp_path / "web", {"b": b"page", "c": b"held out", "d": b"", "e": b"held, too"}, val=("e",))
+    write_store(tmp_path / "clean", {"b": b"page"})
+    return {name: Store.open(tmp_path / name) for name in ("books", "web", "clean")}
+
+
+def data(stores: dict[str, Store], *names: str, **splits: str) -> DataConfig:
+    mixture = {name: {"store": stores[name].path, "weight": 1.0, "split": splits.get(name)} for name in names}
+    return DataConfig(store=stores["books"].path, mixture=mixture)
+
+
+def found(stores: dict[str, Store], *names: str, **splits: str) -> list[str]:
+    return leaks(data(stores, *names, **splits), stores["books"], {name: stores[name] for name in names})
+
+
+def test_documents_that_are_held_out_and_trained_on_are_counted(stores: dict[str, Store]) -> None:
+    (note,) = found(stores, "books", "clean", "web")
+    assert note.startswith("1 of the 2 documents that evaluations hold out ('val' of ")
+    assert f"are in 'train' of data.mixture.web, {stores['web'].path}, too: the run is trained on them" in note
+    (note,) = found(stores, "web", web="val")
+    assert note.startswith("1 of the 2 documents") and "are in 'val' of data.mixture.web" in note
+
+
+def test_nothing_is_said_where_nothing_is_shared(stores: dict[str, Store]) -> None:
+    assert found(stores, "books", "clean") == found(stores) == []

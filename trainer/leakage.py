@@ -1,0 +1,34 @@
+"""Documents that a mixture trains on although evaluations hold them out: it is told, as it may be meant."""
+
+from collections.abc import Iterator, Mapping
+
+from data_pipeline.store import Store
+from trainer.config import DataConfig
+
+
+def leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> list[str]:
+    """A note for each source of the mixture with documents of data.eval_split in what it trains on, byte for byte.
+
+    Of one store, `inspect` says it. Raises DataError where a store's table of documents is damaged.
+    """
+    notes = []
+    held_out: set[str] = set()
+    for name, source in sources.items():
+        if source.manifest.fingerprint == store.manifest.fingerprint:
+            continue
+        held_out = held_out or set(_hashes(store, data.eval_split))
+        split = data.mixture[name].split or data.train_split
+        if n_shared := len(held_out.intersection(_hashes(source, split))):
+            notes.append(
+                f"{n_shared:,} of the {len(held_out):,} documents that evaluations hold out ({data.eval_split!r} of "
+                f"{store.path}) are in {split!r} of data.mixture.{name}, {source.path}, too: the run is trained on them"
+            )
+    return notes
+
+
+def _hashes(store: Store, split: str) -> Iterator[str]:
+    """The sha256 of each document of a split that is not empty."""
+    for part in store.parts:
+        for document in part.documents():
+            if document.split == split and document.n_bytes:
+                yield document.sha256
