@@ -23,7 +23,8 @@ _FEW_TOKENS = 32
 
 _FAR_OFF = 4
 """Shares of tokens so many times more or less than those of documents are told."""
-_MUCH_PADDING = 0.5
+_MUCH_PADDING, _ROWS_ENOUGH = 0.5, 16
+"""Of so many rows, so much padding is told: in fewer, the last one of each split is much of it."""
 
 
 class PlanSettings(NamedTuple):
@@ -165,7 +166,7 @@ def _notes_on_rows(documents: Documents, plan: Plan, settings: PlanSettings) -> 
         if not asked / _FAR_OFF <= shares[name] <= asked * _FAR_OFF
     ]
     n_places = plan.n_rows * settings.seq_len
-    if plan.n_rows > 1 and (padding := 1 - plan.segments.length.sum() / n_places) > _MUCH_PADDING:
+    if plan.n_rows >= _ROWS_ENOUGH and (padding := 1 - plan.segments.length.sum() / n_places) > _MUCH_PADDING:
         notes.append(
             f"{padding:.0%} of the rows is padding, which takes as long to train on as tokens: choose a smaller "
             "--seq-len, or --packing bestfit"
