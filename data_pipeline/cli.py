@@ -44,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = make_parser().parse_args(argv)
         with reader_may_leave():
             code = arguments.run(arguments)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # disk full, no permission: the system's words name the file
+    except (DataError, OSError) as error:  # OSError: a full disk, no permission; the system's words name the file
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -255,7 +252,7 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--all",
         action="store_true",
-        help="write every document to its name below --output. Of the tokenizer integers come the values end to end, "
+        help="write every document to its name below --output. With the tokenizer integers the values come end to end, "
         "as little-endian unsigned integers of the fewest of 1, 2 and 4 bytes that --vocab-size needs",
     )
     parser.add_argument("--output", type=_output, metavar="DIR", help="for --all: a new or empty directory")

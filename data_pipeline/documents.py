@@ -43,9 +43,13 @@ class Reading:
     policies: Mapping[str, str] = field(default_factory=dict)
     """What to do about which problem, where it is not the default."""
 
+    def policy(self, problem: str) -> str:
+        """What to do about it."""
+        return self.policies.get(problem, POLICIES[problem][0])
+
     def replaces(self, problem: str) -> bool:
         """Whether what can be had of a document with this problem is kept."""
-        return self.policies.get(problem, POLICIES[problem][0]) == "replace"
+        return self.policy(problem) == "replace"
 
 
 class Span(NamedTuple):

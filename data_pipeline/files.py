@@ -43,6 +43,10 @@ class InputFile:
     split: str | None
     """The split that its documents form: "val" of --val-input, "test" of --test-input; None: as --split says."""
 
+    def document_name(self, record: int) -> str:
+        """The name of a document in it: its own, or that of record number `record`, if that is not negative."""
+        return self.name if record < 0 else f"{self.name}/{record}"
+
     @property
     def option(self) -> str:
         """How it came in."""

@@ -160,7 +160,7 @@ def check_same_policies(output: Path, part: StorePart, files: Sequence[InputFile
         file = by_name.get(record.document) or by_name.get(record.document.rpartition("/")[0])
         if file is None or record.problem not in POLICIES:  # of another file, or a duplicate
             continue
-        policy = reading.policies.get(record.problem, POLICIES[record.problem][0])
+        policy = reading.policy(record.problem)
         if policy == "strict" or (policy == "skip" and record.action == "replaced"):
             raise _treated_otherwise(output, record, policy)
         if policy == "skip":
@@ -192,7 +192,7 @@ def _kept_documents(file: InputFile, reading: Reading, keeps_empty: bool) -> set
     for part in read_parts(file, Span(0, 0, file.n_bytes), reading):
         with suppress(BadDocument):
             if sum(map(len, part.blocks)) or keeps_empty:
-                kept.add(file.name if part.record < 0 else f"{file.name}/{part.record}")
+                kept.add(file.document_name(part.record))
     return kept
 
 

@@ -243,17 +243,12 @@ def _pack_splits(
     return Segments(*map(np.concatenate, zip(*parts, strict=True))), split_rows
 
 
-def document_name(files: Sequence[InputFile], file: int, record: int) -> str:
-    """The name of a document: that of its file, with the record's number if it is one of many."""
-    return files[file].name if record < 0 else f"{files[file].name}/{record}"
-
-
 def document_records(documents: Documents, plan: Plan, files: Sequence[InputFile]) -> Iterator[DocumentRecord]:
     """The table of the documents that are kept."""
     for number, index in enumerate(plan.kept.tolist()):
         yield DocumentRecord(
             id=number,
-            name=document_name(files, int(documents.file[index]), int(documents.record[index])),
+            name=files[documents.file[index]].document_name(int(documents.record[index])),
             n_bytes=int(documents.n_bytes[index]),
             sha256=documents.sha256[index].tobytes().hex(),
             split=plan.split_names[plan.split[number]],
@@ -274,7 +269,7 @@ def problem_records(
     """
 
     def name(index: int) -> str:
-        return document_name(files, int(documents.file[index]), int(documents.record[index]))
+        return files[documents.file[index]].document_name(int(documents.record[index]))
 
     found: dict[tuple[int, str], ProblemRecord] = {}
     for index, problem, _, detail in problems:  # one of each kind: a document may be in many parts

@@ -98,13 +98,8 @@ def length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     ]
 
 
-def summarize(store: Store) -> str:
-    """The figures of a store: a line per split, then what holds for all of it, then what was wrong."""
-    return _summarize(summary(store))
-
-
 def inspect(store: Store) -> str:
-    """`summarize`, a histogram of the documents' lengths, and the longest documents."""
+    """The figures of a store as a table, a histogram of the documents' lengths, and the longest documents."""
     figures = summary(store)
     return "\n".join(
         [

@@ -204,7 +204,7 @@ class _PartWriter:
 
     def _apply(self, problem: str, detail: str, lost: bool) -> str:
         """The policy for a problem, applied. Raises DataError when it is to stop the build."""
-        policy = self.task.reading.policies.get(problem, POLICIES[problem][0])
+        policy = self.task.reading.policy(problem)
         if policy == "strict":
             record = "" if self.part.record < 0 else f", record {self.part.record} from byte {self.span.start} on,"
             raise DataError(

@@ -193,7 +193,7 @@ def _part_texts(part: Part, file: InputFile, reading: Reading, met: Counter[tupl
     else:
         met.update((found.problem, "replaced") for found in part.found)
         return
-    policy = reading.policies.get(bad.problem, POLICIES[bad.problem][0])
+    policy = reading.policy(bad.problem)
     if policy == "strict":
         others = " or ".join(f"--on-bad {bad.problem}={other}" for other in POLICIES[bad.problem] if other != "strict")
         name = file.name if part.record < 0 else f"a record of {file.name}"

@@ -116,7 +116,7 @@ def _compare_documents(manifest: Manifest, file: InputFile, documents: Mapping[s
     policies = {problem: "replace" for problem, allowed in POLICIES.items() if "replace" in allowed}
     reading = Reading(manifest.text, manifest.tokenizer_kind, manifest.vocab_size - 2, policies)
     for part in read_parts(file, Span(0, 0, file.n_bytes), reading):
-        name = file.name if part.record < 0 else f"{file.name}/{part.record}"
+        name = file.document_name(part.record)
         digest = hashlib.sha256()
         try:
             for block in part.blocks:

@@ -9,10 +9,10 @@ one setting after another on the same rows: a number of rounds, other than in tr
 before, which LSH attention approximates, at a cost that grows with the square of the length; "none": nothing, which
 says whether the model uses them.
 
-Behind a mean stands its standard error: how much it would vary with other documents of the kind, since tokens of one
-document are alike. Settings are compared with the first one document by document, which leaves out what makes
-documents differ. Hash rotations are always those of step 0, as in evaluations during training: with others, numbers of
-rounds would differ by a little more or less than here, which the error does not know.
+Each mean comes with its standard error over documents, because tokens of one document are correlated. Settings are
+compared with the first one document by document, so that differences between documents cancel out. Hash rotations are
+always those of step 0, as in evaluations during training; other rotations would shift the differences slightly, which
+the standard error does not include.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     ]
     ends = list(results[0]["by_position"])
     by_position = [[one["name"], *(cell(one["by_position"][end]) for end in ends)] for one in results]
-    where = "nats per token, by the place that the token before it has in its document, in this row: up to"
+    where = "loss in nats per token, by the number of tokens of the same document before it in the row, up to"
     return f"{table(header, lines)}\n\n{where}\n{table(['LSH layers', *ends], by_position)}"
 
 

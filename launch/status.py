@@ -37,7 +37,7 @@ STATES = {
     "starting": "starting: no step is done since it began",
     "hung": "not running: it hung, and its watchdog ended it",
     "failed": "not running: it failed",
-    "killed": "not running: it ended without a word: it was killed, or its node failed",
+    "killed": "not running: no exit was recorded: it was killed, or its node failed",
     "preempted": "not running: it was preempted; the same command goes on",
     "finished": "not running: it is finished",
     "idle": "not running",

@@ -11,7 +11,7 @@ Everything is checked before the processes join each other, so a mistake ends al
 The same command again goes on from the newest checkpoint in run.dir that is whole, on any number of processes. SIGUSR1,
 SIGUSR2, SIGTERM and Ctrl-C stop the run after the step that it is at, with a checkpoint; a second Ctrl-C does at once.
 
-Exit codes: 0 finished, 2 a mistake that is named, 75 stopped by a signal and to be continued, 70 ended by the watchdog.
+Exit codes: 0 finished, 2 an error in configuration or data (printed), 75 stopped by a signal, 70 ended by the watchdog.
 """
 
 import os

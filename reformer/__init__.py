@@ -1,7 +1,7 @@
 """The Reformer as a library: needs torch and nothing else of this project."""
 
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
-from reformer.lsh import lsh_attention
+from reformer.lsh.dispatch import lsh_attention
 from reformer.model import Reformer
 from reformer.weights import load_model, save_model
 

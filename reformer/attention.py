@@ -29,7 +29,7 @@ from reformer.dense import dense_attention
 from reformer.feed_forward import layer_norm
 from reformer.gradients import GradientSum, add_product, sums_of_products, with_gradients
 from reformer.local import local_attention
-from reformer.lsh import lsh_attention
+from reformer.lsh.dispatch import lsh_attention
 from reformer.lsh.hashing import bucket_factors, draw_rotations
 from reformer.lsh.scratch import shared_scratch
 from reformer.sequence_part import SequencePart
@@ -43,7 +43,7 @@ GROUP_NUMBERS_GPU = 2**27
 
 @dataclass
 class HeadGroup:
-    """Some heads on their way through a layer: what their backward needs, which takes it from here.
+    """Some heads on their way through a layer: what is saved for their backward, which consumes it.
 
     Where the tokens are a part of a sequence, the tensors are of the own heads, h of them, and of all its tokens.
     """

@@ -22,7 +22,7 @@ from reformer.config import ReformerConfig
 from reformer.dense import dense_attention
 from reformer.heads import check_tokens
 from reformer.local import local_attention
-from reformer.lsh import lsh_attention
+from reformer.lsh.dispatch import lsh_attention
 from reformer.lsh.hashing import bucket_factors, draw_rotations, hash_to_buckets, stable_order
 from reformer.model import Reformer
 from reformer.reversible import ReversibleBlock

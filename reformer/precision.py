@@ -25,8 +25,7 @@ from reformer.config import ReformerConfig
 from reformer.dense import dense_attention
 from reformer.diagnostics import invert
 from reformer.local import local_attention, local_attention_reference
-from reformer.lsh import lsh_attention
-from reformer.lsh.dispatch import Backend
+from reformer.lsh.dispatch import Backend, lsh_attention
 from reformer.model import Reformer
 from reformer.reversible import ReversibleBlock, reversible_stack
 

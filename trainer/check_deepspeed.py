@@ -62,7 +62,7 @@ REFUSED = {
 HARMLESS = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}
 """Values of these that change nothing; of the others, {"enabled": false}."""
 
-GATHERS = "it has whole blocks gathered at once, and reversible layers are run again one by one"
+GATHERS = "it gathers a whole block at once, but the reversible backward runs its halves again one at a time"
 CONTRADICTING = {
     ("zero_optimization", "compute_grad_norm"): (
         [False],

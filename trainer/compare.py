@@ -1,8 +1,8 @@
 """A model by itself, scored on rows of a store, with one attention or another in its LSH layers.
 
-What is summed up is kept by document: tokens of one are alike, so a mean is as good as documents are many, not rows or
-tokens. And two scores of the same rows can be compared document by document: their difference is known far better than
-either of them, which differ by what is in the documents.
+Sums are kept by document: tokens of one document are correlated, so the effective sample size is the number of
+documents, not of rows or tokens. Two scores of the same rows are compared document by document: their difference is
+known far better than either of them, since what the documents contain cancels out.
 """
 
 import math

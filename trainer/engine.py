@@ -36,7 +36,7 @@ def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deep
         config=_with_plain_linear(as_data_parallel(deepspeed_config, config.run.sequence_parallel)),
     )
     if engine.bfloat16_enabled() and not engine.zero_optimization():
-        # Here DeepSpeed has already taken a step, on gradients of zero: weights decayed, Adam counted one too many.
+        # In this mode DeepSpeed takes a step on zero gradients at start-up: undo its weight decay and its count.
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return engine

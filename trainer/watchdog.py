@@ -272,8 +272,8 @@ class _Listener:
         self._heard_s: float | None = None
 
     def silent_s(self, now_s: float, excused: bool) -> float:
-        """For how long it has not changed, on our clock; 0 if it has ended, or has not changed yet since it may be of
-        an earlier process, and while it is `excused` or cannot be read."""
+        """Seconds since the file last changed, by our clock; 0 if the rank has ended, has not written in this run yet,
+        or is `excused` or unreadable."""
         news = ranks.read_bytes(self._path)
         state = ranks.parse_state(news)
         waived = excused or state is None or state.ended is not None

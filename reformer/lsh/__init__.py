@@ -1,5 +1,1 @@
-"""LSH attention: hashing, the oracle, the portable fast path, and the one door, `lsh_attention`."""
-
-from reformer.lsh.dispatch import lsh_attention
-
-__all__ = ["lsh_attention"]
+"""LSH attention: hashing, the oracle, the portable fast path, the fused one, and the one door, dispatch.py."""

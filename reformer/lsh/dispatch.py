@@ -199,7 +199,7 @@ def dense_is_less(n_tokens: int, d_head: int, n_hashes: int, chunk_len: int, cau
 def why_not_dense(attend_across_buckets: bool, dropout: float) -> str | None:
     """Why the rounds are not one dense softmax whose keys count as often as they are found; None where they are."""
     if not attend_across_buckets:
-        return "attend_across_buckets=False hides other buckets, in each round others"
+        return "with attend_across_buckets=False each round has its own mask"
     if dropout:
         return "each round drops weights of its own"
     return None

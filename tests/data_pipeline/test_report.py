@@ -7,7 +7,7 @@ import numpy as np
 from small_stores import write_store
 
 from data_pipeline.manifest import ProblemRecord
-from data_pipeline.report import inspect, length_histogram, summarize, summary
+from data_pipeline.report import inspect, length_histogram, summary
 from data_pipeline.store import Store, list_part, part_path
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -63,7 +63,7 @@ def test_appended_parts_count(tmp_path: Path) -> None:
     list_part(tmp_path / "s", "0001")
     figures = summary(Store.open(tmp_path / "s"))
     assert (figures["documents"], figures["tokens"], figures["rows"], figures["parts"]) == (2, 48, 3, 2)
-    assert ", in 2 parts" in summarize(Store.open(tmp_path / "s"))
+    assert ", in 2 parts" in inspect(Store.open(tmp_path / "s"))
 
 
 def test_what_people_read(tmp_path: Path, tokenizer_file: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_sequence_of_one_chunk_takes_the_dense_path_and_is_the_same(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"attend_across_buckets": False}, "attend_across_buckets=False hides other buckets"),
+        ({"attend_across_buckets": False}, "with attend_across_buckets=False each round has its own mask"),
         ({"dropout": 0.1, "dropout_keys": torch.zeros(2, 2, dtype=torch.int32)}, "each round drops weights of its own"),
     ],
 )
