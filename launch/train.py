@@ -31,21 +31,16 @@ import argparse  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
-from data_pipeline.store import Store  # noqa: E402
-from trainer.batches import open_sources, training_samples  # noqa: E402
-from trainer.check import StoreFacts, check, remarks  # noqa: E402
-from trainer.checkpoint import published  # noqa: E402
-from trainer.config import ConfigError, load  # noqa: E402
-from trainer.continuation import EVAL_STORE, identity, refuse_another_run, refuse_other_files  # noqa: E402
+from trainer.config import ConfigError  # noqa: E402
+from trainer.continuation import refuse_another_run, refuse_other_files  # noqa: E402
 from trainer.distributed import detect  # noqa: E402
-from trainer.initial import check_initial  # noqa: E402
-from trainer.job import Job  # noqa: E402
-from trainer.leakage import leaks  # noqa: E402
+from trainer.job import read_job  # noqa: E402
 from trainer.loop import train  # noqa: E402
 from trainer.presence import hold  # noqa: E402
 from trainer.template import template  # noqa: E402
@@ -82,27 +77,15 @@ def main() -> int:
     try:
         launch = detect(os.environ)
         rank = launch.rank
-        config, deepspeed = load(arguments.config, arguments.overrides, arguments.deepspeed_config)
-        store = Store.open(config.data.store)
-        sources = open_sources(config.data)
-        facts = {name: StoreFacts.of(source) for name, source in sources.items()}
-        check(config, deepspeed, StoreFacts.of(store), launch.world_size, facts)
-        notes = remarks(config, StoreFacts.of(store))
-        if config.run.init_from and not published(config.run.dir):  # a run that goes on has weights of its own
-            notes += check_initial(config.run.init_from, config.model, store.path, store.manifest.tokenizer_sha256)
-        if rank == 0:
-            for note in notes + (leaks(config.data, store, sources) if config.run.eval_every else []):
-                show(f"note: {note}")
-        samples = training_samples(config.data, store, sources, config.run.seed)
-        fingerprint = samples.identity if sources else store.manifest.fingerprint
-        own = identity(config, deepspeed, fingerprint, launch.world_size)
-        if sources:  # then evaluations alone read it, and nothing else would tell that it is another one
-            own[EVAL_STORE] = store.manifest.fingerprint
-        refuse_other_files(config.run.dir)
-        with hold(config.run.dir) if launch.rank == 0 else nullcontext():
+        job, notes = read_job(arguments.config, arguments.overrides, launch, arguments.deepspeed_config)
+        for note in notes if rank == 0 else ():
+            show(f"note: {note}")
+        folder = job.config.run.dir
+        refuse_other_files(folder)
+        with hold(folder) if rank == 0 else nullcontext():
             # Not before: whoever held it until now may have begun another run.
-            known = refuse_another_run(config.run.dir, own, arguments.new)
-            return train(Job(config, deepspeed, store, samples, launch, known, sources.values()))
+            known = refuse_another_run(folder, job.identity, arguments.new)
+            return train(replace(job, identity=known))
     except (ConfigError, DataError) as error:
         # All ranks check the same things: rank 0 has most likely said it, and its launcher is about to end us.
         told = rank != 0 and not dist.is_initialized() and signal.sigtimedwait(STOPPING, PATIENCE_S)

@@ -1,13 +1,20 @@
 """`Job`: all that a run is made of, read and checked, before anything of it begins."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.dataset import Samples
 from data_pipeline.store import Store
-from trainer.config import RunConfig
+from trainer.batches import open_sources, training_samples
+from trainer.check import StoreFacts, check, remarks
+from trainer.checkpoint import published
+from trainer.config import RunConfig, load
+from trainer.continuation import EVAL_STORE, identity
 from trainer.distributed import Launch
+from trainer.initial import check_initial
+from trainer.leakage import leaks
 
 
 @dataclass(frozen=True)
@@ -25,3 +32,26 @@ class Job:
     """What its checkpoints say about it: see continuation.identity."""
     sources: Collection[Store] = ()
     """The stores of data.mixture."""
+
+
+def read_job(
+    path: Path, overrides: Iterable[str], launch: Launch, deepspeed_path: Path | None = None
+) -> tuple[Job, list[str]]:
+    """The job that the two files and the overrides describe, for this process, and notes for the user.
+
+    Nothing is written, and no other process is asked. Raises ConfigError or DataError for what is wrong or missing.
+    """
+    config, deepspeed = load(path, overrides, deepspeed_path)
+    store, sources = Store.open(config.data.store), open_sources(config.data)
+    facts = StoreFacts.of(store)
+    check(config, deepspeed, facts, launch.world_size, {name: StoreFacts.of(each) for name, each in sources.items()})
+    notes = remarks(config, facts)
+    if config.run.init_from and not published(config.run.dir):  # a run that goes on has weights of its own
+        notes += check_initial(config.run.init_from, config.model, store.path, facts.tokenizer_sha256)
+    if config.run.eval_every and launch.rank == 0:  # rank 0 alone says it, and reads tables of documents for that
+        notes += leaks(config.data, store, sources)
+    samples = training_samples(config.data, store, sources, config.run.seed)
+    own = identity(config, deepspeed, samples.identity if sources else facts.fingerprint, launch.world_size)
+    if sources:  # then evaluations alone read data.store, and nothing else would tell that it is another one
+        own[EVAL_STORE] = facts.fingerprint
+    return Job(config, deepspeed, store, samples, launch, own, sources.values()), notes

@@ -18,14 +18,10 @@ import numpy as np
 import torch
 
 from bench_faults.jobs import ROOT
-from data_pipeline.store import Store
 from trainer import checkpoint, distributed
-from trainer.batches import Batch, collate, training_samples
-from trainer.check import StoreFacts, check
-from trainer.config import load
-from trainer.continuation import identity
+from trainer.batches import Batch, collate
 from trainer.distributed import Launch
-from trainer.job import Job
+from trainer.job import read_job
 from trainer.loop import Trainer
 from trainer.preemption import Preemption
 from trainer.watchdog import Watchdog
@@ -58,12 +54,9 @@ def trainer(folder: Path, seq_len: int, changes: tuple[str, ...]) -> Iterator[Tr
     store_path = write_store(folder / "data", 16, seq_len, 1024)
     fixed = ("run.eval_every=0", "run.save_every=0", "run.steps=1000000", f"run.dir={folder / 'run'}")
     sizes = (f"model.max_seq_len={seq_len}", f"data.store={store_path}")
-    config, deepspeed = load(DEMO, (*fixed, *sizes, *changes))
-    store, launch = Store.open(store_path), Launch("no launcher")
-    check(config, deepspeed, StoreFacts.of(store), launch.world_size)
-    own = identity(config, deepspeed, store.manifest.fingerprint, launch.world_size)
-    job = Job(config, deepspeed, store, training_samples(config.data, store, {}, config.run.seed), launch, own)
-    plan = config.run
+    launch = Launch("no launcher")
+    job, _ = read_job(DEMO, (*fixed, *sizes, *changes), launch)
+    plan = job.config.run
     with Preemption() as preemption, Watchdog(plan.dir, launch, plan.watchdog_factor, plan.watchdog_min_s) as watchdog:
         made = Trainer(job, distributed.start(*distributed.meet(launch)), preemption, watchdog)
         made.build()
