@@ -77,11 +77,10 @@ def find_files(
 ) -> list[InputFile]:
     """All files of the inputs, and of those that form splits of their own, by its name; sorted by their names.
 
-    `notes` gets a line about files that were left out, if any were.
-
     An input is a file, a folder, a glob, `@LIST` (a text file with an input on each line), or an fsspec URL of a file,
     folder or glob. A folder is searched for text (.txt, .jsonl, .parquet, FASTA), or with `arrays` for .npy and .npz,
     but not for what is hidden or in a store; a file that is named, or that a glob matches, counts whatever its suffix.
+    `notes` gets a line about files of folders that were left out, if any were.
 
     Raises DataError for an input that is missing or unreadable or holds no such file, for a name that occurs twice, for
     text where arrays are wanted or the reverse, and for inputs without a single byte.

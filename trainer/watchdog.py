@@ -38,7 +38,7 @@ BEAT_S = 5.0
 _ENDED_BY_US = "failed: ended by the watchdog"
 
 
-class Place(NamedTuple):
+class Phase(NamedTuple):
     """Where the main thread is, and since when on the process's own clock."""
 
     step: int
@@ -64,7 +64,7 @@ class Watchdog:
         self._old_alarm = b""
         self._paused_s = 0.0
         self._longest_s: dict[str, float] = {}
-        self._place = Place(0, 0, "start", self._clock())
+        self._phase = Phase(0, 0, "start", self._clock())
         self._look_again_s = 0.0
         self._stacks: IO[str] | None = None
         self._last_words: RankState | None = None
@@ -102,10 +102,10 @@ class Watchdog:
     def mark(self, step: int, part: str) -> None:
         """Say that a part begins here, in step number `step`, which never falls. All ranks must say the same, in the
         same order: it is how the one is found that is furthest back. Takes about a microsecond."""
-        now, (former_step, turn, former, since_s) = self._clock(), self._place
+        now, (former_step, turn, former, since_s) = self._clock(), self._phase
         if now - since_s > self._longest_s.get(former, 0.0):
             self._longest_s[former] = now - since_s
-        self._place = Place(step, turn + 1 if step == former_step else 0, part, now)
+        self._phase = Phase(step, turn + 1 if step == former_step else 0, part, now)
 
     def _clock(self) -> float:
         """Seconds during which this process ran."""
@@ -121,7 +121,7 @@ class Watchdog:
     def _state(self, ended: str | None = None) -> RankState:
         if self._last_words:  # where it hung, not where the error comes that others are gone
             return replace(self._last_words, ended=ended)
-        place, frames = self._place, sys._current_frames()
+        place, frames = self._phase, sys._current_frames()
         main = frames.get(self._main)
         return RankState(
             rank=self._launch.rank,

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.cli import main as data_pipeline
+from data_pipeline.dataset import RowDataset
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
+from trainer.batches import drawn
 from trainer.config import DataConfig
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,32 @@ def test_unigram_score_by_hand(store: Path) -> None:
     assert score.nll == pytest.approx(sum(nats), rel=1e-12)
     assert (score.n_tokens, score.n_bytes) == (len(HELD_OUT) + 1, len(HELD_OUT))
     assert score.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / len(HELD_OUT), rel=1e-12)
+
+
+def test_a_unigram_of_many_rows_is_of_some_that_stand_for_all(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(8):
+        (tmp_path / "many" / f"{number}.txt").write_bytes(bytes([97 + number]) * 98)
+    inputs = [
+        "--input",
+        str(tmp_path / "many"),
+        "--val-input",
+        str(tmp_path / "val"),
+        "--output",
+        str(tmp_path / "big"),
+    ]
+    assert data_pipeline(["build", *inputs, "--tokenizer", "bytes", "--seq-len", "100", "--workers", "1"]) == 0
+    monkeypatch.setattr("trainer.baseline.MOST_TOKENS", 399)
+    rows = RowDataset(Store.open(tmp_path / "big"), "train")
+    counts: dict[int, float] = dict.fromkeys(range(258), 1.0)
+    for row in drawn(8, 3):
+        for token in rows[row].labels[:99].tolist():
+            counts[token] += 8 / 3
+    nats = [-math.log(counts[token] / sum(counts.values())) for token in [*HELD_OUT, 257]]
+    found = unigram_score(rows.store, DataConfig(store=tmp_path / "big"), n_rows=5)
+    assert found.nll == pytest.approx(sum(nats), rel=1e-12)
 
 
 def test_unigram_score_of_a_mixture_by_hand(store: Path, tmp_path: Path) -> None:
