@@ -106,7 +106,7 @@ def test_a_closed_pipe_is_no_error(make_store: Callable[..., Store]) -> None:
 
 BAD_TEXT = {
     "missing": (None, ("does not exist", "expected a file, a folder")),
-    "no text files": ({"a.md": b"x"}, ("no .txt, .jsonl or .parquet files in", "named directly")),
+    "no text files": ({"a.md": b"x"}, ("no .txt, .jsonl, .parquet or FASTA files in", "named directly")),
     "all empty": ({"a.txt": b"", "b.txt": b""}, ("every file of --input is empty",)),
     "not UTF-8": ({"a.txt": b"fine", "b.txt": b"caf\xe9 "}, ("b.txt is not valid utf-8 at byte 3", "encoding=replace")),
     "cut off": ({"a.txt": "\u20ac".encode()[:2]}, ("a.txt is not valid utf-8 at byte 0",)),

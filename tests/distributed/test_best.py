@@ -65,7 +65,7 @@ def test_it_is_exported(
     best.path.rename(tmp_path / "elsewhere")
     code, said = call(whole.dir)
     (tmp_path / "elsewhere").rename(best.path)
-    assert code == 2 and f"was best after step {best_of(whole)}, whose checkpoint has been removed" in said
+    assert code == 2 and f"was best after step {best_of(whole)}, whose checkpoint is not there any more" in said
 
 
 def test_it_is_not_kept_where_nobody_asks(train: Train, tmp_path: Path) -> None:

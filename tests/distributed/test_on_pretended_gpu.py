@@ -97,7 +97,7 @@ model = Reformer(ReformerConfig(vocab_size=32, n_layers=2, d_model=32, n_heads=1
 tokens = torch.randint(0, 32, (2, 90))
 def gradients():
     model.zero_grad()
-    loss = model(tokens, labels=tokens)
+    loss = model(tokens, labels=tokens, step=0)
     loss.backward()
     decoder = Decoder(model)
     decoder(tokens[:1, :60])  # and then token by token
