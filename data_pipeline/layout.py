@@ -142,13 +142,19 @@ class StorePart:
     def read_row(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start:stop] of a row of this part as stored, padding included; uint16 or uint32.
 
-        Raises DataError for a row that is damaged, and OSError or MemoryError where this process has no more files or
-        memory, which says nothing of the row. A checksum covers every chunk, and no id outside the vocabulary is
-        let through, so damage never yields wrong tokens.
+        Raises DataError for a damaged row: a checksum covers every chunk, and no id outside the vocabulary is let
+        through. Raises OSError or MemoryError where this process has no more files or memory.
         """
+        return self._read(row, (row - self.first_row, slice(start, stop)))
+
+    def read_rows(self, first: int, stop: int) -> np.ndarray:
+        """Rows `first` to `stop` - 1 of this part at once, [n, seq_len]. Raises as `read_row`, of the first of them."""
+        return self._read(first, (slice(first - self.first_row, stop - self.first_row), slice(None)))
+
+    def _read(self, row: int, selection: tuple[int | slice, slice]) -> np.ndarray:
         shard = self.path / shard_name(row - self.first_row, self.manifest.rows_per_shard)
         try:
-            tokens = np.asarray(self._tokens[row - self.first_row, start:stop])
+            tokens = np.asarray(self._tokens[selection])
         except Exception as error:  # a damaged shard fails in many ways: checksum, index, decoder, short read
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_PROCESS:
                 raise

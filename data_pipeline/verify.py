@@ -24,6 +24,7 @@ from data_pipeline.manifest import UNREADABLE, Manifest
 from data_pipeline.packing import Segments
 from data_pipeline.store import Store, part_path, read_part
 
+_BATCH_TOKENS = 1 << 20
 _EMPTY = np.frombuffer(hashlib.sha256().digest(), np.uint8)
 
 
@@ -252,12 +253,11 @@ def _check_content(part: StorePart, segments: Segments, documents: Documents) ->
     wrong = np.zeros(len(documents.tokens), bool)
     wrong[documents.tokens == 0] = (documents.sha256[documents.tokens == 0] != _EMPTY).any(axis=1)
     offsets = np.searchsorted(segments.row, np.arange(part.manifest.n_rows + 1))
-    for row in tqdm(range(part.manifest.n_rows), desc=f"verify {part.path.name}", unit="row", disable=None):
+    rows = enumerate(_read_rows(part))
+    for row, tokens in tqdm(rows, f"verify {part.path.name}", part.manifest.n_rows, unit="row", disable=None):
         table = np.stack([column[offsets[row] : offsets[row + 1]] for column in segments[1:]], axis=1)
-        try:
-            tokens = part.read_row(part.first_row + row)
-        except DataError as error:
-            yield str(error)
+        if isinstance(tokens, DataError):
+            yield str(tokens)
             tokens = np.zeros(0, np.int64)  # the documents in it will not match their hashes
         else:
             yield from _check_marks(part, row, tokens, table, documents)
@@ -271,6 +271,25 @@ def _check_content(part: StorePart, segments: Segments, documents: Documents) ->
             else:
                 hashes[stretch.document] = digest
     yield from _name_documents(part, wrong | (sizes != documents.n_bytes), "does not decode to its source")
+
+
+def _read_rows(part: StorePart) -> Iterator[np.ndarray | DataError]:
+    """All rows of a part in order, or what is wrong with one; several at a time, as each call takes a millisecond."""
+    stop_row = part.first_row + part.manifest.n_rows
+    at_once = max(_BATCH_TOKENS // part.manifest.seq_len, 1)
+    for first in range(part.first_row, stop_row, at_once):
+        rows = range(first, min(first + at_once, stop_row))
+        try:
+            yield from part.read_rows(rows.start, rows.stop)
+        except DataError:  # of one of them
+            yield from (_row_or_error(part, row) for row in rows)
+
+
+def _row_or_error(part: StorePart, row: int) -> np.ndarray | DataError:
+    try:
+        return part.read_row(row)
+    except DataError as error:
+        return error
 
 
 def _check_marks(
