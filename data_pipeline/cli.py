@@ -163,8 +163,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=default_workers(os.environ),
-        help="processes; of each rank, under mpirun or srun (default: %(default)s)",
+        help="processes; of each rank, under mpirun or srun (default: the cores that it may use; 1 for a rank without a "
+        "share of its own of a node)",
     )
     parser.set_defaults(run=_run_build)
 
@@ -189,7 +189,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
         near_threshold=arguments.near_threshold,
         append=arguments.append,
         rows_per_shard=arguments.rows_per_shard,
-        workers=arguments.workers,
+        workers=default_workers(os.environ) if arguments.workers is None else arguments.workers,
     )
     check_json(arguments.json)
     result = build(settings)

@@ -1,5 +1,7 @@
 """The one error that a user of the pipeline is meant to read, and what may become one."""
 
+import errno
+
 
 class DataError(Exception):
     """Something about the input, the settings or a store is wrong.
@@ -7,6 +9,20 @@ class DataError(Exception):
     The message names the file or value, what was expected, and the way out. The command line prints it as
     `error: <message>` and exits with code 2; a traceback would add nothing to it.
     """
+
+
+class Exhausted(DataError):
+    """This process has no more files or memory, which says nothing of what was to be read."""
+
+
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
+
+
+def reading_failed(error: Exception, damaged: str) -> DataError:
+    """What an error of reading a part of a store means: `damaged`, unless it is this process that lacks something."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in _EXHAUSTED:
+        return Exhausted(f"nothing can be read any more: {error or 'out of memory'}. Free memory, or raise `ulimit -n`")
+    return DataError(damaged)
 
 
 class InputChanged(DataError):

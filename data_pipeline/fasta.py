@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from data_pipeline.errors import BadDocument
 
-_NOT_SEQUENCE = b"\r\n \t"
+_NOT_SEQUENCE = b"\n \t"
 
 
 def sequence_pieces(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -18,7 +18,7 @@ def sequence_pieces(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """
     record, in_header, at_line_start = -1, False, True
     for chunk in chunks:
-        place = 0
+        chunk, place = chunk.replace(b"\r", b"\n"), 0  # lines end in LF, CRLF or CR
         while place < len(chunk):
             if in_header:
                 newline = chunk.find(b"\n", place)

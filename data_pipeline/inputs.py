@@ -26,6 +26,7 @@ from data_pipeline.manifest import (
     document_differences,
     hash_input,
     settings_differences,
+    split_mark,
 )
 
 _HASHING_THREADS = 8
@@ -90,9 +91,9 @@ def compare_with_others(
         )
 
 
-def snapshot(files: Sequence[InputFile]) -> dict[str, tuple[int, int | None, str | None]]:
+def snapshot(files: Sequence[InputFile]) -> dict[str, tuple[int, int | None, str | bool]]:
     """What identifies each file while a build lasts, by its name."""
-    return {file.name: (file.n_bytes, file.mtime_ns, file.split) for file in files}
+    return {file.name: (file.n_bytes, file.mtime_ns, split_mark(file.split)) for file in files}
 
 
 def hash_files(files: Sequence[InputFile], hashes: Sequence[str]) -> str:

@@ -20,7 +20,6 @@ fill value is no token, so that a shard that is not there is noticed. Zarr encod
 every file appears whole, by a rename, so that a writer may be killed at any time, and two may write the same file.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -36,7 +35,7 @@ from zarr.buffer import cpu
 from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, reading_failed
 from data_pipeline.jobs import publishing
 from data_pipeline.manifest import (
     MANIFEST_NAME,
@@ -55,8 +54,6 @@ MAX_CHUNK_TOKENS = 65_536
 MIN_CHUNK_TOKENS = 1_024
 """A row whose length has no divisor from here to MAX_CHUNK_TOKENS stays one chunk: tiny chunks cost far more."""
 WAY_OUT = "restore it from a copy, or build the store again"
-_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
-"""Errors of the system that say nothing of a file: no more files or memory for this process, or ask again."""
 _SIDECAR_CHUNK = 1 << 16
 _DOCUMENTS_NAME = "documents.jsonl"
 _INPUTS_NAME = "inputs.jsonl"
@@ -143,7 +140,7 @@ class StorePart:
         """Tokens [start:stop] of a row of this part as stored, padding included; uint16 or uint32.
 
         Raises DataError for a damaged row: a checksum covers every chunk, and no id outside the vocabulary is let
-        through. Raises OSError or MemoryError where this process has no more files or memory.
+        through. Raises Exhausted where this process has no more files or memory.
         """
         return self._read(row, (row - self.first_row, slice(start, stop)))
 
@@ -156,9 +153,8 @@ class StorePart:
         try:
             tokens = np.asarray(self._tokens[selection])
         except Exception as error:  # a damaged shard fails in many ways: checksum, index, decoder, short read
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_PROCESS:
-                raise
-            raise DataError(f"row {row} of {self.path} is damaged in shard {shard} ({error}): {WAY_OUT}") from error
+            what = f"row {row} of {self.path} is damaged in shard {shard} ({error}): {WAY_OUT}"
+            raise reading_failed(error, what) from error
         if tokens.size and tokens.max() >= self.manifest.vocab_size:
             raise DataError(f"row {row} of {self.path} is missing from shard {shard}: {WAY_OUT}")
         return tokens
@@ -220,7 +216,7 @@ class StorePart:
         try:
             return self._group[name]
         except Exception as error:  # Zarr raises whatever its JSON reader met
-            raise DataError(f"{self.path / name} is damaged ({error}): {WAY_OUT}") from error
+            raise reading_failed(error, f"{self.path / name} is damaged ({error}): {WAY_OUT}") from error
 
     def _read_sidecar(self, name: str) -> np.ndarray:
         array = self._array(name)
@@ -230,7 +226,7 @@ class StorePart:
         try:
             values = np.asarray(array[:])
         except Exception as error:  # as in read_row
-            raise DataError(f"{self.path / name} is damaged ({error}): {WAY_OUT}") from error
+            raise reading_failed(error, f"{self.path / name} is damaged ({error}): {WAY_OUT}") from error
         if (values == array.fill_value).any():
             raise DataError(f"part of {self.path / name} is missing: {WAY_OUT}")
         return values

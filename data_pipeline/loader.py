@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from data_pipeline.dataset import Sample, Samples
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, Exhausted
 from data_pipeline.order import shares
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class Loader(Iterator[list[MicroBatch]]):
                 self.samples.slice_of(position, 0, 1)
             return _Read(self.samples.slice_of(position, self._part, self._n_parts), None)
         except DataError as error:
-            if self.on_damage == "strict":
+            if self.on_damage == "strict" or isinstance(error, Exhausted):
                 raise
             return _Read(self.samples.blank_of(position, self._part, self._n_parts), error)
 

@@ -236,8 +236,12 @@ def document_differences(old: Mapping[str, object], new: Mapping[str, object]) -
 
 def hash_input(inputs: Sequence[tuple[str, int, str, str | None]]) -> str:
     """The hash of a corpus, given (name, bytes, sha256, the split that it forms by itself) of each input file."""
-    marks = {None: False, "val": True}  # as when there was one such split
-    return _hash_json([(name, n_bytes, sha256, marks.get(split, split)) for name, n_bytes, sha256, split in inputs])
+    return _hash_json([(name, n_bytes, sha256, split_mark(split)) for name, n_bytes, sha256, split in inputs])
+
+
+def split_mark(split: str | None) -> str | bool:
+    """How the split that a file forms by itself is recorded: as when there was one such split, val, or none."""
+    return {None: False, "val": True}.get(split, split or False)
 
 
 def _hash_json(content: Any) -> str:

@@ -158,7 +158,8 @@ def _notes_on_rows(documents: Documents, plan: Plan, settings: PlanSettings) -> 
     """What the user should know of held-out splits, by tokens, and of padding."""
     weights = documents.n_tokens[plan.kept]
     tokens = dict(zip(plan.split_names, np.bincount(plan.split, weights, len(plan.split_names)), strict=True))
-    shares = {name: tokens[name] / max(weights.sum(), 1) for name in settings.split}
+    total = sum(tokens[name] for name in ("train", *settings.split))  # without those of files that are named
+    shares = {name: tokens[name] / max(total, 1) for name in settings.split}
     notes = [
         f"{name}={asked:g} of the documents are {shares[name]:.2g} of the tokens, since documents differ in length: to "
         "choose, name files with --val-input or --test-input"

@@ -35,7 +35,7 @@ def find_team(environ: Mapping[str, str]) -> Team:
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1) if "SLURM_STEP_ID" in environ else 1
     elements = _number(environ, "SLURM_ARRAY_TASK_COUNT", 1) if "SLURM_ARRAY_JOB_ID" in environ else 1
     if elements > 1:  # independent jobs, of one or several processes
-        rank = _number(environ, "SLURM_ARRAY_TASK_ID", 0) - _number(environ, "SLURM_ARRAY_TASK_MIN", 0)
+        rank = _number(environ, "SLURM_ARRAY_TASK_ID") - _number(environ, "SLURM_ARRAY_TASK_MIN", 0)
         rank += _number(environ, "OMPI_COMM_WORLD_RANK", _number(environ, "SLURM_PROCID", 0))
         return Team(f"slurm-array-{environ['SLURM_ARRAY_JOB_ID']}", rank, elements, "SLURM array")
     for size in _MPI_SIZES:
@@ -43,17 +43,17 @@ def find_team(environ: Mapping[str, str]) -> Team:
             return _mpi_team(n_processes)
     if tasks > 1:  # before PMI's variables, which srun sets as well
         job = (environ["SLURM_JOB_ID"], environ["SLURM_STEP_ID"], environ.get("SLURM_RESTART_COUNT", "0"))
-        return Team(f"slurm-{'.'.join(job)}", _number(environ, "SLURM_PROCID", 0), tasks, "srun")
+        return Team(f"slurm-{'.'.join(job)}", _number(environ, "SLURM_PROCID"), tasks, "srun")
     if (n_processes := _number(environ, "PMI_SIZE", 1)) > 1:
         return _mpi_team(n_processes)
     return Team(uuid.uuid4().hex, 0, 1, "this process")
 
 
-def _number(environ: Mapping[str, str], name: str, default: int) -> int:
-    """A variable that a launcher sets; the default where it is not there or empty."""
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A variable that a launcher sets; the default, if there is one, where it is not there or empty."""
     value = environ.get(name, "")
     try:
-        return int(value) if value else default
+        return int(value) if value or default is None else default
     except ValueError:
         raise DataError(f"{name}={value!r} in the environment should be a number: unset it, or correct it") from None
 

@@ -6,6 +6,7 @@ tokenizer.model    the SentencePiece model, if there is one
 """
 
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, Ends]:
             "(launch/export.py --store, and without --hf)"
         )
     try:
-        kind, sha256, n_values = record["kind"], record["sha256"], record["vocab_size"] - N_ENDS
+        kind, sha256, n_values = record["kind"], record["sha256"], operator.index(record["vocab_size"]) - N_ENDS
         ends = Ends(record["bos"], record.get("eos", True))  # which was not always written
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} does not name a tokenizer ({error!r}): copy it, or export the model, again") from None

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data_pipeline.config import POLICIES
 from data_pipeline.decode import decode_tokens, fresh_stretches
 from data_pipeline.documents import Reading, Span, read_parts
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, Exhausted
 from data_pipeline.files import BadDocument, InputFile, find_files, hash_file
 from data_pipeline.layout import StorePart
 from data_pipeline.manifest import UNREADABLE, Manifest
@@ -288,6 +288,8 @@ def _read_rows(part: StorePart) -> Iterator[np.ndarray | DataError]:
 def _row_or_error(part: StorePart, row: int) -> np.ndarray | DataError:
     try:
         return part.read_row(row)
+    except Exhausted:
+        raise
     except DataError as error:
         return error
 

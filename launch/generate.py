@@ -19,8 +19,9 @@ import codecs
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -134,10 +135,11 @@ def text_of(
     temperature: float,
     top_p: float,
     seed: int,
-) -> Iterator[str]:
+) -> Generator[str, None, int | None]:
     """The text of tokens [T], and then of each token that the model adds, to the end of the document or n_tokens.
 
-    A character whose bytes are several tokens comes with the last of them.
+    A character whose bytes are several tokens comes with the last of them. Returns how many tokens were added before the
+    model ended the document, None where it did not.
     """
     spelled, forward = spelling(tokenizer), within_documents(model, tokenizer, eos)
     yield spelled(tokens)
@@ -145,11 +147,21 @@ def text_of(
         added = continue_tokens(forward, model.config, tokens, 1, temperature=temperature, top_p=top_p, seed=seed)
         if int(added) == tokenizer.eos_id:
             yield spelled(tokens[:0])
-            print(f"note: the model ended the document after {n_added} tokens", file=sys.stderr)
-            return
+            return n_added
         tokens = torch.cat([tokens, added])
         yield spelled(added)
     yield spelled(tokens[:0])
+    return None
+
+
+def print_all(pieces: Generator[str, None, int | None]) -> int | None:
+    """Each as it comes. Returns what the generator does."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            print()
+            return cast(int | None, end.value)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -171,9 +183,9 @@ def main() -> int:
         check_draws(model.config, tokens, arguments.tokens, draws)  # before anything is printed
         pieces = text_of(model.to(device), tokenizer, tokens, arguments.tokens, ends.eos, seed=arguments.seed, **draws)
         with reader_may_leave():
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print()
+            n_added = print_all(pieces)
+            if n_added is not None:
+                print(f"note: the model ended the document after {n_added} tokens", file=sys.stderr)
     except (ConfigError, DataError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -76,7 +76,7 @@ class ReformerConfig(StrictConfig):
     """Number of token ids."""
     max_seq_len: int = Field(default=65_536, ge=1)
     """Longest sequence in tokens; the axial position table covers exactly this many."""
-    d_model: int = Field(default=256, ge=2)
+    d_model: int = Field(default=256, ge=1)
     """Width of each of the two residual streams."""
     n_layers: int = Field(default=6, ge=1)
     """Number of reversible blocks, each one attention and one feed-forward layer."""
@@ -150,7 +150,7 @@ class ReformerConfig(StrictConfig):
             if filled.get("axial_shape") is None:
                 filled["axial_shape"] = near_square(max_seq_len)
             if filled.get("axial_dims") is None:
-                filled["axial_dims"] = _axial_dims(d_model)
+                filled["axial_dims"] = (d_model // 4, d_model - d_model // 4)
         return filled
 
     @model_validator(mode="after")
@@ -162,10 +162,10 @@ class ReformerConfig(StrictConfig):
                 f"{self.max_seq_len}: give factors whose product is max_seq_len, such as "
                 f"{near_square(self.max_seq_len)}, or leave axial_shape out"
             )
-        if self.axial_dims is not None and (sum(self.axial_dims) != self.d_model or min(self.axial_dims) < 1):
+        if self.axial_dims is not None and (sum(self.axial_dims) != self.d_model or min(self.axial_dims) < 0):
             raise ValueError(
-                f"axial_dims={self.axial_dims} must be at least 1 each and sum to d_model={self.d_model}: "
-                f"give {list(_axial_dims(self.d_model))}, or leave axial_dims out"
+                f"axial_dims={self.axial_dims} must sum to d_model={self.d_model}: "
+                f"give [{self.d_model // 4}, {self.d_model - self.d_model // 4}], or leave axial_dims out"
             )
         if not self.attn_pattern:
             raise ValueError("attn_pattern is empty: give the kinds of attention, such as ('local', 'lsh')")
@@ -181,12 +181,6 @@ class ReformerConfig(StrictConfig):
     def attention_kind(self, layer: int) -> AttentionKind:
         """The kind of attention of layer `layer`, counted from 0."""
         return self.attn_pattern[layer % len(self.attn_pattern)]
-
-
-def _axial_dims(d_model: int) -> tuple[int, int]:
-    """A quarter of the width for the rows of the position table, the rest for its columns."""
-    rows = max(1, d_model // 4)
-    return rows, d_model - rows
 
 
 def near_square(n: int) -> tuple[int, int]:

@@ -11,9 +11,7 @@ from reformer.heads import check_chunk_len, check_heads
 from reformer.lsh.dispatch import Backend, attention_in_chunks
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import Layout, by_head, renumbered
-
-_PADDED_TO = 64
-"""What a chunk that is longer than the sequence is cut to a multiple of."""
+from reformer.lsh.triton_attention import CHUNK_LENGTHS
 
 
 def local_attention(
@@ -49,7 +47,7 @@ def local_attention(
     check_dropout(dropout, dropout_keys, q.shape[:2])
     batch, n_heads, n_tokens, d_head = q.shape
     groups = batch * n_heads
-    chunk_len = min(chunk_len, -(-n_tokens // _PADDED_TO) * _PADDED_TO)  # one chunk of all tokens, without more padding
+    chunk_len = min(chunk_len, _padded(n_tokens))  # one chunk of all tokens, without more padding
     places = torch.arange(n_tokens + -n_tokens % chunk_len, dtype=torch.int32, device=q.device)
     layout = Layout(
         order_GRS=places.expand(groups, 1, -1),
@@ -64,6 +62,11 @@ def local_attention(
     )
     scaled_q = q * d_head**-0.5
     return attention_in_chunks(scaled_q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, backend).view_as(v)
+
+
+def _padded(n_tokens: int) -> int:
+    """A length for one chunk of all tokens: one that the fused kernel knows, or a multiple of 64."""
+    return next((length for length in CHUNK_LENGTHS if length >= n_tokens), -(-n_tokens // 64) * 64)
 
 
 def local_attention_reference(

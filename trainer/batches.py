@@ -15,7 +15,7 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.order import permute, shares
 from data_pipeline.store import Store
 from reformer.sequence_part import WHOLE, SequencePart
-from trainer.config import DataConfig
+from trainer.config import DataConfig, RunConfig
 
 
 def open_sources(data: DataConfig) -> dict[str, Store]:
@@ -53,11 +53,21 @@ class HeldOutRows:
         self._rows = RowDataset(store, split)
         self._numbers = drawn(len(self._rows), n_rows)
 
+    @property
+    def identity(self) -> str:
+        """Which rows they are."""
+        return f"{len(self)} rows drawn from {self._rows.split} of {self.store.manifest.fingerprint}"
+
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
         return self._rows[self._numbers[index]]
+
+
+def held_out_rows(store: Store, config: RunConfig) -> HeldOutRows | None:
+    """What the evaluations of a run score; None where it has none."""
+    return HeldOutRows(store, config.data.eval_split, config.run.eval_rows) if config.run.eval_every else None
 
 
 def drawn(n_rows: int, n: int) -> list[int]:

@@ -85,9 +85,11 @@ def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
     rows, columns = sorted(model.axial_shape or (1, 1))
     if columns > UNEVEN * rows:
         better = next(n for n in count(model.max_seq_len) if max(near_square(n)) <= 2 * min(near_square(n)))
+        rows_of = f"Rows of {better} tokens (--seq-len) would have"
+        way_out = "Left out, it would be" if better == model.max_seq_len else rows_of
         notes.append(
             f"model.axial_shape={list(model.axial_shape or ())}: of {model.max_seq_len} positions {columns} have a "
-            f"vector of their own, which is much to learn. Rows of {better} tokens (--seq-len) would have a table of "
+            f"vector of their own, which is much to learn. {way_out} a table of "
             f"{' x '.join(map(str, near_square(better)))}"
         )
     return notes

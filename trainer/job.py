@@ -46,9 +46,10 @@ def read_job(
     facts = StoreFacts.of(store)
     check(config, deepspeed, facts, launch.world_size, {name: StoreFacts.of(each) for name, each in sources.items()})
     notes = remarks(config, facts)
-    if config.run.init_from and not published(config.run.dir):  # a run that goes on has weights of its own
+    is_new = not published(config.run.dir)
+    if config.run.init_from and is_new:  # a run that goes on has weights of its own
         notes += check_initial(config.run.init_from, config.model, store.path, facts.tokenizer_sha256)
-    if config.run.eval_every and launch.rank == 0:  # rank 0 alone says it, and reads tables of documents for that
+    if config.run.eval_every and is_new and launch.rank == 0:  # who alone says it, and reads tables for that
         notes += leaks(config.data, store, sources)
     samples = training_samples(config.data, store, sources, config.run.seed)
     own = identity(config, deepspeed, samples.identity if sources else facts.fingerprint, launch.world_size)

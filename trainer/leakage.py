@@ -2,28 +2,45 @@
 
 from collections.abc import Iterator, Mapping
 
+from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from trainer.config import DataConfig
+
+MOST_DOCUMENTS = 5_000_000
+"""More would take minutes to read, for which other ranks would wait."""
 
 
 def leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> list[str]:
     """A note for each source of the mixture with documents of data.eval_split in what it trains on, byte for byte.
 
-    Of one store, `inspect` says it. Raises DataError where a store's table of documents is damaged.
+    Of one store, `inspect` says it. A table of documents that is damaged, which training does not need, is a note too,
+    and one of more than MOST_DOCUMENTS is not read.
     """
-    notes = []
+    try:
+        return list(_leaks(data, store, sources))
+    except DataError as error:
+        return [f"whether the mixture trains on held-out documents is not known: {error}"]
+
+
+def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iterator[str]:
     held_out: set[str] = set()
     for name, source in sources.items():
         if source.manifest.fingerprint == store.manifest.fingerprint:
             continue
+        if max(n_documents(source), n_documents(store)) > MOST_DOCUMENTS:
+            yield f"data.mixture.{name} has too many documents to look for held-out ones among them"
+            continue
         held_out = held_out or set(_hashes(store, data.eval_split))
         split = data.mixture[name].split or data.train_split
         if n_shared := len(held_out.intersection(_hashes(source, split))):
-            notes.append(
+            yield (
                 f"{n_shared:,} of the {len(held_out):,} documents that evaluations hold out ({data.eval_split!r} of "
                 f"{store.path}) are in {split!r} of data.mixture.{name}, {source.path}, too: the run is trained on them"
             )
-    return notes
+
+
+def n_documents(store: Store) -> int:
+    return sum(split.documents for split in store.manifest.splits.values())
 
 
 def _hashes(store: Store, split: str) -> Iterator[str]:

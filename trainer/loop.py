@@ -16,7 +16,7 @@ import torch
 from data_pipeline.loader import Loader
 from trainer import checkpoint, distributed, memory
 from trainer.agreement import refuse_different
-from trainer.batches import Batch, HeldOutRows, collate
+from trainer.batches import Batch, collate, held_out_rows
 from trainer.checkpoint import SaveError
 from trainer.config import ConfigError
 from trainer.continuation import changes
@@ -136,8 +136,9 @@ class Trainer:
             n_consumed=self.first_step * self.batch_size,
             on_damage=config.data.on_damage,
         )
-        evaluated = (self.job.store, config.data.eval_split, self.plan.eval_rows)
-        self.eval_rows = HeldOutRows(*evaluated) if self.plan.eval_every else None
+        self.eval_rows = held_out_rows(self.job.store, config)
+        if self.eval_rows:
+            self.progress = self.progress.of(f"{self.eval_rows.identity}, n_hashes={self.plan.eval_n_hashes}")
         self.token_bytes = torch.from_numpy(self.job.store.token_bytes.astype("int64"))
         self.before = replace(self.progress)
         self.stopwatch, self.spent, self.has_reported = Stopwatch(device), Spent(), False

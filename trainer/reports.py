@@ -36,6 +36,12 @@ class Progress:
     best_step: int = 0
     """Of the checkpoint with the lowest eval/loss; 0 where no step was both evaluated and saved."""
     best_loss: float | None = None
+    scored_on: str = ""
+    """Which rows it is the best on, and by which rounds."""
+
+    def of(self, scored_on: str) -> Self:
+        """The same, without a best step of other rows or rounds, which cannot be compared."""
+        return self if scored_on == self.scored_on else replace(self, scored_on=scored_on, best_step=0, best_loss=None)
 
     def saved(self, step: int, evaluated: Reported | None) -> Self:
         """What it is when the state after `step` steps has been saved; `evaluated` is the newest evaluation."""

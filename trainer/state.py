@@ -354,7 +354,9 @@ class SavedSlices:
             raise DataError(
                 f"the checkpoint has no elements {reached} to {stop - 1} of {name}, {kind}: use another one"
             )
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        if not parts:  # a parameter of no width, as positions of one axis may be
+            return torch.zeros(0)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def whole(self, name: str, kind: str) -> Tensor:
         """A state that is not cut."""

@@ -102,13 +102,13 @@ def test_rows_by_numbers_of_other_types(make_store: Callable[..., Store]) -> Non
 def test_no_more_files_or_memory_are_no_damage(
     make_store: Callable[..., Store], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Exhausted:
+    class Nothing:
         def __getitem__(self, _: object) -> None:
             raise OSError(number, "no more")
 
     store = make_store()
-    monkeypatch.setitem(vars(store.parts[0]), "_tokens", Exhausted())
-    with pytest.raises(OSError, match="no more"):
+    monkeypatch.setitem(vars(store.parts[0]), "_tokens", Nothing())
+    with pytest.raises(Exhausted, match=r"nothing can be read any more: .*no more. Free memory, or raise"):
         RowDataset(store)[0]
 
 

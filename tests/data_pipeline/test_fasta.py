@@ -46,7 +46,7 @@ def texts_of(store: Store) -> dict[str, str]:
     return {each.name: b"".join(decode_document(store, each.name)).decode() for each in store.documents}
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("width", [1, 7, 60, 10_000])
 def test_records_however_they_are_cut(newline: str, width: int) -> None:
     rng = random.Random(width)

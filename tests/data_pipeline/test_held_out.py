@@ -9,6 +9,7 @@ from data_pipeline.build import build
 from data_pipeline.config import BuildSettings
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, check_held_out, find_files
+from data_pipeline.inputs import snapshot
 from data_pipeline.report import inspect, summary
 from data_pipeline.store import Store, list_files
 from data_pipeline.verify import verify
@@ -162,8 +163,17 @@ def test_splits_that_are_far_off_by_tokens_and_padding_are_told(tmp_path: Path) 
     share, padding = sorted(notes, reverse=True)
     assert share.startswith("val=0.2 of the documents are 0.0") and "to choose, name files with --val-input" in share
     assert padding.endswith("choose a smaller --seq-len, or --packing bestfit")
+    named = {**options, "test_inputs": (f"{tmp_path}/train/3.txt",), "packing": "bestfit"}
+    named["inputs"] = tuple(f"{tmp_path}/train/{number}.txt" for number in range(20) if number != 3)
+    assert build(settings(tmp_path, "named", **named)).notes == (), "of the others, val has its share"
     even = {**options, "packing": "bestfit", "split": {"val": 0.2}, "inputs": (f"{tmp_path}/train/1*.txt",)}
     assert build(settings(tmp_path, "even", **even)).notes == ()
+
+
+def test_files_are_recorded_as_they_always_have_been(tmp_path: Path) -> None:
+    """A build that an earlier version began goes on, and the hash of a corpus is the same."""
+    found = [InputFile(f"{split}.txt", "/x", 5, 7, split) for split in (None, "val", "test")]
+    assert snapshot(found) == {"None.txt": (5, 7, False), "val.txt": (5, 7, True), "test.txt": (5, 7, "test")}
 
 
 def test_near_copies_where_no_two_documents_are_equal(tmp_path: Path) -> None:

@@ -214,6 +214,12 @@ def test_an_mpi_that_mpi4py_does_not_see() -> None:
 
 
 def test_variables_that_are_no_numbers() -> None:
+    """A rank that is missing is not rank 0, as all of them would be."""
+    for environ in ({**STEP, "SLURM_PROCID": ""}, ARRAY):
+        with pytest.raises(
+            DataError, match=r"(SLURM_PROCID|SLURM_ARRAY_TASK_ID)='' in the environment should be a num"
+        ):
+            find_team(environ)
     message = "SLURM_STEP_NUM_TASKS='four' in the environment should be a number: unset it, or correct it"
     for find in (find_team, default_workers):
         with pytest.raises(DataError, match=message):

@@ -18,7 +18,7 @@ import torch
 
 import data_pipeline
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, reading_failed
 from data_pipeline.loader import Loader, MicroBatch
 from data_pipeline.mixture import Mixture
 from data_pipeline.store import Store
@@ -235,9 +235,9 @@ def test_files_that_run_out_are_no_damage() -> None:
 
     class Exhausted(Numbered):
         def slice_of(self, position: int, part: int, n_parts: int) -> Sample:
-            raise OSError(errno.EMFILE, "Too many open files")
+            raise reading_failed(OSError(errno.EMFILE, "Too many open files"), "the row is damaged")
 
-    with Loader(Exhausted(), BATCH, on_damage="skip") as loader, pytest.raises(OSError, match="Too many open files"):
+    with Loader(Exhausted(), BATCH, on_damage="skip") as loader, pytest.raises(DataError, match="Too many open files"):
         next(loader)
 
 

@@ -251,6 +251,7 @@ def test_folders_that_are_no_export(tmp_path: Path, exported: Path, call) -> Non
             {"tokenizer.json": json.dumps({"kind": "bytes", "bos": True, "sha256": ""}).encode()},
             "does not name a tokenizer",
         ),
+        (record(kind="integers", vocab_size=258.5), "does not name a tokenizer"),
         (record(sha256="0"), "is not what"),
         (record(kind="sentencepiece"), "cannot read tokenizer"),
     ],

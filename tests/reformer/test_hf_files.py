@@ -87,7 +87,7 @@ def test_tensor_names_cover_the_state_exactly_once() -> None:
         ({"axial_pos_shape": [8, 6, 2]}, r"axial_pos_shape=\[8, 6, 2\].*two axes"),
         ({"axial_pos_shape": "8"}, "axial_pos_shape='8'"),
         ({"max_position_embeddings": 500}, "max_position_embeddings=500.*their product"),
-        ({"axial_pos_embds_dim": [7, 7]}, r"and sum to d_model=20(.|\n)*axial_dims is axial_pos_embds_dim"),
+        ({"axial_pos_embds_dim": [7, 7]}, r"must sum to d_model=20(.|\n)*axial_dims is axial_pos_embds_dim"),
         ({"hidden_act": "gelu_new"}, r"'relu' or 'gelu' \(got 'gelu_new'\)(.|\n)*activation is hidden_act"),
         ({"num_buckets": [4, 3]}, r"each factor must be even(.|\n)*n_buckets is num_buckets"),
         ({"hidden_dropout_prob": 1.0}, r"'dropout'(.|\n)*dropout is hidden_dropout_prob"),

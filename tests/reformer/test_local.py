@@ -1,16 +1,21 @@
 """Local attention against one dense masked softmax, float64, outputs and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from parity import assert_parity
 
 from reformer.local import local_attention, local_attention_reference
+from reformer.lsh.dispatch import attention_in_chunks
 
 
-@pytest.mark.parametrize("n_tokens", [1, 7, 8, 9, 50])
+@pytest.mark.parametrize(
+    ("n_tokens", "chunk_len"), [(1, 8), (7, 8), (8, 8), (9, 8), (50, 8), (5, 1000), (70, 100), (300, 1000)]
+)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
-def test_equals_dense(n_tokens: int, causal: bool, masked: bool) -> None:
+def test_equals_dense(n_tokens: int, chunk_len: int, causal: bool, masked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 3, n_tokens, 4, dtype=torch.float64, generator=generator) for _ in range(4)]
     q, k, v = (x.requires_grad_() for x in inputs[:3])
@@ -21,7 +26,7 @@ def test_equals_dense(n_tokens: int, causal: bool, masked: bool) -> None:
         masks["segment_ids"] = torch.randint(0, 3, (2, n_tokens), generator=generator).sort().values
     results = []
     for attention in (local_attention, local_attention_reference):
-        out = attention(q, k, v, chunk_len=8, causal=causal, **masks)
+        out = attention(q, k, v, chunk_len=chunk_len, causal=causal, **masks)
         grads = torch.autograd.grad(out, (q, k, v), inputs[3])
         results.append(dict(zip(("out", "d_q", "d_k", "d_v"), (out.detach(), *grads), strict=True)))
     assert_parity(*results, 1e-12)
@@ -41,3 +46,20 @@ def test_bad_arguments_name_what_was_expected(changes: dict[str, object], messag
     heads = {name: torch.zeros(1, 2, 5, 4) for name in ("q", "k", "v")}
     with pytest.raises(ValueError, match=message):
         local_attention(**{**heads, "chunk_len": 2, **changes})
+
+
+@pytest.mark.parametrize(("n_tokens", "chunk_len", "expected"), [(5, 256, 16), (150, 256, 256), (70, 100, 100)])
+def test_a_chunk_that_is_longer_than_the_sequence_is_one_that_kernels_know(
+    n_tokens: int, chunk_len: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+
+    def attend(*arguments: Any) -> torch.Tensor:
+        lengths.append(arguments[3].chunk_len)
+        return attention_in_chunks(*arguments)
+
+    monkeypatch.setattr("reformer.local.attention_in_chunks", attend)
+    local_attention(*torch.randn(3, 1, 1, n_tokens, 4), chunk_len=chunk_len)
+    assert lengths == [expected]
+    local_attention(*torch.randn(3, 1, 1, 257, 4), chunk_len=5000)
+    assert lengths[1:] == [320], "with a sixth more padding, not twenty times"

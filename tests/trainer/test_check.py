@@ -174,6 +174,9 @@ def test_an_uneven_position_table_is_remarked_on() -> None:
         "model.axial_shape=[1, 12289]: of 12289 positions 12289 have a vector of their own, which is "
     )
     assert line.endswith("Rows of 12296 tokens (--seq-len) would have a table of 106 x 116")
+    facts = replace(STORE, seq_len=2**16)
+    (line,) = remarks(make_config(model_max_seq_len=2**16, model_axial_shape=[8, 8192]), facts)
+    assert line.endswith("which is much to learn. Left out, it would be a table of 256 x 256")
     facts = replace(STORE, seq_len=2**20)
     assert remarks(make_config(model_max_seq_len=2**20, model_axial_shape=[64, 2**14]), facts) == []
 

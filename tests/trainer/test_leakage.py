@@ -36,5 +36,20 @@ def test_documents_that_are_held_out_and_trained_on_are_counted(stores: dict[str
     assert note.startswith("1 of the 2 documents") and "are in 'val' of data.mixture.web" in note
 
 
+def test_a_table_that_is_damaged_is_a_note(stores: dict[str, Store]) -> None:
+    """Training does not read it, and one rank alone looks."""
+    path = stores["web"].path / "documents.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"page", b"Page").replace(b'"b"', b'"B"'))
+    (note,) = found(stores, "web")
+    assert (
+        note.startswith("whether the mixture trains on held-out documents is not known: ") and "documents.jsonl" in note
+    )
+
+
+def test_tables_that_would_take_minutes_are_not_read(stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.leakage.MOST_DOCUMENTS", 3)
+    assert found(stores, "web") == ["data.mixture.web has too many documents to look for held-out ones among them"]
+
+
 def test_nothing_is_said_where_nothing_is_shared(stores: dict[str, Store]) -> None:
     assert found(stores, "books", "clean") == found(stores) == []
