@@ -163,8 +163,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        help="processes; of each rank, under mpirun or srun (default: the cores that it may use; 1 for a rank without a "
-        "share of its own of a node)",
+        help="processes (per rank under mpirun or srun; default: the cores that it may use, or 1 for a rank that shares "
+        "a node without --cpus-per-task)",
     )
     parser.set_defaults(run=_run_build)
 

@@ -138,8 +138,8 @@ def text_of(
 ) -> Generator[str, None, int | None]:
     """The text of tokens [T], and then of each token that the model adds, to the end of the document or n_tokens.
 
-    A character whose bytes are several tokens comes with the last of them. Returns how many tokens were added before the
-    model ended the document, None where it did not.
+    A character whose bytes are several tokens comes with the last of them. Returns how many tokens were added before
+    the model ended the document, None where it did not.
     """
     spelled, forward = spelling(tokenizer), within_documents(model, tokenizer, eos)
     yield spelled(tokens)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, make_sample, part_bounds
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, Exhausted
 from data_pipeline.store import Store
 
 

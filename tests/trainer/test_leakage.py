@@ -42,7 +42,8 @@ def test_a_table_that_is_damaged_is_a_note(stores: dict[str, Store]) -> None:
     path.write_bytes(path.read_bytes().replace(b"page", b"Page").replace(b'"b"', b'"B"'))
     (note,) = found(stores, "web")
     assert (
-        note.startswith("whether the mixture trains on held-out documents is not known: ") and "documents.jsonl" in note
+        note.startswith("whether the mixture trains on held-out documents is not known: ")
+    assert "documents.jsonl" in note
     )
 
 
