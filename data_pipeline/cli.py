@@ -117,10 +117,10 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--vocab-size",
         type=int,
         metavar="N",
-        help="with the tokenizer integers: values are below this; BOS and EOS come on top, N + 2 tokens in all",
+        help="with --tokenizer integers: values are below N; BOS and EOS make it N + 2 tokens in all",
     )
     parser.add_argument("--output", type=_output, required=True, metavar="STORE")
-    parser.add_argument("--append", action="store_true", help="add the documents to a store that is there")
+    parser.add_argument("--append", action="store_true", help="add the documents to an existing store")
     parser.add_argument("--seq-len", type=int, default=default.seq_len, help="tokens in a row (default: %(default)s)")
     parser.add_argument(
         "--packing",
@@ -141,7 +141,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
             nargs="+",
             default=[],
             metavar="PATH",
-            help=f"documents of the split {split}: no file of --input",
+            help=f"documents of the split {split}; not in --input",
         )
     _add_text(parser)
     parser.add_argument(
@@ -163,8 +163,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        help="processes (per rank under mpirun or srun; default: the cores that it may use, or 1 for a rank that shares "
-        "a node without --cpus-per-task)",
+        help="processes (per rank under mpirun or srun; default: the cores that it may use, or 1 for a rank that "
+        "shares a node without --cpus-per-task)",
     )
     parser.set_defaults(run=_run_build)
 
@@ -217,7 +217,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="all the inputs, those of --val-input, --test-input and --append too, to compare with the store",
+        help="all inputs, including --val-input, --test-input and --append, to compare with the store",
     )
     parser.set_defaults(run=_run_verify)
 

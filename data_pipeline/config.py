@@ -178,7 +178,7 @@ class BuildSettings:
             raise DataError("--duplicates near compares words, which integers are not: use drop")
         if self.policies.get("encoding") == "replace":
             raise DataError(
-                "--on-bad encoding=replace has nothing to put in place of an integer outside the vocabulary: use "
+                "--on-bad encoding=replace cannot replace an integer outside the vocabulary: use "
                 "encoding=skip, or a larger --vocab-size"
             )
 
@@ -211,7 +211,7 @@ def _check_split(split: Mapping[str, float]) -> None:
         if not 0 < fraction < 1:
             raise DataError(f"--split gives {name} the fraction {fraction:g}: expected between 0 and 1")
     if sum(split.values()) >= 1:
-        raise DataError(f"--split gives away {sum(split.values()):g} of the documents: leave some for train")
+        raise DataError(f"--split holds out {sum(split.values()):g} of the documents: leave some for train")
 
 
 def parse_split(text: str) -> dict[str, float]:

@@ -130,7 +130,7 @@ def check_held_out(files: Sequence[InputFile], fresh: Collection[str]) -> None:
         other = held_out.get(place(file))
         if other and other.split != file.split and not {file.name, other.name}.isdisjoint(fresh):
             raise DataError(
-                f"one file comes in twice: {file.location} by {file.option}, named {file.name!r}, and {other.location} "
+                f"one file is given twice: {file.location} by {file.option}, named {file.name!r}, and {other.location} "
                 f"by {other.option}, named {other.name!r}. Give it once: move what is held out to a folder outside "
                 f"{file.option}, or give {file.option} a glob or @LIST without it"
             )
@@ -146,7 +146,7 @@ def check_folders(files: Mapping[str, str], fresh: Collection[str]) -> None:
         while folder := folder.rpartition("/")[0]:
             if folder in files and kind_of(folder) != "text" and (name in fresh or folder in fresh):
                 raise DataError(
-                    f"{location} lies in a folder that is named as another input is, {folder!r}, whose documents "
+                    f"{location} is in a folder with the name of another input, {folder!r}, whose documents "
                     f"are named {folder}/0, {folder}/1, ...: rename one of them"
                 )
 
@@ -320,7 +320,7 @@ def open_raw(file: InputFile) -> Iterator[BinaryIO]:
     try:
         stream, n_bytes, mtime_ns = _open(file.location)
     except FileNotFoundError:
-        raise InputChanged(f"{file.location} is gone since it was found") from None
+        raise InputChanged(f"{file.location} was removed meanwhile") from None
     except DataError:
         raise
     except Exception as error:  # storage clients raise errors of their own

@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=[None],
         metavar="N|dense|none",
-        help="of LSH layers: so many rounds, dense or none; several are compared (default: as in training)",
+        help="for LSH layers: N rounds, dense or none; several are compared (default: as in training)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, with those of every document")

@@ -1,9 +1,9 @@
-"""What a run is doing, or what became of it; from outside, while it goes on or afterwards.
+"""Show what a run is doing, or how it ended; during the run or afterwards.
 
 python launch/status.py runs/books_64k
 python launch/status.py runs/books_64k --json
 
-It says who trains there, how far that is, which rank is furthest back and where, the speed and the time left, recent
+It shows who trains there, the step, which rank is furthest behind and where, the speed and the time left, recent
 losses, and the newest checkpoint that is sound: every byte of it is read. Nothing is written, so it may be asked at any
 time, on any machine that sees the folder. The exit code is 0 whatever the run does, and 2 where there is no run.
 """

@@ -5,11 +5,11 @@
     mpirun -n 2 python launch/train.py --config launch/configs/demo_cpu.toml                      the same by MPI
     srun python launch/train.py --config launch/configs/books_64k.toml                            a SLURM cluster
 
-Values of the configuration can be changed behind it: run.steps=100 deepspeed.zero_optimization.stage=3
+Any value can be overridden on the command line: run.steps=100 deepspeed.zero_optimization.stage=3
 Everything is checked before the processes join each other, so a mistake ends all of them at once.
 
-The same command again goes on from the newest checkpoint in run.dir that is whole, on any number of processes. SIGUSR1,
-SIGUSR2, SIGTERM and Ctrl-C stop the run after the step that it is at, with a checkpoint; a second Ctrl-C does at once.
+The same command resumes from the newest sound checkpoint in run.dir, on any number of processes. SIGUSR1, SIGUSR2,
+SIGTERM and Ctrl-C stop the run after the current step, with a checkpoint; a second Ctrl-C stops it at once.
 
 Exit codes: 0 finished, 2 an error in configuration or data (printed), 75 stopped by a signal, 70 ended by the watchdog.
 """

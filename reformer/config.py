@@ -81,7 +81,7 @@ class ReformerConfig(StrictConfig):
     n_layers: int = Field(default=6, ge=1)
     """Number of reversible blocks, each one attention and one feed-forward layer."""
     attn_pattern: tuple[AttentionKind, ...] = Field(default=("local", "lsh"), strict=False)
-    """Kinds of attention, repeated over the layers from the first on; "dense" takes the weights of "lsh"."""
+    """Attention of each layer, repeated from the first layer on; "dense" uses the weights of "lsh"."""
     n_heads: int = Field(default=4, ge=1)
     """Attention heads per layer."""
     d_head: int | None = Field(default=None, ge=1)
@@ -91,15 +91,15 @@ class ReformerConfig(StrictConfig):
     activation: Literal["relu", "gelu"] = "relu"
     """Non-linearity of the feed-forward layers; relu in the authors' code."""
     causal: bool = True
-    """Whether a token sees only itself and what comes before it, as the trainer needs it; false is for the library."""
+    """Whether a token sees only itself and earlier tokens. The trainer needs true; false is for library use."""
     n_hashes: int = Field(default=4, ge=1)
     """LSH rounds per layer; more rounds recover more of full attention, at proportional cost."""
     n_buckets: int | Annotated[tuple[int, ...], Strict(False)] | None = None
-    """Hash buckets: a number, or its factors; the paper's 2 * T / lsh_chunk_len when not given."""
+    """Hash buckets, a number or even factors; about 2 * tokens / lsh_chunk_len when not given."""
     lsh_chunk_len: int = Field(default=64, ge=1)
     """Tokens per chunk of the sorted sequence in LSH attention."""
     attend_across_buckets: bool = True
-    """Whether LSH attention reaches all of the visible chunks, as published models do, or one bucket."""
+    """Whether LSH attention uses all keys in its chunks, as published models do, or its own bucket's."""
     duplicate_correction: bool = False
     """Whether a key that several rounds reach counts once (the paper's eq. 16) or once per round."""
     local_chunk_len: int = Field(default=64, ge=1)
@@ -110,13 +110,13 @@ class ReformerConfig(StrictConfig):
     """Widths of the two axial tables, summing to d_model; a quarter and three quarters when not given."""
     ff_chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens that pass through a feed-forward layer, or the projections of an attention layer, at a time; when not
-    given, 4096 on a CPU, and on a GPU so many that a micro batch has 2^27 inner activations."""
+    given, 4096 on a CPU, and on a GPU enough for 2^27 inner activations per micro-batch."""
     loss_chunk_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose logits exist at a time when the loss is computed; when not given, 2048 on a CPU, or fewer of a
     large vocabulary, and on a GPU so many that their logits or, if more, their features are 2^26 numbers."""
     keep_ends: bool = True
-    """Whether the forward keeps what the backward of the first and the last block would otherwise compute again: three
-    streams and one layer's heads. False saves that memory and costs one attention forward."""
+    """Whether the forward keeps what the backward of the first and last block would otherwise recompute: three streams
+    and one layer's heads. False saves that memory at the cost of one attention forward."""
     tie_embeddings: bool = False
     """Whether the output head reads the token embedding as its matrix."""
     norm_eps: float = Field(default=1e-6, gt=0.0)

@@ -78,9 +78,8 @@ def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
         both = math.lcm(run.eval_every, run.save_every)
         if both > max(run.eval_every, run.save_every):
             notes.append(
-                f"run.keep_best: only every {both:,} steps, and at the end, there are both an evaluation and a "
-                f"checkpoint (run.eval_every={run.eval_every}, run.save_every={run.save_every}); the best of these is "
-                "kept"
+                f"run.keep_best: evaluations and checkpoints coincide only every {both:,} steps and at the end "
+                f"(run.eval_every={run.eval_every}, run.save_every={run.save_every}); the best of these is kept"
             )
     rows, columns = sorted(model.axial_shape or (1, 1))
     if columns > UNEVEN * rows:
@@ -107,7 +106,7 @@ def _sharing(config: RunConfig, store: StoreFacts, world_size: int) -> list[str]
         return []
     most = math.gcd(*shared.values())
     return [
-        f"run.sequence_parallel={n_parts} does not divide {' and '.join(wrong)}: {most} is the most that divides all"
+        f"run.sequence_parallel={n_parts} does not divide {' and '.join(wrong)}: the largest common divisor is {most}"
     ]
 
 
@@ -116,7 +115,7 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
     problems = []
     if not model.causal:
         problems.append(
-            "model.causal=False: the trainer has each token predict the next one, which such a model sees: leave it out"
+            "model.causal=False: the trainer predicts the next token, which such a model already sees: leave it out"
         )
     if model.vocab_size != store.vocab_size:
         problems.append(
@@ -126,7 +125,7 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
     if model.max_seq_len < store.seq_len:
         problems.append(
             f"model.max_seq_len={model.max_seq_len}, but the rows of {data.store} have {store.seq_len} tokens: "
-            f"set model.max_seq_len={store.seq_len}, with an axial_shape of that product"
+            f"set model.max_seq_len={store.seq_len}, and axial_shape to that product"
         )
     trained = [
         (f"data.mixture.{name}.split", source.split or data.train_split, source.store, sources[name])
@@ -138,8 +137,8 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
             full = ", ".join(f"'{known}'" for known, rows in facts.rows.items() if rows)
             problems.append(f"{name}='{split}' has no rows in {path}: its splits are {full}")
     problems += [
-        f"{name}='{split}' of {path} is what evaluations read, data.eval_split='{split}' of data.store={data.store}: "
-        "nothing would be held out; choose another split for one of them, or set run.eval_every=0 to evaluate nothing"
+        f"{name}='{split}' of {path} is also what evaluations read (data.eval_split of data.store={data.store}): "
+        "choose another split for one of them, or set run.eval_every=0"
         for name, split, path, facts in trained
         if evaluated and (split, facts.fingerprint) == (data.eval_split, store.fingerprint)
     ]

@@ -47,13 +47,13 @@ TABLES: dict[str, set[str] | None] = {
 """Those of them that hold keys and values of their own: which, where DeepSpeed would not mind others."""
 
 REFUSED = {
-    "scheduler": "the learning rate's course belongs to [run]: run.warmup_steps, run.decay, run.final_lr_ratio",
+    "scheduler": "the learning-rate schedule is in [run]: run.warmup_steps, run.decay, run.final_lr_ratio",
     "fp16": "the trainer runs in fp32 or bf16; use bf16",
     "prescale_gradients": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
     "gradient_predivide_factor": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
     "gradient_allreduce_op": "the loss is scaled for DeepSpeed's default, the mean over ranks; leave it out",
     "managed_gradient_accumulation": "the loss is scaled for DeepSpeed's default; leave it out",
-    "sequence_parallel_size": "ranks that share each sequence are run.sequence_parallel; leave it out",
+    "sequence_parallel_size": "use run.sequence_parallel instead; leave it out",
     "activation_checkpointing": "reversible layers keep no activations to checkpoint; leave it out",
     "tensorboard": "the trainer writes TensorBoard events to run.dir; leave it out",
 }
@@ -68,7 +68,7 @@ CONTRADICTING = {
         [False],
         "the gradient's norm is reported, and tells which steps are to be skipped",
     ),
-    ("zero_optimization", "zenflow"): (None, "it keeps moments where no checkpoint finds them"),
+    ("zero_optimization", "zenflow"): (None, "checkpoints cannot save its moments"),
     ("zero_optimization", "legacy_stage1"): ([True], "DeepSpeed has no such stage any more"),
     ("zero_optimization", "module_granularity_threshold"): (None, GATHERS),
     ("zero_optimization", "stage3_module_granularity_threshold"): (None, GATHERS),
@@ -165,7 +165,7 @@ def clipping(deepspeed: Mapping[str, Any]) -> list[str]:
     limit = deepspeed.get("gradient_clipping", 0.0)
     if isinstance(limit, float | int) and not isinstance(limit, bool) and limit >= 0:
         return []
-    return [f"deepspeed.gradient_clipping={limit!r}: give the largest gradient norm as a number, or 0 for any"]
+    return [f"deepspeed.gradient_clipping={limit!r}: give the maximum gradient norm, or 0 for no limit"]
 
 
 def zero_stage(deepspeed: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 
 _OF_DEEPSPEED = {
-    name: f"it stands in DeepSpeed's JSON, as {key} (on the command line: deepspeed.{key}=...)"
+    name: f"set it in DeepSpeed's JSON, as {key} (on the command line: deepspeed.{key}=...)"
     for key, names in {
         "optimizer": ("optimizer",),
         "optimizer.params.lr": ("lr", "learning_rate"),
@@ -42,7 +42,7 @@ class SourceConfig(StrictConfig):
     store: Path = Field(strict=False)
     """Folder of the store, relative to the working directory."""
     weight: float = Field(gt=0.0, allow_inf_nan=False)
-    """Its share of the samples, as a part of the sum of all weights; rounded to a thousandth, but at least one."""
+    """Share of the samples, relative to the sum of all weights; rounded to 1/1000, at least 1/1000."""
     split: str | None = None
     """Split to train on; data.train_split when not given."""
 
@@ -57,10 +57,10 @@ class DataConfig(StrictConfig):
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "val"
-    """Split of data.store that is held out for evaluation: none that is trained on, while run.eval_every is not 0."""
+    """Split of data.store to evaluate on; it must not be trained on, unless run.eval_every is 0."""
     on_damage: Literal["strict", "skip"] = "strict"
-    """A damaged row stops the training, or "skip": it trains nothing, and data/skipped_rows counts it. Evaluations stop
-    in either case."""
+    """"strict": a damaged row stops the run; "skip": it is left out and counted in data/skipped_rows. Evaluations
+    always stop."""
 
 
 class LoopConfig(StrictConfig):
@@ -79,20 +79,20 @@ class LoopConfig(StrictConfig):
     decay: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Lowest learning rate as a part of the peak: the end of cosine and linear, a floor under inverse_sqrt."""
+    """Lowest learning rate, as a fraction of the peak: where cosine and linear end; inverse_sqrt's floor."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
     init_from: Path | None = Field(default=None, strict=False)
-    """Folder of the weights that a new run begins with, in place of random ones, relative to the working directory: one
-    that launch/export.py or Hugging Face's save_pretrained wrote, with the tensors of [model]; those of a model for
-    shorter sequences if it has as many columns in its axial_shape."""
+    """Folder of the initial weights of a new run, instead of random ones, relative to the working directory: written by
+    launch/export.py or Hugging Face's save_pretrained, with the tensors of [model]. Its max_seq_len may be shorter if
+    its axial_shape has as many columns."""
     sequence_parallel: int = Field(default=1, ge=1)
-    """Ranks that share each sequence, neighbours by number, each with an equal part of its tokens; 1: every rank has
-    whole ones. Divides the ranks, model.n_heads and the rows' length, and may change when a run continues."""
+    """Consecutive ranks that share each sequence, each with an equal part of its tokens; 1: no sharing. Must divide the
+    number of ranks, model.n_heads and the row length; may change when a run resumes."""
     log_every: int = Field(default=1, ge=1)
-    """Steps from one line of metrics to the next."""
+    """Steps between lines of metrics."""
     eval_every: int = Field(default=100, ge=0)
-    """Steps from one evaluation to the next, besides the first and the last one; 0: no evaluation at all."""
+    """Steps between evaluations, besides the first and the last one; 0: no evaluations."""
     eval_rows: int = Field(default=64, ge=1)
     """Rows of the evaluation split to use, at most: drawn at random, the same ones in every evaluation."""
     eval_n_hashes: int | None = Field(default=None, ge=1)
@@ -101,33 +101,32 @@ class LoopConfig(StrictConfig):
     """Whether an evaluation also looks at one row's buckets, recovered attention and reconstruction; a seventh of the
     cost of evaluating that row (measured)."""
     save_every: int = Field(default=100, ge=0)
-    """Steps from one checkpoint to the next, besides the one at the end; 0: only that one. While losses are not finite
-    none is written, as their weights may be why; weights that are not finite are never saved."""
+    """Steps between checkpoints, besides the one at the end; 0: only that one. None is written while losses are not
+    finite, since the weights may be the cause; weights that are not finite are never saved."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints to keep; older ones are removed."""
     keep_every: int = Field(default=0, ge=0)
-    """Checkpoints of steps that are a multiple of this are never removed; 0: none is kept for its step."""
+    """Checkpoints at multiples of this step are never removed; 0: no such rule."""
     keep_best: bool = False
-    """Whether the checkpoint that predicts the held-out rows best so far is kept, too: of the steps that are both
-    evaluated and saved, the one of the lowest eval/loss."""
+    """Whether the checkpoint with the lowest eval/loss so far, of the steps both evaluated and saved, is kept too."""
     on_full_disk: Literal["stop", "continue"] = "stop"
-    """What a checkpoint or a report that finds no room does to the run; earlier checkpoints are untouched in any case.
-    The last step's checkpoint is needed, and stops it."""
+    """Whether the run stops when the disk has no room for a checkpoint or a report; earlier checkpoints stay. For the
+    last step's checkpoint it always stops."""
     max_nonfinite: int = Field(default=10, ge=1)
-    """A step whose loss or gradient norm is not finite changes nothing; so many of them in a row stop the run."""
+    """A step whose loss or gradient norm is not finite changes nothing; this many in a row stop the run."""
     spike_deviations: float = Field(default=6.0, ge=0.0, allow_inf_nan=False)
-    """A loss so many standard deviations above the mean of the last 100 is reported as a spike; 0: none is."""
+    """A loss this many standard deviations above the mean of the last 100 is reported as a spike; 0: never."""
     watchdog_factor: float = Field(default=20.0, ge=0.0, allow_inf_nan=False)
-    """A part of a step that lasts so many times longer than the longest of its kind so far is a hang; 0: nothing is.
-    The first of its kind since the start may last six hours."""
+    """A phase of a step is a hang once it takes this many times its longest duration so far; 0: never. Its first
+    occurrence since the start may take six hours."""
     watchdog_min_s: float = Field(default=300.0, gt=0.0, le=1e6)
-    """What lasts less than this many seconds is no hang."""
+    """Seconds below which nothing counts as a hang."""
     profile_steps: str | None = None
     """Steps to profile, as in "10..12": their trace is written to the folder `profile` of the run."""
     histogram_every: int = Field(default=0, ge=0)
     """Steps from one histogram of the gradients of each parameter to the next; 0: none at all."""
     sample_tokens: int = Field(default=64, ge=0)
-    """Tokens by which an evaluation continues a held-out text, for TensorBoard to show; 0: none."""
+    """Tokens that each evaluation adds to a held-out text, shown in TensorBoard; 0: none."""
     ablation_rows: int = Field(default=2, ge=0)
     """Held-out rows that an evaluation also scores with the LSH layers' attention left out; 0: none."""
 

@@ -22,8 +22,8 @@ TABLES: dict[str, type[StrictConfig]] = {
 KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 HEAD = """\
-# What may stand in a run's file, with its default; what is needed has none, and neither has what follows from other
-# values when it is not given. DeepSpeed's JSON (ds_config.json) has the batch, the optimizer, the precision and ZeRO.
+# All keys of a run's TOML file, with their defaults. A key without a default is marked "needed", or may be left out.
+# DeepSpeed's JSON (ds_config.json) has the batch, the optimizer, the precision and ZeRO.
 """
 
 

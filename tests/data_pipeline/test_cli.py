@@ -154,7 +154,7 @@ BAD_SETTINGS = [
     (("--split", "val=1.5"), ("the fraction 1.5", "between 0 and 1")),
     (("--split", "val=nan"), ("the fraction nan",)),
     (("--split", "val=0"), ("the fraction 0",)),
-    (("--split", "val=0.6,test=0.6"), ("gives away 1.2",)),
+    (("--split", "val=0.6,test=0.6"), ("holds out 1.2",)),
     (("--split", "val=0.1,val=0.1"), ("names val twice",)),
     (("--split", "train=0.5"), ("names train",)),
     (("--split", "Val!=0.1"), ("'Val!'", "lower-case word")),

@@ -50,7 +50,7 @@ def test_a_file_is_either_trained_on_or_held_out(tmp_path: Path, memory: fsspec.
     files = find_files([f"{inside}/*.txt"], {"val": [str(inside / "valid")]}, False)
     check(files)
     assert [(file.name, file.split) for file in files] == [("a.txt", None), ("v.txt", "val")]
-    with pytest.raises(DataError, match=r"one file comes in twice: .*in/a.txt by --input"):
+    with pytest.raises(DataError, match=r"one file is given twice: .*in/a.txt by --input"):
         find_files([str(inside)], {"val": [str(inside)]}, False)
 
 
@@ -58,11 +58,11 @@ def test_a_build_that_would_hold_out_what_it_trains_on_does_not_begin(tmp_path: 
     write(tmp_path / "train/a.txt")
     write(tmp_path / "train/val/v.txt")
     (tmp_path / "val").symlink_to(tmp_path / "train/val")
-    with pytest.raises(DataError, match=r"one file comes in twice: .*train/val/v.txt by --input"):
+    with pytest.raises(DataError, match=r"one file is given twice: .*train/val/v.txt by --input"):
         make(tmp_path)
     assert not (tmp_path / "store").exists()
     make(tmp_path, inputs=(f"{tmp_path}/train/*.txt",))
-    with pytest.raises(DataError, match=r"one file comes in twice: .*train/val/v.txt by --input"):
+    with pytest.raises(DataError, match=r"one file is given twice: .*train/val/v.txt by --input"):
         make(tmp_path, append=True)  # which would train on what the store holds out
 
 

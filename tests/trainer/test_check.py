@@ -58,10 +58,10 @@ def test_ranks_that_share_sequences_count_as_one(world_size: int, n_parts: int) 
 @pytest.mark.parametrize(
     ("world_size", "n_heads", "seq_len", "n_parts", "what"),
     [
-        (6, 4, 256, 4, "the number of ranks, 6: 2 is the most that divides all"),
-        (8, 2, 256, 4, "model.n_heads, 2: 2 is"),
-        (9, 3, 256, 3, "the length of the rows of data/store, 256: 1 is"),
-        (1, 2, 256, 4, "the number of ranks, 1 and model.n_heads, 2: 1 is"),
+        (6, 4, 256, 4, "the number of ranks, 6: the largest common divisor is 2"),
+        (8, 2, 256, 4, "model.n_heads, 2: the largest common divisor is 2"),
+        (9, 3, 256, 3, "the length of the rows of data/store, 256: the largest common divisor is 1"),
+        (1, 2, 256, 4, "the number of ranks, 1 and model.n_heads, 2: the largest common divisor is 1"),
     ],
 )
 def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len: int, n_parts: int, what: str) -> None:
@@ -79,9 +79,12 @@ def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len:
         ({"train_batch_size": None}, "deepspeed.train_batch_size=None: give a number >= 1"),
         ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu='auto': give a number >= 1"),
         ({"gradient_accumulation_steps": 3}, "train_batch_size=8 is not .*=1 times .*=3 times 2 ranks: 6 would be"),
-        ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler: the learning rate's course belongs to"),
+        ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler: the learning-rate schedule is in"),
         ({"fp16": {"enabled": True}}, "use bf16"),
-        ({"sequence_parallel_size": 2}, "deepspeed.sequence_parallel_size: .* run.sequence_parallel; leave it out"),
+        (
+            {"sequence_parallel_size": 2},
+            "deepspeed.sequence_parallel_size: use run.sequence_parallel instead; leave it out",
+        ),
         ({"zero_optimisation": {}}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"stag": 2}}, "deepspeed.zero_optimization: unknown key 'stag': did you mean 'stage'"),
         (
@@ -92,7 +95,7 @@ def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len:
         ({"zero_optimization": 2}, "this is a table of keys and values"),
         ({"bf16": {"enable": True}}, "deepspeed.bf16: unknown key 'enable': did you mean 'enabled'"),
         ({"gradient_clipping": "none"}, "deepspeed.gradient_clipping='none'"),
-        ({"gradient_clipping": True}, "deepspeed.gradient_clipping=True: give the largest gradient norm as a number"),
+        ({"gradient_clipping": True}, "deepspeed.gradient_clipping=True: give the maximum gradient norm"),
         ({"gradient_predivide_factor": 4}, "deepspeed.gradient_predivide_factor: .*; leave it out"),
         ({"prescale_gradients": True}, "deepspeed.prescale_gradients: .*; leave it out"),
         ({"data_types": {"grad_acum_dtype": "bf16"}}, "deepspeed.data_types.grad_acum_dtype: .*'grad_accum_dtype'"),
@@ -149,7 +152,7 @@ def test_what_is_switched_off_is_no_contradiction(harmless: dict[str, Any]) -> N
         ({"model_max_seq_len": 128}, "model.max_seq_len=128, but .* 256 tokens: set model.max_seq_len=256"),
         ({"data_eval_split": "test"}, "data.eval_split='test' has no rows in .*: its splits are 'train', 'val'"),
         ({"data_train_split": "empty"}, "data.train_split='empty' has no rows"),
-        ({"model_causal": False}, "model.causal=False: the trainer has each token predict the next one"),
+        ({"model_causal": False}, "model.causal=False: the trainer predicts the next token"),
     ],
 )
 def test_data_side(changes: dict[str, Any], message: str) -> None:
@@ -161,9 +164,7 @@ def test_steps_that_are_hardly_ever_both_evaluated_and_saved_are_remarked_on() -
     often = {"run_keep_best": True, "run_eval_every": 50, "run_save_every": 100}
     assert remarks(make_config(**often), STORE) == []
     (line,) = remarks(make_config(**{**often, "run_save_every": 75}), STORE)
-    assert line.startswith(
-        "run.keep_best: only every 150 steps, and at the end, there are both an evaluation and a check"
-    )
+    assert line.startswith("run.keep_best: evaluations and checkpoints coincide only every 150 steps and at the end (")
 
 
 def test_an_uneven_position_table_is_remarked_on() -> None:
@@ -209,7 +210,11 @@ def test_a_mixture_reads_its_own_splits() -> None:
     ]
 
 
-HELD_OUT = "is what evaluations read, data.eval_split='val' of data.store=data/store: nothing would be held out; choose"
+HELD_OUT = "is also what evaluations read (data.eval_split of data.store=data/store): choose another split for one of"
+
+HELD_OUT = (
+    r"is also what evaluations read \(data.eval_split of data.store=data/store\): choose another split for one of"
+)
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:

@@ -41,10 +41,8 @@ def test_a_table_that_is_damaged_is_a_note(stores: dict[str, Store]) -> None:
     path = stores["web"].path / "documents.jsonl"
     path.write_bytes(path.read_bytes().replace(b"page", b"Page").replace(b'"b"', b'"B"'))
     (note,) = found(stores, "web")
-    assert (
-        note.startswith("whether the mixture trains on held-out documents is not known: ")
+    assert note.startswith("whether the mixture trains on held-out documents is not known: ")
     assert "documents.jsonl" in note
-    )
 
 
 def test_tables_that_would_take_minutes_are_not_read(stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch) -> None:
