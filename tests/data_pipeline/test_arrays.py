@@ -92,7 +92,7 @@ def test_arrays_by_url(tmp_path: Path) -> None:
         ({"duplicates": "near"}, "compares words, which integers are not: use drop"),
         (
             {"policies": {"encoding": "replace"}},
-            "nothing to put in place of .*: use encoding=skip, or a larger --vocab",
+            "cannot replace an integer outside the vocabulary: use encoding=skip, or a larger --vocab",
         ),
         ({"text": TextSettings(encoding="latin-1")}, "leave out --encoding and --normalize"),
         (
