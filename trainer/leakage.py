@@ -27,7 +27,7 @@ def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iter
     for name, source in sources.items():
         if source.manifest.fingerprint == store.manifest.fingerprint:
             continue
-        if max(n_documents(source), n_documents(store)) > MOST_DOCUMENTS:
+        if max(_n_documents(source), _n_documents(store)) > MOST_DOCUMENTS:
             yield f"data.mixture.{name} has too many documents to look for held-out ones among them"
             continue
         held_out = held_out or set(_hashes(store, data.eval_split))
@@ -39,7 +39,7 @@ def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iter
             )
 
 
-def n_documents(store: Store) -> int:
+def _n_documents(store: Store) -> int:
     return sum(split.documents for split in store.manifest.splits.values())
 
 

@@ -397,6 +397,5 @@ def test_names_that_lead_out_are_refused(run: Run, make_store: Callable[..., Sto
 
 def resign(store: Store) -> None:
     """Makes a changed document table look like the one that was built."""
-    name = "documents.jsonl"
-    files = {**store.manifest.files, name: record_file(store.path / name)}
-    write_manifest(store.path, store.manifest.model_copy(update={"files": files}))
+    record = {"documents.jsonl": record_file(store.path / "documents.jsonl")}
+    write_manifest(store.path, store.manifest.model_copy(update={"files": store.manifest.files | record}))
