@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 from data_pipeline.build import build
 from data_pipeline.config import (
@@ -26,7 +28,7 @@ from data_pipeline.config import (
 )
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
-from data_pipeline.output import reader_may_leave
+from data_pipeline.output import exit_code
 from data_pipeline.report import inspect, summary
 from data_pipeline.staging import check_json
 from data_pipeline.store import Store
@@ -39,18 +41,12 @@ from data_pipeline.verify import verify
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    code = 0
-    try:
-        arguments = make_parser().parse_args(argv)
-        with reader_may_leave():
-            code = arguments.run(arguments)
-    except (DataError, OSError) as error:  # OSError: a full disk, no permission; the system's words name the file
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    return code
+    return exit_code(partial(_run, argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = make_parser().parse_args(argv)
+    return cast(int, arguments.run(arguments))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,14 +1,18 @@
-"""Standard output whose reader may leave before the end, as in `… decode STORE --row 0 | head`."""
+"""How commands end: with an exit code, and with a line on standard error where something was wrong."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from data_pipeline.errors import DataError
+
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Around what prints: where the reader has seen enough, the rest of it is left out, and that is no error."""
+    """Around what prints: a reader may leave, as in `… decode STORE --row 0 | head`, and that is no error."""
     try:
         yield
         if sys.stdout:  # closed, there is none
@@ -16,3 +20,22 @@ def reader_may_leave() -> Iterator[None]:
     except BrokenPipeError:
         # What is still to be written goes nowhere: Python would try again at its exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def exit_code(command: Callable[[], int | None], *errors: type[Exception]) -> int:
+    """Of a command: what it returns, 2 where it is ended by DataError, OSError or one of `errors`, 130 by Ctrl-C.
+
+    OSError: a full disk, no permission; the system's words name the file.
+    """
+    told: tuple[type[Exception], ...] = (DataError, OSError, *errors)
+    code: int | None = 0
+    try:
+        with reader_may_leave():
+            code = command()
+    except told as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return code or 0

@@ -20,6 +20,7 @@ import io
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,14 +29,13 @@ from generate import choose_device
 from tqdm import tqdm
 
 from data_pipeline.dataset import RowDataset
-from data_pipeline.errors import DataError
-from data_pipeline.output import reader_may_leave
+from data_pipeline.output import exit_code
 from data_pipeline.staging import check_json
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
 from trainer.batches import drawn
-from trainer.compare import Attention, Scores, attending, report, score_rows
-from trainer.exported import knows_tokenizer, read_model
+from trainer.compare import Attention, Scores, attending, check, report, score_rows
+from trainer.exported import read_model
 
 MOST_ROUNDS = 1024
 """Far more than are of use: a typing error is not computed for hours."""
@@ -68,37 +68,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, with those of every document")
     return parser.parse_args()
-
-
-def check(model: Reformer, arguments: argparse.Namespace, store: Store) -> list[str]:
-    """What is to be said of a model and a store. Raises ConfigError where they do not fit, or not the arguments."""
-    config, folder = model.config, arguments.folder
-    if arguments.rows is not None and arguments.rows < 1:
-        raise ConfigError(f"--rows {arguments.rows} must be at least 1; leave it out to score all")
-    if not config.causal:
-        raise ConfigError(f"the model in {folder} sees the tokens that it would have to predict (causal=False)")
-    if config.vocab_size != store.vocab_size:
-        raise ConfigError(
-            f"the model in {folder} has {config.vocab_size} tokens, and the tokenizer of {store.path} "
-            f"{store.vocab_size}: give a store that was built with the model's tokenizer"
-        )
-    if config.max_seq_len < store.seq_len:
-        raise ConfigError(
-            f"the model in {folder} takes {config.max_seq_len} tokens at most, and the rows of {store.path} have "
-            f"{store.seq_len}: build a store with --seq-len {config.max_seq_len}"
-        )
-    if not config.has_lsh and arguments.attention != [None]:
-        raise ConfigError(f"--attention is for LSH attention, which no layer of {folder} has: leave it out")
-    full = [name for name in store.manifest.splits if len(RowDataset(store, name))]
-    if arguments.split not in full:
-        raise ConfigError(f"--split {arguments.split} has no rows in {store.path}: its splits are {', '.join(full)}")
-    notes, manifest = [], store.manifest
-    if not knows_tokenizer(folder, str(folder), store.path, manifest.tokenizer_sha256):
-        unknown = "does not say which tokenizer its model was trained with"
-        notes.append(f"{folder} {unknown}: it must be that of {store.path}")
-    if manifest.packing == "book" and manifest.stride < store.seq_len:
-        notes.append(f"rows of {store.path} overlap (--stride {manifest.stride}): a token counts in each that has it")
-    return notes
 
 
 def named(setting: Attention, model: Reformer) -> str:
@@ -156,7 +125,10 @@ def run(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("always")
         model = read_model(arguments.folder, str(arguments.folder)).eval()
     store = Store.open(arguments.store)
-    for note in [*(str(each.message) for each in caught), *check(model, arguments, store)]:
+    for note in [
+        *(str(each.message) for each in caught),
+        *check(model, store, arguments.folder, arguments.split, arguments.rows, arguments.attention),
+    ]:
         print(f"note: {note}", file=sys.stderr)
     rows, model = RowDataset(store, arguments.split), model.to(device)
     numbers = sorted(drawn(len(rows), arguments.rows or len(rows)))
@@ -187,16 +159,7 @@ def main() -> int:
     arguments = parse_arguments()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    try:
-        with reader_may_leave():
-            run(arguments)
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(partial(run, arguments), ConfigError)
 
 
 if __name__ == "__main__":

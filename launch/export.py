@@ -18,20 +18,20 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
+from data_pipeline.output import exit_code
 from data_pipeline.store import Store
 from data_pipeline.tokenizer_folder import Ends, tokenizer_files
 from reformer import ReformerConfig, save_model
 from reformer.hf import save_hf
 from reformer.weights import assemble, refuse_existing
-from trainer.checkpoint import SUMS, problems, published, read_state, read_weights
 from trainer.config import ConfigError
+from trainer.selection import best_step, read_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,63 +46,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, metavar="FOLDER", help="the run's store (default: its data.store)")
     parser.add_argument("--hf", action="store_true", help="write what Hugging Face's transformers reads")
     return parser.parse_args()
-
-
-NONE_YET = "wait until the run saves one (run.save_every), or have it do so now and go on later (SIGUSR1)"
-
-
-def sound_checkpoint(source: Path, step: int | None) -> Path:
-    """The checkpoint to export: of a run the newest whose files are what was written, or the one of a step.
-
-    Raises ConfigError where there is none, or the one that was asked for is damaged.
-    """
-    if not (source / "checkpoints").is_dir():
-        if step is not None:
-            raise ConfigError(f"--step {step} is for the folder of a run, and {source} has no checkpoints in it")
-        if not (source / SUMS).exists():
-            what = "is neither a run nor a checkpoint" if source.exists() else "does not exist"
-            raise ConfigError(f"{source} {what}: give the folder that was run.dir, or one of its checkpoints")
-        if found := problems(source):
-            raise ConfigError(f"{source} is damaged: {'; '.join(found)}")
-        return source
-    candidates = [each for each in published(source) if step in (None, each.step)]
-    for checkpoint in reversed(candidates):
-        found = problems(checkpoint.path)
-        if not found:
-            return checkpoint.path
-        if not checkpoint.path.exists():  # the run that goes on has removed it, and has written others
-            return sound_checkpoint(source, step)
-        print(f"{checkpoint.path} is damaged: {'; '.join(found)}", file=sys.stderr)
-    asked = "" if step is None else f" of step {step}"
-    others = [str(each.step) for each in published(source) if each not in candidates and not problems(each.path)]
-    way_out = f"there are those of steps {', '.join(others)}" if others else NONE_YET
-    raise ConfigError(f"{source} has no sound checkpoint{asked}: {way_out}")
-
-
-def best_step(run: Path) -> int:
-    """After how many steps the held-out rows were predicted best, of those that were evaluated and saved."""
-    if not (run / "checkpoints").is_dir():
-        raise ConfigError(f"--best is for the folder of a run, and {run} has no checkpoints in it")
-    step = int(read_state(sound_checkpoint(run, None))["progress"].get("best_step", 0))
-    if not step:
-        raise ConfigError(f"{run} has no checkpoint of a step that was evaluated: leave out --best, or give --step")
-    if not any(each.step == step for each in published(run)):
-        raise ConfigError(
-            f"{run} was best after step {step}, whose checkpoint is not there any more (run.keep_best=true would have "
-            "kept it, unless it was damaged): give another one with --step, or leave out --best"
-        )
-    return step
-
-
-def read_checkpoint(source: Path, step: int | None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """Its folder, what it says about itself, and its weights. Raises ConfigError as above."""
-    path = sound_checkpoint(source, step)
-    try:
-        return path, read_state(path), read_weights(path)
-    except DataError:
-        if path.exists():
-            raise
-    return read_checkpoint(source, step)  # the run that goes on has removed it meanwhile
 
 
 def tokenizer_of(run: Path, store: Path) -> dict[str, bytes]:
@@ -160,15 +103,13 @@ def tokenizer_or_note(checkpoint: Path, run: Mapping[str, Any], store: Path | No
         return {}
 
 
+def run(arguments: argparse.Namespace) -> None:
+    step = best_step(arguments.source) if arguments.best else arguments.step
+    print(export(arguments.source, step, arguments.output, arguments.hf, arguments.store))
+
+
 def main() -> int:
-    arguments = parse_arguments()
-    try:
-        step = best_step(arguments.source) if arguments.best else arguments.step
-        print(export(arguments.source, step, arguments.output, arguments.hf, arguments.store))
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(partial(run, parse_arguments()), ConfigError)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -27,8 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import DataError
-from data_pipeline.output import reader_may_leave
+from data_pipeline.output import exit_code
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_folder import Ends, read_tokenizer
 from reformer import ConfigError, Reformer, ReformerConfig
@@ -171,28 +171,22 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's is: the text is to be had as it is
     draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    try:
-        device = choose_device(arguments.device)
-        model, tokenizer, ends = read_folder(arguments.folder)
-        tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
-        check_draws(model.config, tokens, arguments.tokens, draws)  # before anything is printed
-        pieces = text_of(model.to(device), tokenizer, tokens, arguments.tokens, ends.eos, seed=arguments.seed, **draws)
-        with reader_may_leave():
-            n_added = print_all(pieces)
-            if n_added is not None:
-                print(f"note: the model ended the document after {n_added} tokens", file=sys.stderr)
-    except (ConfigError, DataError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    device = choose_device(arguments.device)
+    model, tokenizer, ends = read_folder(arguments.folder)
+    tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
+    check_draws(model.config, tokens, arguments.tokens, draws)  # before anything is printed
+    pieces = text_of(model.to(device), tokenizer, tokens, arguments.tokens, ends.eos, seed=arguments.seed, **draws)
+    n_added = print_all(pieces)
+    if n_added is not None:
+        print(f"note: the model ended the document after {n_added} tokens", file=sys.stderr)
+
+
+def main() -> int:
+    return exit_code(partial(run, parse_arguments()), ConfigError, FloatingPointError)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.output import reader_may_leave
+from data_pipeline.output import exit_code, reader_may_leave
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError, RunConfig
@@ -154,25 +155,21 @@ def plot(metrics: list[dict[str, float]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    try:
-        config, metrics = read_run(arguments.run)
-        text = report(arguments.run, config, metrics)
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    with reader_may_leave():
+def run(arguments: argparse.Namespace) -> None:
+    config, metrics = read_run(arguments.run)
+    text = report(arguments.run, config, metrics)
+    with reader_may_leave():  # the drawing is wanted all the same
         print(text)
     if arguments.plot:
         try:
             plot(metrics, arguments.plot)
         except (OSError, ValueError) as error:  # no such folder, or a format that matplotlib does not write
-            print(f"error: cannot draw {arguments.plot}: {error}", file=sys.stderr)
-            return 2
-        with reader_may_leave():
-            print(f"drew {arguments.plot}")
-    return 0
+            raise ConfigError(f"cannot draw {arguments.plot}: {error}") from None
+        print(f"drew {arguments.plot}")
+
+
+def main() -> int:
+    return exit_code(partial(run, parse_arguments()), ConfigError)
 
 
 if __name__ == "__main__":

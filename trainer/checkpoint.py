@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,20 @@ def published(run_dir: Path) -> list[Checkpoint]:
     steps = [(match, folder) for folder in folders if (match := re.fullmatch(r"step_(\d+)", folder.name))]
     found = [Checkpoint(path, int(match[1])) for match, path in steps if path.name == _name(int(match[1]))]
     return sorted(found, key=lambda each: each.step)
+
+
+def checked(run_dir: Path, step: int | None = None) -> Iterator[tuple[Checkpoint, list[str]]]:
+    """The checkpoints of a run, or the one of a step, newest first, each with its `problems`.
+
+    A run may go on meanwhile: what it writes is taken in, and what it removes is left out.
+    """
+    seen: set[Checkpoint] = set()
+    while left := [each for each in published(run_dir) if each not in seen and step in (None, each.step)]:
+        newest = left[-1]
+        seen.add(newest)
+        found = problems(newest.path)
+        if newest.path.exists():
+            yield newest, found
 
 
 def way_on(run_dir: Path) -> str:

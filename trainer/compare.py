@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset
-from reformer import Reformer, ReformerConfig
+from data_pipeline.store import Store
+from reformer import ConfigError, Reformer, ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.weights import assemble
+from trainer.exported import knows_tokenizer
 from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks, range_name
 
 Attention = int | Literal["dense", "none"] | None
@@ -43,6 +46,42 @@ class Scores:
     def all(self) -> Score:
         """Of all tokens to predict."""
         return total(self.by_document.values())
+
+
+def check(
+    model: Reformer, store: Store, folder: Path, split: str, n_rows: int | None, settings: Sequence[Attention]
+) -> list[str]:
+    """What is to be said of a model, read from a folder, and a store. Raises ConfigError where they do not fit.
+
+    Or where there are no such rows, or LSH layers for the settings; as the options of launch/evaluate.py.
+    """
+    config = model.config
+    if n_rows is not None and n_rows < 1:
+        raise ConfigError(f"--rows {n_rows} must be at least 1; leave it out to score all")
+    if not config.causal:
+        raise ConfigError(f"the model in {folder} sees the tokens that it would have to predict (causal=False)")
+    if config.vocab_size != store.vocab_size:
+        raise ConfigError(
+            f"the model in {folder} has {config.vocab_size} tokens, and the tokenizer of {store.path} "
+            f"{store.vocab_size}: give a store that was built with the model's tokenizer"
+        )
+    if config.max_seq_len < store.seq_len:
+        raise ConfigError(
+            f"the model in {folder} takes {config.max_seq_len} tokens at most, and the rows of {store.path} have "
+            f"{store.seq_len}: build a store with --seq-len {config.max_seq_len}"
+        )
+    if not config.has_lsh and any(setting is not None for setting in settings):
+        raise ConfigError(f"--attention is for LSH attention, which no layer of {folder} has: leave it out")
+    full = [name for name in store.manifest.splits if len(RowDataset(store, name))]
+    if split not in full:
+        raise ConfigError(f"--split {split} has no rows in {store.path}: its splits are {', '.join(full)}")
+    notes, manifest = [], store.manifest
+    if not knows_tokenizer(folder, str(folder), store.path, manifest.tokenizer_sha256):
+        unknown = "does not say which tokenizer its model was trained with"
+        notes.append(f"{folder} {unknown}: it must be that of {store.path}")
+    if manifest.packing == "book" and manifest.stride < store.seq_len:
+        notes.append(f"rows of {store.path} overlap (--stride {manifest.stride}): a token counts in each that has it")
+    return notes
 
 
 @contextmanager

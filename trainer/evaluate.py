@@ -41,7 +41,7 @@ from trainer.sequence_parallel import Place
 
 
 @dataclass(frozen=True)
-class Scores:
+class Totals:
     """Of some rows."""
 
     all: Score
@@ -124,7 +124,7 @@ def evaluate(
     *,
     n_rows: int,
     n_first: int,
-) -> Scores:
+) -> Totals:
     """Score the first `n_rows` rows, and of these the first `n_first`, on all ranks; for an engine in evaluation mode.
 
     With config.run.eval_n_hashes rounds of LSH attention, or as many as the model is trained with. Hash rotations are
@@ -150,7 +150,7 @@ def evaluate(
         parts += torch.stack([masked_sums(losses_BT, batch.labels, mask) for mask in masks])
     nll_sum, tokens_sum, bytes_sum, *sums = all_sum([nll, n_tokens, n_bytes, *parts.flatten()], device)
     first, *by_range = (Score(*pair, n_bytes=0) for pair in zip(sums[::2], sums[1::2], strict=True))
-    return Scores(Score(nll_sum, tokens_sum, bytes_sum), first, dict(zip(ends, by_range, strict=True)))
+    return Totals(Score(nll_sum, tokens_sum, bytes_sum), first, dict(zip(ends, by_range, strict=True)))
 
 
 def _read(rows: Rows, share: Sequence[int | None], place: Place, token_bytes: Tensor, device: torch.device) -> Batch:

@@ -201,10 +201,10 @@ class Trainer:
         self.evaluate(done=0)
 
     @contextmanager
-    def part(self, step: int, name: str) -> Iterator[None]:
-        """What the watchdog, which counts steps as reports do, and the stopwatch know a part of a step by."""
+    def phase(self, step: int, name: str) -> Iterator[None]:
+        """What the watchdog, which counts steps as reports do, and the stopwatch know a phase of a step by."""
         self.watchdog.mark(step + 1, name)
-        with self.stopwatch.part(name):
+        with self.stopwatch.phase(name):
             yield
         self.watchdog.mark(step + 1, "between")
 
@@ -243,10 +243,10 @@ class Trainer:
         result = None
         begun = time.perf_counter()
         for batch in batches:
-            with self.part(step, "forward"):
+            with self.phase(step, "forward"):
                 loss = forward(self.engine, batch, step)
             nll += loss.detach().double() * batch.n_tokens
-            with self.part(step, "backward"):
+            with self.phase(step, "backward"):
                 backward(self.engine, loss, batch.n_tokens, n_tokens)
             line = long_step_line(time.perf_counter() - begun, len(batches)) if batch is batches[0] else None
             if line and step == self.first_step:
@@ -254,14 +254,14 @@ class Trainer:
             if batch is batches[-1] and due(self.plan.histogram_every, step + 1, steps=0):
                 self.watchdog.mark(step + 1, "histograms")
                 self.draw_gradients(step + 1)
-            with self.part(step, "optimizer"):
+            with self.phase(step, "optimizer"):
                 result = optimizer_step(self.engine)
         assert result is not None, "DeepSpeed and shares() disagree on the number of micro-batches"
         return Score(all_sum([nll], self.device)[0], n_tokens, n_bytes), result
 
     def read(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the next step."""
-        with self.part(step, "data"):
+        with self.phase(step, "data"):
             part = timed(self.place.sequence, self.stopwatch)
             return [collate(samples, ids, self.token_bytes, self.device, part) for ids, samples in next(self.loader)]
 

@@ -18,7 +18,7 @@ of TensorBoard, floats in full precision, null for what is no finite number:
                                         jumped (faults.py)
     speed/tokens_per_s, speed/step_s    since the line before, without evaluation and checkpoints; tokens to predict
     speed/sequences_per_s               likewise
-    speed/data_s, speed/forward_s,      seconds of a step by part (timing.py), of the rank on which that part took the
+    speed/data_s, speed/forward_s,      seconds of a step by phase (timing.py), of the rank on which that took the
     speed/backward_s, speed/optimizer_s longest
     speed/exchange_s                    likewise, within forward and backward: what ranks that share sequences exchange
                                         or wait for each other; only where there are such

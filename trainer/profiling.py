@@ -2,7 +2,7 @@
 
 The window is named by steps as they are logged, counted from 1, whatever step the run starts from, and outside of it
 nothing is done or kept. Rank 0 alone is profiled: the others do the same work, and wait for it in the same collectives.
-In the trace the steps are ranges "step 10" and their parts those of timing.py.
+In the trace the steps are ranges "step 10" and their phases those of timing.py.
 """
 
 from collections.abc import Iterator

@@ -32,11 +32,11 @@ class RankState:
     pid: int
     step: int
     turn: int
-    """Parts that it has begun with this number of the step: all ranks begin the same ones, in the same order."""
-    part: str
+    """Phases that it has begun with this number of the step: all ranks begin the same ones, in the same order."""
+    phase: str
     """What it does there: "start", "data", "forward", "backward", "histograms", "optimizer", "profile", "log",
     "evaluate", "save", "between"."""
-    in_part_s: float
+    in_phase_s: float
     """How long it has been there."""
     limit_s: float | None
     """How long it may be; None: for ever."""
@@ -58,7 +58,7 @@ class RankState:
 
     @property
     def overdue(self) -> bool:
-        return self.failed or (self.limit_s is not None and self.in_part_s > self.limit_s)
+        return self.failed or (self.limit_s is not None and self.in_phase_s > self.limit_s)
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class RankState:
     @property
     def place(self) -> str:
         """Where it is, in words."""
-        return f"in {self.part!r} of step {self.step}, at {self.at}"
+        return f"in {self.phase!r} of step {self.step}, at {self.at}"
 
 
 def state_path(run_dir: Path, rank: int) -> Path:
@@ -143,7 +143,7 @@ def _symptom(state: RankState, silent: Collection[int]) -> str:
             f"gone; last seen {state.place}"
         )
     limit = f" (at most {state.limit_s:,.0f} s)" if state.limit_s is not None else ""
-    return f"has been {state.in_part_s:,.0f} s{limit} {state.place}{', waiting for others' if state.waiting else ''}"
+    return f"has been {state.in_phase_s:,.0f} s{limit} {state.place}{', waiting for others' if state.waiting else ''}"
 
 
 def is_waiting(frame: FrameType) -> bool:

@@ -14,8 +14,8 @@ from trainer.faults import Health, Slowest, slow_ranks
 from trainer.scoring import Score
 from trainer.terminal import Reported, Summary
 
-STEP_PARTS = ("data", "forward", "backward", "optimizer")
-"""Parts of a step whose seconds are reported."""
+STEP_PHASES = ("data", "forward", "backward", "optimizer")
+"""Phases of a step whose seconds are reported."""
 
 
 @dataclass
@@ -84,14 +84,14 @@ class Step:
 
 
 def own_figures(seconds: Mapping[str, float], memory_gib: Mapping[str, float], skipped_rows: int) -> dict[str, float]:
-    """What each rank tells the others: seconds by part of a step (timing.py), memory, damaged rows, all by tag; and as
+    """What each rank tells the others: seconds by phase of a step (timing.py), memory, damaged rows, all by tag; and as
     "busy_s" the seconds of its data and forward passes, without those in which it waited for whom it shares sequences
     with."""
-    parts = {f"speed/{part}_s": seconds.get(part, 0.0) for part in STEP_PARTS}
-    exchanges = {part: seconds.get(f"{part}/exchange", 0.0) for part in ("forward", "backward")}
-    busy_s = parts["speed/data_s"] + parts["speed/forward_s"] - exchanges["forward"]
+    phases = {f"speed/{phase}_s": seconds.get(phase, 0.0) for phase in STEP_PHASES}
+    exchanges = {phase: seconds.get(f"{phase}/exchange", 0.0) for phase in ("forward", "backward")}
+    busy_s = phases["speed/data_s"] + phases["speed/forward_s"] - exchanges["forward"]
     shared = {"speed/exchange_s": sum(exchanges.values()), "busy_s": busy_s}
-    return {**parts, **shared, **memory_gib, "data/skipped_rows": skipped_rows}
+    return {**phases, **shared, **memory_gib, "data/skipped_rows": skipped_rows}
 
 
 def step_values(
@@ -113,7 +113,7 @@ def step_values(
         "speed/tokens_per_s": spent.n_tokens / spent.seconds,
         "speed/sequences_per_s": spent.n_samples / spent.seconds,
         "speed/step_s": spent.seconds / spent.steps,
-        **{f"speed/{part}_s": most[f"speed/{part}_s"] / spent.steps for part in STEP_PARTS},
+        **{f"speed/{phase}_s": most[f"speed/{phase}_s"] / spent.steps for phase in STEP_PHASES},
         **({"speed/exchange_s": most["speed/exchange_s"] / spent.steps} if most["speed/exchange_s"] else {}),
         "speed/data_stall": most["speed/data_s"] / spent.seconds,
         "speed/slowest_rank": slowest.rank,

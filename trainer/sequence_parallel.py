@@ -60,7 +60,7 @@ def timed(part: SequencePart, stopwatch: Stopwatch) -> SequencePart:
     """The same part, whose exchanges are timed as "exchange" within whatever they are made in."""
 
     def all_to_all(x_P: Tensor) -> Tensor:
-        with stopwatch.part("exchange"):
+        with stopwatch.phase("exchange"):
             return part.all_to_all(x_P)
 
     return replace(part, all_to_all=all_to_all)

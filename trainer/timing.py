@@ -1,9 +1,9 @@
-"""Where the time of the steps goes: seconds by part, without making the device wait.
+"""Where the time of the steps goes: seconds by phase, without making the device wait.
 
-On GPUs a part is timed by events on the device's own clock, which are looked at when they are asked for. The host runs
-ahead of the device, so its clock would blame whichever part comes to wait for it. The time of the part "data" is then
-that for which the device had nothing to do, and the parts that are within no other add up to the step. On CPUs, where a
-call returns when its work is done, the host's clock says the same.
+On GPUs a phase is timed by events on the device's own clock, which are looked at when they are asked for. The host runs
+ahead of the device, so its clock would blame whichever phase comes to wait for it. The time of the phase "data" is then
+that for which the device had nothing to do, and the phases that are within no other add up to the step. On CPUs, where
+a call returns when its work is done, the host's clock says the same.
 """
 
 import time
@@ -16,19 +16,19 @@ from torch.profiler import record_function
 
 
 class Stopwatch:
-    """Seconds by part, on one rank."""
+    """Seconds by phase, on one rank."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._open: list[str] = []  # parts that have begun, the outermost first
+        self._open: list[str] = []  # phases that have begun, the outermost first
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Time what is done inside; a profile (profiling.py) shows it under the same name.
 
-        Parts may follow each other in any order and as often as they like, and a part counts if it ends in an error.
+        Phases may follow each other in any order and as often as they like, and a phase counts if it ends in an error.
         One within another is a part of it, and is read as "outer/inner".
         """
         with record_function(name), self._opened(name) as path:
@@ -47,7 +47,7 @@ class Stopwatch:
                     self._seconds[path] += time.perf_counter() - begun
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last time that this was called; waits for the device to be through with them."""
+        """Seconds by phase since the last time that this was called; waits for the device to be through with them."""
         if self._pending:
             self._pending[-1][2].synchronize()
         self._settle()

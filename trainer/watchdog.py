@@ -43,7 +43,7 @@ class Phase(NamedTuple):
 
     step: int
     turn: int
-    part: str
+    phase: str
     since_s: float
 
 
@@ -54,7 +54,7 @@ class Watchdog:
     """What became of the run if the block ends without an error: set it to "preempted" where that is why."""
 
     def __init__(self, run_dir: Path, launch: Launch, factor: float, min_s: float) -> None:
-        """factor: a part may last so many times longer than the longest of its kind; 0: nothing is ended, the files
+        """factor: a phase may last so many times longer than the longest of its kind; 0: nothing is ended, the files
         are written all the same. min_s: what lasts less than this many seconds is no hang."""
         self._run_dir, self._launch = run_dir, launch
         self._factor, self._min_s = factor, min_s
@@ -99,24 +99,24 @@ class Watchdog:
         if self._stacks is not None:
             self._stacks.close()
 
-    def mark(self, step: int, part: str) -> None:
-        """Say that a part begins here, in step number `step`, which never falls. All ranks must say the same, in the
+    def mark(self, step: int, phase: str) -> None:
+        """Say that a phase begins here, in step number `step`, which never falls. All ranks must say the same, in the
         same order: it is how the one is found that is furthest back. Takes about a microsecond."""
         now, (former_step, turn, former, since_s) = self._clock(), self._phase
         if now - since_s > self._longest_s.get(former, 0.0):
             self._longest_s[former] = now - since_s
-        self._phase = Phase(step, turn + 1 if step == former_step else 0, part, now)
+        self._phase = Phase(step, turn + 1 if step == former_step else 0, phase, now)
 
     def _clock(self) -> float:
         """Seconds during which this process ran."""
         return time.monotonic() - self._paused_s
 
-    def _limit_s(self, part: str) -> float | None:
+    def _limit_s(self, phase: str) -> float | None:
         if self._factor == 0:
             return None
-        if part not in self._longest_s:
+        if phase not in self._longest_s:
             return max(self._min_s, COLLECTIVE_TIMEOUT.total_seconds())
-        return max(self._min_s, self._factor * self._longest_s[part])
+        return max(self._min_s, self._factor * self._longest_s[phase])
 
     def _state(self, ended: str | None = None) -> RankState:
         if self._last_words:  # where it hung, not where the error comes that others are gone
@@ -130,9 +130,9 @@ class Watchdog:
             pid=self._pid,
             step=place.step,
             turn=place.turn,
-            part=place.part,
-            in_part_s=round(self._clock() - place.since_s, 3),
-            limit_s=self._limit_s(place.part),
+            phase=place.phase,
+            in_phase_s=round(self._clock() - place.since_s, 3),
+            limit_s=self._limit_s(place.phase),
             at=ranks.line_of_code(main) if main else "?",
             # Of any thread: on GPUs, autograd runs DeepSpeed's hooks in one of its own.
             waiting=any(ranks.is_waiting(frame) for frame in frames.values()),

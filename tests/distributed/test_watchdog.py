@@ -100,14 +100,14 @@ def test_a_rank_that_waits_for_its_data_under_deepspeeds_launcher(train, config:
 
 
 def test_a_rank_that_does_not_come_to_a_collective(config: Path, tmp_path: Path) -> None:
-    """Both are in the same part of the same step, one of them in a collective of ZeRO-3."""
+    """Both are in the same phase of the same step, one of them in a collective of ZeRO-3."""
     gathered = [f"deepspeed.zero_optimization.{name}" for name in ("stage=3", "stage3_param_persistence_threshold=0")]
     with processes(*ranks(config, tmp_path, "forward 1", *gathered)) as started:
         errors = "".join(process.communicate(timeout=200)[1] for process in started)
         assert [process.returncode for process in started] == [HUNG, HUNG]
     assert errors.count("error: the run hangs: the others wait for rank 1 (pid") == 1
     states = [json.loads((tmp_path / "ranks" / f"rank_{rank:05d}.json").read_text()) for rank in range(2)]
-    assert [state["part"] for state in states] == ["forward", "forward"]
+    assert [state["phase"] for state in states] == ["forward", "forward"]
     assert [state["waiting"] for state in states] == [True, False]
     assert "in stuck" in stacks(tmp_path, 1)
 

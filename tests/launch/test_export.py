@@ -21,7 +21,7 @@ from data_pipeline.tokenizer_folder import read_tokenizer
 from data_pipeline.training import TrainingSettings, train_tokenizer
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
-from trainer import checkpoint
+from trainer import checkpoint, selection
 from trainer.config import RunConfig
 from trainer.continuation import identity
 from trainer.distributed import Launch
@@ -90,14 +90,14 @@ def logits_of(folder: Path) -> Tensor:
 
 def test_a_checkpoint_that_the_run_removes_meanwhile(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, logits = run
-    read = export.read_weights
+    read = selection.read_weights
 
     def remove(path: Path) -> dict[str, Tensor]:
-        monkeypatch.setattr(export, "read_weights", read)
+        monkeypatch.setattr(selection, "read_weights", read)
         shutil.rmtree(path)
         return read(path)
 
-    monkeypatch.setattr(export, "read_weights", remove)
+    monkeypatch.setattr(selection, "read_weights", remove)
     assert call(monkeypatch, run_dir, "--output", tmp_path / "model") == 0
     assert torch.equal(logits_of(tmp_path / "model"), logits[2])
 
@@ -148,13 +148,15 @@ def test_a_run_that_goes_on_may_take_the_checkpoint_away(run, tmp_path: Path, mo
     run_dir, logits = run
     moved = folder_of(run_dir, 31)
 
+    find = checkpoint.problems
+
     def problems(path: Path) -> list[str]:
         if not moved.exists():
             shutil.copytree(path, moved)
             shutil.rmtree(path)
-        return checkpoint.problems(path)
+        return find(path)
 
-    monkeypatch.setattr(export, "problems", problems)
+    monkeypatch.setattr(checkpoint, "problems", problems)
     assert call(monkeypatch, run_dir, "--output", tmp_path / "model") == 0
     assert torch.equal(logits_of(tmp_path / "model"), logits[30])
 

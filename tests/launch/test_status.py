@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import status
 
+import trainer.status
 from trainer import ranks
 from trainer.presence import LOCK
 from trainer.ranks import RankState
@@ -30,7 +31,7 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "ranks").mkdir()
     (tmp_path / "run.json").write_text(json.dumps({"config": {"run": {"steps": 100}}}))
     say(tmp_path, STATE)
-    say(tmp_path, replace(STATE, rank=1, pid=101, turn=1, part="data", waiting=False))
+    say(tmp_path, replace(STATE, rank=1, pid=101, turn=1, phase="data", waiting=False))
     lines = [{"step": step, "train/loss": 8.0 - step, "train/bits_per_byte": 9.0, **SPEED} for step in range(1, 7)]
     lines[2]["train/loss"] = None  # type: ignore[assignment]
     lines.insert(0, {"step": 0, "eval/loss": 5.5, "eval/bits_per_byte": 7.25})
@@ -106,7 +107,7 @@ def test_a_run_that_was_stopped_between_two_lines_of_its_metrics(run: Path) -> N
 def test_a_run_that_goes_on_and_has_not_come_to_a_step_yet(run: Path) -> None:
     """Its metrics are those of the start before."""
     for rank in range(2):
-        say(run, replace(STATE, rank=rank, step=0, part="start"))
+        say(run, replace(STATE, rank=rank, step=0, phase="start"))
     with held(run):
         lines = lines_of(run)
     assert lines["state"] == "starting: no step is done since it began"
@@ -184,8 +185,8 @@ def test_damaged_checkpoints_are_named_and_the_newest_sound_one_is_found(run: Pa
 def test_only_the_end_of_long_metrics_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = json.dumps({"step": 6, "train/loss": 2.0, **SPEED})
     (run / "metrics.jsonl").write_text(f"{line}\n" * 1000)
-    monkeypatch.setattr(status, "TAIL_BYTES", 10 * len(line))
-    assert len(list(status.read_metrics(run / "metrics.jsonl"))) == 9
+    monkeypatch.setattr(trainer.status, "TAIL_BYTES", 10 * len(line))
+    assert len(list(trainer.status.read_metrics(run / "metrics.jsonl"))) == 9
 
 
 def test_json_is_what_programs_get(run: Path) -> None:
@@ -195,7 +196,7 @@ def test_json_is_what_programs_get(run: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     found: dict[str, Any] = json.loads(done.stdout)
     assert (found["step"], found["steps"], found["left_s"], found["state"]) == (6, 100, 376.0, "killed")
-    assert found["furthest_back"] == [1] and found["ranks"][1]["part"] == "data"
+    assert found["furthest_back"] == [1] and found["ranks"][1]["phase"] == "data"
     assert found["recent"]["train/loss"][1:4] == [[2, 6.0], [3, None], [4, 4.0]]
     assert found["newest"]["speed/tokens_per_s"] == 12_345.0
 

@@ -17,7 +17,7 @@ from data_pipeline.store import Store
 from reformer import Reformer
 from trainer.config import ConfigError, RunConfig, load
 from trainer.distributed import Launch
-from trainer.evaluate import Scores, evaluate, position_tag
+from trainer.evaluate import Totals, evaluate, position_tag
 from trainer.figures import figure_by_position
 from trainer.scoring import Score, positions, range_ends, range_masks
 from trainer.sequence_parallel import Place
@@ -54,7 +54,7 @@ def three_rows() -> _Rows:
     return _Rows(Sample(*row) for row in zip(tokens, labels, segment_ids, strict=True))
 
 
-def scores(model: Reformer, plan: RunConfig, n_rows: int = 3, n_first: int = 0) -> Scores:
+def scores(model: Reformer, plan: RunConfig, n_rows: int = 3, n_first: int = 0) -> Totals:
     engine = PlainEngine(model.eval(), micro_batch_size=2)
     return evaluate(engine, three_rows(), plan, ALONE, Place(), CPU, torch.ones(20), n_rows=n_rows, n_first=n_first)
 

@@ -185,7 +185,7 @@ def test_no_rank_is_slow(busy_s: list[float]) -> None:
 def said(folder: Path, rank: int, pid: int, **values: object) -> None:
     """Leave what a rank says about itself."""
     (folder / "ranks").mkdir(exist_ok=True)
-    at = {"turn": 3, "part": "backward", "in_part_s": 0.1, "limit_s": None, "at": "engine.py:1 in backward"}
+    at = {"turn": 3, "phase": "backward", "in_phase_s": 0.1, "limit_s": None, "at": "engine.py:1 in backward"}
     state = {"rank": rank, "world_size": 3, "host": socket.gethostname(), "pid": pid, "step": 7, "waiting": True}
     ranks.write_state(folder, ranks.RankState(**{**state, **at, "time": 0.0, **values}))
 

@@ -12,7 +12,7 @@ from trainer.config import ConfigError, LoopConfig
 from trainer.profiling import Profiler
 from trainer.timing import Stopwatch
 
-PARTS = ["data", "forward", "backward", "optimizer"]
+PHASES = ["data", "forward", "backward", "optimizer"]
 
 
 def steps(run_dir: Path, first: int, last: int, window: str | None, rank: int = 0) -> None:
@@ -22,8 +22,8 @@ def steps(run_dir: Path, first: int, last: int, window: str | None, rank: int = 
     with Profiler(run_dir, window, rank) as profiler:
         for step in range(first, last + 1):
             with profiler.step(step):
-                for part in PARTS:
-                    with watch.part(part):
+                for phase in PHASES:
+                    with watch.phase(phase):
                         (weights @ weights).sum()
             if step == profiler.last_step:
                 profiler.write()
@@ -46,11 +46,11 @@ def test_the_window_is_the_steps_as_they_are_logged(tmp_path: Path) -> None:
     steps(tmp_path, 1, 14, "10..12")
     events = trace(tmp_path, "rank_00000_steps_10-12.json.gz")
     found = ranges(events)
-    assert [name for name, *_ in found] == [name for step in (10, 11, 12) for name in (f"step {step}", *PARTS)]
-    for i in range(0, len(found), 1 + len(PARTS)):
-        (_, begin, end), *parts = found[i : i + 1 + len(PARTS)]
-        assert all(begin <= part_begin <= part_end <= end for _, part_begin, part_end in parts)
-    assert sum(event.get("name") == "aten::matmul" for event in events) == 3 * len(PARTS)
+    assert [name for name, *_ in found] == [name for step in (10, 11, 12) for name in (f"step {step}", *PHASES)]
+    for i in range(0, len(found), 1 + len(PHASES)):
+        (_, begin, end), *phases = found[i : i + 1 + len(PHASES)]
+        assert all(begin <= part_begin <= part_end <= end for _, part_begin, part_end in phases)
+    assert sum(event.get("name") == "aten::matmul" for event in events) == 3 * len(PHASES)
 
 
 def test_a_run_that_continues_or_stops_within_the_window_profiles_what_it_does_of_it(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def at(rank: int, step: int, turn: int, waiting: bool = True, **changes: object)
 @pytest.mark.parametrize(
     ("states", "silent", "guilty"),
     [
-        ([at(0, 7, 3), at(1, 7, 2), at(2, 7, 3)], (), [1]),  # an earlier part of the same step
+        ([at(0, 7, 3), at(1, 7, 2), at(2, 7, 3)], (), [1]),  # an earlier phase of the same step
         ([at(0, 7, 3), at(1, 7, 3), at(2, 6, 9)], (), [2]),  # an earlier step
         ([at(0, 7, 3), at(1, 7, 3, waiting=False), at(2, 7, 3)], (), [1]),  # the one that is not in the collective
         ([at(0, 7, 3, waiting=False), at(1, 7, 2)], (), [1]),  # how far it is counts first
@@ -44,14 +44,14 @@ def test_who_holds_the_others_up(states: list[RankState], silent: set[int], guil
 
 def test_overdue() -> None:
     assert not STATE.overdue
-    assert replace(STATE, in_part_s=30.1).overdue
-    assert not replace(STATE, in_part_s=1e9, limit_s=None).overdue
+    assert replace(STATE, in_phase_s=30.1).overdue
+    assert not replace(STATE, in_phase_s=1e9, limit_s=None).overdue
     assert replace(STATE, ended="failed: x").overdue
     assert not replace(STATE, ended="finished").overdue
 
 
 def test_the_verdict_names_rank_process_and_place() -> None:
-    states = [at(0, 7, 3), at(1, 7, 2, waiting=False, part="data", in_part_s=31.0)]
+    states = [at(0, 7, 3), at(1, 7, 2, waiting=False, phase="data", in_phase_s=31.0)]
     assert judge(states, ()).splitlines() == [
         "the run hangs: the others wait for rank 1 (pid 101 on n1)",
         "  rank 1 has been 31 s (at most 30 s) in 'data' of step 7, at trainer/loop.py:12 in step",

@@ -1,4 +1,4 @@
-"""Seconds by part: on the host's clock, and on a device's that runs behind the host."""
+"""Seconds by phase: on the host's clock, and on a device's that runs behind the host."""
 
 import time
 from collections.abc import Callable
@@ -13,9 +13,9 @@ def test_parts_add_up_and_reading_begins_anew() -> None:
     watch = Stopwatch(torch.device("cpu"))
     begun = time.perf_counter()
     for _ in range(2):
-        with watch.part("forward"):
+        with watch.phase("forward"):
             time.sleep(0.02)
-        with watch.part("backward"):
+        with watch.phase("backward"):
             time.sleep(0.05)
     gone, seconds = time.perf_counter() - begun, watch.read()
     assert list(seconds) == ["forward", "backward"]
@@ -26,7 +26,7 @@ def test_parts_add_up_and_reading_begins_anew() -> None:
 
 def test_a_part_that_fails_is_counted() -> None:
     watch = Stopwatch(torch.device("cpu"))
-    with pytest.raises(ValueError, match="no row"), watch.part("data"):
+    with pytest.raises(ValueError, match="no row"), watch.phase("data"):
         time.sleep(0.01)
         raise ValueError("no row")
     assert watch.read()["data"] >= 0.01
@@ -77,9 +77,9 @@ def test_a_gpu_is_timed_by_its_own_clock_and_waited_for_only_when_read(monkeypat
     device = Device(monkeypatch)
     watch = Stopwatch(torch.device("cuda:0"))
     for _ in range(3):
-        with watch.part("forward"):
+        with watch.phase("forward"):
             device.work(1000.0)
-        with watch.part("backward"):
+        with watch.phase("backward"):
             device.work(2000.0)
     assert device.n_waits == 0
     assert watch.read() == {"forward": 3.0, "backward": 6.0}
@@ -91,12 +91,12 @@ def test_a_part_within_another_is_a_part_of_it(monkeypatch: pytest.MonkeyPatch) 
     device = Device(monkeypatch)
     watch = Stopwatch(torch.device("cuda:0"))
     for name in ("forward", "backward"):
-        with pytest.raises(KeyError), watch.part(name):
+        with pytest.raises(KeyError), watch.phase(name):
             device.work(1000.0)
-            with watch.part("exchange"):
+            with watch.phase("exchange"):
                 device.work(500.0)
                 raise KeyError
-    with watch.part("exchange"):
+    with watch.phase("exchange"):
         device.work(250.0)
     seconds = {"forward": 1.5, "forward/exchange": 0.5, "backward": 1.5, "backward/exchange": 0.5, "exchange": 0.25}
     assert watch.read() == seconds
@@ -106,7 +106,7 @@ def test_a_gpu_keeps_no_more_events_than_it_is_behind(monkeypatch: pytest.Monkey
     device = Device(monkeypatch)
     watch = Stopwatch(torch.device("cuda:0"))
     for _ in range(1000):
-        with watch.part("forward"):
+        with watch.phase("forward"):
             device.work(1.0)
             device.go_on()
     assert len(watch._pending) <= 2
@@ -119,7 +119,7 @@ def test_on_a_gpu() -> None:
     x = torch.randn(4096, 4096, device="cuda")
     begun = time.perf_counter()
     for _ in range(3):
-        with watch.part("products"):
+        with watch.phase("products"):
             for _ in range(20):
                 x = x @ x / 4096
     seconds = watch.read()["products"]

@@ -55,11 +55,11 @@ class Child:
         return self.process.exitcode, self._log.read_text()
 
 
-def stay(part: str, seconds: float) -> Body:
-    """Spend some time in a part of step 60."""
+def stay(phase: str, seconds: float) -> Body:
+    """Spend some time in a phase of step 60."""
 
     def body(watching: Watchdog) -> None:
-        watching.mark(60, part)
+        watching.mark(60, phase)
         time.sleep(seconds)
 
     return body
@@ -109,7 +109,7 @@ def test_a_hang_ends_with_its_place_and_the_stacks_of_all_threads(run_dir: Path)
 
 
 @pytest.mark.parametrize(
-    ("part", "seconds", "options"),
+    ("phase", "seconds", "options"),
     [
         ("forward", 3.5, {"factor": 1000}),  # a thousand times 10 ms is more
         ("forward", 2.5, {"min_s": 5}),
@@ -117,8 +117,8 @@ def test_a_hang_ends_with_its_place_and_the_stacks_of_all_threads(run_dir: Path)
         ("forward", 3.5, {"factor": 0}),
     ],
 )
-def test_what_is_no_hang(run_dir: Path, part: str, seconds: float, options: dict[str, Any]) -> None:
-    assert Child(run_dir, stay(part, seconds), **options).end() == (0, "")
+def test_what_is_no_hang(run_dir: Path, phase: str, seconds: float, options: dict[str, Any]) -> None:
+    assert Child(run_dir, stay(phase, seconds), **options).end() == (0, "")
     assert state(run_dir).ended == "finished"
 
 
@@ -213,12 +213,12 @@ def test_what_a_rank_says_while_it_runs(tmp_path: Path) -> None:
         wait_for(lambda: state(tmp_path, 1).turn == 2)
         found = state(tmp_path, 1)
         assert (found.rank, found.world_size, found.pid, found.step) == (1, 3, os.getpid(), 5)
-        assert found.part == "forward" and 0.8 <= (found.limit_s or 0) < 2
-        assert abs(found.time - time.time()) < 5 and 0 <= found.in_part_s < 5
+        assert found.phase == "forward" and 0.8 <= (found.limit_s or 0) < 2
+        assert abs(found.time - time.time()) < 5 and 0 <= found.in_phase_s < 5
         assert "waiting" not in found.at and not found.waiting and found.ended is None
         wait_for(lambda: state(tmp_path, 1).time > found.time)
         watching.mark(5, "save")
-        wait_for(lambda: state(tmp_path, 1).part == "save")
+        wait_for(lambda: state(tmp_path, 1).phase == "save")
         assert state(tmp_path, 1).limit_s == COLLECTIVE_TIMEOUT.total_seconds()
     assert state(tmp_path, 1).ended == "finished"
     assert "watchdog" not in [thread.name for thread in threading.enumerate()]

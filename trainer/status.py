@@ -1,0 +1,150 @@
+"""What a run is doing, or how it ended, from what is in its folder: for any process that sees that, at any time.
+
+Nothing is written, and every byte of a checkpoint is read before it is called sound. launch/status.py shows this.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import checked
+from trainer.config import ConfigError
+from trainer.presence import holder
+from trainer.ranks import RankState, holding_up, parse_state, read_bytes, state_path
+
+TAIL_BYTES = 2**22
+"""How much of metrics.jsonl is read, from its end: thousands of lines."""
+RECENT = 60
+"""Losses that are told, at most."""
+QUIET_S = 30.0
+"""A rank that wrote nothing for so much longer than others is pointed out."""
+
+
+def facts(run: Path) -> dict[str, Any]:
+    """All that can be found out, as plain JSON values. Raises ConfigError where there is no run."""
+    if not any((run / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "ranks")):
+        raise ConfigError(
+            f"{run} is not the folder of a run: it has neither run.json nor metrics, checkpoints or ranks; give what "
+            "run.dir was"
+        )
+    who = holder(run)
+    states = rank_states(run)
+    steps, hang = planned_steps(run), read_json(run / "ranks" / "hang.json")
+    metrics = list(read_metrics(run / "metrics.jsonl"))
+    newest = newest_values(metrics)
+    sound, damaged = check_checkpoints(run)
+    # A run that was stopped between two lines (run.log_every) has its last step in the checkpoint only.
+    done = max([0, *(line["step"] for line in metrics), *([sound["step"]] if sound else [])])
+    left_s = (steps - done) * newest["speed/step_s"] if steps is not None and "speed/step_s" in newest else None
+    paths = {state.rank: state_path(run, state.rank) for state in states}  # a new start removes some
+    written = {rank: path.stat().st_mtime for rank, path in paths.items() if path.exists()}  # by one clock
+    return {
+        "run": str(run),
+        "state": state_of(who, states, hang, started="train/loss" in newest and not any(map(is_loading, states))),
+        "holder": who,
+        "step": done,
+        "steps": steps,
+        "left_s": left_s,
+        "newest": newest,
+        "recent": {tag: recent(metrics, tag) for tag in ("train/loss", "eval/loss")},
+        "checkpoint": sound,
+        "damaged": damaged,
+        "ranks": [asdict(state) for state in states],
+        "furthest_back": [state.rank for state in holding_up(states, ())],
+        "quiet": [rank for rank, at in written.items() if at < max(written.values()) - QUIET_S],
+        "sign_of_life_s": max(0.0, time.time() - max(written.values())) if written else None,
+        "hang": hang or None,
+        "stacks": str(run / "stacks") if hang else None,
+    }
+
+
+def rank_states(run: Path) -> list[RankState]:
+    """What each rank said last. Rank 0 removes what was said by ranks that there are no more."""
+    found = (parse_state(read_bytes(path)) for path in sorted((run / "ranks").glob("rank_*.json")))
+    return [state for state in found if state is not None]
+
+
+def planned_steps(run: Path) -> int | None:
+    """run.steps; None where the record of the run is not there or damaged."""
+    try:
+        return int(read_json(run / "run.json")["config"]["run"]["steps"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def state_of(who: str | None, states: Sequence[RankState], hang: Mapping[str, Any], started: bool) -> str:
+    """One of the words that launch/status.py explains."""
+    if who is not None:
+        return "training" if started else "starting"
+    if hang:
+        return "hung"
+    if any(state.failed for state in states):
+        return "failed"
+    if any(state.ended is None for state in states):
+        return "killed"
+    if any(state.ended == "preempted" for state in states):
+        return "preempted"
+    return "finished" if states else "idle"
+
+
+def is_loading(state: RankState) -> bool:
+    """Whether a rank of a run that goes on has not come to its first step yet."""
+    return state.ended is None and state.phase == "start"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is none, or where it is just being written."""
+    try:
+        found = json.loads(read_bytes(path))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The last lines; one that is not whole is left out."""
+    try:
+        with path.open("rb") as file:
+            begin = max(0, file.seek(0, 2) - TAIL_BYTES)
+            file.seek(begin)
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    for line in lines[bool(begin) : -1]:
+        try:
+            values = json.loads(line, parse_constant=lambda _: None)  # NaN and the like, which are no JSON
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            yield values
+
+
+def newest_values(metrics: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The last number of each tag."""
+    newest: dict[str, float] = {}
+    for line in metrics:
+        newest |= {tag: value for tag, value in line.items() if value is not None}
+    newest.pop("step", None)
+    return newest
+
+
+def recent(metrics: Sequence[Mapping[str, Any]], tag: str) -> list[tuple[int, float | None]]:
+    """The last (step, value) of a tag; None for what is no finite number."""
+    return [(line["step"], line[tag]) for line in metrics if tag in line][-RECENT:]
+
+
+def check_checkpoints(run: Path) -> tuple[dict[str, Any] | None, dict[str, list[str]]]:
+    """The newest sound checkpoint, and by path what is wrong with those that are newer or were put aside."""
+    damaged = {
+        str(path): ["was put aside when the run went on"] for path in (run / "checkpoints").glob("damaged-step_*")
+    }
+    for found, wrong in checked(run):
+        if not wrong:
+            return {"path": str(found.path), "step": found.step}, damaged
+        damaged[str(found.path)] = wrong
+    return None, damaged
