@@ -155,7 +155,9 @@ class Watchdog:
             if self._factor == 0:
                 continue
             # Who cannot write must not hold it against another that it does not either.
-            silent_s, overdue = neighbour.silent_s(self._clock(), excused=self._cannot_write), self._state().overdue
+            begun = self._phase.phase != "start"
+            silent_s = neighbour.silent_s(self._clock(), excused=self._cannot_write, begun=begun)
+            overdue = self._state().overdue
             if self._alarmed():
                 self._answer()
             elif time.monotonic() - now > 2 * self._beat_s:
@@ -271,13 +273,16 @@ class _Listener:
         self._last = ranks.read_bytes(self._path)
         self._heard_s: float | None = None
 
-    def silent_s(self, now_s: float, excused: bool) -> float:
-        """Seconds since the file last changed, by our clock; 0 if the rank has ended, has not written in this run yet,
-        or is `excused` or unreadable."""
+    def silent_s(self, now_s: float, excused: bool, begun: bool) -> float:
+        """Seconds since the file last changed, by our clock; 0 if the rank has ended, or is `excused` or unreadable.
+
+        Until it changes for the first time, it may be that of an earlier run: 0 then too, unless this one has `begun`,
+        which all ranks do together; from there on it must change.
+        """
         news = ranks.read_bytes(self._path)
         state = ranks.parse_state(news)
         waived = excused or state is None or state.ended is not None
-        if news != self._last or (waived and self._heard_s is not None):
+        if news != self._last or (self._heard_s is None and begun) or (waived and self._heard_s is not None):
             self._heard_s = now_s
         self._last = news
         return 0.0 if self._heard_s is None else now_s - self._heard_s

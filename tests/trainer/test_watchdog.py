@@ -269,8 +269,8 @@ class Neighbour:
     def write(self, **changes: object) -> None:
         ranks.write_state(self.run_dir, replace(STATE, **changes))  # type: ignore[arg-type]
 
-    def silent_s(self, now_s: float, excused: bool = False) -> float:
-        return self.listener.silent_s(now_s, excused)
+    def silent_s(self, now_s: float, excused: bool = False, begun: bool = False) -> float:
+        return self.listener.silent_s(now_s, excused, begun)
 
 
 @pytest.fixture
@@ -281,6 +281,15 @@ def neighbour(tmp_path: Path) -> Neighbour:
 def test_a_file_that_never_changed_may_be_of_an_earlier_process(neighbour: Neighbour) -> None:
     assert neighbour.silent_s(1000.0) == 0
     assert neighbour.silent_s(2000.0) == 0
+
+
+def test_a_rank_that_stopped_before_its_second_word_is_missed(neighbour: Neighbour) -> None:
+    """It was there when the run began, since all ranks begin together."""
+    assert neighbour.silent_s(1000.0) == 0
+    assert neighbour.silent_s(1003.0, begun=True) == 0
+    assert neighbour.silent_s(1010.0, begun=True) == 7
+    neighbour.write(time=5e8)
+    assert neighbour.silent_s(1011.0, begun=True) == 0
 
 
 def test_silence_is_counted_from_the_last_change_whatever_time_the_file_says(neighbour: Neighbour) -> None:
