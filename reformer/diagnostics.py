@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reformer.attention import LSHSelfAttention
 from reformer.call import Call
-from reformer.lsh.hashing import bucket_factors, derive_seed, sort_by_bucket
+from reformer.lsh.hashing import bucket_factors, derive_seed, sort_by_bucket, sort_labels
 from reformer.model import Reformer
 from reformer.reversible import ReversibleBlock
 
@@ -168,7 +168,9 @@ def recovered_mass(
     Computed in fp32, or in float64 for such inputs.
     """
     n_tokens = qk_HTD.shape[1]
-    order_HRS, inverse_HRT = sort_by_bucket(buckets_HRT, chunk_len)
+    segment_ids_1T = None if segment_ids_T is None else segment_ids_T[None]
+    labels_HRT = sort_labels(buckets_HRT[None], segment_ids_1T, None)[0]
+    order_HRS, inverse_HRT = sort_by_bucket(labels_HRT, chunk_len)
     masses = []
     for head, qk in enumerate(qk_HTD.to(torch.promote_types(qk_HTD.dtype, torch.float32))):
         k_TD = qk / qk.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(qk.dtype).tiny)

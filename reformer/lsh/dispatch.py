@@ -17,7 +17,7 @@ from reformer.heads import check_chunk_len, check_heads
 from reformer.lsh.chunked import chunked_attention
 from reformer.lsh.counts import Counts
 from reformer.lsh.dropout import check_dropout
-from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket
+from reformer.lsh.hashing import bucket_factors, hash_to_buckets, sort_by_bucket, sort_labels
 from reformer.lsh.reference import lsh_attention_reference
 from reformer.lsh.rounds import Layout, by_head, renumbered
 from reformer.lsh.triton_attention import triton_attention, why_no_kernel, why_not
@@ -48,9 +48,9 @@ def lsh_attention(
 ) -> tuple[Tensor, Tensor]:
     """Multi-round LSH attention with shared queries and keys (Kitaev et al., ICLR 2020, section 2).
 
-    Per round, tokens are sorted by (bucket, position) and cut into chunks; a chunk sees itself and the one before
-    (and the one after when not causal), cyclically over all rounds. Keys are qk / ||qk||, scores q.k; a token
-    sees itself only if it sees nothing else. Rounds combine by exp(lse_round - lse_total).
+    Per round, tokens are sorted by (segment, bucket, position), padding last, and cut into chunks; a chunk sees itself
+    and the one before (and the one after when not causal), cyclically over all rounds. Keys are qk / ||qk||, scores
+    q.k; a token sees itself only if it sees nothing else. Rounds combine by exp(lse_round - lse_total).
 
     Args:
         qk: shared queries and keys [B, H, T, D], floating point; any T >= 1 (padded inside).
@@ -60,7 +60,7 @@ def lsh_attention(
         chunk_len: tokens per chunk of the sorted sequence.
         n_buckets: a number, its even factors, or None for about 2 * T / chunk_len.
         causal: whether a token sees only what stands before it in the original order. Which of these its chunk shows
-            it depends on where all tokens are sorted to, those after it and padding too.
+            it depends on where all tokens are sorted to, those after it too.
         key_padding_mask: booleans or integers [B, T], True (non-zero) at tokens that may be seen, False at padding:
             the reverse of nn.MultiheadAttention's.
         segment_ids: integer [B, T]; tokens of different segments do not see each other.
@@ -108,7 +108,7 @@ def lsh_attention(
                 dropout_keys=dropout_keys,
             )
         return out, buckets
-    buckets_GRT = buckets.flatten(0, 1)
+    labels_GRT = sort_labels(buckets, segment_ids, key_padding_mask).flatten(0, 1)
     if _takes_dense(backend, qk, n_hashes, chunk_len, causal, attend_across_buckets, dropout):
         is_one_chunk = n_tokens <= chunk_len  # each round shows all tokens, and equally often
         out = dense_attention(
@@ -117,10 +117,10 @@ def lsh_attention(
             causal=causal,
             key_padding_mask=key_padding_mask,
             segment_ids=segment_ids,
-            counts=None if is_one_chunk else Counts.of(buckets_GRT, chunk_len, causal, duplicate_correction),
+            counts=None if is_one_chunk else Counts.of(labels_GRT, chunk_len, causal, duplicate_correction),
         )
         return out, buckets
-    order, inverse = sort_by_bucket(buckets_GRT, chunk_len)
+    order, inverse = sort_by_bucket(labels_GRT, chunk_len)
     layout = Layout(
         order,
         inverse,
@@ -129,7 +129,7 @@ def lsh_attention(
         is_lsh=True,
         key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
         segment_ids_GT=None if segment_ids is None else by_head(renumbered(segment_ids), n_heads),
-        buckets_GRT=None if attend_across_buckets else renumbered(buckets_GRT),
+        buckets_GRT=None if attend_across_buckets else renumbered(buckets.flatten(0, 1)),
         duplicate_correction=duplicate_correction,
         dropout=dropout,
         dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten().clone(),

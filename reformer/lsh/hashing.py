@@ -145,8 +145,31 @@ def _argmax_of_both_signs(x_Ft: Tensor) -> Tensor:
     return first.add_(is_negative.squeeze(-2), alpha=n)
 
 
+def sort_labels(buckets_BHRT: Tensor, segment_ids_BT: Tensor | None, key_padding_mask_BT: Tensor | None) -> Tensor:
+    """Numbers [B, H, R, T] in the order of (padding, segment, bucket), by which tokens are sorted.
+
+    So the chunks of a document hold hardly any other tokens than its own, however many documents share the row, and
+    padding takes no place among what it pads. Without segments and padding these are the buckets themselves.
+    """
+    if segment_ids_BT is None and key_padding_mask_BT is None:
+        return buckets_BHRT
+    if segment_ids_BT is None:
+        segment_BT = torch.zeros_like(buckets_BHRT[:, 0, 0], dtype=torch.int64)
+    else:  # as 0, 1, 2, …, whatever integers they are
+        segment_BT = torch.unique(segment_ids_BT, return_inverse=True)[1]
+    if key_padding_mask_BT is not None:
+        segment_BT = segment_BT + ~key_padding_mask_BT.bool() * (segment_BT.max() + 1)
+    if buckets_BHRT.dtype == torch.int64:  # of the caller's own, of any size
+        buckets_BHRT = torch.unique(buckets_BHRT, return_inverse=True)[1]
+    least, most = (int(bound) for bound in buckets_BHRT.aminmax())
+    n_buckets = most - least + 1
+    fits = (int(segment_BT.max()) + 1) * n_buckets < 2**31
+    dtype = torch.int32 if fits else torch.int64  # the narrower, the faster they are sorted
+    return segment_BT.to(dtype)[:, None, None] * n_buckets + (buckets_BHRT.to(dtype) - least)
+
+
 def sort_by_bucket(buckets_GRT: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]:
-    """The order of the tokens by (bucket, position) in each round, and its inverse.
+    """The order of the tokens by (bucket, position) in each round, and its inverse; or by `sort_labels` for buckets.
 
     Returns order [G, R, C*L] int32, the token at each sorted place, with values of T and above at the padding
     that fills a round up to whole chunks; and inverse [G, R, T] int32, the sorted place of each token.

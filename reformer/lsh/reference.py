@@ -24,13 +24,22 @@ SELF_PENALTY = -1e5
 """A token's score with itself: finite, so that a token with no other target attends to itself."""
 
 
-def reach_counts(buckets_RT: Tensor, chunk_len: int, *, causal: bool, attend_across_buckets: bool) -> Tensor:
+def reach_counts(
+    buckets_RT: Tensor,
+    chunk_len: int,
+    *,
+    causal: bool,
+    attend_across_buckets: bool,
+    labels_RT: Tensor | None = None,
+) -> Tensor:
     """How often query i finds key j within the chunks that it sees, [R, T, T], for one head, before any mask.
 
     With attend_across_buckets=False only keys of the same round and bucket count (the paper's eq. 4).
+
+    labels_RT: what tokens are sorted by, if not their buckets; see `lexicographic`.
     """
     n_hashes, n_tokens = buckets_RT.shape
-    _, inverse = sort_by_bucket(buckets_RT[None], chunk_len)
+    _, inverse = sort_by_bucket((buckets_RT if labels_RT is None else labels_RT)[None], chunk_len)
     chunks_per_round = -(-n_tokens // chunk_len)
     n_chunks = n_hashes * chunks_per_round
     rounds = torch.arange(n_hashes, device=buckets_RT.device)
@@ -46,6 +55,13 @@ def reach_counts(buckets_RT: Tensor, chunk_len: int, *, causal: bool, attend_acr
                 seen &= same & (query_round == key_round)
             counts[query_round] += seen
     return counts
+
+
+def lexicographic(is_padding_T: Tensor, segment_ids_T: Tensor, buckets_RT: Tensor) -> Tensor:
+    """Numbers [R, T] in the order of (padding, segment, bucket)."""
+    columns = [is_padding_T.expand_as(buckets_RT), segment_ids_T.expand_as(buckets_RT), buckets_RT]
+    keys_3N = torch.stack([column.long().flatten() for column in columns])
+    return torch.unique(keys_3N, dim=1, return_inverse=True)[1].view_as(buckets_RT)
 
 
 def lsh_attention_reference(
@@ -84,6 +100,9 @@ def lsh_attention_reference(
         if segment_ids_BT is not None:
             allowed &= segment_ids_BT[b][:, None] == segment_ids_BT[b][None, :]
         allowed |= is_self
+        no_T = torch.zeros_like(position)
+        is_padding_T = no_T if key_padding_mask_BT is None else ~key_padding_mask_BT[b].bool()
+        segment_T = no_T if segment_ids_BT is None else segment_ids_BT[b]
         for h in range(qk_BHTD.shape[1]):
             scores = (qk_BHTD[b, h] @ k_BHTD[b, h].T).masked_fill(is_self, SELF_PENALTY)
             counts = reach_counts(
@@ -91,6 +110,7 @@ def lsh_attention_reference(
                 chunk_len,
                 causal=causal,
                 attend_across_buckets=attend_across_buckets,
+                labels_RT=lexicographic(is_padding_T, segment_T, buckets_BHRT[b, h]),
             )
             kept = None if dropout_keys is None else _keep_factors(dropout_keys[b, h], dropout, counts, scores.dtype)
             outputs.append(_combine_rounds(scores, counts * allowed, v_BHTD[b, h], duplicate_correction, kept))

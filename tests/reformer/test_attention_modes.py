@@ -202,9 +202,13 @@ def test_corrected_rounds_are_one_softmax_over_the_union(
         qk, v, buckets, n_hashes=n_hashes, chunk_len=chunk_len, causal=causal, attend_across_buckets=across,
         duplicate_correction=True, backend="chunked", **given,
     )  # fmt: skip
+    zeros = torch.zeros(2, n_tokens, dtype=torch.int64)
+    padding, segments = ~given.get("key_padding_mask", zeros == 0), given.get("segment_ids", zeros)
+    labels = buckets + 10 * segments[:, None, None] + 1_000 * padding[:, None, None]
+    options = {"causal": causal, "attend_across_buckets": across}
     counts = [
-        reach_counts(buckets_RT, chunk_len, causal=causal, attend_across_buckets=across).sum(dim=0)
-        for buckets_RT in buckets.flatten(0, 1)
+        reach_counts(buckets_RT, chunk_len, labels_RT=labels_RT, **options).sum(dim=0)
+        for buckets_RT, labels_RT in zip(buckets.flatten(0, 1), labels.flatten(0, 1), strict=True)
     ]
     reached = torch.stack(counts).view(2, 1, n_tokens, n_tokens) > 0
     exact = softmax_by_hand(qk, reached & allowed_by_hand(n_tokens, causal, given)) @ v

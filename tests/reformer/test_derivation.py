@@ -41,11 +41,20 @@ def buckets_by_hand(q: Tensor, rotations_DRF: Tensor, factors: tuple[int, ...]) 
     return torch.stack(rows)
 
 
-def reach_by_hand(b_RT: Tensor, L: int, causal: bool, across: bool) -> Tensor:
+def reach_by_hand(
+    b_RT: Tensor,
+    L: int,
+    causal: bool,
+    across: bool,
+    padding: list[bool] | None = None,
+    segments: list[int] | None = None,
+) -> Tensor:
     """(3) to (6): n [R, T, T]."""
     (R, T), b = b_RT.shape, b_RT.tolist()
     C = math.ceil(T / L)
-    p = [[sum((b[r][j], j) < (b[r][i], i) for j in range(T)) for i in range(T)] for r in range(R)]  # (3)
+    pi, s = padding or [False] * T, segments or [0] * T
+    key = [[(pi[i], s[i], b[r][i], i) for i in range(T)] for r in range(R)]
+    p = [[sum(key[r][j] < key[r][i] for j in range(T)) for i in range(T)] for r in range(R)]  # (3)
     g = [[r * C + p[r][i] // L for i in range(T)] for r in range(R)]  # (4)
     n = torch.zeros(R, T, T, dtype=torch.float64)
     for r in range(R):
@@ -160,7 +169,7 @@ def test_equations(causal: bool, across: bool, correct: bool, p: float) -> None:
 
     b = buckets_by_hand(q, rotations[0].double(), factors)
     assert torch.equal(b, buckets[0, 0].long())
-    n = reach_by_hand(b, L, causal, across)
+    n = reach_by_hand(b, L, causal, across, (~masked).tolist(), segments.tolist())
     i, j = torch.arange(T)[:, None], torch.arange(T)
     mu = ((j != i) & ((j < i) if causal else (j >= 0)) & masked & (segments[:, None] == segments)).double()  # (7)
     m = torch.stack([keep_factor(key[0], r, i, j, p, torch.float64) for r in range(R)])

@@ -66,8 +66,9 @@ def test_reached_keys_and_mass_equal_the_dense_definition(
     for segments in (None, segment_ids):
         mass = recovered_mass(qk, buckets, queries, chunk_len=CHUNK_LEN, segment_ids_T=segments, **options)
         for head in range(2):
-            reached = reach_counts(buckets[head], CHUNK_LEN, **options).sum(dim=0) > 0
-            order, inverse = sort_by_bucket(buckets[head : head + 1], CHUNK_LEN)
+            labels = buckets[head] if segments is None else buckets[head] + 1_000 * segments
+            reached = reach_counts(buckets[head], CHUNK_LEN, labels_RT=labels, **options).sum(dim=0) > 0
+            order, inverse = sort_by_bucket(labels[None], CHUNK_LEN)
             own = None if attend_across_buckets else buckets[head]
             fast = reached_keys(order[0], inverse[0], queries[head], CHUNK_LEN, causal=causal, buckets_RT=own)
             assert torch.equal(fast, reached[queries[head]])
@@ -179,7 +180,14 @@ def test_observed_reports_what_ran_and_changes_nothing(causal: bool) -> None:
                 [
                     dense_mass(
                         qk[h],
-                        reach_counts(buckets[0, h], 8, causal=causal, attend_across_buckets=False).sum(dim=0) > 0,
+                        reach_counts(
+                            buckets[0, h],
+                            8,
+                            causal=causal,
+                            attend_across_buckets=False,
+                            labels_RT=buckets[0, h] + 1_000 * segments[0],
+                        ).sum(dim=0)
+                        > 0,
                         causal,
                         segments[0],
                     )[queries[h]]
