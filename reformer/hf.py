@@ -124,10 +124,12 @@ KIND_TENSORS = {
 }
 
 
-def load_hf(folder: str | Path) -> Reformer:
+def load_hf(folder: str | Path, attn_dropout: float | None = None) -> Reformer:
     """The model in a folder that Hugging Face's `save_pretrained` or our `save_hf` wrote, in the file's dtypes.
 
     It is in evaluation mode: `model.train()` before training it.
+
+    attn_dropout: in place of the folder's, which must be one for both kinds of layers (transformers' defaults are two).
 
     A `lm_head.bias` that is not zero is taken over and warned of: the authors' code and transformers 4 add it to the
     logits, transformers 5 leaves it out.
@@ -136,7 +138,7 @@ def load_hf(folder: str | Path) -> Reformer:
         ConfigError: a file is missing or damaged, a setting or tensor has no counterpart, is missing or misshapen.
     """
     folder = Path(folder)
-    config = config_from_hf(_read_config(folder / CONFIG_FILE))
+    config = config_from_hf(_read_config(folder / CONFIG_FILE), attn_dropout)
     tensors = _read_weights(folder / WEIGHTS_FILE)
     model = skeleton(config)
     expected = state_to_hf(model.state_dict(), config)
@@ -179,12 +181,15 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
     write_folder(Path(folder), config, tensors)
 
 
-def config_from_hf(values: Mapping[str, Any]) -> ReformerConfig:
+def config_from_hf(values: Mapping[str, Any], attn_dropout: float | None = None) -> ReformerConfig:
     """Our configuration from the contents of config.json; keys that do not shape the model are ignored.
+
+    attn_dropout: as in `load_hf`.
 
     Raises ConfigError for what our model cannot express, with the key, its value and a way out.
     """
-    hf = {**DEFAULTS, **values}
+    given = {} if attn_dropout is None else dict.fromkeys(ATTN_DROPOUT.values(), attn_dropout)
+    hf = {**DEFAULTS, **values, **given}
     _check_expressible(hf)
     layers = tuple(hf["attn_layers"])
     fields = {
@@ -347,7 +352,8 @@ def _check_expressible(hf: Mapping[str, Any]) -> None:
         needed[f"{kind}_num_chunks_after"] = (0 if causal else 1, _TRAINED_WITH)
         needed[ATTN_DROPOUT[kind]] = (
             hf[ATTN_DROPOUT[layers[0]]],
-            "local and lsh layers share one attn_dropout; give both the same value, which changes nothing but training",
+            "local and lsh layers share one attn_dropout; name it, which changes nothing but training, by "
+            "load_hf(folder, attn_dropout=0.0), or give both keys the same value",
         )
     for key, (value, way_out) in needed.items():
         if hf[key] != value:

@@ -15,6 +15,8 @@ from trainer.config import ConfigError
 def read_model(folder: Path, name: str) -> Reformer:
     """The model in a folder that launch/export.py, save_model, save_hf or Hugging Face's save_pretrained wrote.
 
+    Nobody trains it as it is: attention dropout, of which Hugging Face's folders may have two kinds, is 0 in theirs.
+
     Raises ConfigError where there is none, or it is damaged.
 
     name: what the folder is called in errors.
@@ -27,7 +29,7 @@ def read_model(folder: Path, name: str) -> Reformer:
             "--output exported, and give that folder"
         )
     is_hf = _read_json(folder / CONFIG_FILE).get("model_type") == "reformer"
-    model = load_hf(folder) if is_hf else load_model(folder)
+    model = load_hf(folder, attn_dropout=0.0) if is_hf else load_model(folder)
     if any(not parameter.float().isfinite().all() for parameter in model.parameters()):
         raise ConfigError(f"{name} has weights that are not finite: give those of an earlier checkpoint")
     return model

@@ -175,12 +175,15 @@ def test_a_model_that_began_at_hugging_face(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = transformers.ReformerModelWithLMHead(
         transformers.ReformerConfig(
-            is_decoder=True, axial_pos_shape=[16, 16], max_position_embeddings=256,
-            local_attention_probs_dropout_prob=0.0, num_hashes=2, attn_layers=["local", "lsh"], num_attention_heads=2,
+            is_decoder=True, axial_pos_shape=[16, 16], max_position_embeddings=256, num_hashes=2,
+            attn_layers=["local", "lsh"], num_attention_heads=2,
         )
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_hf(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match=r"share one attn_dropout; name it.* by load_hf\(folder, attn_dropout=0.0\)"):
+        load_hf(tmp_path / "theirs")
+    assert load_hf(tmp_path / "theirs", attn_dropout=0.1).config.attn_dropout == 0.1
+    ours = load_hf(tmp_path / "theirs", attn_dropout=0.0)
     assert ours.config == ReformerConfig(
         vocab_size=320, max_seq_len=256, d_model=256, n_layers=2, attn_pattern=("local", "lsh"), n_heads=2, d_head=64,
         d_ff=512, n_hashes=2, norm_eps=1e-12, dropout=0.05, axial_shape=(16, 16), axial_dims=(64, 192),

@@ -79,7 +79,10 @@ def test_tensor_names_cover_the_state_exactly_once() -> None:
         ({"lsh_num_chunks_before": 0}, "lsh_num_chunks_before=0"),
         ({"lsh_num_chunks_after": 1}, "lsh_num_chunks_after=1.*computes with 0"),
         ({"is_decoder": False, "attn_layers": ["lsh"], "lsh_num_chunks_after": 0}, "lsh_num_chunks_after=0.*with 1"),
-        ({"local_attention_probs_dropout_prob": 0.05}, "lsh_attention_probs_dropout_prob=0.1.*with 0.05: .*same value"),
+        (
+            {"local_attention_probs_dropout_prob": 0.05},
+            "lsh_attention_probs_dropout_prob=0.1.*with 0.05: .*attn_dropout=0.0",
+        ),
         (
             {"attn_layers": ["lsh"], "lsh_attention_probs_dropout_prob": 1.5},
             r"'attn_dropout'(.|\n)*attn_dropout is lsh_attention_probs_dropout_prob",

@@ -60,6 +60,17 @@ def test_one_of_hugging_faces_and_one_in_half_precision(tmp_path: Path) -> None:
     assert "head.weight" not in read_initial(folder, half.config, 0)
 
 
+def test_hugging_faces_two_kinds_of_attention_dropout_do_not_matter(tmp_path: Path) -> None:
+    """Whoever begins with the folder has a dropout of its own; whoever evaluates it, none."""
+    model, folder = Reformer(model_config()), tmp_path / "hf"
+    save_hf(model, folder)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "local_attention_probs_dropout_prob": 0.05}))
+    assert check_initial(folder, model_config(attn_dropout=0.1), STORE, OURS) == [f"{folder} {UNKNOWN}"]
+    assert torch.equal(read_initial(folder, model_config(attn_dropout=0.1), 0)["head.weight"], model.head.weight)
+    assert read_model(folder, str(folder)).config == model.config
+
+
 def test_what_changes_no_weight_may_differ_and_is_told(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", kind="bytes", sha256=OURS)
     changed = model_config(n_hashes=8, attn_pattern=["local", "dense"], seed=3)
