@@ -125,13 +125,24 @@ def test_the_first_call_is_a_pass_and_chunks_that_hold_all_make_all_of_them_one(
             assert relative_error(decoder(tokens[:, :t]), model(tokens[:, :t])[:, -1:]) < ROUNDING
 
 
-def test_several_tokens_later_are_the_same_as_one_by_one() -> None:
-    model, tokens = make(), draw()
+def test_a_few_tokens_later_are_the_same_as_one_by_one() -> None:
+    model, tokens = make(max_seq_len=192), draw(187)
     one_by_one, at_once = Decoder(model), Decoder(model)
-    for t in range(10, LENGTH + 1):
+    for t in (185, 186, 187):
         expected = one_by_one(tokens[:, :t])
-    at_once(tokens[:, :10])
+    at_once(tokens[:, :185])
     assert torch.equal(at_once(tokens.to(torch.uint16)), expected)
+    assert not torch.equal(Decoder(model)(tokens), expected)
+
+
+@pytest.mark.parametrize("n_first", [1, 3, 188])
+def test_many_tokens_later_are_those_of_a_new_decoder(n_first: int) -> None:
+    """Then a pass over all is less work."""
+    model, tokens = make(max_seq_len=192), draw(192)
+    new, decoder = Decoder(model), Decoder(model)
+    decoder(tokens[:, :n_first])
+    for t in (191, 192):
+        assert torch.equal(decoder(tokens[:, :t]), new(tokens[:, :t]))
 
 
 def test_it_continues_a_text() -> None:
