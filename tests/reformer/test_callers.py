@@ -233,6 +233,15 @@ def test_parts_of_sharded_weights_are_not_written(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error")
 def test_lengths_that_transformers_would_refuse_are_told(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="max_seq_len=121 is no multiple of 8.* refuses those of more than 120 tokens"):
-        save_hf(make_model(max_seq_len=121), tmp_path / "odd")
-    save_hf(make_model(max_seq_len=120), tmp_path / "even")
-    save_hf(make_model(max_seq_len=7), tmp_path / "short")
+        save_hf(make_model(max_seq_len=121, n_buckets=4), tmp_path / "odd")
+    save_hf(make_model(max_seq_len=120, n_buckets=4), tmp_path / "even")
+    save_hf(make_model(max_seq_len=7, n_buckets=4), tmp_path / "short")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_number_of_buckets_that_transformers_would_take_from_its_first_sequence_is_told(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"transformers takes .* first sequence .* \(model.n_buckets=\[30\] is ours for"
+    ):
+        save_hf(make_model(), tmp_path / "none")
+    save_hf(make_model(attn_pattern=["local"]), tmp_path / "local")

@@ -15,16 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reformer import ConfigError, ReformerConfig
-from reformer.hf import (
-    DEFAULTS,
-    config_from_hf,
-    config_to_hf,
-    load_hf,
-    save_hf,
-    state_from_hf,
-    state_to_hf,
-    tensor_names,
-)
+from reformer.hf import config_from_hf, config_to_hf, load_hf, save_hf, state_from_hf, state_to_hf
+from reformer.hf_names import DEFAULTS, tensor_names
 
 
 def test_defaults_are_those_of_transformers() -> None:
@@ -217,5 +209,5 @@ def test_a_partitioned_model_is_refused(tmp_path: Path) -> None:
 def test_the_documented_example_runs(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/library.md").read_text(encoding="utf-8")
     (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "load_hf" in block)
-    subprocess.run([sys.executable, "-c", example], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", example], check=True, cwd=tmp_path)
     assert load_hf(tmp_path / "exported").config.vocab_size == 256
