@@ -83,8 +83,8 @@ class Decoder:
                 f"tokens are {list(tokens_1T.shape)}, expected [1, T] with T above the {done} that this decoder has "
                 f"seen and at most max_seq_len={most}; another sequence takes another decoder"
             )
+        self.model.check_parameters()
         check_tokens(tokens_1T, self.model.config.vocab_size)
-        self.model.check_embeddings()
         if done and not torch.equal(tokens_1T[0, :done].long(), self.seen_T):
             raise ValueError("the tokens do not begin with those that this decoder has seen: make another one for them")
 

@@ -90,7 +90,7 @@ class Reformer(nn.Module):
                 in a model without LSH attention; labels or segment_ids of another shape or no integers; dropout in
                 training without a step; per_token without labels, or where gradients are wanted; a number of parts that
                 does not divide n_heads.
-            RuntimeError: tied embeddings that are two parameters by now.
+            RuntimeError: parameters on the meta device, or tied embeddings that are two parameters by now.
         """
         self._check(tokens, labels, segment_ids, step, sample_ids, n_hashes, per_token, part)
         ids = range(len(tokens)) if sample_ids is None else sample_ids
@@ -107,8 +107,14 @@ class Reformer(nn.Module):
         )
         return self.head(*self._streams(tokens, call), labels, per_token)
 
-    def check_embeddings(self) -> None:
-        """Raise RuntimeError for tied embeddings that are two parameters by now."""
+    def check_parameters(self) -> None:
+        """Raise RuntimeError for some on the meta device, or tied embeddings that are two parameters by now."""
+        on_meta = next((name for name, parameter in self.named_parameters() if parameter.is_meta), None)
+        if on_meta is not None:
+            raise RuntimeError(
+                f"{on_meta} is on the meta device, which has shapes but no numbers: give the model memory and weights, "
+                "model.to_empty(device='cpu') and then model.load_state_dict(…), or build it on a real device"
+            )
         if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:
             raise RuntimeError(
                 "tie_embeddings=True, but the embedding and the head have a matrix each, as to_empty() and "
@@ -127,7 +133,7 @@ class Reformer(nn.Module):
         part: SequencePart,
     ) -> None:
         """Raises what `forward` says."""
-        self.check_embeddings()
+        self.check_parameters()
         if step is None and self.training and (self.config.dropout or self.config.attn_dropout):
             raise ValueError(
                 "training with dropout needs a step, from which its masks follow: pass step=, the number of updates so "

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from reformer import Reformer, ReformerConfig, lsh_attention
 from reformer.config import ConfigError
+from reformer.decoding import Decoder
 from reformer.dense import dense_attention
 from reformer.generation import choose
 from reformer.hf import save_hf
@@ -161,6 +162,20 @@ def test_training_with_dropout_needs_a_step(dropped: str) -> None:
     with pytest.raises(ValueError, match="training with dropout needs a step, from which its masks follow: pass step="):
         model(TOKENS, TOKENS)
     assert torch.equal(model.eval()(TOKENS), model(TOKENS, step=0))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_without_memory_is_refused(device: str) -> None:
+    tokens = TOKENS[:1].to(device)
+    with torch.device("meta"):
+        model = Reformer(ReformerConfig(**SMALL))
+    for use in (model, Decoder(model)):
+        with pytest.raises(
+            RuntimeError, match=r"tokens.weight is on the meta device.*model\.to_empty\(device='cpu'\) and"
+        ):
+            use(tokens)
+    model.to_empty(device="cpu").load_state_dict(make_model().float().state_dict())
+    assert model(TOKENS).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
