@@ -5,6 +5,7 @@ float64), and are read side by side at the end.
 """
 
 import operator
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,8 @@ class Reformer(nn.Module):
             labels: integers [B, T], the token to be predicted at each place (already shifted), -100 to ignore it.
             segment_ids: integer [B, T]; tokens of different segments (documents) do not see each other.
             step: with the model's seed, fixes the hash rotations and dropout masks of this pass: in training, how many
-                updates came before. None: the rotations of step 0, and no dropout may be drawn.
+                updates came before. None: the rotations of step 0, which in training is warned of, and no dropout may
+                be drawn.
             sample_ids: index of each sample in the global batch, which keys its dropout; 0, 1, … if not given.
             n_hashes: rounds of LSH attention, more or fewer than the model was trained with; None: as configured.
             per_token: the loss of each token, fp32 [B, T], in place of their mean; 0 where its label is -100. Under
@@ -138,6 +140,12 @@ class Reformer(nn.Module):
             raise ValueError(
                 "training with dropout needs a step, from which its masks follow: pass step=, the number of updates so "
                 "far, or call model.eval()"
+            )
+        if step is None and self.training and torch.is_grad_enabled() and self.config.has_lsh:
+            warnings.warn(
+                "training without a step repeats the hash rotations of step 0 in every pass: pass step=, the number of "
+                "updates so far, or call model.eval()",
+                stacklevel=5,  # whoever calls the module, beyond forward and two of torch's
             )
         if n_hashes is not None and (n_hashes < 1 or not self.config.has_lsh):
             raise ValueError(

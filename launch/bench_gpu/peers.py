@@ -170,7 +170,7 @@ def _ours(sizes: Sizes, backend: Backend | None = None, keep_ends: bool = True) 
     blocks: Any = model.blocks
     for block in blocks:
         block.attention.inner = functools.partial(lsh_attention, backend=backend)
-    return model_step(model, lambda tokens: model(tokens, tokens), sizes)
+    return model_step(model, lambda tokens: model(tokens, tokens, step=0), sizes)
 
 
 def _dense(sizes: Sizes, attend_of: Callable[[Sizes, Tensor], Attend]) -> Step:

@@ -164,6 +164,21 @@ def test_training_with_dropout_needs_a_step(dropped: str) -> None:
     assert torch.equal(model.eval()(TOKENS), model(TOKENS, step=0))
 
 
+@pytest.mark.filterwarnings("error")
+def test_training_without_a_step_is_warned_of_where_it_repeats_rotations() -> None:
+    model = make_model()
+    with pytest.warns(
+        UserWarning, match="repeats the hash rotations of step 0 in every pass: pass step=, the"
+    ) as caught:
+        model(TOKENS, TOKENS)
+    assert [warning.filename for warning in caught] == [__file__]
+    model(TOKENS, TOKENS, step=0)
+    make_model(attn_pattern=["local"])(TOKENS)
+    with torch.no_grad():
+        model(TOKENS)
+    model.eval()(TOKENS)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_model_without_memory_is_refused(device: str) -> None:
     tokens = TOKENS[:1].to(device)
