@@ -110,7 +110,7 @@ def skeleton(config: ReformerConfig) -> Reformer:
 def check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str, way_out: str) -> None:
     """ConfigError for each tensor that is missing, unexpected, of another shape or no floating-point number."""
     problems = [f"{name} is missing" for name in expected if name not in actual]
-    problems += [f"{name} is not part of such a model" for name in actual if name not in expected]
+    problems += [f"{name} is {_stranger(name)}" for name in actual if name not in expected]
     for name in actual.keys() & expected.keys():
         if actual[name].shape != expected[name].shape:
             problems.append(f"{name} is {list(actual[name].shape)}, expected {list(expected[name].shape)}")
@@ -120,6 +120,13 @@ def check_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
             problems.append(f"{name} is {actual[name].dtype}, expected floating-point numbers")
     if problems:
         raise ConfigError(f"{complaint}: {way_out}\n  " + "\n  ".join(sorted(problems)))
+
+
+def _stranger(name: str) -> str:
+    """What a tensor of this name is."""
+    if ".parametrizations." in name:
+        return "a parametrization's: take that off (torch.nn.utils.parametrize.remove_parametrizations), as of LoRA"
+    return "not part of such a model"
 
 
 def refuse_shared(tensors: Mapping[str, Tensor]) -> None:

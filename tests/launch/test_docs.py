@@ -77,6 +77,19 @@ def test_the_library_example_runs() -> None:
     subprocess.run([sys.executable, "-c", example], check=True, cwd=ROOT)
 
 
+def test_the_example_of_features_runs_and_both_ways_are_the_same() -> None:
+    example = next(block for language, block in BLOCKS if language == "python" and "class Features" in block)
+    check = """
+assert features.shape == (1, 1000, 512)
+x = model.embedding(tokens)
+streams = reversible_stack(model.blocks, x, x, Call(seed=0, step=0, sample_ids=(0,)))
+assert torch.equal(torch.cat(streams, dim=-1), features)
+(y1.sum() + features.square().sum()).backward()
+assert all(p.grad is not None for p in (*model.blocks.parameters(), *model.embedding.parameters()))
+"""
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", example + check], check=True, cwd=ROOT)
+
+
 def test_linked_files_exist() -> None:
     for page, text in PAGES.items():
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", text):

@@ -17,10 +17,10 @@ from reformer.config import ConfigError
 from reformer.decoding import Decoder
 from reformer.dense import dense_attention
 from reformer.generation import choose
-from reformer.hf import save_hf
+from reformer.hf import load_hf, save_hf
 from reformer.local import local_attention
 from reformer.lsh.hashing import draw_rotations
-from reformer.weights import save_model
+from reformer.weights import load_model, save_model
 
 SMALL = {
     "vocab_size": 50,
@@ -116,6 +116,27 @@ def test_the_reference_has_second_derivatives() -> None:
     (d_q,) = torch.autograd.grad(by_lsh("reference")(q, v).sum(), q, create_graph=True)
     (second,) = torch.autograd.grad(d_q.square().sum(), q)
     assert second.any()
+
+
+def test_the_reference_has_torch_func_and_is_mapped_where_nothing_else_differs() -> None:
+    """What docs/library.md says."""
+    q, v = torch.randn(2, 1, 1, 40, 16).double()
+    buckets = torch.randint(0, 4, (1, 1, 2, 40))
+    options: dict[str, Any] = {"n_hashes": 2, "chunk_len": 8, "backend": "reference"}
+
+    def hashed(q: Tensor) -> Tensor:
+        return lsh_attention(q, v, rotations=torch.ones(1, 16, 2, 5), **options)[0].sum()
+
+    def given(q: Tensor, buckets: Tensor = buckets) -> Tensor:
+        return lsh_attention(q, v, buckets, **options)[0].sum()
+
+    assert torch.func.grad(hashed)(q).any() and torch.func.jacrev(hashed)(q).any()
+    torch.func.jvp(hashed, (q,), (q,))
+    assert torch.equal(torch.func.vmap(given)(q[None]), given(q)[None])
+    assert torch.func.jacfwd(given)(q).any() and torch.func.hessian(given)(q).any()
+    for refused in (lambda: torch.func.vmap(hashed)(q[None]), lambda: torch.func.vmap(given)(q[None], buckets[None])):
+        with pytest.raises(RuntimeError):
+            refused()
 
 
 def test_a_step_is_the_number_whatever_its_type() -> None:
@@ -258,6 +279,33 @@ def test_parts_of_sharded_weights_are_not_written(tmp_path: Path) -> None:
     weights = {name: weight.as_subclass(Sharded) for name, weight in model.state_dict().items()}
     with pytest.raises(ConfigError, match=r"head.bias is sharded, expected the whole: get_model_state_dict"):
         save_model(tmp_path / "m", model.config, weights)
+
+
+class LowRank(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(n, 2, dtype=weight.dtype)) for n in weight.shape)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.a @ self.b.T
+
+
+def test_adapters_are_taken_off_before_a_model_is_written(tmp_path: Path) -> None:
+    model = make_model().eval()
+    attention = model.blocks[0].attention
+    parametrize.register_parametrization(attention, "qk_weight", LowRank(attention.qk_weight))
+    expected = model(TOKENS)
+    for save in (
+        lambda folder: save_model(folder, model.config, model.state_dict()),
+        lambda folder: save_hf(model, folder),
+    ):
+        with pytest.raises(ConfigError, match=r"qk_weight.original is a parametrization's: take that off .*LoRA"):
+            save(tmp_path / "m")
+    parametrize.remove_parametrizations(attention, "qk_weight")
+    save_model(tmp_path / "own", model.config, model.state_dict())
+    save_hf(model, tmp_path / "hf")
+    for loaded in (load_model(tmp_path / "own"), load_hf(tmp_path / "hf")):
+        assert torch.equal(loaded(TOKENS), expected)
 
 
 @pytest.mark.filterwarnings("error")

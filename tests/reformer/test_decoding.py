@@ -125,6 +125,15 @@ def test_the_first_call_is_a_pass_and_chunks_that_hold_all_make_all_of_them_one(
             assert relative_error(decoder(tokens[:, :t]), model(tokens[:, :t])[:, -1:]) < ROUNDING
 
 
+def test_buckets_of_a_prompt_are_those_of_a_pass_if_their_number_is_given() -> None:
+    tokens = draw()
+    with torch.no_grad():
+        for n_buckets, is_same in ((4, True), (None, False)):
+            model = make(n_buckets=n_buckets)
+            error = relative_error(Decoder(model)(tokens), model(tokens)[:, -1:])
+            assert error < ROUNDING if is_same else error > 0.01
+
+
 def test_a_few_tokens_later_are_the_same_as_one_by_one() -> None:
     model, tokens = make(max_seq_len=192), draw(187)
     one_by_one, at_once = Decoder(model), Decoder(model)
