@@ -25,6 +25,8 @@ _FAR_OFF = 4
 """Shares of tokens so many times more or less than those of documents are told."""
 _MUCH_PADDING, _ROWS_ENOUGH = 0.5, 16
 """Of so many rows, so much padding is told: in fewer, the last one of each split is much of it."""
+_MANY_REMNANTS = 0.01
+"""Such a share of rows with next to nothing to predict is told: a few books happen to end just after a row."""
 
 
 class PlanSettings(NamedTuple):
@@ -33,6 +35,8 @@ class PlanSettings(NamedTuple):
     seq_len: int
     packing: str
     stride: int
+    bos: bool
+    eos: bool
     split: Mapping[str, float]
     appends: bool
     """Whether the documents are added to a store, which has its splits."""
@@ -166,6 +170,8 @@ def _notes_on_rows(documents: Documents, plan: Plan, settings: PlanSettings) -> 
         for name, asked in settings.split.items()
         if not asked / _FAR_OFF <= shares[name] <= asked * _FAR_OFF
     ]
+    if remnants := _notes_on_remnants(weights, plan, settings):
+        return notes + remnants  # instead of advice for shorter rows
     n_places = plan.n_rows * settings.seq_len
     if plan.n_rows >= _ROWS_ENOUGH and (padding := 1 - plan.segments.length.sum() / n_places) > _MUCH_PADDING:
         notes.append(
@@ -173,6 +179,31 @@ def _notes_on_rows(documents: Documents, plan: Plan, settings: PlanSettings) -> 
             "--seq-len, or --packing bestfit"
         )
     return notes
+
+
+def _notes_on_remnants(lengths: np.ndarray, plan: Plan, settings: PlanSettings) -> list[str]:
+    """What the user should know of rows that hold the last token or two of documents a little longer than a row.
+
+    lengths: of the documents in tokens. The first token of a stretch is predicted by nothing.
+    """
+    segments, seq_len = plan.segments, settings.seq_len
+    n_labels = np.bincount(segments.row, segments.length - 1, plan.n_rows)
+    is_remnant = (n_labels[segments.row] <= 1) & (segments.document_start > 0)
+    n_rows = len(np.unique(segments.row[is_remnant]))
+    if n_rows < _MANY_REMNANTS * plan.n_rows or not n_rows or settings.stride < seq_len:
+        return []
+    kinds, counts = np.unique(lengths[segments.document[is_remnant]], return_counts=True)
+    typical = int(kinds[counts.argmax()])
+    longer = -(-typical // (typical // seq_len))  # in which it takes a row less
+    left_over = typical % seq_len
+    marks = [name for name, there in (("EOS", settings.eos), ("BOS", settings.bos)) if there]
+    included = f", {' and '.join(sorted(marks))} included" if marks else ""
+    fewer = " ".join(f"--no-{name.lower()}" for name in marks[:left_over])
+    or_fewer = f", or {fewer}" if left_over <= len(marks) else ""
+    return [
+        f"{n_rows:,} of {plan.n_rows:,} rows have one token to predict, or none: what rows of {seq_len:,} tokens leave "
+        f"over of documents of {typical:,}{included}. Choose --seq-len {longer} or more{or_fewer}"
+    ]
 
 
 def _check_left(option: str, good: np.ndarray, dropped: np.ndarray) -> None:

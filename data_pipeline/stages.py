@@ -273,16 +273,8 @@ _PLAN_FACTS = ("split_names", "split_rows", "notes")
 
 def plan_settings(work: Work) -> PlanSettings:
     """What of the settings decides the plan."""
-    decisive = work.decisive
-    return PlanSettings(
-        seq_len=decisive.seq_len,
-        packing=decisive.packing,
-        stride=decisive.stride,
-        split=decisive.split,
-        appends=work.append_to is not None,
-        duplicates=decisive.duplicates,
-        near_threshold=decisive.near_threshold,
-    )
+    decisive = {name: getattr(work.decisive, name) for name in PlanSettings._fields if name != "appends"}
+    return PlanSettings(**decisive, appends=work.append_to is not None)
 
 
 def _begin_content(work: Work, n_rows: int) -> None:

@@ -1,0 +1,51 @@
+"""What a build tells about rows, arrays and text that are hardly what was meant."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.build import build
+from data_pipeline.config import BuildSettings
+
+
+def notes(folder: Path, **changes: object) -> tuple[str, ...]:
+    """Of a build of the arrays of a folder, in rows of 48 tokens."""
+    given = {"inputs": (str(folder),), "tokenizer": "integers", "output": folder / "store", "vocab_size": 256}
+    return build(BuildSettings(**{**given, "seq_len": 48, **changes})).notes
+
+
+@pytest.mark.parametrize(
+    ("n_values", "marks", "advice"),
+    [
+        (48, {"eos": False}, "49, BOS included. Choose --seq-len 49 or more, or --no-bos"),
+        (48, {"bos": False}, "49, EOS included. Choose --seq-len 49 or more, or --no-eos"),
+        (48, {}, "50, BOS and EOS included. Choose --seq-len 50 or more, or --no-eos --no-bos"),
+        (47, {}, "49, BOS and EOS included. Choose --seq-len 49 or more, or --no-eos"),
+        (49, {"bos": False, "eos": False}, "49. Choose --seq-len 49 or more"),
+        (95, {}, "97, BOS and EOS included. Choose --seq-len 49 or more, or --no-eos"),
+    ],
+)
+def test_rows_with_nothing_to_predict_are_told(tmp_path: Path, n_values: int, marks: dict, advice: str) -> None:
+    np.save(tmp_path / "images.npy", np.ones((20, n_values), np.uint8))
+    n_rows = 20 * (1 + (n_values + 2) // 48)
+    told = f"20 of {n_rows} rows have one token to predict, or none: what rows of 48 tokens leave over of documents of "
+    (note,) = notes(tmp_path, packing="book", **marks)
+    assert note == told + advice
+    longer = int(advice.partition("--seq-len ")[2].split()[0])
+    assert notes(tmp_path, packing="book", **marks, seq_len=longer, output=tmp_path / "longer") == ()
+
+
+def test_a_document_that_happens_to_end_after_a_row_is_not_told(tmp_path: Path) -> None:
+    images = np.ones((150, 47), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, longer=np.ones((1, 48), np.uint8))
+    assert notes(tmp_path, packing="book", eos=False) == ()
+    np.savez(tmp_path / "a.npz", images=images, longer=np.ones((2, 48), np.uint8))
+    (note,) = notes(tmp_path, packing="book", eos=False, output=tmp_path / "two")
+    assert note.startswith("2 of 154 rows have one token to predict, or none")
+
+
+@pytest.mark.parametrize("changes", [{"packing": "stream"}, {"packing": "book", "stride": 20}])
+def test_other_ways_to_pack_leave_nothing_over(tmp_path: Path, changes: dict) -> None:
+    np.save(tmp_path / "images.npy", np.ones((200, 48), np.uint8))
+    assert notes(tmp_path, eos=False, **changes) == ()
