@@ -147,13 +147,23 @@ def make_plan(documents: Documents, given_split: np.ndarray, known: np.ndarray, 
     return plan
 
 
-def notes_on_items(documents: Documents) -> list[str]:
-    """What the user should know of arrays whose items, each a document, hold hardly anything."""
-    n_tokens = documents.n_tokens[documents.record >= 0]
-    if len(n_tokens) < 2 or (typical := int(np.median(n_tokens))) > _FEW_TOKENS:
+def notes_on_items(documents: Documents, kept: np.ndarray, files: Sequence[InputFile]) -> list[str]:
+    """What the user should know of arrays whose items, each a document, are hardly what was meant."""
+    kept = kept[documents.record[kept] >= 0]
+    n_tokens = documents.n_tokens[kept]
+    numbers, file, n_items = np.unique(documents.file[kept], return_inverse=True, return_counts=True)
+    is_cut = (n_items > 1) & np.array([files[number].name.lower().endswith(".npy") for number in numbers], bool)
+    if is_cut.sum() > 1:
+        is_uniform = len(np.unique(n_items[is_cut])) == len(np.unique(n_tokens[is_cut[file]])) == 1
+        return [
+            f"{is_cut.sum():,} .npy files came to {n_items[is_cut].sum():,} documents, one for each item of the first "
+            f"dimension{', and all have one shape, as files of one document each do' if is_uniform else ''}: if a file "
+            "is one document, stack all into one array, or save numpy.expand_dims(array, 0)"
+        ]
+    if len(kept) < 2 or (typical := int(np.median(n_tokens))) > _FEW_TOKENS:
         return []
     return [
-        f"{len(n_tokens):,} items of arrays are a document each, of {typical} tokens (the median): if such an array is "
+        f"{len(kept):,} items of arrays are a document each, of {typical} tokens (the median): if such an array is "
         "one piece, save it flat, or with a leading dimension of 1"
     ]
 

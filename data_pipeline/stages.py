@@ -262,7 +262,8 @@ def plan(work: Work, number: int) -> None:
     for record in records:
         sha256[record.input_file] = record.input_sha256
     _save_arrays(folder, {"inputs": sha256})
-    made.notes.extend(notes_on_items(documents) if work.decisive.tokenizer_kind == "integers" else ())
+    if work.decisive.tokenizer_kind == "integers":
+        made.notes.extend(notes_on_items(documents, made.kept, work.files))
     facts = {name: getattr(made, name) for name in _PLAN_FACTS}
     write_json(folder / f"{record_name(number)}.json", {**facts, "n_rows": made.n_rows, "problems": problems})
 

@@ -49,3 +49,44 @@ def test_a_document_that_happens_to_end_after_a_row_is_not_told(tmp_path: Path) 
 def test_other_ways_to_pack_leave_nothing_over(tmp_path: Path, changes: dict) -> None:
     np.save(tmp_path / "images.npy", np.ones((200, 48), np.uint8))
     assert notes(tmp_path, eos=False, **changes) == ()
+
+
+def save(folder: Path, *shapes: tuple[int, ...]) -> None:
+    for number, shape in enumerate(shapes):
+        np.save(folder / f"{number}.npy", np.ones(shape, np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(40, 40, 3), (8, 8)])
+def test_files_of_one_image_each_that_were_cut_are_told(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    save(tmp_path, shape, shape, shape)
+    assert notes(tmp_path, seq_len=400) == (
+        f"3 .npy files came to {3 * shape[0]} documents, one for each item of the first dimension, and all have one "
+        "shape, as files of one document each do: if a file is one document, stack all into one array, or save "
+        "numpy.expand_dims(array, 0)",
+    )
+    save(tmp_path, shape, (shape[0] + 1, *shape[1:]), (5,), (1, *shape))
+    (note,) = notes(tmp_path, seq_len=400, output=tmp_path / "other")
+    n_documents = 2 * shape[0] + 1
+    assert note.startswith(
+        f"2 .npy files came to {n_documents} documents, one for each item of the first dimension: if"
+    )
+
+
+@pytest.mark.parametrize("shapes", [[(40, 40)], [(40, 40), (1600,)], [(1, 1600), (1, 1600)]])
+def test_one_array_of_many_images_and_files_that_were_not_cut_are_not_told(
+    tmp_path: Path, shapes: list[tuple[int, ...]]
+) -> None:
+    save(tmp_path, *shapes)
+    np.savez(tmp_path / "archive.npz", x=np.ones((40, 40), np.uint8))
+    assert notes(tmp_path, seq_len=2000) == ()
+
+
+def test_items_that_were_left_out_do_not_count(tmp_path: Path) -> None:
+    chorale = np.ones((50, 4), np.int16)
+    chorale[:20] = 999
+    np.save(tmp_path / "chorale.npy", chorale)
+    (note,) = notes(tmp_path, policies={"encoding": "skip"})
+    assert note.startswith("30 items of arrays are a document each, of 6 tokens")
+    chorale[:49] = 999
+    np.save(tmp_path / "chorale.npy", chorale)
+    assert notes(tmp_path, policies={"encoding": "skip"}, output=tmp_path / "one") == ()
