@@ -1,7 +1,8 @@
 """Documents out of arrays of integers: images, music, anything that comes as numbers below a declared vocabulary.
 
 An array of two or more dimensions is a document for each item of the first, its values in C order; an array of one
-dimension is one document. Values are read as they are needed: an array may be larger than memory.
+dimension is one document. False and True are 0 and 1. Values are read as they are needed: an array may be larger than
+memory.
 """
 
 import lzma
@@ -165,6 +166,8 @@ def _open_array(stream: BinaryIO, label: str) -> Array | BadDocument:
         return BadDocument(
             "unreadable", f"its {label} has the shape {shape}: expected lengths from 0 on, and in all below 2**63 bytes"
         )
+    if dtype.kind == "b":
+        dtype = np.dtype(np.uint8)  # as which it is stored
     if dtype.kind not in "iu":
         way_out = "name the one to read with --field" if label != _ONLY else "convert it to integers"
         return BadDocument("unreadable", f"its {label} holds {_describe(dtype)}, not integers: {way_out}")

@@ -5,6 +5,7 @@ import io
 import math
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from read_documents import blocks_of, only, problems, read, whole
 
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings, TextSettings
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset
 from data_pipeline.documents import BLOCK_BYTES, Reading, Span, read_parts
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile
@@ -39,6 +41,16 @@ def test_items_of_an_array_are_documents(tmp_path: Path, dtype: str, vocab_size:
     assert results == [(0, array[0].astype(stored).tobytes(), []), (1, array[1].astype(stored).tobytes(), [])]
     flat = read(save_array(tmp_path / "b.npy", array.reshape(-1)), integers(vocab_size))
     assert flat == [(0, array.astype(stored).tobytes(), [])]
+
+
+def test_truth_values_are_0_and_1(tmp_path: Path) -> None:
+    """A piano roll."""
+    roll = np.array([[True, False, True], [False, False, True]])
+    assert read(save_array(tmp_path / "a.npy", roll), integers(2)) == [(0, b"\1\0\1", []), (1, b"\0\0\1", [])]
+    ((_, problem, detail), _) = problems(save_array(tmp_path / "b.npy", roll), integers(1))
+    assert (problem, detail) == ("encoding", "has the value 1 at place 0: expected 0 to 0")
+    floats = save_array(tmp_path / "c.npy", roll.astype(float))
+    assert "values of type float64, not integers: convert it" in problems(floats, integers(2))[0][2]
 
 
 @settings(deadline=None)  # files take the time they take
@@ -279,3 +291,16 @@ def test_a_part_that_was_left_early_does_not_disturb_the_next(tmp_path: Path) ->
     parts = read_parts(only(tmp_path / "a.npz", arrays=True), Span(0, 0, 0), integers(256))
     starts = [next(part.blocks)[0] for part in parts]
     assert starts == [0, 5_000_000 % 251, 10_000_000 % 251]
+
+
+@pytest.mark.parametrize(("vocab_size", "value_bytes"), [(256, 1), (257, 2), (65_537, 4)])
+def test_bits_per_byte_of_images_are_bits_per_value(tmp_path: Path, vocab_size: int, value_bytes: int) -> None:
+    """As docs/data.md says: with BOS and without EOS all values are predicted, and nothing else."""
+    np.save(tmp_path / "images.npy", np.arange(4 * 48).reshape(4, 4, 4, 3))
+    image_rows = BuildSettings((str(tmp_path),), "integers", tmp_path / "store", vocab_size, seq_len=60, eos=False)
+    rows = RowDataset(build(replace(image_rows, packing="book")).store)
+    assert len(rows) == 4
+    for row in rows:
+        labels = row.labels[row.labels != IGNORED_LABEL]
+        assert len(labels) == 48
+        assert rows.store.token_bytes[labels.numpy()].sum() == value_bytes * 48
