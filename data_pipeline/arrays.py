@@ -9,7 +9,7 @@ import lzma
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -18,6 +18,8 @@ from data_pipeline.blocks import BLOCK_BYTES
 from data_pipeline.errors import BadDocument
 from data_pipeline.tokenizer import value_dtype
 
+_MOST_NAMED = 3
+"""Other arrays of an archive, in the advice to read one of them."""
 _ONLY = "array"
 """What the array of an .npy file is called; those of an archive have names."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -114,11 +116,11 @@ def open_arrays(stream: BinaryIO, is_archive: bool, member: str | None) -> Itera
         if member is not None and member not in names:
             raise BadDocument("unreadable", f"has no array {member!r} but {', '.join(names)}: name one with --field")
         for name in names if member is None else [member]:
-            yield from _open_member(archive, name)
+            yield from _open_member(archive, name, [other for other in names if other != name])
 
 
-def _open_member(archive: zipfile.ZipFile, name: str) -> Iterator[Array | BadDocument]:
-    """The array in a member of an archive.
+def _open_member(archive: zipfile.ZipFile, name: str, others: Sequence[str]) -> Iterator[Array | BadDocument]:
+    """The array in a member of an archive, which has `others` too.
 
     The member is read to its end before any of it is used: there stands the checksum, which is of all items together,
     so that none of them can be trusted when it is wrong. To read twice takes time, but no memory whatever the size.
@@ -138,12 +140,12 @@ def _open_member(archive: zipfile.ZipFile, name: str) -> Iterator[Array | BadDoc
         yield BadDocument("unreadable", f"has a member {name} that is no array that can be read ({error})")
         return
     with stream:
-        yield from _arrays_of(cast(BinaryIO, stream), f"array {name}")
+        yield from _arrays_of(cast(BinaryIO, stream), f"array {name}", others)
 
 
-def _arrays_of(stream: BinaryIO, label: str) -> Iterator[Array | BadDocument]:
+def _arrays_of(stream: BinaryIO, label: str, others: Sequence[str] = ()) -> Iterator[Array | BadDocument]:
     """The array that a stream holds, and after it what is wrong where the stream holds more."""
-    array = _open_array(stream, label)
+    array = _open_array(stream, label, others)
     yield array
     if isinstance(array, Array) and array.is_followed():
         yield BadDocument(
@@ -152,7 +154,7 @@ def _arrays_of(stream: BinaryIO, label: str) -> Iterator[Array | BadDocument]:
         )
 
 
-def _open_array(stream: BinaryIO, label: str) -> Array | BadDocument:
+def _open_array(stream: BinaryIO, label: str, others: Sequence[str]) -> Array | BadDocument:
     try:
         version = np.lib.format.read_magic(stream)
         if version not in _HEADERS:
@@ -169,7 +171,8 @@ def _open_array(stream: BinaryIO, label: str) -> Array | BadDocument:
     if dtype.kind == "b":
         dtype = np.dtype(np.uint8)  # as which it is stored
     if dtype.kind not in "iu":
-        way_out = "name the one to read with --field" if label != _ONLY else "convert it to integers"
+        named = " or ".join([*others[:_MOST_NAMED], *["another"] * (len(others) > _MOST_NAMED)])
+        way_out = f"name the one to read, --field {named}" if others else "convert it to integers"
         return BadDocument("unreadable", f"its {label} holds {_describe(dtype)}, not integers: {way_out}")
     if fortran_order and len(shape) > 1:
         return BadDocument(

@@ -209,7 +209,7 @@ def _check_split(split: Mapping[str, float]) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise DataError(f"--split names {name!r}: expected a lower-case word such as val")
         if not 0 < fraction < 1:
-            raise DataError(f"--split gives {name} the fraction {fraction:g}: expected between 0 and 1")
+            raise DataError(f"--split gives {name} the fraction {fraction:g}: expected above 0 and below 1")
     if sum(split.values()) >= 1:
         raise DataError(f"--split holds out {sum(split.values()):g} of the documents: leave some for train")
 

@@ -262,7 +262,7 @@ def _parquet_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
 
 def check_field(files: Sequence[InputFile], reading: Reading) -> None:
     """Raises DataError for a `field` of arrays where no file is an archive, which alone has arrays by name."""
-    if reading.kind == "integers" and _array_name(reading) and not any(map(_is_archive, files)):
+    if reading.kind == "integers" and _array_name(reading) and not any(map(is_archive, files)):
         raise DataError(
             f"--field {reading.text.field} names an array of .npz files, and none of the inputs is one: leave it out"
         )
@@ -272,14 +272,15 @@ def _array_name(reading: Reading) -> str | None:
     return None if reading.text.field == TextSettings().field else reading.text.field
 
 
-def _is_archive(file: InputFile) -> bool:
+def is_archive(file: InputFile) -> bool:
+    """Whether it holds arrays by name."""
     return file.name.lower().endswith(".npz")
 
 
 def _array_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
     """A part for each item of each array, and one for an array that cannot be read."""
     with open_seekable(file) as stream:
-        for array in open_arrays(stream, _is_archive(file), _array_name(reading)):
+        for array in open_arrays(stream, is_archive(file), _array_name(reading)):
             if isinstance(array, BadDocument):
                 yield Part(blocks=_failing(array))
                 continue

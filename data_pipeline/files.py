@@ -183,7 +183,7 @@ def _find(source: str, wanted: Wanted) -> Iterator[_Found]:
 def _find_listed(source: str, wanted: Wanted) -> Iterator[_Found]:
     """The inputs that stand in a file. Each is named as it stands there: many listed files may share a last name."""
     try:
-        lines = Path(source[1:]).read_text("utf-8").splitlines()
+        lines = Path(source[1:]).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the list of inputs {source[1:]}: {error}") from error
     inputs = [line.strip() for line in lines if line.strip()]

@@ -14,7 +14,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile
 from data_pipeline.manifest import DocumentRecord, ProblemRecord, SplitRecord
 from data_pipeline.packing import Segments, pack
-from data_pipeline.scratch import Columns
+from data_pipeline.scratch import PROBLEMS, Columns
 from data_pipeline.splits import assign_splits
 
 _FEW_TOKENS = 32
@@ -127,6 +127,11 @@ def make_plan(documents: Documents, given_split: np.ndarray, known: np.ndarray, 
     uint8 [m, 32]: hashes of documents that the store holds already. Raises DataError when a split cannot be made, or no
     document is left; but for what is appended, which may be nothing new.
     """
+    if not len(documents.file) and not settings.appends:
+        raise DataError(
+            "the inputs hold no documents: their arrays have no items (a first dimension of 0), or their files no "
+            "records. Add some"
+        )
     good = documents.bad == 0
     given = given_split[documents.file]
     same, near = _find_duplicates(documents, good, given, known, settings)
@@ -137,7 +142,7 @@ def make_plan(documents: Documents, given_split: np.ndarray, known: np.ndarray, 
         several = len(np.unique(given)) > 1
         for name in np.unique(given):
             option = f" of --{name}-input" if name else " of --input" if several else ""
-            _check_left(option, good[given == name], dropped[given == name])
+            _check_left(option, documents.bad[given == name], dropped[given == name], settings)
     kept = np.flatnonzero(~dropped)
     split, names, notes = _assign(documents.sha256[kept], given[kept], settings)
     segments, split_rows = _pack_splits(documents.n_tokens[kept], split, names, settings)
@@ -216,12 +221,22 @@ def _notes_on_remnants(lengths: np.ndarray, plan: Plan, settings: PlanSettings) 
     ]
 
 
-def _check_left(option: str, good: np.ndarray, dropped: np.ndarray) -> None:
-    if dropped.all():
-        raise DataError(
-            f"no document{option} is left of the {len(good)} that were found: {int((~good).sum())} cannot be used and "
-            "the others are duplicates. Change --on-bad or --duplicates, or add documents"
-        )
+def _check_left(option: str, bad: np.ndarray, dropped: np.ndarray, settings: PlanSettings) -> None:
+    """Raises DataError where all documents of an option are dropped; bad: as in `Documents`."""
+    if not dropped.all():
+        return
+    problems = Counter(PROBLEMS[number - 1] for number in bad[bad > 0].tolist())
+    reasons = [f"{n:,} with the problem {problem}" for problem, n in problems.items()]
+    ways_out = ["--on-bad"] if problems else []
+    if "empty" in problems and not (settings.bos or settings.eos):
+        ways_out += ["--no-bos", "--no-eos"]
+    if n_copies := int((bad == 0).sum()):
+        reasons.append(f"{n_copies:,} duplicates")
+        ways_out.append("--duplicates")
+    raise DataError(
+        f"no document{option} is left of the {len(bad):,} that were found: {' and '.join(reasons)}. Change "
+        f"{' or '.join(ways_out)}, or add documents"
+    )
 
 
 def _find_duplicates(
@@ -278,10 +293,8 @@ def _pack_splits(
         parts.append(part._replace(row=part.row + first_row, document=members[part.document]))
         split_rows[name] = (first_row, int(parts[-1].row[-1]) + 1)
         first_row = split_rows[name][1]
-    if not parts and settings.appends:
+    if not parts:  # of what is appended
         return pack(lengths[:0], settings.seq_len, settings.packing, settings.stride), {}
-    if not parts:
-        raise DataError("the documents hold no tokens at all: leave out --no-bos or --no-eos, or add text")
     return Segments(*map(np.concatenate, zip(*parts, strict=True))), split_rows
 
 

@@ -115,15 +115,17 @@ def inspect(store: Store) -> str:
 
 
 def _summarize(figures: dict[str, Any]) -> str:
-    header = ("split", "documents", "bytes", "tokens", "bytes/token", "rows", "padding", "mixed rows")
+    is_text = figures["tokenizer"] == "sentencepiece"  # the ids of the others are bytes or values already
+    header = ["split", "documents", "bytes", "tokens", *["bytes/token"] * is_text, "rows", "padding", "mixed rows"]
+    of_text = f"{figures['bytes_per_token']:.3f} bytes per token, {figures['byte_fallback_share']:.3%} byte fallback, "
     packing = figures["packing"] + (f" with stride {figures['stride']:,}" if figures["packing"] == "book" else "")
     parts = f", in {figures['parts']} parts" if figures["parts"] > 1 else ""
     lines = [
         f"{figures['store']}: {figures['rows']:,} rows of {figures['seq_len']:,} tokens, packing {packing}, "
         f"{figures['tokenizer']} tokenizer of {figures['vocab_size']:,}{parts}",
-        _table([header, *(_split_row(name, split) for name, split in figures["splits"].items())]),
-        f"all: {figures['bytes']:,} bytes, {figures['tokens']:,} tokens, {figures['bytes_per_token']:.3f} bytes per "
-        f"token, {figures['byte_fallback_share']:.3%} byte fallback, {figures['padding_share']:.2%} padding, "
+        _table([header, *(_split_row(name, split, is_text) for name, split in figures["splits"].items())]),
+        f"all: {figures['bytes']:,} bytes, {figures['tokens']:,} tokens, {of_text if is_text else ''}"
+        f"{figures['padding_share']:.2%} padding, "
         f"{figures['mixed_rows_share']:.2%} of rows with more than one document, "
         f"{figures['stored_bytes_per_token']:.3f} stored bytes per token",
     ]
@@ -149,17 +151,17 @@ def _bars(histogram: Sequence[dict[str, int]]) -> list[str]:
     ]
 
 
-def _split_row(name: str, split: dict[str, float]) -> tuple[str, ...]:
-    return (
+def _split_row(name: str, split: dict[str, float], is_text: bool) -> list[str]:
+    return [
         name,
         f"{split['documents']:,}",
         f"{split['bytes']:,}",
         f"{split['tokens']:,}",
-        f"{split['bytes_per_token']:.3f}",
+        *[f"{split['bytes_per_token']:.3f}"] * is_text,
         f"{split['rows']:,}",
         f"{split['padding_share']:.2%}",
         f"{split['mixed_rows']:,}",
-    )
+    ]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

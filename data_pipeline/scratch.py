@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.blocks import invalid_text
 from data_pipeline.config import POLICIES
-from data_pipeline.documents import Part, Reading, Span, read_parts, splittable
+from data_pipeline.documents import Part, Reading, Span, is_archive, read_parts, splittable
 from data_pipeline.duplicates import N_PERMUTATIONS, Signature
 from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, hash_file
@@ -206,10 +206,9 @@ class _PartWriter:
         """The policy for a problem, applied. Raises DataError when it is to stop the build."""
         policy = self.task.reading.policy(problem)
         if policy == "strict":
-            record = "" if self.part.record < 0 else f", record {self.part.record} from byte {self.span.start} on,"
             raise DataError(
-                f"{self.file.location}{record} {detail}: {_ways_out(problem, self.task.reading.kind)}. What is done so "
-                "far is kept"
+                f"{self.file.location}{self._where(problem)} {detail}: {_ways_out(problem, self.task.reading.kind)}. "
+                "What is done so far is kept"
             )
         number = PROBLEMS.index(problem) + 1
         if policy == "skip" or lost:
@@ -217,6 +216,15 @@ class _PartWriter:
         else:
             self.replaced = self.replaced or number
         return policy
+
+    def _where(self, problem: str) -> str:
+        """Which document of its file it is, to be read after the file's name."""
+        record = self.part.record
+        if record < 0:
+            return ""
+        if self.file.kind == "array":  # the detail says more of an archive, and of an array that cannot be read
+            return "" if is_archive(self.file) or problem == "unreadable" else f", item {record},"
+        return f", record {record} from byte {self.span.start} on,"
 
 
 def _ways_out(problem: str, kind: str) -> str:

@@ -109,7 +109,6 @@ def train_tokenizer(settings: TrainingSettings) -> bool:
         _check_same(settings.output, record)
         return False
     record_path(settings.output).unlink(missing_ok=True)  # of a model that is gone, or never came
-    logger.info("training on %s bytes out of %s files", f"{sum(map(len, sample)):,}", f"{len(files):,}")
     characters: Counter[str] = Counter()
     for sentence in sentences_of(sample):
         characters.update(sentence)
@@ -135,12 +134,18 @@ def draw_sample(files: Sequence[InputFile], reading: Reading, max_bytes: int, se
     Raises DataError for a document that cannot be read as it is, by its policy, or when there is no text at all.
     """
     met: Counter[tuple[str, str]] = Counter()
-    texts = _read_texts(files, reading, READ_FACTOR * max_bytes, seed, met)
+    used: set[str] = set()
+    texts = _read_texts(files, reading, READ_FACTOR * max_bytes, seed, met, used)
     sample = keep_at_random(join_small(texts), max_bytes, random.Random(seed))
-    for (problem, action), n_times in sorted(met.items()):
-        logger.warning("note: %s: %s %s times in what was read for the sample", problem, action, f"{n_times:,}")
+    for (problem, action), n in sorted(met.items()):
+        times = "once" if n == 1 else f"{n:,} times"
+        logger.warning("note: %s: %s %s in what was read for the sample", problem, action, times)
     if not sample:
         raise DataError("the inputs hold no text: there is nothing to train a tokenizer on")
+    n_bytes = sum(map(len, sample))
+    logger.info(
+        "sample to train on: %s bytes out of %s of %s files", f"{n_bytes:,}", f"{len(used):,}", f"{len(files):,}"
+    )
     return sample
 
 
@@ -167,14 +172,22 @@ def draw_spans(
 
 
 def _read_texts(
-    files: Sequence[InputFile], reading: Reading, max_bytes: int, seed: int, met: Counter[tuple[str, str]]
+    files: Sequence[InputFile],
+    reading: Reading,
+    max_bytes: int,
+    seed: int,
+    met: Counter[tuple[str, str]],
+    used: set[str],
 ) -> Iterator[str]:
-    """The text of the spans that are drawn, in blocks. Counts in `met` the problems, with what was done."""
+    """The text of the spans that are drawn, in blocks. Counts in `met` the problems, with what was done, and adds to
+    `used` the names of the files that had any.
+    """
     for span, n_chars in draw_spans(files, reading.text, max_bytes, seed):
         file = files[span.file]
         for text in (
             text for part in read_parts(file, span, reading) for text in _part_texts(part, file, reading, met)
         ):
+            used.add(file.name)
             yield text
             n_chars -= len(text)
             if n_chars <= 0:

@@ -82,7 +82,7 @@ def test_arrays_of_an_archive_follow_each_other(tmp_path: Path, savez: Callable[
     assert [results[i][1] for i in (0, 1, 3)] == [bytes(3), bytes(3), bytes([1, 2])]
     assert results[2][1] == (
         "unreadable",
-        "its array names holds values of type <U58, not integers: name the one to read with --field",
+        "its array names holds values of type <U58, not integers: name the one to read, --field zeros or one or f",
     )
     assert "float64" in str(results[4][1])
     assert [result for _, result, _ in read(file, integers(10, field="one"))] == [bytes([1, 2])]
@@ -156,6 +156,51 @@ def test_arrays_that_are_not_read(tmp_path: Path) -> None:
         ((record, problem, _),) = problems(only(tmp_path / name, arrays=True), integers(10))
         assert problem == "unreadable"
         assert record <= 0
+
+
+def test_of_many_arrays_some_are_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", names=np.array(["a"]), **{name: np.arange(3) for name in "abcde"})
+    ((_, _, detail),) = problems(only(tmp_path / "a.npz", arrays=True), integers(10))
+    assert detail.endswith("not integers: name the one to read, --field a or b or c or another")
+    np.savez(tmp_path / "b.npz", names=np.array(["a"]))
+    ((_, _, detail),) = problems(only(tmp_path / "b.npz", arrays=True), integers(10))
+    assert detail.endswith("not integers: convert it to integers")
+
+
+def refusal(path: Path, **changes: Any) -> str:
+    """Why a build of values below 10 stops."""
+    with pytest.raises(DataError) as error:
+        build(BuildSettings((str(path),), "integers", path.parent / "out", vocab_size=10, **changes))
+    return str(error.value)
+
+
+def test_errors_speak_of_items_not_of_records_and_bytes(tmp_path: Path) -> None:
+    values = np.zeros((3, 4), np.uint8)
+    values[2] = 10
+    np.save(tmp_path / "a.npy", values)
+    np.savez(tmp_path / "b.npz", x=values, names=np.array(["a"]))
+    np.save(tmp_path / "c.npy", np.ones(3))
+    assert refusal(tmp_path / "a.npy").startswith(f"{tmp_path}/a.npy, item 2, has the value 10 at place 0: expected")
+    assert refusal(tmp_path / "b.npz").startswith(
+        f"{tmp_path}/b.npz has the value 10 at place 0, item 2 of its array x"
+    )
+    assert refusal(tmp_path / "c.npy").startswith(f"{tmp_path}/c.npy its array holds values of type float64")
+    (tmp_path / "d.npy.gz").write_bytes(gzip.compress((tmp_path / "a.npy").read_bytes())[:-9])
+    assert refusal(tmp_path / "d.npy.gz").startswith(f"{tmp_path}/d.npy.gz ends early")
+
+
+@pytest.mark.parametrize("changes", [{}, {"bos": False, "eos": False}, {"split": {"val": 0.5}}])
+def test_arrays_without_items_are_told(tmp_path: Path, changes: dict[str, Any]) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((0, 30), np.uint8))
+    assert refusal(tmp_path / "a.npy", **changes).startswith("the inputs hold no documents: their arrays have no items")
+
+
+def test_items_without_values_are_told(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((2, 0), np.uint8))
+    assert refusal(tmp_path / "a.npy", bos=False, eos=False) == (
+        "no document is left of the 2 that were found: 2 with the problem empty. Change --on-bad or --no-bos or "
+        "--no-eos, or add documents"
+    )
 
 
 def test_a_second_array_in_a_file_is_not_lost_in_silence(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ BAD_SETTINGS = [
     (("--workers", 0), ("--workers is 0",)),
     (("--split", "val"), ("--split holds 'val'", "NAME=FRACTION")),
     (("--split", "val=x"), ("--split holds 'val=x'",)),
-    (("--split", "val=1.5"), ("the fraction 1.5", "between 0 and 1")),
+    (("--split", "val=1.5"), ("the fraction 1.5", "expected above 0 and below 1")),
     (("--split", "val=nan"), ("the fraction nan",)),
     (("--split", "val=0"), ("the fraction 0",)),
     (("--split", "val=0.6,test=0.6"), ("holds out 1.2",)),

@@ -146,7 +146,7 @@ def test_integer_arrays(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"melody.npy.*{message} .* {way_out}"):
         make(tmp_path / "other", tmp_path / "melody.npy", tokenizer="integers", vocab_size=100)
     with pytest.raises(
-        DataError, match=r"images.npz, record 0.* has the value \d+ at place \d+, item 0 of its array x: expected"
+        DataError, match=r"images.npz has the value \d+ at place \d+, item 0 of its array x: expected 0 to 99: mend"
     ):
         make(tmp_path / "other", tmp_path / "images.npz", tokenizer="integers", vocab_size=100)
     policies = {"encoding": "skip"}
@@ -321,5 +321,7 @@ def test_documents_stay_in_their_split_when_others_come(folder: Path, tmp_path: 
 
 def test_nothing_is_left(tmp_path: Path, tokenizer_file: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff")
-    with pytest.raises(DataError, match="no document is left of the 1"):
+    with pytest.raises(
+        DataError, match=r"left of the 1 that were found: 1 with the problem encoding\. Change --on-bad,"
+    ):
         make(tmp_path / "out", tmp_path / "a.txt", tokenizer=str(tokenizer_file), policies={"encoding": "skip"})

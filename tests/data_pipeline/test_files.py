@@ -124,6 +124,8 @@ def test_a_list_names_its_files_as_it_says(tmp_path: Path, monkeypatch: pytest.M
         write(tmp_path, name, b"text")
     write(tmp_path, "list", b"one/text.txt\n\n./two/text.txt\r\nthree\nfour/a*.txt\n")
     assert names("@list") == ["four/a1.txt", "one/text.txt", "three/x/y.txt", "two/text.txt"]
+    write(tmp_path, "list", "\ufeffone/text.txt\r\n".encode())  # as Windows writes it
+    assert names("@list") == ["one/text.txt"]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,17 @@ def test_what_people_read(tmp_path: Path, tokenizer_file: Path) -> None:
     assert "#" * 41 not in text
 
 
+def test_what_bytes_and_integers_do_not_have_is_not_shown(tmp_path: Path, tokenizer_file: Path) -> None:
+    for name in ("bytes", "integers", "text"):
+        tokenizer = load_tokenizer(str(tokenizer_file) if name == "text" else name, 256 if name == "integers" else None)
+        write_store(tmp_path / name, {"a": b"xyz"}, tokenizer)
+        text = inspect(Store.open(tmp_path / name))
+        for words in ("bytes/token", " bytes per token, ", "byte fallback"):
+            assert (words in text) == (name == "text")
+        header, row = text.splitlines()[1:3]
+        assert len(header.replace("mixed rows", "mixed").split()) == len(row.split())
+
+
 def test_the_histogram_is_exact_at_powers_of_two() -> None:
     lengths = np.array([0, 0, 1, 2, 3, 4, 2**31 - 1, 2**31, 2**53])
     found = {(entry["from"], entry["to"]): entry["documents"] for entry in length_histogram(lengths)}
