@@ -25,6 +25,8 @@ _FAR_OFF = 4
 """Shares of tokens so many times more or less than those of documents are told."""
 _MUCH_PADDING, _ROWS_ENOUGH = 0.5, 16
 """Of so many rows, so much padding is told: in fewer, the last one of each split is much of it."""
+_MUCH_FALLBACK = 0.1
+"""Such a share of tokens that are single bytes is told."""
 _MANY_REMNANTS = 0.01
 """Such a share of rows with next to nothing to predict is told: a few books happen to end just after a row."""
 
@@ -148,6 +150,7 @@ def make_plan(documents: Documents, given_split: np.ndarray, known: np.ndarray, 
     segments, split_rows = _pack_splits(documents.n_tokens[kept], split, names, settings)
     source = documents.scratch_start[kept][segments.document] + segments.document_start
     plan = Plan(segments, source, kept, split, same, near, names, split_rows, notes)
+    plan.notes.extend(_notes_on_fallback(documents, plan))
     plan.notes.extend([] if settings.appends else _notes_on_rows(documents, plan, settings))
     return plan
 
@@ -170,6 +173,23 @@ def notes_on_items(documents: Documents, kept: np.ndarray, files: Sequence[Input
     return [
         f"{len(kept):,} items of arrays are a document each, of {typical} tokens (the median): if such an array is "
         "one piece, save it flat, or with a leading dimension of 1"
+    ]
+
+
+def _notes_on_fallback(documents: Documents, plan: Plan) -> list[str]:
+    """What the user should know of text for which the tokenizer has no pieces."""
+    n_fallback, n_tokens = (
+        np.bincount(plan.split, column[plan.kept], len(plan.split_names))
+        for column in (documents.n_byte_fallback, documents.n_tokens)
+    )
+    shares = zip(plan.split_names, n_fallback / np.maximum(n_tokens, 1), strict=True)
+    much = [f"{share:.0%} of the tokens of {name}" for name, share in shares if share > _MUCH_FALLBACK]
+    if not much:
+        return []
+    return [
+        f"{' and '.join(much)} are single bytes, of characters that the tokenizer has no piece for (byte fallback). "
+        "Likely causes: another Unicode normalisation than it was trained on (such as NFD), another language, a "
+        "vocabulary too small for its characters, or a wrong --encoding"
     ]
 
 

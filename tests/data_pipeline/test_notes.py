@@ -1,5 +1,6 @@
 """What a build tells about rows, arrays and text that are hardly what was meant."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings
+from data_pipeline.training import TrainingSettings, train_tokenizer
 
 
 def notes(folder: Path, **changes: object) -> tuple[str, ...]:
@@ -90,3 +92,27 @@ def test_items_that_were_left_out_do_not_count(tmp_path: Path) -> None:
     chorale[:49] = 999
     np.save(tmp_path / "chorale.npy", chorale)
     assert notes(tmp_path, policies={"encoding": "skip"}, output=tmp_path / "one") == ()
+
+
+HANGUL = "태초에 하나님이 천지를 창조하시니라\n" * 50
+TOLD = (
+    "are single bytes, of characters that the tokenizer has no piece for (byte fallback). Likely causes: another "
+    "Unicode normalisation than it was trained on (such as NFD), another language, a vocabulary too small for its "
+    "characters, or a wrong --encoding"
+)
+
+
+def test_text_that_the_tokenizer_has_no_pieces_for_is_told(tmp_path: Path) -> None:
+    (tmp_path / "nfc").mkdir()
+    (tmp_path / "nfd").mkdir()
+    (tmp_path / "nfc" / "a.txt").write_text(HANGUL)
+    (tmp_path / "nfd" / "b.txt").write_text(unicodedata.normalize("NFD", HANGUL))
+    model = tmp_path / "a.model"
+    train_tokenizer(TrainingSettings((str(tmp_path / "nfc"),), model, vocab_size=278))
+    text = {"inputs": (str(tmp_path / "nfc"),), "tokenizer": str(model), "vocab_size": None, "seq_len": 512}
+    assert notes(tmp_path, **text) == ()
+    (note,) = notes(tmp_path, **text, val_inputs=(str(tmp_path / "nfd"),), output=tmp_path / "held_out")
+    share, _, told = note.partition(" of the tokens of val ")
+    assert told == TOLD and share.endswith("%") and 50 < int(share[:-1]) <= 100
+    (note,) = notes(tmp_path, **{**text, "inputs": (str(tmp_path / "nfd"),)}, append=True)
+    assert note.partition(" of the tokens of train ")[2] == TOLD

@@ -50,7 +50,9 @@ def test_the_store_does_not_depend_on_who_builds_it(mode: str, target: kills.Tar
     assert result.returncode == 0, result.stderr
     assert kills.first_difference(target.expected, tmp_path / "store") is None
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
-    assert result.stdout == build(mode, target, tmp_path / "store").stdout.split("\n", 1)[1]
+    figures, _, note = result.stdout.rstrip("\n").partition("\nnote: ")
+    assert "\n" not in note and "byte fallback" in note  # of letters that the small corpus of the tokenizer has not
+    assert build(mode, target, tmp_path / "store").stdout.split("\n", 1)[1] == figures + "\n"
 
 
 @pytest.mark.parametrize("mode", MODES)
