@@ -17,6 +17,8 @@ def assign_splits(
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """The split of each document, given the sha256 of its content and the share of each held-out split.
 
+    Shares are laid end to end in the order of their names, so one whose name comes last moves none of the others.
+
     digests: uint8 [n, 32]. Returns a code per document, int64 [n]; the names that the codes number, "train" first;
     and notes for the user. With `fill_empty`, a split that the hash left empty takes the document with the lowest
     hash, and its copies, from train: the only way in which adding documents can move one. Without it (for documents

@@ -53,6 +53,16 @@ def test_the_slow_obvious_way_agrees(n: int, fractions: list[float], seed: int) 
     assert [names[code] for code in codes] == expected
 
 
+def test_a_split_that_is_added_moves_the_others_unless_its_name_comes_last() -> None:
+    """As docs/data.md says. The layout cannot be another: stores that have been built are appended to by it."""
+    before, _, _ = assign_splits(digests(1000), {"val": 0.1})
+    last, names, _ = assign_splits(digests(1000), {"val": 0.1, "val_2": 0.1})
+    assert np.array_equal(last == names.index("val"), before == 1)
+    first, names, _ = assign_splits(digests(1000), {"val": 0.1, "test": 0.1})
+    assert np.array_equal(first == names.index("test"), before == 1)
+    assert not before[first == names.index("val")].any()
+
+
 @pytest.mark.parametrize("fill_empty", [True, False])
 def test_adding_documents_moves_none(fill_empty: bool) -> None:
     few, _, _ = assign_splits(digests(500), {"val": 0.1, "test": 0.05}, fill_empty)
