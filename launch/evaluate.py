@@ -39,6 +39,8 @@ from trainer.exported import read_model
 
 MOST_ROUNDS = 1024
 """Far more than are of use: a typing error is not computed for hours."""
+FEWEST_DOCUMENTS = 10
+"""A standard deviation of fewer is mostly chance."""
 
 
 def attention(word: str) -> Attention:
@@ -150,7 +152,8 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         if first:
             n_tokens, n_bytes, n_documents = first.all.n_tokens, first.all.n_bytes, len(first.by_document)
-            predicted = f"{n_tokens:,.0f} tokens to predict in {n_documents:,} documents, {n_bytes:,.0f} bytes"
+            few = " (of so few, standard errors say little)" if 1 < n_documents < FEWEST_DOCUMENTS else ""
+            predicted = f"{n_tokens:,.0f} tokens to predict in {n_documents:,} documents{few}, {n_bytes:,.0f} bytes"
             print(f"{arguments.folder} on {len(numbers)} rows of {arguments.split} in {store.path}: {predicted}\n")
             print(tables(record["settings"]))
 

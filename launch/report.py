@@ -95,6 +95,8 @@ def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> st
         lines.append(row("held out, best, bits per byte", "", "", *cells(best)))
     if column(metrics, "eval/loss"):
         lines.append(unigram(config))
+    if config.data.mixture:
+        lines.append(f"held out is {config.data.eval_split!r} of {config.data.store} alone, batches are of the mixture")
     lines += [row(name, last=value) for name, value in costs(metrics)]
     return "\n".join([*lines, "", f"the run lies in {path}", f"see its curves:  {see_curves(path)}"])
 

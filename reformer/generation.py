@@ -74,11 +74,11 @@ def check_continuation(
         raise ValueError(
             f"{len(tokens)} tokens and {n_tokens} more are beyond max_seq_len={config.max_seq_len}: {way_out}"
         )
-    if not (n_tokens >= 0 and temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(
-            f"n_tokens={n_tokens} and temperature={temperature} must be at least 0, and top_p={top_p} above 0 and at "
-            "most 1"
-        )
+    for name, value in (("n_tokens", n_tokens), ("temperature", temperature)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value} must be at least 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
 
 
 def choose(logits_V: Tensor, seed: int, temperature: float, top_p: float) -> int:

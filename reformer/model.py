@@ -75,8 +75,8 @@ class Reformer(nn.Module):
                 the sequence.
 
         A token sees none that come after it, if the model is causal. But which of those before it LSH attention shows
-        it, among the hash's candidates, depends on where all tokens of the row come to lie when they are sorted, later
-        ones and padding too.
+        it, among the hash's candidates, depends on where all tokens of its segment come to lie when they are sorted,
+        later ones too, and on which places the segments before it leave them.
 
         `loss.backward()` adds to `.grad` of the blocks' parameters, once for each forward, and raises RuntimeError
         where they have been replaced since the forward, or changed so that autograd knows of it. It does so whenever it

@@ -16,22 +16,32 @@ MOST_TOKENS = 2**24
 def unigram_score(store: Store, data: DataConfig, n_rows: int) -> Score:
     """Token frequencies of what is trained on (one added to each), scored on the n_rows rows of evaluations.
 
-    The sources of a mixture count as often as it draws them. Of each, rows of at most MOST_TOKENS are read, drawn at
-    random. Raises DataError when a split is missing or a row is damaged.
+    Of a mixture, those of all that it draws or of one of its sources, whichever predict these rows best: to know which
+    source one reads is not much yet. Of each, rows of at most MOST_TOKENS are read, drawn at random.
+
+    Raises DataError when a split is missing or a row is damaged.
     """
-    counts = np.ones(store.vocab_size)
     held_out = HeldOutRows(store, data.eval_split, n_rows)
-    for train, often in _training_rows(store, data):
-        numbers = drawn(len(train), max(MOST_TOKENS // store.seq_len, 1))
-        for row in numbers:
-            counts += often * len(train) / len(numbers) * _label_counts(train, row, store.vocab_size)
-    nats = np.log(counts.sum()) - np.log(counts)
     targets = np.zeros(store.vocab_size, dtype=np.int64)
     for row in range(len(held_out)):
         targets += _label_counts(held_out, row, store.vocab_size)
-    return Score(
-        nll=float(targets @ nats), n_tokens=float(targets.sum()), n_bytes=float(targets @ store.token_bytes.astype(int))
-    )
+    sources = [(_frequencies(train), often) for train, often in _training_rows(store, data)]
+    mix = np.sum([often * counts for counts, often in sources], axis=0)
+    nll = min(_nll(targets, counts) for counts in (mix, *(counts for counts, _ in sources)))
+    return Score(nll, n_tokens=float(targets.sum()), n_bytes=float(targets @ store.token_bytes.astype(int)))
+
+
+def _frequencies(rows: RowDataset) -> np.ndarray:
+    """How often each token is a label in all of these rows, by those that are read."""
+    counts, numbers = np.zeros(rows.store.vocab_size), drawn(len(rows), max(MOST_TOKENS // rows.store.seq_len, 1))
+    for row in numbers:
+        counts += _label_counts(rows, row, rows.store.vocab_size)
+    return counts * len(rows) / max(len(numbers), 1)
+
+
+def _nll(targets: np.ndarray, counts: np.ndarray) -> float:
+    """Nats for all targets, by the frequency of each token with one added."""
+    return float(targets @ (np.log(counts.sum() + len(counts)) - np.log(counts + 1)))
 
 
 def _training_rows(store: Store, data: DataConfig) -> list[tuple[RowDataset, float]]:

@@ -11,12 +11,13 @@ from itertools import count
 from types import MappingProxyType
 from typing import Any, Self
 
+from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from data_pipeline.store import Store
 from reformer.config import ConfigError, near_square
 from trainer.check_deepspeed import batch, clipping, keys, objections, precision, zero_stage
 from trainer.check_offload import offload
 from trainer.check_optimizer import optimizer
-from trainer.config import RunConfig
+from trainer.config import DataConfig, RunConfig
 
 UNEVEN = 256
 """A position table with so many times more columns than rows is hardly one: of 1,048,576 positions, 64 x 16,384 is."""
@@ -66,6 +67,18 @@ def check(
         raise ConfigError("\n".join(problems))
 
 
+def _mixture(data: DataConfig) -> list[str]:
+    """Sources of such small weights that more is drawn from them."""
+    weights = {name: source.weight for name, source in data.mixture.items()}
+    shares = block_counts(weights) if weights else {}
+    return [
+        f"data.mixture.{name}.weight={weight} is {weight / sum(weights.values()):.2g} of all weights, and 1 of "
+        f"{BLOCK_SAMPLES:,} samples, the least that there can be, is drawn from it"
+        for name, weight in weights.items()
+        if shares[name] == 1 and weight / sum(weights.values()) < 0.8 / BLOCK_SAMPLES
+    ]
+
+
 def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
     """What is no contradiction, and may yet not be meant."""
     model, run, notes = config.model, config.run, []
@@ -81,6 +94,7 @@ def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
                 f"run.keep_best: evaluations and checkpoints coincide only every {both:,} steps and at the end "
                 f"(run.eval_every={run.eval_every}, run.save_every={run.save_every}); the best of these is kept"
             )
+    notes += _mixture(config.data)
     rows, columns = sorted(model.axial_shape or (1, 1))
     if columns > UNEVEN * rows:
         better = next(n for n in count(model.max_seq_len) if max(near_square(n)) <= 2 * min(near_square(n)))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset
 from data_pipeline.store import Store
+from data_pipeline.tokenizer_folder import read_record
 from reformer import ConfigError, Reformer, ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.weights import assemble
@@ -79,6 +80,13 @@ def check(
     if not knows_tokenizer(folder, str(folder), store.path, manifest.tokenizer_sha256):
         unknown = "does not say which tokenizer its model was trained with"
         notes.append(f"{folder} {unknown}: it must be that of {store.path}")
+    marks = {"bos": manifest.bos, "eos": manifest.eos}
+    trained = {name: value for name, value in read_record(folder).items() if name in marks}
+    if other := [name.upper() for name, value in trained.items() if value != marks[name]]:
+        notes.append(
+            f"documents of {store.path} differ from those of the training in whether they have {' and '.join(other)}: "
+            "the model is scored on what it has not learnt"
+        )
     if manifest.packing == "book" and manifest.stride < store.seq_len:
         notes.append(f"rows of {store.path} overlap (--stride {manifest.stride}): a token counts in each that has it")
     return notes

@@ -128,8 +128,9 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, s
     with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
         saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
+    later = {EVAL_STORE: ": evaluations are of other rows from here on, and eval/* before it does not compare"}
     return {
-        name: f"was {before.get(name)!r} and is {now.get(name)!r} now"
+        name: f"was {before.get(name)!r} and is {now.get(name)!r} now{later.get(name, '')}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name) and not (name == EVAL_STORE and name not in before)
     }

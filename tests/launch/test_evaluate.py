@@ -187,14 +187,26 @@ def test_the_standard_error_of_a_ratio_of_sums() -> None:
     assert math.isnan(standard_error(scores[:1]))
 
 
+def test_documents_with_other_ends_than_those_of_the_training_are_noted(exported: Path, call, tmp_path: Path) -> None:
+    """The model was trained with BOS; whether with EOS, its folder does not say."""
+    said = {}
+    for bos in (True, False):
+        write_store(tmp_path / f"{bos}", {"a": b"abcd" * 90, "b": b"dcba" * 90}, val=["b"], seq_len=256, bos=bos)
+        code, _, said[bos] = call(exported, tmp_path / f"{bos}")
+        assert code == 0
+    assert "differ from those of the training in whether they have BOS: the model is scored on" in said[False]
+    assert "differ from those" not in said[True]
+
+
 def test_windows_that_overlap_are_not_more_documents(exported: Path, call, tmp_path: Path) -> None:
     """Nor is their error smaller, of as many documents; that their tokens count again is said."""
     documents = {str(i): bytes(random.Random(i).choices(b"abcd ", k=700)) for i in range(9)}
     errors = []
     for name, stride in (("touch", 256), ("overlap", 64)):
         write_store(tmp_path / name, documents, val=list(documents)[1:], seq_len=256, packing="book", stride=stride)
-        code, _, said = call(exported, tmp_path / name, "--json", tmp_path / "scores.json")
+        code, printed, said = call(exported, tmp_path / name, "--json", tmp_path / "scores.json")
         assert code == 0 and ("overlap (--stride 64): a token counts in each that has it" in said) == (stride == 64)
+        assert "in 8 documents (of so few, standard errors say little), " in printed
         (found,) = json.loads((tmp_path / "scores.json").read_bytes())["settings"]
         assert len(found["by_document"]) == 8
         errors.append(found["standard_error"])
@@ -207,7 +219,8 @@ def test_what_is_printed(exported: Path, store: Store, call) -> None:
     documents = plain(store, load_model(exported), sorted(drawn(7, 3))).values()
     head, empty, columns, as_trained, dense, *rest = out.splitlines()
     nats, n_tokens, n_bytes = map(sum, zip(*documents, strict=True))
-    predicted = f"{n_tokens} tokens to predict in {len(documents)} documents, {n_bytes} bytes"
+    few = "(of so few, standard errors say little)"
+    predicted = f"{n_tokens} tokens to predict in {len(documents)} documents {few}, {n_bytes} bytes"
     assert (head, empty) == (f"{exported} on 3 rows of val in {store.path}: {predicted}", "")
     assert columns.split("  ")[0] == "LSH layers" and f"{nats / n_tokens:.4f} ± " in as_trained
     assert as_trained.startswith("2 rounds ") and dense.startswith("dense ") and "+" not in as_trained

@@ -209,9 +209,9 @@ def test_a_prompt_that_is_no_text(exported: Path, pieces: Path, call) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tokens", "-1"), "n_tokens=-1 and temperature=1.0 must be at least 0"),
+        (("--tokens", "-1"), "n_tokens=-1 must be at least 0"),
         (("--tokens", "5", "--temperature", "-1"), "temperature=-1.0 must be at least 0"),
-        (("--tokens", "5", "--top-p", "0"), "top_p=0.0 above 0 and at most 1"),
+        (("--tokens", "5", "--top-p", "0"), "top_p=0.0 must be above 0 and at most 1"),
         (("--tokens", "61"), "4 tokens and 61 more are beyond max_seq_len=64: add at most 60"),
     ],
 )

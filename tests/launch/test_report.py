@@ -69,24 +69,34 @@ def test_a_unigram_of_many_rows_is_of_some_that_stand_for_all(
     assert found.nll == pytest.approx(sum(nats), rel=1e-12)
 
 
-def test_unigram_score_of_a_mixture_by_hand(store: Path, tmp_path: Path) -> None:
-    """The sources count as often as they are drawn, whatever splits the evaluated store has."""
+@pytest.mark.parametrize(("words", "best"), [((b"cab", b"bag"), "mixture"), ((b"xyz", b"zoo"), "one")])
+def test_unigram_score_of_a_mixture_by_hand(store: Path, tmp_path: Path, words: tuple[bytes, bytes], best: str) -> None:
+    """Sources count as often as they are drawn, whatever splits the evaluated store has; one alone may do better."""
     (tmp_path / "other").mkdir()
-    contents = {"a.txt": b"cab" * 33, "b.txt": b"bag" * 33}  # cut so that each fills a row with its BOS and EOS
-    for name, text in contents.items():
-        (tmp_path / "other" / name).write_bytes(text[:98])
+    others = [(word * 33)[:98] for word in words]  # cut so that each fills a row with its BOS and EOS
+    for number, text in enumerate(others):
+        (tmp_path / "other" / f"{number}.txt").write_bytes(text)
     other = tmp_path / "other_store"
     inputs = ["--input", str(tmp_path / "other"), "--output", str(other)]
     assert data_pipeline(["build", *inputs, "--tokenizer", "bytes", "--seq-len", "100", "--workers", "1"]) == 0
     eos, vocab_size = 257, 258
-    counts = dict.fromkeys(range(vocab_size), 1.0)
-    for often, rows in ((0.25 * 3 / 1, [TRAIN]), (0.75 * 3 / 2, [text[:98] for text in contents.values()])):
-        for token in (token for row in rows for token in [*row, eos]):
-            counts[token] += often
-    nats = [-math.log(counts[token] / sum(counts.values())) for token in [*HELD_OUT, eos]]
+
+    def nats(*sources: tuple[float, list[bytes]]) -> float:
+        counts = dict.fromkeys(range(vocab_size), 1.0)
+        for often, rows in sources:
+            for token in (token for row in rows for token in [*row, eos]):
+                counts[token] += often
+        return sum(-math.log(counts[token] / sum(counts.values())) for token in [*HELD_OUT, eos])
+
     mixture = {"one": {"store": store, "weight": 1.0, "split": "train"}, "two": {"store": other, "weight": 3.0}}
-    data = DataConfig(store=store, mixture=mixture)
-    assert unigram_score(Store.open(store), data, n_rows=5).nll == pytest.approx(sum(nats), rel=1e-12)
+    found = unigram_score(Store.open(store), DataConfig(store=store, mixture=mixture), n_rows=5).nll
+    each = {
+        "mixture": nats((0.25 * 3 / 1, [TRAIN]), (0.75 * 3 / 2, others)),
+        "one": nats((1, [TRAIN])),
+        "two": nats((1, others)),
+    }
+    assert min(each, key=lambda name: each[name]) == best
+    assert found == pytest.approx(each[best], rel=1e-12)
 
 
 def lsh(*recovered: float) -> dict[str, float]:

@@ -108,11 +108,11 @@ def test_logits_that_are_no_numbers_give_no_token() -> None:
         ({"tokens": torch.tensor([4, 300]).to(torch.uint16)}, "the tokens are from 4 to 300"),
         ({"n_tokens": 24}, "1 tokens and 24 more are beyond max_seq_len=24: add at most 23"),
         ({"tokens": torch.ones(25).long()}, "25 tokens and 2 more are beyond max_seq_len=24: give at most 24"),
-        ({"n_tokens": -1}, "n_tokens=-1 and temperature=1.0 must be at least 0"),
+        ({"n_tokens": -1}, "n_tokens=-1 must be at least 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
-        ({"top_p": 0.0}, "top_p=0.0 above 0"),
-        ({"top_p": 1.5}, "top_p=1.5 above 0 and at most 1"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_continued(model: Reformer, changes: dict[str, object], message: str) -> None:

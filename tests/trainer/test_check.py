@@ -175,6 +175,19 @@ def test_an_uneven_position_table_is_remarked_on() -> None:
     assert remarks(make_config(model_max_seq_len=2**20, model_axial_shape=[64, 2**14]), facts) == []
 
 
+def test_a_weight_below_the_least_share_is_remarked_on() -> None:
+    def mixed(**weights: float) -> list[str]:
+        mixture = {name: {"store": "store", "weight": weight} for name, weight in weights.items()}
+        return remarks(make_config(data_mixture=mixture), STORE)
+
+    assert mixed(one=0.001, two=0.999) == mixed(one=0.0009, two=1.0) == []
+    (line,) = mixed(one=0.0001, two=1.0)
+    assert line == (
+        "data.mixture.one.weight=0.0001 is 0.0001 of all weights, and 1 of 1,000 samples, the least that there can be, "
+        "is drawn from it"
+    )
+
+
 def test_positions_that_no_row_has_are_remarked_on() -> None:
     assert remarks(make_config(), STORE) == []
     (line,) = remarks(make_config(model_max_seq_len=512), STORE)

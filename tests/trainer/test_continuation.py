@@ -52,7 +52,8 @@ def test_what_older_runs_do_not_say_is_no_change() -> None:
     assert changes(IDENTITY, {**IDENTITY, "eval_store_fingerprint": "abc"}) == {}
     before = {**IDENTITY, "eval_store_fingerprint": "abc"}
     assert changes(before, {**before, "eval_store_fingerprint": "def"}) == {
-        "eval_store_fingerprint": "was 'abc' and is 'def' now"
+        "eval_store_fingerprint": "was 'abc' and is 'def' now: evaluations are of other rows from here on, and eval/* "
+        "before it does not compare"
     }
 
 
