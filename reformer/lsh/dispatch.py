@@ -79,7 +79,7 @@ def lsh_attention(
     Returns:
         The output [B, H, T, D] in v's dtype and the buckets [B, H, n_hashes, T] that were used. Buckets carry no
         gradient. Statistics are fp32 for half-precision inputs. Second and forward derivatives and torch.func
-        (but for vmap) are for backend="reference" alone: elsewhere a backward with create_graph=True raises RuntimeError.
+        (not vmap) are for backend="reference" alone: elsewhere a backward with create_graph=True raises RuntimeError.
 
     Raises:
         ValueError: a shape, dtype or option that does not fit, with what was expected; a path that cannot run.
