@@ -29,6 +29,7 @@ from typing import IO, NamedTuple, NoReturn, Self
 from trainer import ranks
 from trainer.checkpoint import way_on
 from trainer.distributed import COLLECTIVE_TIMEOUT, Launch
+from trainer.presence import LOCK
 from trainer.ranks import RankState
 
 HUNG = 70
@@ -269,20 +270,28 @@ class _Listener:
     """Whether another rank's file still changes. Its times are compared with each other, never with our clock."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        self._path = ranks.state_path(run_dir, rank)
+        self._path, self._hold = ranks.state_path(run_dir, rank), run_dir / LOCK
         self._last = ranks.read_bytes(self._path)
         self._heard_s: float | None = None
 
     def silent_s(self, now_s: float, excused: bool, begun: bool) -> float:
         """Seconds since the file last changed, by our clock; 0 if the rank has ended, or is `excused` or unreadable.
 
-        Until it changes for the first time, it may be that of an earlier run: 0 then too, unless this one has `begun`,
-        which all ranks do together; from there on it must change.
+        Until it changes for the first time, it may be that of an earlier run: 0 then too, unless it is younger than the
+        hold on the folder, which this run took before any rank wrote. Then it must change once the run has `begun`,
+        which all ranks do together.
         """
         news = ranks.read_bytes(self._path)
         state = ranks.parse_state(news)
         waived = excused or state is None or state.ended is not None
-        if news != self._last or (self._heard_s is None and begun) or (waived and self._heard_s is not None):
+        known = self._heard_s is not None
+        if news != self._last or (known and waived) or (not known and begun and self._is_of_this_run()):
             self._heard_s = now_s
         self._last = news
         return 0.0 if self._heard_s is None else now_s - self._heard_s
+
+    def _is_of_this_run(self) -> bool:
+        """By the file system's clock, whatever that of a node says."""
+        with contextlib.suppress(OSError):
+            return self._path.stat().st_mtime_ns >= self._hold.stat().st_mtime_ns
+        return False

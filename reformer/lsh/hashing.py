@@ -159,7 +159,7 @@ def sort_labels(buckets_BHRT: Tensor, segment_ids_BT: Tensor | None, key_padding
         segment_BT = torch.unique(segment_ids_BT, return_inverse=True)[1]
     if key_padding_mask_BT is not None:
         segment_BT = segment_BT + ~key_padding_mask_BT.bool() * (segment_BT.max() + 1)
-    if buckets_BHRT.dtype == torch.int64:  # of the caller's own, of any size
+    if buckets_BHRT.dtype not in (torch.int16, torch.int32):  # of the caller's own, of any size
         buckets_BHRT = torch.unique(buckets_BHRT, return_inverse=True)[1]
     least, most = (int(bound) for bound in buckets_BHRT.aminmax())
     n_buckets = most - least + 1

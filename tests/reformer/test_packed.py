@@ -16,14 +16,14 @@ def numbers(high: int, *shape: int) -> Tensor:
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(4))
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.uint16])
 @pytest.mark.parametrize("with_segments", [True, False])
 @pytest.mark.parametrize("with_padding", [True, False])
 def test_tokens_are_sorted_by_padding_segment_bucket_and_position(
     dtype: torch.dtype, with_segments: bool, with_padding: bool
 ) -> None:
     """Whatever integers segments are, wherever they stand, and whatever buckets a caller has."""
-    buckets = (numbers(5, 2, 2, R, 30) - 2).to(dtype)
+    buckets = (numbers(5, 2, 2, R, 30) - 2 * dtype.is_signed).to(dtype)
     if dtype == torch.int64:
         buckets = buckets * 2**61
     segments = torch.tensor([-(2**62), 7, 2**62])[numbers(3, 2, 30)] if with_segments else None

@@ -17,6 +17,7 @@ import pytest
 
 from trainer import ranks, watchdog
 from trainer.distributed import COLLECTIVE_TIMEOUT, Launch
+from trainer.presence import LOCK
 from trainer.ranks import RankState, state_path
 from trainer.watchdog import HUNG, Watchdog
 
@@ -262,6 +263,7 @@ class Neighbour:
 
     def __init__(self, run_dir: Path) -> None:
         (run_dir / "ranks").mkdir()
+        (run_dir / LOCK).touch()
         self.run_dir = run_dir
         self.write(time=1e9)
         self.listener = watchdog._Listener(run_dir, 1)
@@ -290,6 +292,14 @@ def test_a_rank_that_stopped_before_its_second_word_is_missed(neighbour: Neighbo
     assert neighbour.silent_s(1010.0, begun=True) == 7
     neighbour.write(time=5e8)
     assert neighbour.silent_s(1011.0, begun=True) == 0
+
+
+def test_a_rank_that_cannot_write_is_not_missed_for_what_a_killed_one_left(neighbour: Neighbour) -> None:
+    """Its file is older than the hold on the folder."""
+    path = state_path(neighbour.run_dir, 1)
+    os.utime(path, ns=(path.stat().st_atime_ns, (neighbour.run_dir / LOCK).stat().st_mtime_ns - 1))
+    assert neighbour.silent_s(1000.0, begun=True) == 0
+    assert neighbour.silent_s(2000.0, begun=True) == 0
 
 
 def test_silence_is_counted_from_the_last_change_whatever_time_the_file_says(neighbour: Neighbour) -> None:
