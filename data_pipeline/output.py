@@ -1,6 +1,7 @@
 """How commands end: with an exit code, and with a line on standard error where something was wrong."""
 
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,17 @@ def reader_may_leave() -> Iterator[None]:
         if sys.stdout:  # closed, there is none
             sys.stdout.flush()
     except BrokenPipeError:
+        if not _reader_has_left():
+            raise
         # What is still to be written goes nowhere: Python would try again at its exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads standard output any more: other pipes may break too."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors and hang-ups alone
+    return bool(poll.poll(0))
 
 
 def exit_code(command: Callable[[], int | None], *errors: type[Exception]) -> int:

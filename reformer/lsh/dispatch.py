@@ -108,7 +108,8 @@ def lsh_attention(
                 dropout_keys=dropout_keys,
             )
         return out, buckets
-    labels_GRT = sort_labels(buckets, segment_ids, key_padding_mask).flatten(0, 1)
+    segments = None if segment_ids is None else renumbered(segment_ids)
+    labels_GRT = sort_labels(buckets, segments, key_padding_mask).flatten(0, 1)
     if _takes_dense(backend, qk, n_hashes, chunk_len, causal, attend_across_buckets, dropout):
         is_one_chunk = n_tokens <= chunk_len  # each round shows all tokens, and equally often
         out = dense_attention(
@@ -128,7 +129,7 @@ def lsh_attention(
         causal,
         is_lsh=True,
         key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
-        segment_ids_GT=None if segment_ids is None else by_head(renumbered(segment_ids), n_heads),
+        segment_ids_GT=None if segments is None else by_head(segments, n_heads),
         buckets_GRT=None if attend_across_buckets else renumbered(buckets.flatten(0, 1)),
         duplicate_correction=duplicate_correction,
         dropout=dropout,

@@ -145,18 +145,17 @@ def _argmax_of_both_signs(x_Ft: Tensor) -> Tensor:
     return first.add_(is_negative.squeeze(-2), alpha=n)
 
 
-def sort_labels(buckets_BHRT: Tensor, segment_ids_BT: Tensor | None, key_padding_mask_BT: Tensor | None) -> Tensor:
+def sort_labels(buckets_BHRT: Tensor, segments_BT: Tensor | None, key_padding_mask_BT: Tensor | None) -> Tensor:
     """Numbers [B, H, R, T] in the order of (padding, segment, bucket), by which tokens are sorted.
 
     So the chunks of a document hold hardly any other tokens than its own, however many documents share the row, and
     padding takes no place among what it pads. Without segments and padding these are the buckets themselves.
+
+    segments_BT: numbered from 0 on, see `rounds.renumbered`.
     """
-    if segment_ids_BT is None and key_padding_mask_BT is None:
+    if segments_BT is None and key_padding_mask_BT is None:
         return buckets_BHRT
-    if segment_ids_BT is None:
-        segment_BT = torch.zeros_like(buckets_BHRT[:, 0, 0], dtype=torch.int64)
-    else:  # as 0, 1, 2, …, whatever integers they are
-        segment_BT = torch.unique(segment_ids_BT, return_inverse=True)[1]
+    segment_BT = torch.zeros_like(buckets_BHRT[:, 0, 0], dtype=torch.int64) if segments_BT is None else segments_BT
     if key_padding_mask_BT is not None:
         segment_BT = segment_BT + ~key_padding_mask_BT.bool() * (segment_BT.max() + 1)
     if buckets_BHRT.dtype not in (torch.int16, torch.int32):  # of the caller's own, of any size

@@ -236,8 +236,7 @@ def test_an_output_without_a_folder(run: Run, tmp_path: Path) -> None:
     ):
         fails(process(*build, output), f"cannot write to --output {output}: {words}")
     fails(run(*build, file / "store"), f"cannot write to --output {file}/store: {file} is not a folder")
-    tokenizer = ("tokenizer", "--input", tmp_path / "missing", corpus, "--output", link / "a.model")
-    fails(run(*tokenizer), "missing does not exist")
+    fails(run("tokenizer", "--input", tmp_path / "no", corpus, "--output", link / "a.model"), "no does not exist")
     fails(run("tokenizer", "--input", corpus, "--output", link / "a.model"), f"{link} is not a folder")
 
 

