@@ -9,6 +9,7 @@ python launch/report.py runs/demo/run --plot loss.png
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -96,7 +97,7 @@ def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> st
     if column(metrics, "eval/loss"):
         lines.append(unigram(config))
     if config.data.mixture:
-        lines.append(f"held out is {config.data.eval_split!r} of {config.data.store} alone, batches are of the mixture")
+        lines.append(f"held out is {config.data.eval_split!r} of {config.data.store}, batches are of the mixture")
     lines += [row(name, last=value) for name, value in costs(metrics)]
     return "\n".join([*lines, "", f"the run lies in {path}", f"see its curves:  {see_curves(path)}"])
 
@@ -117,6 +118,8 @@ def scores(metrics: list[dict[str, float]]) -> Iterator[tuple[str, list[Point]]]
     names: dict[str, str] = {}
     for split, name in (("train", "training batch"), ("eval", "held out")):
         names |= {f"{split}/loss": f"{name}, nats per token", f"{split}/bits_per_byte": f"{name}, bits per byte"}
+    sources = sorted({tag for values in metrics for tag in values if re.fullmatch("eval/source/.+/bits_per_byte", tag)})
+    names |= {tag: f"  of {tag.split('/')[2]}, bits per byte" for tag in sources}
     positions = sorted({tag for values in metrics for tag in values if tag.startswith("eval/loss_at/")})
     names |= {tag: f"  up to {tag.split('/')[-1].lstrip('0')} tokens before" for tag in positions}
     names["eval/lsh_gain"] = "  more without LSH attention"

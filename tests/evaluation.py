@@ -65,7 +65,8 @@ class PlainEngine:
 
 
 def report(engine: Any, plan: RunConfig, store: Store, launch: Launch) -> HeldOut:
-    """All that is reported on the store's held-out rows."""
+    """All that is reported on the store's held-out rows; what it trains on is in the place of a source's."""
     token_bytes = torch.from_numpy(store.token_bytes.astype("int64"))
     place = Place.of(launch.rank, launch.world_size, plan.run.sequence_parallel).joined()
-    return held_out(engine, RowDataset(store, "val"), plan, launch, place, CPU, token_bytes)
+    passes = (engine, RowDataset(store, "val"), plan, launch, place, CPU, token_bytes)
+    return held_out(*passes, {"other": RowDataset(store, "train")})

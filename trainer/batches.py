@@ -70,6 +70,15 @@ def held_out_rows(store: Store, config: RunConfig) -> HeldOutRows | None:
     return HeldOutRows(store, config.data.eval_split, config.run.eval_rows) if config.run.eval_every else None
 
 
+def held_out_of_sources(sources: Mapping[str, Store], config: RunConfig) -> dict[str, HeldOutRows]:
+    """What they score of the mixture's stores beside it, by the name of each that has an eval_split."""
+    return {
+        name: HeldOutRows(sources[name], source.eval_split, config.run.eval_rows)
+        for name, source in config.data.mixture.items()
+        if source.eval_split and config.run.eval_every
+    }
+
+
 def drawn(n_rows: int, n: int) -> list[int]:
     """n different numbers below n_rows, drawn at random, the same in every call; all of them if there are no more."""
     return [permute(index, n_rows, seed=0, epoch=0) for index in range(min(n, n_rows))]

@@ -145,16 +145,24 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
         (f"data.mixture.{name}.split", source.split or data.train_split, source.store, sources[name])
         for name, source in data.mixture.items()
     ] or [("data.train_split", data.train_split, data.store, store)]
-    evaluated = [("data.eval_split", data.eval_split, data.store, store)] if config.run.eval_every else []
+    evaluated = [
+        ("data.eval_split", data.eval_split, data.store, store),
+        *(
+            (f"data.mixture.{name}.eval_split", source.eval_split, source.store, sources[name])
+            for name, source in data.mixture.items()
+            if source.eval_split
+        ),
+    ] * (config.run.eval_every > 0)
     for name, split, path, facts in trained + evaluated:
         if not facts.rows.get(split):
             full = ", ".join(f"'{known}'" for known, rows in facts.rows.items() if rows)
             problems.append(f"{name}='{split}' has no rows in {path}: its splits are {full}")
     problems += [
-        f"{name}='{split}' of {path} is also what evaluations read (data.eval_split of data.store={data.store}): "
+        f"{name}='{split}' of {path} is also what evaluations read ({held_out} of {eval_path}): "
         "choose another split for one of them, or set run.eval_every=0"
         for name, split, path, facts in trained
-        if evaluated and (split, facts.fingerprint) == (data.eval_split, store.fingerprint)
+        for held_out, eval_split, eval_path, eval_facts in evaluated
+        if (split, facts.fingerprint) == (eval_split, eval_facts.fingerprint)
     ]
     return problems + [
         f"data.mixture.{name}: {key} of {data.mixture[name].store} is {theirs}, that of data.store={data.store} is "

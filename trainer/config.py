@@ -45,6 +45,9 @@ class SourceConfig(StrictConfig):
     """Share of the samples, relative to the sum of all weights; rounded to 1/1000, at least 1/1000."""
     split: str | None = None
     """Split to train on; data.train_split when not given."""
+    eval_split: str | None = None
+    """Split to evaluate on as well, as eval/source/NAME/…; it must not be trained on. Of this store nothing is
+    evaluated when not given."""
 
 
 class DataConfig(StrictConfig):
@@ -53,7 +56,8 @@ class DataConfig(StrictConfig):
     store: Path = Field(strict=False)
     """Folder of the store that `python -m data_pipeline build` wrote, relative to the working directory."""
     mixture: dict[str, SourceConfig] = Field(default_factory=dict)
-    """Stores to train on in place of data.store, by names of your own; evaluations go on reading data.store."""
+    """Stores to train on in place of data.store, by names of your own; evaluations go on reading data.store, and
+    each source's eval_split."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "val"

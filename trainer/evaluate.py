@@ -17,13 +17,16 @@ The tags, all of the model after so many steps, hash rotations those of step 0:
     eval/lsh_gain               by how much that is more than the loss of the same rows with it. Near 0, LSH layers do
                                 nothing; otherwise it says that they are used, not how well a model would do that was
                                 trained without them
+    eval/source/NAME/loss,      of a store of data.mixture that has an eval_split: as many rows of it, drawn likewise
+    eval/source/NAME/bits_per_byte
     lsh/…, reversible/…         see metrics.py; of the first row, on the ranks that have it in the first pass
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import deepspeed
 import torch
@@ -73,30 +76,37 @@ def held_out(
     place: Place,
     device: torch.device,
     token_bytes: Tensor,
+    of_sources: Mapping[str, Rows] = MappingProxyType({}),
 ) -> HeldOut:
     """Everything that an evaluation reports. All ranks call it, and make the same passes.
 
     rows: held-out ones; place: of this rank, joined; token_bytes: int64 [V], the bytes that each token
-    stands for.
+    stands for; of_sources: held-out rows of the mixture's stores by name, of which the loss alone is reported.
 
     Raises DataError, on one rank while the others end, where a row or the store's tokenizer is damaged.
     """
     plan = config.run
     n_rows = min(plan.eval_rows, len(rows))
     n_ablated = min(plan.ablation_rows, n_rows) if config.model.has_lsh else 0
-    evaluated = partial(evaluate, engine, rows, config, launch, place, device, token_bytes, n_first=n_ablated)
+
+    def evaluated(rows: Rows, n_rows: int, n_first: int) -> Totals:
+        return evaluate(engine, rows, config, launch, place, device, token_bytes, n_rows=n_rows, n_first=n_first)
+
     watch: AbstractContextManager[dict[str, float]] = nullcontext({})
     if plan.diagnostics:
         watch = diagnosed(engine, rows, launch, place, device)
     engine.eval()
     with watch as diagnostics:
-        scores = evaluated(n_rows=n_rows)
+        scores = evaluated(rows, n_rows, n_ablated)
     by_position = {end: score.loss for end, score in scores.by_position.items() if score.n_tokens}
     values = overall(scores.all) | {position_tag(end, rows.store.seq_len): loss for end, loss in by_position.items()}
     if n_ablated:
         with ablated(engine.module):
-            without = evaluated(n_rows=n_ablated).first.loss
+            without = evaluated(rows, n_ablated, n_ablated).first.loss
         values |= {"eval/loss_without_lsh": without, "eval/lsh_gain": without - scores.first.loss}
+    for name, own_rows in of_sources.items():
+        score = evaluated(own_rows, min(plan.eval_rows, len(own_rows)), 0).all
+        values |= {source_tag(name, "loss"): score.loss, source_tag(name, "bits_per_byte"): score.bits_per_byte}
     sample = sample_continuation(engine, rows, config, launch, device)
     engine.train()
     return HeldOut(values | diagnostics, n_rows, by_position, sample)
@@ -181,3 +191,8 @@ def _positions(batch: Batch) -> Tensor:
 def position_tag(end: int, seq_len: int) -> str:
     """The tag of a range of positions in rows of so many tokens."""
     return f"eval/loss_at/{range_name(end, seq_len)}"
+
+
+def source_tag(name: str, value: str) -> str:
+    """The tag of a value of held-out rows of a store of data.mixture."""
+    return f"eval/source/{name}/{value}"

@@ -1,7 +1,7 @@
 """`Job`: all that a run is made of, read and checked, before anything of it begins."""
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ class Job:
     launch: Launch
     identity: Mapping[str, Any]
     """What its checkpoints say about it: see continuation.identity."""
-    sources: Collection[Store] = ()
-    """The stores of data.mixture."""
+    sources: Mapping[str, Store] = field(default_factory=dict)
+    """The stores of data.mixture, by name."""
 
 
 def read_job(
@@ -55,4 +55,4 @@ def read_job(
     own = identity(config, deepspeed, samples.identity if sources else facts.fingerprint, launch.world_size)
     if sources:  # then evaluations alone read data.store, and nothing else would tell that it is another one
         own[EVAL_STORE] = facts.fingerprint
-    return Job(config, deepspeed, store, samples, launch, own, sources.values()), notes
+    return Job(config, deepspeed, store, samples, launch, own, sources), notes

@@ -11,7 +11,7 @@ MOST_DOCUMENTS = 5_000_000
 
 
 def leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> list[str]:
-    """A note for each source of the mixture with documents of data.eval_split in what it trains on, byte for byte.
+    """A note for each source of the mixture that trains on documents which evaluations hold out, byte for byte.
 
     Of one store, `inspect` says it. A table of documents that is damaged, which training does not need, is a note too,
     and one of more than MOST_DOCUMENTS is not read.
@@ -23,20 +23,23 @@ def leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> list[
 
 
 def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iterator[str]:
-    held_out: set[str] = set()
-    for name, source in sources.items():
-        if source.manifest.fingerprint == store.manifest.fingerprint:
-            continue
-        if max(_n_documents(source), _n_documents(store)) > MOST_DOCUMENTS:
-            yield f"data.mixture.{name} has too many documents to look for held-out ones among them"
-            continue
-        held_out = held_out or set(_hashes(store, data.eval_split))
-        split = data.mixture[name].split or data.train_split
-        if n_shared := len(held_out.intersection(_hashes(source, split))):
-            yield (
-                f"{n_shared:,} of the {len(held_out):,} documents that evaluations hold out ({data.eval_split!r} of "
-                f"{store.path}) are in {split!r} of data.mixture.{name}, {source.path}, too: the run is trained on them"
-            )
+    of_sources = [(one.eval_split, sources[name]) for name, one in data.mixture.items() if one.eval_split]
+    for eval_split, evaluated in [(data.eval_split, store), *of_sources]:
+        held_out: set[str] = set()
+        for name, source in sources.items():
+            if source.manifest.fingerprint == evaluated.manifest.fingerprint:
+                continue
+            if max(_n_documents(source), _n_documents(evaluated)) > MOST_DOCUMENTS:
+                yield f"data.mixture.{name} has too many documents to look for held-out ones of {evaluated.path} there"
+                continue
+            held_out = held_out or set(_hashes(evaluated, eval_split))
+            split = data.mixture[name].split or data.train_split
+            if n_shared := len(held_out.intersection(_hashes(source, split))):
+                yield (
+                    f"{n_shared:,} of the {len(held_out):,} documents that evaluations hold out ({eval_split!r} of "
+                    f"{evaluated.path}) are in {split!r} of data.mixture.{name}, {source.path}, too: the run is "
+                    "trained on them"
+                )
 
 
 def _n_documents(store: Store) -> int:

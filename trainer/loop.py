@@ -16,7 +16,7 @@ import torch
 from data_pipeline.loader import Loader
 from trainer import checkpoint, distributed, memory
 from trainer.agreement import refuse_different
-from trainer.batches import Batch, collate, held_out_rows
+from trainer.batches import Batch, collate, held_out_of_sources, held_out_rows
 from trainer.checkpoint import SaveError
 from trainer.config import ConfigError
 from trainer.continuation import changes
@@ -34,11 +34,11 @@ from trainer.preemption import PREEMPTED, Preemption, stopping
 from trainer.profiling import Profiler
 from trainer.record import write_record
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
-from trainer.schedule import learning_rate
+from trainer.schedule import due, learning_rate
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place, timed
 from trainer.state import local_square_sum, n_parameters, set_weights
-from trainer.terminal import Reported, Terminal, eval_line, show, show_model_messages
+from trainer.terminal import Reported, Terminal, eval_lines, show, show_model_messages
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
 
@@ -137,6 +137,7 @@ class Trainer:
             on_damage=config.data.on_damage,
         )
         self.eval_rows = held_out_rows(self.job.store, config)
+        self.eval_of_sources = held_out_of_sources(self.job.sources, config)
         if self.eval_rows:
             self.progress = self.progress.of(f"{self.eval_rows.identity}, n_hashes={self.plan.eval_n_hashes}")
         self.token_bytes = torch.from_numpy(self.job.store.token_bytes.astype("int64"))
@@ -320,7 +321,8 @@ class Trainer:
         self.watchdog.mark(done, "evaluate")
         self.refuse_replaced_stores()
         config, launch, place = self.job.config, self.launch, self.place
-        found = held_out(self.engine, self.eval_rows, config, launch, place, self.device, self.token_bytes)
+        passes = (self.engine, self.eval_rows, config, launch, place, self.device, self.token_bytes)
+        found = held_out(*passes, self.eval_of_sources)
         self.scores["held out"] = Reported(done, found.values["eval/loss"], found.values["eval/bits_per_byte"])
 
         def write(metrics: Metrics) -> None:
@@ -332,7 +334,8 @@ class Trainer:
                 metrics.text(done, "sample", found.sample)
 
         self.report(write)
-        self.say(eval_line(done, self.plan.steps, found.values, found.n_rows))
+        for line in eval_lines(done, self.plan.steps, found.values, found.n_rows, self.eval_of_sources):
+            self.say(line)
 
     def save(self, done: int, needed: bool) -> None:
         """Publish a checkpoint of the state after `done` steps: where losses are not finite, only if it is needed."""
@@ -371,7 +374,7 @@ class Trainer:
         """Stop where the rows of late may be another store's, before anything is said or saved that comes of them."""
 
         def look() -> None:
-            for store in (self.job.store, *self.job.sources) if self.leads else ():
+            for store in (self.job.store, *self.job.sources.values()) if self.leads else ():
                 store.refuse_replaced()
 
         together(look, self.launch, self.device)
@@ -393,8 +396,3 @@ class Trainer:
         if not self.terminal:
             return
         self.terminal.close(summary(self.plan, self.first_step, done, self.before, self.progress, self.scores).text())
-
-
-def due(every: int, done: int, steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now; never if `every` is 0."""
-    return every > 0 and (done % every == 0 or done == steps)

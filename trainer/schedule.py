@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no state to continue it."""
+"""What follows from the number of a step alone, so that a resumed run needs no state to continue it."""
 
 import math
 from typing import Literal
@@ -37,3 +37,8 @@ def learning_rate(peak: float, step: int, plan: LoopConfig) -> float:
         decay=plan.decay,
         final_ratio=plan.final_lr_ratio,
     )
+
+
+def due(every: int, done: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now; never if `every` is 0."""
+    return every > 0 and (done % every == 0 or done == steps)

@@ -8,7 +8,7 @@ with the log is full or the reader of a pipe is gone, is lost, and costs the run
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,13 +111,18 @@ def train_line(step: int, steps: int, values: Mapping[str, float]) -> str:
     )
 
 
-def eval_line(step: int, steps: int, values: Mapping[str, float], n_rows: int) -> str:
-    """One line on an evaluation."""
+def eval_lines(
+    step: int, steps: int, values: Mapping[str, float], n_rows: int, of_sources: Mapping[str, Sized]
+) -> list[str]:
+    """A line on an evaluation, and one on the held-out rows of each of the mixture's stores that has such."""
     gain = f"without LSH {values['eval/lsh_gain']:+.4f}  " if "eval/lsh_gain" in values else ""
-    return (
-        f"eval {step:>{len(str(steps))}}/{steps}  loss {values['eval/loss']:.4f}  "
-        f"bits/byte {values['eval/bits_per_byte']:.4f}  {gain}on {n_rows} held-out rows"
-    )
+    scored = {"eval": f"{gain}on {n_rows} held-out rows"}
+    scored |= {f"eval/source/{name}": f"on {len(rows)} held-out rows of {name}" for name, rows in of_sources.items()}
+    return [
+        f"eval {step:>{len(str(steps))}}/{steps}  loss {values[f'{of}/loss']:.4f}  "
+        f"bits/byte {values[f'{of}/bits_per_byte']:.4f}  {on}"
+        for of, on in scored.items()
+    ]
 
 
 @dataclass(frozen=True)

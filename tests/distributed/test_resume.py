@@ -105,10 +105,14 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_continues(train, un
 
 def test_a_mixture_is_continued_where_it_was_and_by_no_other(train, store: Path, other_store: Path, tmp_path: Path):
     mixture = [f"data.mixture.{name}.store={path}" for name, path in (("one", store), ("two", other_store))]
-    changes = [*mixture, "data.mixture.one.weight=2", "data.mixture.two.weight=1", "run.eval_every=0"]
+    changes = [*mixture, "data.mixture.one.weight=2", "data.mixture.two.weight=1", "data.mixture.two.eval_split=val"]
     run = train(1, tmp_path / "run", *changes)
     assert run.code == 0, run.errors
-    whole = [[line[tag] for tag in ("step", "train/loss", "train/grad_norm")] for line in run.metrics]
+    tags = ("train/loss", "train/grad_norm", "eval/source/two/loss", "eval/source/two/bits_per_byte")
+    whole = [run.column(tag) for tag in tags]
+    assert [len(values) for values in whole] == [4, 4, 2, 2]
+    assert "held-out rows of two\n" in run.output
+    of_one = run.column("eval/loss")[-1]
     assert json.loads((run.dir / "run.json").read_text())["samples"]["one.per_thousand"] == 667
     shutil.rmtree(run.dir / "checkpoints" / "step_00000004")
     other = train(1, run.dir, *changes, "data.mixture.two.weight=2")
@@ -120,7 +124,8 @@ def test_a_mixture_is_continued_where_it_was_and_by_no_other(train, store: Path,
     # The losses stay; data.store is for evaluations only, and a change of it is told.
     again = train(1, run.dir, *changes, f"data.store={other_store}")
     assert again.code == 0, again.errors
-    assert [[line[tag] for tag in ("step", "train/loss", "train/grad_norm")] for line in again.metrics] == whole
+    assert [again.column(tag) for tag in tags] == whole
+    assert again.column("eval/loss")[-1] == again.column("eval/source/two/loss")[-1] != of_one
     assert "note: eval_store_fingerprint was " in again.output
 
 

@@ -120,6 +120,7 @@ def make_run(folder: Path, store: Path) -> None:
         {"step": 1, "train/loss": 5.25, "train/bits_per_byte": 8.25, **speed},
         {"step": 2, "train/loss": 2.5, "train/bits_per_byte": 3.75, **speed, **health},
         {"step": 2, "eval/loss": 2.75, "eval/bits_per_byte": 4.0625, "eval/loss_at/00016K": 2.25, "eval/lsh_gain": 0.5}
+        | {"eval/source/web/loss": 3.0, "eval/source/web/bits_per_byte": 5.5}
         | lsh(0.75, 0.875),
     ]
     whole = "".join(json.dumps(line) + "\n" for line in lines)
@@ -140,6 +141,7 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
         "training batch, nats per token        5.2500       1      2.5000       2",
         "training batch, bits per byte         8.2500       1      3.7500       2",
         "held out, bits per byte               8.1250       0      4.0625       2",
+        "  of web, bits per byte               5.5000       2      5.5000       2",
         "  up to 16K tokens before             5.7500       0      2.2500       2",
         "  more without LSH attention          0.5000       2      0.5000       2",
         "dense attention recovered             0.3750       0      0.8125       2",

@@ -216,9 +216,7 @@ def test_a_mixture_reads_its_own_splits() -> None:
     ]
 
 
-HELD_OUT = (
-    r"is also what evaluations read \(data.eval_split of data.store=data/store\): choose another split for one of"
-)
+HELD_OUT = r"is also what evaluations read \(data.eval_split of data/store\): choose another split for one of"
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:
@@ -238,6 +236,27 @@ def test_what_is_held_out_is_not_trained_on_in_a_mixture_either() -> None:
     config = make_config(data_mixture=MIXTURE, data_train_split="val")
     with pytest.raises(ConfigError, match=f"^data.mixture.books.split='val' of a {HELD_OUT}"):
         check(config, DEEPSPEED, STORE, 1, {"books": STORE, "web": other})
+
+
+def test_what_is_held_out_of_a_source_is_there_and_not_trained_on() -> None:
+    web = {**MIXTURE["web"], "split": "train", "eval_split": "val"}
+    config = make_config(data_mixture={**MIXTURE, "web": web})
+    books, other = (replace(STORE, fingerprint=f"of {name}") for name in ("books", "web"))
+    check(config, DEEPSPEED, STORE, 1, {"books": books, "web": other})
+    with pytest.raises(ConfigError, match=r"^data.mixture.web.eval_split='val' has no rows in b: its splits are 'tr"):
+        check(config, DEEPSPEED, STORE, 1, {"books": books, "web": replace(other, rows={"train": 1})})
+    trained = {**MIXTURE["books"], "split": "val"}
+    held_out = r"is also what evaluations read \(data.mixture.web.eval_split of b\): choose another"
+    with pytest.raises(ConfigError, match=f"^data.mixture.books.split='val' of a {held_out}"):
+        config = make_config(data_mixture={"books": trained, "web": web})
+        check(config, DEEPSPEED, STORE, 1, {"books": other, "web": other})
+    check(
+        make_config(data_mixture={"books": trained, "web": web}, run_eval_every=0),
+        DEEPSPEED,
+        STORE,
+        1,
+        {"books": other, "web": other},
+    )
 
 
 @pytest.mark.parametrize(("key", "value"), [("tokenizer_sha256", "xyz"), ("vocab_size", 300), ("seq_len", 128)])

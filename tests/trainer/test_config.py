@@ -97,7 +97,7 @@ def test_errors_name_the_value_and_the_way_out(config: Path, overrides: list[str
 MIXTURE = """
 [data.mixture]
 books = {store = "data/books", weight = 7}
-web = {store = "data/web", weight = 2.5, split = "all"}
+web = {store = "data/web", weight = 2.5, split = "all", eval_split = "val"}
 """
 
 
@@ -106,8 +106,8 @@ def test_a_mixture_of_stores(config: Path) -> None:
     data = load(config, ["data.mixture.web.weight=3"])[0].data
     assert data.store == Path("data/store")
     assert {name: source.model_dump() for name, source in data.mixture.items()} == {
-        "books": {"store": Path("data/books"), "weight": 7.0, "split": None},
-        "web": {"store": Path("data/web"), "weight": 3.0, "split": "all"},
+        "books": {"store": Path("data/books"), "weight": 7.0, "split": None, "eval_split": None},
+        "web": {"store": Path("data/web"), "weight": 3.0, "split": "all", "eval_split": "val"},
     }
 
 

@@ -12,7 +12,7 @@ from workers import run_workers
 
 import trainer.evaluate
 import trainer.samples
-from data_pipeline.dataset import Sample
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
 from data_pipeline.store import Store
 from reformer import Reformer
 from trainer.config import ConfigError, RunConfig, load
@@ -169,6 +169,13 @@ def test_everything_that_is_reported(store: Store) -> None:
     found = report(engine, config(store), store, ALONE)
     values = found.values
     assert engine.module.training and found.n_rows == 7
+    (row,) = RowDataset(store, "train")
+    with torch.no_grad():
+        tokens, labels, segment_ids = (x[None] for x in row)
+        nll = engine.module.eval()(tokens, labels, segment_ids=segment_ids, per_token=True).sum().item()
+    n_tokens = int((row.labels != IGNORED_LABEL).sum())
+    assert values["eval/source/other/loss"] * n_tokens == pytest.approx(nll)
+    assert values["eval/source/other/bits_per_byte"] * (n_tokens - 1) * math.log(2) == pytest.approx(nll), "of bytes"
     assert values["eval/bits_per_token"] == pytest.approx(values["eval/loss"] / math.log(2))
     assert values["eval/perplexity"] == pytest.approx(math.exp(values["eval/loss"]))
     assert {position_tag(end, 256): loss for end, loss in found.by_position.items()} == {
@@ -187,9 +194,9 @@ def test_what_is_not_asked_for_is_left_out(store: Store) -> None:
     assert found.sample is None
     assert not any(word in tag for tag in found.values for word in ("lsh", "reversible"))
     n_passes = engine.n_passes
-    assert n_passes == 4  # for 7 rows
+    assert n_passes == 4 + 1  # for 7 rows, and one of another source
     report(engine, config(store), store, ALONE)
-    assert engine.n_passes - n_passes == 4 + 1 + 8
+    assert engine.n_passes - n_passes == 4 + 1 + 1 + 8
 
 
 def test_a_model_without_lsh_attention_has_nothing_to_leave_out(store: Store) -> None:

@@ -47,7 +47,22 @@ def test_a_table_that_is_damaged_is_a_note(stores: dict[str, Store]) -> None:
 
 def test_tables_that_would_take_minutes_are_not_read(stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.leakage.MOST_DOCUMENTS", 3)
-    assert found(stores, "web") == ["data.mixture.web has too many documents to look for held-out ones among them"]
+    books = stores["books"].path
+    assert found(stores, "web") == [
+        f"data.mixture.web has too many documents to look for held-out ones of {books} there"
+    ]
+
+
+def test_what_a_source_holds_out_is_held_against_the_other_sources(stores: dict[str, Store]) -> None:
+    write = data(stores, "clean", "web").model_dump()
+    write["mixture"]["web"]["eval_split"] = "val"
+    assert leaks(DataConfig(**write), stores["clean"], {name: stores[name] for name in ("clean", "web")}) == []
+    write["mixture"]["books"] = {"store": stores["books"].path, "weight": 1.0, "split": "val"}
+    (note,) = leaks(DataConfig(**write), stores["clean"], stores)
+    assert note.startswith(
+        f"1 of the 1 documents that evaluations hold out ('val' of {stores['web'].path}) are in 'val'"
+    )
+    assert "of data.mixture.books" in note
 
 
 def test_nothing_is_said_where_nothing_is_shared(stores: dict[str, Store]) -> None:

@@ -75,7 +75,7 @@ def test_a_store_that_is_replaced_ends_the_run_before_it_is_evaluated_or_saved(
     for name in ("evaluated", "source"):
         write_store(tmp_path / name, {"a": b"text"})
     trainer.job.store, source = (Store.open(tmp_path / name) for name in ("evaluated", "source"))
-    trainer.job.sources = [source]
+    trainer.job.sources = {"web": source}
     trainer.save(1, needed=True)
     source.path.rename(tmp_path / "before")
     write_store(source.path, {"a": b"another"})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.terminal import Reported, Summary, Terminal, duration, eval_line, train_line
+from trainer.terminal import Reported, Summary, Terminal, duration, eval_lines, train_line
 
 VALUES = {
     "train/loss": 2.5,
@@ -42,8 +42,13 @@ def test_the_line_of_a_step() -> None:
 
 def test_the_line_of_an_evaluation() -> None:
     values = {"eval/loss": 2.0, "eval/bits_per_byte": 3.0}
-    assert eval_line(3, 10, values, 7) == "eval  3/10  loss 2.0000  bits/byte 3.0000  on 7 held-out rows"
-    assert "  without LSH +0.1250  on" in eval_line(3, 10, {**values, "eval/lsh_gain": 0.125}, 7)
+    line = "eval  3/10  loss 2.0000  bits/byte 3.0000  on 7 held-out rows"
+    assert eval_lines(3, 10, values, 7, {}) == [line]
+    (line_with_gain,) = eval_lines(3, 10, {**values, "eval/lsh_gain": 0.125}, 7, {})
+    assert "  without LSH +0.1250  on" in line_with_gain
+    values |= {"eval/source/web/loss": 2.5, "eval/source/web/bits_per_byte": 3.25}
+    web = "eval  3/10  loss 2.5000  bits/byte 3.2500  on 2 held-out rows of web"
+    assert eval_lines(3, 10, values, 7, {"web": "ab"}) == [line, web]
 
 
 def test_duration() -> None:
