@@ -5,10 +5,12 @@
     python launch/generate.py exported "" --temperature 0              a new document; the likeliest token each time
     python launch/generate.py exported - < chapter.txt > longer.txt    the text of standard input, its last newline too
     python launch/generate.py exported "67 60 52 48"                   a model of integers: values, with spaces between
+    python launch/generate.py exported "" --samples 16 --output new    files: new/seed0000.txt, … (of integers .npy)
 
 The text and its continuation go to standard output as the tokens are drawn, and nothing else does; bytes that are not
 UTF-8 are replaced. It ends where the model ends the document, which a note on standard error says, or after --tokens.
-The same arguments give the same text, on the same device.
+The same arguments give the same text, on the same device. With --output there is a file for each of the seeds from
+--seed on, of the text's bytes as they are or the array of values, and nothing is printed.
 
 The prompt takes one forward pass. What attention needs of it is kept (reformer/decoding.py), so that no token after it
 takes another; seconds are in benchmarks/LOG.md.
@@ -19,16 +21,17 @@ import codecs
 import io
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data_pipeline.output import exit_code
+from data_pipeline.staging import check_writable, staged
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_folder import Ends, read_tokenizer
 from reformer import ConfigError, Reformer, ReformerConfig
@@ -49,6 +52,8 @@ def parse_arguments() -> argparse.Namespace:
         "--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this probability (default: 0.95)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations, with --output (default: 1)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write files there, none in place of another")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
     return parser.parse_args()
 
@@ -125,7 +130,7 @@ def within_documents(model: Reformer, tokenizer: Tokenizer, eos: bool) -> Callab
     return forward
 
 
-def text_of(
+def drawn(
     model: Reformer,
     tokenizer: Tokenizer,
     tokens: Tensor,
@@ -135,33 +140,48 @@ def text_of(
     temperature: float,
     top_p: float,
     seed: int,
-) -> Generator[str, None, int | None]:
-    """The text of tokens [T], and then of each token that the model adds, to the end of the document or n_tokens.
-
-    A character whose bytes are several tokens comes with the last of them. Returns how many tokens were added before
-    the model ended the document, None where it did not.
-    """
-    spelled, forward = spelling(tokenizer), within_documents(model, tokenizer, eos)
-    yield spelled(tokens)
-    for n_added in range(n_tokens):  # one at a time, which gives the same tokens as all at once
+) -> Iterator[Tensor]:
+    """The tokens [1] that the model adds to tokens [T], one by one: n_tokens of them, or up to EOS, which is last."""
+    forward = within_documents(model, tokenizer, eos)
+    for _ in range(n_tokens):  # one at a time, which gives the same tokens as all at once
         added = continue_tokens(forward, model.config, tokens, 1, temperature=temperature, top_p=top_p, seed=seed)
+        yield added
         if int(added) == tokenizer.eos_id:
-            yield spelled(tokens[:0])
-            return n_added
+            return
         tokens = torch.cat([tokens, added])
-        yield spelled(added)
-    yield spelled(tokens[:0])
-    return None
 
 
-def print_all(pieces: Generator[str, None, int | None]) -> int | None:
-    """Each as it comes. Returns what the generator does."""
-    while True:
-        try:
-            print(next(pieces), end="", flush=True)
-        except StopIteration as end:
-            print()
-            return cast(int | None, end.value)
+def print_text(tokenizer: Tokenizer, tokens: Tensor, added: Iterable[Tensor]) -> None:
+    """The text of tokens [T], and then of each that is added; a character of several tokens comes with the last."""
+    spelled, n_to_end = spelling(tokenizer), None
+    print(spelled(tokens), end="", flush=True)
+    for n_before, token in enumerate(added):
+        if int(token) == tokenizer.eos_id:
+            n_to_end = n_before
+        else:
+            print(spelled(token), end="", flush=True)
+    print(spelled(tokens[:0]))
+    if n_to_end is not None:
+        print(f"note: the model ended the document after {n_to_end} tokens", file=sys.stderr)
+
+
+def write_sample(file: Path, tokenizer: Tokenizer, tokens: np.ndarray) -> None:
+    """The bytes that tokens [T] stand for, or the values of integers as an array; BOS and EOS are not among them."""
+    with staged(file) as partial, partial.open("xb") as stream:
+        if tokenizer.kind == "integers":
+            np.save(stream, tokens[tokens < tokenizer.bos_id].astype(np.min_scalar_type(tokenizer.bos_id - 1)))
+        else:
+            stream.write(tokenizer.decode(tokens))
+
+
+def sample_files(folder: Path, tokenizer: Tokenizer, seeds: range) -> dict[int, Path]:
+    """By seed. Raises ConfigError where there is one already, and DataError where none can be written."""
+    ending = "npy" if tokenizer.kind == "integers" else "txt"
+    files = {seed: folder / f"seed{seed:04d}.{ending}" for seed in seeds}
+    if there := [file for file in files.values() if file.exists()]:
+        raise ConfigError(f"{there[0]} exists: give another --output, or a --seed from which on there is none")
+    check_writable(folder, f"--output {folder}")
+    return files
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -175,14 +195,20 @@ def run(arguments: argparse.Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's is: the text is to be had as it is
     draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    if arguments.samples < 1 or (arguments.samples > 1 and arguments.output is None):
+        raise ConfigError(f"--samples {arguments.samples}: give at least 1, and --output FOLDER for more than one")
     device = choose_device(arguments.device)
     model, tokenizer, ends = read_folder(arguments.folder)
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
     check_draws(model.config, tokens, arguments.tokens, draws)  # before anything is printed
-    pieces = text_of(model.to(device), tokenizer, tokens, arguments.tokens, ends.eos, seed=arguments.seed, **draws)
-    n_added = print_all(pieces)
-    if n_added is not None:
-        print(f"note: the model ended the document after {n_added} tokens", file=sys.stderr)
+    added = partial(drawn, model.to(device), tokenizer, tokens, arguments.tokens, ends.eos, **draws)
+    if arguments.output is None:
+        print_text(tokenizer, tokens, added(seed=arguments.seed))
+    else:
+        seeds = range(arguments.seed, arguments.seed + arguments.samples)
+        files = sample_files(arguments.output, tokenizer, seeds)
+        for seed, file in tqdm(files.items(), unit="sample", disable=None):
+            write_sample(file, tokenizer, torch.cat([tokens, *added(seed=seed)]).cpu().numpy())
 
 
 def main() -> int:

@@ -272,3 +272,47 @@ def test_a_device_that_is_not_there(exported: Path, monkeypatch: pytest.MonkeyPa
     assert generate.main() == 2
     assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
     assert generate.choose_device(None) == torch.device("cpu")
+
+
+def test_samples_are_files_of_what_each_seed_gives(exported: Path, tmp_path: Path, call) -> None:
+    """Of the bytes as they are, which text on standard output need not be; files of other seeds stay."""
+    options = ("my words", "--tokens", "40", "--output", str(tmp_path / "new" / "samples"))
+    code, out, error = call(exported, *options, "--seed", "3", "--samples", "2")
+    assert (code, out) == (0, ""), error
+    assert call(exported, *options, "--seed", "12345")[0] == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "new" / "samples").iterdir()}
+    assert written == {
+        f"seed{seed:04d}.txt": b"my words" + expected(exported, [256, *b"my words"], 40, top_p=0.95, seed=seed)
+        for seed in (3, 4, 12345)
+    }
+    code, out, error = call(exported, *options, "--seed", "2", "--samples", "2")
+    assert code == 2 and "seed0003.txt exists: give another --output, or a --seed from which on" in error
+    assert len(list((tmp_path / "new" / "samples").iterdir())) == 3
+
+
+def test_samples_of_integers_are_arrays(tmp_path: Path, call) -> None:
+    tokenizer = IntegerTokenizer(300)
+    facts = record(kind="integers", vocab_size=302, sha256=tokenizer.sha256)
+    folder = write(tmp_path / "integers", 302, facts, ends=(300, 301))
+    assert call(folder, "299 5", "--tokens", "20", "--output", str(tmp_path / "new"))[0] == 0
+    values = np.load(tmp_path / "new" / "seed0000.npy", allow_pickle=False)
+    assert values.dtype == np.uint16
+    assert " ".join(map(str, values)) == call(folder, "299 5", "--tokens", "20")[1].strip()
+
+
+def test_a_sample_ends_where_the_document_does(tmp_path: Path, call) -> None:
+    folder = write(tmp_path / "ends", 258, record(), biases=(NEVER, 100.0))
+    assert call(folder, "all", "--tokens", "9", "--output", str(tmp_path / "new"))[0] == 0
+    assert (tmp_path / "new" / "seed0000.txt").read_bytes() == b"all"
+
+
+@pytest.mark.parametrize("samples", ["0", "2"])
+def test_several_samples_need_a_folder(exported: Path, call, samples: str) -> None:
+    code, out, error = call(exported, "abc", "--tokens", "5", "--samples", samples)
+    assert code == 2 and out == "" and f"--samples {samples}: give at least 1, and --output FOLDER for" in error
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_drawn(exported: Path, tmp_path: Path, call) -> None:
+    (tmp_path / "file").touch()
+    code, out, error = call(exported, "abc", "--tokens", "5", "--output", str(tmp_path / "file" / "new"))
+    assert code == 2 and out == "" and "cannot write to --output" in error
