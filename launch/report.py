@@ -1,17 +1,18 @@
-"""Say in a few lines how a run went, and draw its curve.
+"""Say in a few lines how a run went, or how several compare, and draw the curves.
 
 Beside each first and last value is its step: training steps are reported every run.log_every, evaluations every
 run.eval_every, and a run that was stopped in between has done more steps than its last line says.
 
 python launch/report.py runs/demo/run
 python launch/report.py runs/demo/run --plot loss.png
+python launch/report.py runs/one runs/two runs/three --plot losses.png        a line each, and what differs
 """
 
 import argparse
-import json
+import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,60 +22,18 @@ from data_pipeline.output import exit_code, reader_may_leave
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError, RunConfig
+from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, same_evaluations
 from trainer.terminal import see_curves
 
-Point = tuple[int, float | None]
-"""A step, and what was reported of it."""
+LONGEST = 40
+"""Characters of a setting that are shown, where runs are compared."""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run: what run.dir was")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: what run.dir was")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the bits per byte by step (.png or .svg)")
     return parser.parse_args()
-
-
-def read_run(path: Path) -> tuple[RunConfig, list[dict[str, float]]]:
-    """The configuration of a run, and its metrics by step."""
-    try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        # The last one may be on its way, or cut short by a kill.
-        return RunConfig(**record["config"]), [json.loads(line) for line in lines if line.endswith("\n")]
-    except OSError as error:
-        raise ConfigError(f"{path} is not the folder of a run: cannot read {error.filename}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: run.json or metrics.jsonl cannot be read: {error!r}") from None
-
-
-def column(metrics: list[dict[str, float]], tag: str) -> list[float]:
-    """The finite values of a tag."""
-    return [values[tag] for values in metrics if values.get(tag) is not None]
-
-
-def points(metrics: list[dict[str, float]], tag: str) -> list[Point]:
-    """The values of a tag, each with its step; None for what was not finite."""
-    return [(int(values["step"]), values[tag]) for values in metrics if tag in values]
-
-
-def recovered_mass(metrics: list[dict[str, float]]) -> list[Point]:
-    """Of each evaluation the share of dense attention that LSH attention recovers, the mean of its layers."""
-    means: list[Point] = []
-    for values in metrics:
-        tags = [tag for tag in values if tag.startswith("lsh/") and tag.endswith("/recovered_mass")]
-        if shares := [values[tag] for tag in tags if values[tag] is not None]:
-            means.append((int(values["step"]), sum(shares) / len(shares)))
-    return means
-
-
-def best_evaluation(metrics: list[dict[str, float]]) -> Point | None:
-    """The held-out bits per byte that were lowest; None where these are the last ones, or there are none."""
-    evaluations = points(metrics, "eval/bits_per_byte")
-    finite = [(bits, step) for step, bits in evaluations if bits is not None]
-    if not finite or min(finite)[1] == evaluations[-1][0]:
-        return None
-    bits, step = min(finite)
-    return step, bits
 
 
 def unigram(config: RunConfig) -> str:
@@ -86,20 +45,19 @@ def unigram(config: RunConfig) -> str:
     return f"{row('unigram model, held out:', last=f'{score.bits_per_byte:.4f}')} bits per byte"
 
 
-def report(path: Path, config: RunConfig, metrics: list[dict[str, float]]) -> str:
-    """The text of the report."""
-    if not any("train/loss" in values for values in metrics):
-        raise ConfigError(f"{path} has no training step yet: train first, or wait for its first line")
+def report(run: Curves) -> str:
+    """The text of the report on a run."""
+    config, evaluations = run.config, run.points(HELD_OUT)
     lines = [row("", "first", "step", "last", "step")]
-    lines += [row(name, *cells(said[0]), *cells(said[-1])) for name, said in scores(metrics)]
-    if best := best_evaluation(metrics):
+    lines += [row(name, *cells(said[0]), *cells(said[-1])) for name, said in scores(run)]
+    if (best := run.best()) and best[0] != evaluations[-1][0]:
         lines.append(row("held out, best, bits per byte", "", "", *cells(best)))
-    if column(metrics, "eval/loss"):
+    if run.column("eval/loss"):
         lines.append(unigram(config))
     if config.data.mixture:
         lines.append(f"held out is {config.data.eval_split!r} of {config.data.store}, batches are of the mixture")
-    lines += [row(name, last=value) for name, value in costs(metrics)]
-    return "\n".join([*lines, "", f"the run lies in {path}", f"see its curves:  {see_curves(path)}"])
+    lines += [row(name, last=value) for name, value in costs(run)]
+    return "\n".join([*lines, "", f"the run lies in {run.path}", f"see its curves:  {see_curves(run.path)}"])
 
 
 def row(name: str, first: str = "", first_step: str = "", last: str = "", last_step: str = "") -> str:
@@ -113,47 +71,103 @@ def cells(point: Point) -> tuple[str, str]:
     return "none" if value is None else f"{value:.4f}", str(step)
 
 
-def scores(metrics: list[dict[str, float]]) -> Iterator[tuple[str, list[Point]]]:
+def scores(run: Curves) -> Iterator[tuple[str, list[Point]]]:
     """What is predicted how well: a name, and its values in order, at least one."""
+    tags = sorted({tag for values in run.metrics for tag in values})
     names: dict[str, str] = {}
     for split, name in (("train", "training batch"), ("eval", "held out")):
         names |= {f"{split}/loss": f"{name}, nats per token", f"{split}/bits_per_byte": f"{name}, bits per byte"}
-    sources = sorted({tag for values in metrics for tag in values if re.fullmatch("eval/source/.+/bits_per_byte", tag)})
+    sources = [tag for tag in tags if re.fullmatch("eval/source/.+/bits_per_byte", tag)]
     names |= {tag: f"  of {tag.split('/')[2]}, bits per byte" for tag in sources}
-    positions = sorted({tag for values in metrics for tag in values if tag.startswith("eval/loss_at/")})
+    positions = [tag for tag in tags if tag.startswith("eval/loss_at/")]
     names |= {tag: f"  up to {tag.split('/')[-1].lstrip('0')} tokens before" for tag in positions}
     names["eval/lsh_gain"] = "  more without LSH attention"
     for tag, name in names.items():
-        if said := points(metrics, tag):
+        if said := run.points(tag):
             yield name, said
-    if recovered := recovered_mass(metrics):
+    if recovered := run.recovered_mass():
         yield "dense attention recovered", recovered
 
 
-def costs(metrics: list[dict[str, float]]) -> Iterator[tuple[str, str]]:
+def costs(run: Curves) -> Iterator[tuple[str, str]]:
     """What the run took, and what went wrong in it: a name and a value."""
-    speed = sorted(column(metrics, "speed/tokens_per_s"))
-    yield "tokens per second (median)", f"{speed[len(speed) // 2]:,.0f}"
-    if shares := sorted(column(metrics, "speed/mfu")):
-        yield "of the devices' peak (median)", f"{shares[len(shares) // 2]:.1%}"
-    yield "peak memory of a process, GiB", f"{max(column(metrics, 'memory/peak_gib')):.2f}"
-    if saves := column(metrics, "speed/save_share"):
+    yield "tokens per second (median)", f"{median(run, 'speed/tokens_per_s'):,.0f}"
+    if run.column("speed/mfu"):
+        yield "of the devices' peak (median)", f"{median(run, 'speed/mfu'):.1%}"
+    yield "peak memory of a process, GiB", f"{max(run.column('memory/peak_gib')):.2f}"
+    if saves := run.column("speed/save_share"):
         yield "share of checkpoints", f"{saves[-1]:.1%}"
     for tag, name in (("train/skipped_steps", "steps skipped"), ("train/spikes", "spikes of the loss")):
-        if counts := column(metrics, tag):
+        if counts := run.column(tag):
             yield name, f"{counts[-1]:.0f}"
 
 
-def plot(metrics: list[dict[str, float]], file: Path) -> None:
+def median(run: Curves, tag: str) -> float:
+    """Of the finite values of a tag, the larger one of two in the middle."""
+    values = sorted(run.column(tag))
+    return values[len(values) // 2]
+
+
+def comparison(runs: Sequence[Curves]) -> str:
+    """The text of the report on several runs, best first; they have a number each, since their names may be long."""
+    at = common_step(runs)
+
+    def score_there(run: Curves) -> float:
+        return math.inf if at is None else dict(run.points(HELD_OUT))[at] or math.inf
+
+    runs = sorted(runs, key=score_there)
+    heads = ["run", "steps", "held out", f"at step {at}", "best", "step", "tokens/s", "GiB"]
+    lines = table([heads, *([f"[{i}] {run.path}", *figures(run, at)] for i, run in enumerate(runs, start=1))])
+    lines += ["", "held out: bits per byte, at each run's last evaluation, at the last that all have, and at its best"]
+    if not same_evaluations(runs):
+        lines.append("note: not all were scored on the same held-out rows, so their scores may not compare")
+    if different := differences(runs):
+        named = [[name, *(shortened(value) for value in values)] for name, values in different.items()]
+        lines += ["", *table([["what differs", *(f"[{i}]" for i in range(1, len(runs) + 1))], *named])]
+    return "\n".join(lines)
+
+
+def figures(run: Curves, at: int | None) -> list[str]:
+    """Of a run in the order of the heads; empty where there is no such thing."""
+    evaluations, best = run.points(HELD_OUT), run.best()
+    return [
+        str(run.points("train/loss")[-1][0]),
+        cells(evaluations[-1])[0] if evaluations else "",
+        "" if at is None else cells((at, dict(evaluations)[at]))[0],
+        *(cells(best) if best else ("", "")),
+        f"{median(run, 'speed/tokens_per_s'):,.0f}",
+        f"{max(run.column('memory/peak_gib')):.2f}",
+    ]
+
+
+def shortened(value: str) -> str:
+    return value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}…"
+
+
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of columns as wide as they need to be, names on the left."""
+    names, *columns = (list(column) for column in zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines, longest = zip(names, zip(*columns, strict=True), strict=True), max(map(len, names))
+    return ["  ".join([name.ljust(longest), *map(str.rjust, values, widths)]).rstrip() for name, values in lines]
+
+
+def plot(runs: Sequence[Curves], file: Path) -> None:
     """Bits per byte of training batches and of the held-out rows, by step."""
     from trainer.figures import Figure  # matplotlib's, which takes a while: only a drawing needs it
 
     axes: Any
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    for tag, style, label in (("train", "-", "training batches"), ("eval", "o--", "held-out documents")):
-        steps = [values["step"] for values in metrics if values.get(f"{tag}/bits_per_byte") is not None]
-        axes.plot(steps, column(metrics, f"{tag}/bits_per_byte"), style, label=label)
+    for number, run in enumerate(runs):
+        name = f"{run.path}: " if len(runs) > 1 else ""
+        for split, style, label in (("train", "-", "training batches"), ("eval", "o--", "held-out documents")):
+            said = [(step, bits) for step, bits in run.points(f"{split}/bits_per_byte") if bits is not None]
+            steps, bits = zip(*said, strict=True) if said else ((), ())
+            # Of several runs each has a colour, of one each of its two curves.
+            colour = f"C{number}" if len(runs) > 1 else None
+            faint = 0.4 if len(runs) > 1 and split == "train" else 1.0
+            axes.plot(steps, bits, style, color=colour, alpha=faint, label=f"{name}{label}")
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -161,13 +175,13 @@ def plot(metrics: list[dict[str, float]], file: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config, metrics = read_run(arguments.run)
-    text = report(arguments.run, config, metrics)
+    runs = [read_curves(path) for path in arguments.runs]
+    text = report(*runs) if len(runs) == 1 else comparison(runs)
     with reader_may_leave():  # the drawing is wanted all the same
         print(text)
     if arguments.plot:
         try:
-            plot(metrics, arguments.plot)
+            plot(runs, arguments.plot)
         except (OSError, ValueError) as error:  # no such folder, or a format that matplotlib does not write
             raise ConfigError(f"cannot draw {arguments.plot}: {error}") from None
         print(f"drew {arguments.plot}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -106,7 +107,7 @@ def lsh(*recovered: float) -> dict[str, float]:
 
 
 def make_run(folder: Path, store: Path) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     config = {
         "model": {"vocab_size": 258, "max_seq_len": 100},
         "data": {"store": str(store)},
@@ -208,3 +209,50 @@ def test_report_of_what_is_no_run_is_one_line(tmp_path: Path, store: Path, damag
     done = report(run, *options)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, store: Path) -> None:
+    """The best first, at the last step at which all were evaluated."""
+    for name in ("one", "two", "three"):
+        make_run(tmp_path / name, store)
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    record["config"]["model"]["n_hashes"] = 8  # of the other, the record does not say it
+    record |= {"deepspeed": {"optimizer": {"params": {"lr": 0.5}}}, "launch": {"world_size": 2}}
+    (tmp_path / "two" / "run.json").write_text(json.dumps(record))
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().replace("4.0625", "3.5")
+    more = '{"step": 3, "eval/loss": 3.0, "eval/bits_per_byte": 4.5}\n'
+    (tmp_path / "two" / "metrics.jsonl").write_text(lines[: lines.rindex("\n") + 1] + more)
+    three = tmp_path / "three" / "metrics.jsonl"
+    three.write_text(three.read_text().replace('"eval/bits_per_byte": 4.0625', '"eval/bits_per_byte": null'))
+    done = report(*(tmp_path / name for name in ("one", "two")), "--plot", tmp_path / "curves.svg")
+    assert done.returncode == 0, done.stderr
+    folder = re.escape(str(tmp_path))
+    for line in (
+        r"run +steps +held out +at step 2 +best +step +tokens/s +GiB",
+        rf"\[1\] {folder}/two +2 +4\.5000 +3\.5000 +3\.5000 +2 +100 +1\.25",
+        rf"\[2\] {folder}/one +2 +4\.0625 +4\.0625 +4\.0625 +2 +100 +1\.25",
+        r"what differs +\[1\] +\[2\]",
+        r"deepspeed\.optimizer\.params\.lr +0\.5 +-",
+        r"model\.n_hashes +8 +4",
+        r"ranks +2 +null",
+    ):
+        assert re.search(f"^{line}$", done.stdout, re.MULTILINE), (line, done.stdout)
+    assert "run.dir" not in done.stdout and "note: " not in done.stdout
+    assert (tmp_path / "curves.svg").read_bytes().startswith(b"<?xml")
+    done = report(*(tmp_path / name for name in ("three", "one")))  # whose last score is not finite
+    assert re.search(rf"^\[1\] {folder}/three +2 +none +8\.1250 +8\.1250 +0", done.stdout, re.MULTILINE), done.stdout
+    assert "what differs" not in done.stdout
+
+
+def test_scores_of_other_rows_are_told_and_a_run_without_any_is_compared(tmp_path: Path, store: Path) -> None:
+    for name in ("never", "often"):
+        make_run(tmp_path / name, store)
+    record = json.loads((tmp_path / "never" / "run.json").read_text())
+    record["config"]["run"]["eval_rows"] = 2
+    (tmp_path / "never" / "run.json").write_text(json.dumps(record))
+    lines = (tmp_path / "never" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "never" / "metrics.jsonl").write_text("".join(line for line in lines if "eval/loss" not in line))
+    done = report(tmp_path / "never", tmp_path / "often")
+    assert done.returncode == 0, done.stderr
+    assert "note: not all were scored on the same held-out rows" in done.stdout
+    assert re.search(r"/never +2 +100 +1\.25$", done.stdout, re.MULTILINE), done.stdout

@@ -1,0 +1,104 @@
+"""What runs have reported, read back out of their folders, and what differs between them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import ConfigError, RunConfig, flatten
+
+Point = tuple[int, float | None]
+"""A step, and what was reported of it; None for what was not finite."""
+HELD_OUT = "eval/bits_per_byte"
+ABSENT = "-"
+"""What stands for a setting that a run does not have."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run has reported so far."""
+
+    path: Path
+    record: Mapping[str, Any]
+    """run.json: see record.py."""
+    config: RunConfig
+    metrics: Sequence[Mapping[str, float]]
+    """metrics.jsonl: see metrics.py."""
+
+    def points(self, tag: str) -> list[Point]:
+        """The values of a tag, each with its step."""
+        return [(int(values["step"]), values[tag]) for values in self.metrics if tag in values]
+
+    def column(self, tag: str) -> list[float]:
+        """The finite values of a tag."""
+        return [value for _, value in self.points(tag) if value is not None]
+
+    def recovered_mass(self) -> list[Point]:
+        """Of each evaluation the share of dense attention that LSH attention recovers, the mean of its layers."""
+        means: list[Point] = []
+        for values in self.metrics:
+            tags = [tag for tag in values if tag.startswith("lsh/") and tag.endswith("/recovered_mass")]
+            if shares := [values[tag] for tag in tags if values[tag] is not None]:
+                means.append((int(values["step"]), sum(shares) / len(shares)))
+        return means
+
+    def best(self) -> Point | None:
+        """The lowest bits per byte of held-out rows; None where there are none."""
+        finite = [(bits, step) for step, bits in self.points(HELD_OUT) if bits is not None]
+        return min(finite)[::-1] if finite else None
+
+
+def read_curves(path: Path) -> Curves:
+    """Of the run in a folder. Raises ConfigError where there is none, it is damaged, or no step has a line yet."""
+    try:
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        # The last one may be on its way, or cut short by a kill.
+        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        curves = Curves(path, record, RunConfig(**record["config"]), metrics)
+    except OSError as error:
+        raise ConfigError(f"{path} is not the folder of a run: cannot read {error.filename}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: run.json or metrics.jsonl cannot be read: {error!r}") from None
+    if not curves.points("train/loss"):
+        raise ConfigError(f"{path} has no training step yet: train first, or wait for its first line")
+    return curves
+
+
+def common_step(runs: Sequence[Curves]) -> int | None:
+    """The last step at which all runs have a finite score of held-out rows; None where there is none."""
+    steps = [{step for step, bits in run.points(HELD_OUT) if bits is not None} for run in runs]
+    return max(set.intersection(*steps), default=None)
+
+
+def differences(runs: Sequence[Curves]) -> dict[str, list[str]]:
+    """What is not the same for all runs, by name: of each, as it is to be shown."""
+    settings = [_settings(run) for run in runs]
+    names = sorted(set().union(*settings))
+    shown = {name: [json.dumps(of[name]) if name in of else ABSENT for of in settings] for name in names}
+    return {name: values for name, values in shown.items() if len(set(values)) > 1}
+
+
+def _settings(run: Curves) -> dict[str, Any]:
+    """All that may make a difference for a run's numbers, by dotted name; short where it is a hash."""
+    record = run.record
+    settings = flatten(
+        {
+            **run.config.model_dump(mode="json"),
+            "deepspeed": record.get("deepspeed", {}),
+            "versions": record.get("versions", {}),
+            "device": record.get("launch", {}).get("device"),
+            "ranks": record.get("launch", {}).get("world_size"),
+            "git_commit": str(record.get("git_commit"))[:12],
+            "data.store.fingerprint": str(record.get("store", {}).get("fingerprint"))[:12],
+        }
+    )
+    del settings["run.dir"]  # always another
+    return settings
+
+
+def same_evaluations(runs: Sequence[Curves]) -> bool:
+    """Whether all runs are scored on the same rows."""
+    stores = {run.record.get("store", {}).get("fingerprint") for run in runs}
+    return len(stores) == len({(run.config.data.eval_split, run.config.run.eval_rows) for run in runs}) == 1
