@@ -132,8 +132,8 @@ class BuildSettings:
     policies: Mapping[str, str] = field(default_factory=dict)
     """What to do about which problem, where it is not the default: see `POLICIES`."""
     duplicates: str = "keep"
-    """keep: exact duplicates are counted. drop: left out but for one, of `test_inputs` or else `val_inputs` if one is.
-    near: so are near-duplicates."""
+    """keep: exact duplicates are counted. drop: one copy is kept, one of `test_inputs` or else of `val_inputs` if there
+    is any. near: near-duplicates are treated like duplicates."""
     near_threshold: float = 0.8
     """With duplicates "near": the Jaccard similarity of word 5-grams from which on documents are near-duplicates."""
     append: bool = False

@@ -1,9 +1,9 @@
-"""How commands end: with an exit code, and with a line on standard error where something was wrong."""
+"""What all commands share: how they end, with an exit code and a line on errors, and how they print a table."""
 
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from data_pipeline.errors import DataError
@@ -49,3 +49,10 @@ def exit_code(command: Callable[[], int | None], *errors: type[Exception]) -> in
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code or 0
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of columns as wide as they need to be, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.manifest import DocumentRecord, FileRecord, SplitRecord
+from data_pipeline.output import table
 from data_pipeline.store import Store
 
 _BAR_WIDTH = 40
@@ -123,7 +124,7 @@ def _summarize(figures: dict[str, Any]) -> str:
     lines = [
         f"{figures['store']}: {figures['rows']:,} rows of {figures['seq_len']:,} tokens, packing {packing}, "
         f"{figures['tokenizer']} tokenizer of {figures['vocab_size']:,}{parts}",
-        _table([header, *(_split_row(name, split, is_text) for name, split in figures["splits"].items())]),
+        table([header, *(_split_row(name, split, is_text) for name, split in figures["splits"].items())]),
         f"all: {figures['bytes']:,} bytes, {figures['tokens']:,} tokens, {of_text if is_text else ''}"
         f"{figures['padding_share']:.2%} padding, "
         f"{figures['mixed_rows_share']:.2%} of rows with more than one document, "
@@ -162,16 +163,6 @@ def _split_row(name: str, split: dict[str, float], is_text: bool) -> list[str]:
         f"{split['padding_share']:.2%}",
         f"{split['mixed_rows']:,}",
     ]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
 
 
 def _share(part: int, whole: int) -> float:

@@ -25,17 +25,16 @@ from json import dumps
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from generate import choose_device
 from tqdm import tqdm
 
 from data_pipeline.dataset import RowDataset
-from data_pipeline.output import exit_code
+from data_pipeline.output import exit_code, table
 from data_pipeline.staging import check_json
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
 from trainer.batches import drawn
 from trainer.compare import Attention, Scores, attending, check, report, score_rows
-from trainer.exported import read_model
+from trainer.exported import choose_device, read_model
 
 MOST_ROUNDS = 1024
 """Far more than are of use: a typing error is not computed for hours."""
@@ -80,15 +79,6 @@ def named(setting: Attention, model: Reformer) -> str:
     return f"{rounds} round{'s' * (rounds > 1)}" if isinstance(rounds, int) else rounds
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left and the others to the right."""
-    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in (header, *lines)
-    )
-
-
 def cell(value: float | None, error: float | None = None, sign: str = "") -> str:
     """A number, and its standard error where there is one."""
     if value is None:
@@ -113,7 +103,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     ends = list(results[0]["by_position"])
     by_position = [[one["name"], *(cell(one["by_position"][end]) for end in ends)] for one in results]
     where = "loss in nats per token, by the number of tokens of the same document before it in the row, up to"
-    return f"{table(header, lines)}\n\n{where}\n{table(['LSH layers', *ends], by_position)}"
+    return f"{table([header, *lines])}\n\n{where}\n{table([['LSH layers', *ends], *by_position])}"
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -5,23 +5,24 @@
     python launch/generate.py exported "" --temperature 0              a new document; the likeliest token each time
     python launch/generate.py exported - < chapter.txt > longer.txt    the text of standard input, its last newline too
     python launch/generate.py exported "67 60 52 48"                   a model of integers: values, with spaces between
-    python launch/generate.py exported "" --samples 16 --output new    files: new/seed0000.txt, … (of integers .npy)
+    python launch/generate.py exported "" --samples 16 --output new    16 files, new/seed0000.txt and so on
 
 The text and its continuation go to standard output as the tokens are drawn, and nothing else does; bytes that are not
 UTF-8 are replaced. It ends where the model ends the document, which a note on standard error says, or after --tokens.
-The same arguments give the same text, on the same device. With --output there is a file for each of the seeds from
---seed on, of the text's bytes as they are or the array of values, and nothing is printed.
+The same arguments give the same text, on the same device.
 
-The prompt takes one forward pass. What attention needs of it is kept (reformer/decoding.py), so that no token after it
-takes another; seconds are in benchmarks/LOG.md.
+With --output nothing is printed: the seeds --seed, --seed + 1, … write a file each, with the text's bytes as they are
+(.txt) or the integers as an array (.npy).
+
+The prompt takes one forward pass, for all samples. What attention needs of it is kept (reformer/decoding.py), so that
+no token after it takes another; seconds are in benchmarks/LOG.md.
 """
 
 import argparse
-import codecs
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -35,16 +36,16 @@ from data_pipeline.staging import check_writable, staged
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_folder import Ends, read_tokenizer
 from reformer import ConfigError, Reformer, ReformerConfig
-from reformer.decoding import Decoder
-from reformer.generation import check_continuation, continue_tokens
-from trainer.exported import read_model
+from reformer.generation import check_continuation
+from trainer.exported import choose_device, read_model
+from trainer.sampling import Continuations, encode, spelling, values
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="EXPORT", help="folder that launch/export.py wrote")
     parser.add_argument("prompt", metavar="PROMPT", help="what to continue; - reads it from standard input")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="to add, at most (default: 200)")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to add (default: 200)")
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="divides the logits; 0 takes the likeliest token (default: 1)"
     )
@@ -52,8 +53,10 @@ def parse_arguments() -> argparse.Namespace:
         "--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this probability (default: 0.95)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations, with --output (default: 1)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write files there, none in place of another")
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="how many; several need --output (default: 1)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a file for each, replacing none")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
     return parser.parse_args()
 
@@ -78,77 +81,12 @@ def read_prompt(argument: str) -> bytes:
     return sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
 
 
-def encode(text: bytes, tokenizer: Tokenizer, bos: bool) -> Tensor:
-    """The ids [T] of the beginning of a document. Raises ConfigError where the text cannot be encoded."""
-    try:
-        tokens = integers(text, tokenizer.bos_id) if tokenizer.kind == "integers" else tokenizer.encode(text)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt is not UTF-8 at byte {error.start} ({error.reason}): convert it") from None
-    if not len(tokens) and not bos:
-        raise ConfigError("the prompt is empty, and documents of this model begin without BOS: give it a beginning")
-    return torch.tensor([tokenizer.bos_id] * bos + tokens.tolist(), dtype=torch.int64)
-
-
-def integers(text: bytes, n_values: int) -> np.ndarray:
-    """The values [T] that a text names. Raises ConfigError for what is none of 0 to n_values - 1."""
-    words = text.split()
-    for word in words:
-        if not (word.isdigit() and int(word) < n_values):
-            raise ConfigError(
-                f"the prompt has {word.decode(errors='replace')!r} in it: this model continues integers from 0 to "
-                f"{n_values - 1}, with spaces between them"
-            )
-    return np.array([int(word) for word in words], np.int64)
-
-
-def spelling(tokenizer: Tokenizer) -> Callable[[Tensor], str]:
-    """What turns ids [n] that come one after another into text; without ids, what is left of the text."""
-    if tokenizer.kind == "integers":
-        return lambda ids: "".join(f"{value} " for value in ids.tolist() if value < tokenizer.bos_id)
-    characters = codecs.getincrementaldecoder("utf-8")("replace")
-    return lambda ids: characters.decode(tokenizer.decode(ids.cpu().numpy()), final=not len(ids))
-
-
 def check_draws(config: ReformerConfig, tokens: Tensor, n_tokens: int, draws: Mapping[str, float]) -> None:
     """Raises ConfigError where the tokens [T] cannot be continued so."""
     try:
         check_continuation(config, tokens, n_tokens, **draws)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def within_documents(model: Reformer, tokenizer: Tokenizer, eos: bool) -> Callable[[Tensor], Tensor]:
-    """The model as `continue_tokens` asks for it, without what it has never been taught to predict: BOS, or any EOS."""
-    decoder = Decoder(model)
-    never = [tokenizer.bos_id] if eos else [tokenizer.bos_id, tokenizer.eos_id]
-
-    def forward(tokens: Tensor) -> Tensor:
-        logits = decoder(tokens).clone()
-        logits[..., never] = -torch.inf
-        return logits
-
-    return forward
-
-
-def drawn(
-    model: Reformer,
-    tokenizer: Tokenizer,
-    tokens: Tensor,
-    n_tokens: int,
-    eos: bool,
-    *,
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> Iterator[Tensor]:
-    """The tokens [1] that the model adds to tokens [T], one by one: n_tokens of them, or up to EOS, which is last."""
-    forward = within_documents(model, tokenizer, eos)
-    for _ in range(n_tokens):  # one at a time, which gives the same tokens as all at once
-        added = continue_tokens(forward, model.config, tokens, 1, temperature=temperature, top_p=top_p, seed=seed)
-        yield added
-        if int(added) == tokenizer.eos_id:
-            return
-        tokens = torch.cat([tokens, added])
 
 
 def print_text(tokenizer: Tokenizer, tokens: Tensor, added: Iterable[Tensor]) -> None:
@@ -167,9 +105,9 @@ def print_text(tokenizer: Tokenizer, tokens: Tensor, added: Iterable[Tensor]) ->
 
 def write_sample(file: Path, tokenizer: Tokenizer, tokens: np.ndarray) -> None:
     """The bytes that tokens [T] stand for, or the values of integers as an array; BOS and EOS are not among them."""
-    with staged(file) as partial, partial.open("xb") as stream:
+    with staged(file) as unfinished, unfinished.open("xb") as stream:
         if tokenizer.kind == "integers":
-            np.save(stream, tokens[tokens < tokenizer.bos_id].astype(np.min_scalar_type(tokenizer.bos_id - 1)))
+            np.save(stream, values(tokenizer, tokens))
         else:
             stream.write(tokenizer.decode(tokens))
 
@@ -184,13 +122,6 @@ def sample_files(folder: Path, tokenizer: Tokenizer, seeds: range) -> dict[int, 
     return files
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The one that was asked for, or the best that there is. Raises ConfigError where it is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no GPU here; leave it out, or give --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def run(arguments: argparse.Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's is: the text is to be had as it is
@@ -201,14 +132,15 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer, ends = read_folder(arguments.folder)
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
     check_draws(model.config, tokens, arguments.tokens, draws)  # before anything is printed
-    added = partial(drawn, model.to(device), tokenizer, tokens, arguments.tokens, ends.eos, **draws)
+    continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos)
+    draw = partial(continuations.draw, arguments.tokens, **draws)
     if arguments.output is None:
-        print_text(tokenizer, tokens, added(seed=arguments.seed))
+        print_text(tokenizer, tokens, draw(seed=arguments.seed))
     else:
         seeds = range(arguments.seed, arguments.seed + arguments.samples)
         files = sample_files(arguments.output, tokenizer, seeds)
         for seed, file in tqdm(files.items(), unit="sample", disable=None):
-            write_sample(file, tokenizer, torch.cat([tokens, *added(seed=seed)]).cpu().numpy())
+            write_sample(file, tokenizer, torch.cat([tokens, *draw(seed=seed)]).cpu().numpy())
 
 
 def main() -> int:

@@ -10,19 +10,19 @@ python launch/report.py runs/one runs/two runs/three --plot losses.png        a 
 
 import argparse
 import math
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.output import exit_code, reader_may_leave
+from data_pipeline.output import exit_code, reader_may_leave, table
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError, RunConfig
 from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, same_evaluations
+from trainer.scoring import source_tag
 from trainer.terminal import see_curves
 
 LONGEST = 40
@@ -36,33 +36,34 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def unigram(config: RunConfig) -> str:
+def unigram(config: RunConfig, width: int) -> str:
     """What a unigram model says of the held-out rows, or why that is not known: the rest of a report needs no store."""
     try:
         score = unigram_score(Store.open(config.data.store), config.data, config.run.eval_rows)
     except DataError as error:
         return f"unigram model, held out: not known, since {error}"
-    return f"{row('unigram model, held out:', last=f'{score.bits_per_byte:.4f}')} bits per byte"
+    return f"{row(width, 'unigram model, held out:', last=f'{score.bits_per_byte:.4f}')} bits per byte"
 
 
 def report(run: Curves) -> str:
     """The text of the report on a run."""
-    config, evaluations = run.config, run.points(HELD_OUT)
-    lines = [row("", "first", "step", "last", "step")]
-    lines += [row(name, *cells(said[0]), *cells(said[-1])) for name, said in scores(run)]
+    config, evaluations, said = run.config, run.points(HELD_OUT), list(scores(run))
+    width = max(32, *(len(name) + 1 for name, _ in said))
+    lines = [row(width, "", "first", "step", "last", "step")]
+    lines += [row(width, name, *cells(points[0]), *cells(points[-1])) for name, points in said]
     if (best := run.best()) and best[0] != evaluations[-1][0]:
-        lines.append(row("held out, best, bits per byte", "", "", *cells(best)))
+        lines.append(row(width, "held out, best, bits per byte", "", "", *cells(best)))
     if run.column("eval/loss"):
-        lines.append(unigram(config))
+        lines.append(unigram(config, width))
     if config.data.mixture:
         lines.append(f"held out is {config.data.eval_split!r} of {config.data.store}, batches are of the mixture")
-    lines += [row(name, last=value) for name, value in costs(run)]
+    lines += [row(width, name, last=value) for name, value in costs(run)]
     return "\n".join([*lines, "", f"the run lies in {run.path}", f"see its curves:  {see_curves(run.path)}"])
 
 
-def row(name: str, first: str = "", first_step: str = "", last: str = "", last_step: str = "") -> str:
+def row(width: int, name: str, first: str = "", first_step: str = "", last: str = "", last_step: str = "") -> str:
     """A line of the report: reports and evaluations are not of the same steps, so each value has its own beside it."""
-    return f"{name:<32}{first:>12}{first_step:>8}{last:>12}{last_step:>8}".rstrip()
+    return f"{name:<{width}}{first:>12}{first_step:>8}{last:>12}{last_step:>8}".rstrip()
 
 
 def cells(point: Point) -> tuple[str, str]:
@@ -77,11 +78,11 @@ def scores(run: Curves) -> Iterator[tuple[str, list[Point]]]:
     names: dict[str, str] = {}
     for split, name in (("train", "training batch"), ("eval", "held out")):
         names |= {f"{split}/loss": f"{name}, nats per token", f"{split}/bits_per_byte": f"{name}, bits per byte"}
-    sources = [tag for tag in tags if re.fullmatch("eval/source/.+/bits_per_byte", tag)]
-    names |= {tag: f"  of {tag.split('/')[2]}, bits per byte" for tag in sources}
     positions = [tag for tag in tags if tag.startswith("eval/loss_at/")]
     names |= {tag: f"  up to {tag.split('/')[-1].lstrip('0')} tokens before" for tag in positions}
     names["eval/lsh_gain"] = "  more without LSH attention"
+    for name in sorted(run.config.data.mixture):
+        names[source_tag(name, "bits_per_byte")] = f"held out of {name}, bits per byte"
     for tag, name in names.items():
         if said := run.points(tag):
             yield name, said
@@ -109,31 +110,33 @@ def median(run: Curves, tag: str) -> float:
 
 
 def comparison(runs: Sequence[Curves]) -> str:
-    """The text of the report on several runs, best first; they have a number each, since their names may be long."""
+    """The text of the report on several runs, best first; each has a number, since names may be long."""
     at = common_step(runs)
 
-    def score_there(run: Curves) -> float:
-        return math.inf if at is None else dict(run.points(HELD_OUT))[at] or math.inf
+    def key(run: Curves) -> float:
+        score = run.best() if at is None else (at, dict(run.points(HELD_OUT))[at])
+        return math.inf if score is None or score[1] is None else score[1]
 
-    runs = sorted(runs, key=score_there)
-    heads = ["run", "steps", "held out", f"at step {at}", "best", "step", "tokens/s", "GiB"]
-    lines = table([heads, *([f"[{i}] {run.path}", *figures(run, at)] for i, run in enumerate(runs, start=1))])
-    lines += ["", "held out: bits per byte, at each run's last evaluation, at the last that all have, and at its best"]
+    runs = sorted(runs, key=key)
+    heads = ["run", "steps", "held out", *([] if at is None else [f"at step {at}"]), "best", "step", "tokens/s", "GiB"]
+    lines = [table([heads, *([f"[{i}] {run.path}", *numbers(run, at)] for i, run in enumerate(runs, start=1))])]
+    common = "no step at which all were evaluated" if at is None else "at the last that all have"
+    lines += ["", f"held out: bits per byte, at each run's last evaluation, {common}, and at its best"]
     if not same_evaluations(runs):
         lines.append("note: not all were scored on the same held-out rows, so their scores may not compare")
     if different := differences(runs):
         named = [[name, *(shortened(value) for value in values)] for name, values in different.items()]
-        lines += ["", *table([["what differs", *(f"[{i}]" for i in range(1, len(runs) + 1))], *named])]
+        lines += ["", table([["what differs", *(f"[{i}]" for i in range(1, len(runs) + 1))], *named])]
     return "\n".join(lines)
 
 
-def figures(run: Curves, at: int | None) -> list[str]:
+def numbers(run: Curves, at: int | None) -> list[str]:
     """Of a run in the order of the heads; empty where there is no such thing."""
     evaluations, best = run.points(HELD_OUT), run.best()
     return [
         str(run.points("train/loss")[-1][0]),
         cells(evaluations[-1])[0] if evaluations else "",
-        "" if at is None else cells((at, dict(evaluations)[at]))[0],
+        *([] if at is None else [cells((at, dict(evaluations)[at]))[0]]),
         *(cells(best) if best else ("", "")),
         f"{median(run, 'speed/tokens_per_s'):,.0f}",
         f"{max(run.column('memory/peak_gib')):.2f}",
@@ -142,14 +145,6 @@ def figures(run: Curves, at: int | None) -> list[str]:
 
 def shortened(value: str) -> str:
     return value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}…"
-
-
-def table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of columns as wide as they need to be, names on the left."""
-    names, *columns = (list(column) for column in zip(*rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines, longest = zip(names, zip(*columns, strict=True), strict=True), max(map(len, names))
-    return ["  ".join([name.ljust(longest), *map(str.rjust, values, widths)]).rstrip() for name, values in lines]
 
 
 def plot(runs: Sequence[Curves], file: Path) -> None:

@@ -12,6 +12,7 @@ places that a token looks at.
 """
 
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from typing import Protocol, cast
 
 import torch
@@ -70,6 +71,12 @@ class Decoder:
             done = stop
         self.seen_T, self.is_sound = tokens_1T[0].clone(), True
         return self.model.head(*(x[:, -1:] for x in streams))
+
+    def copy(self) -> "Decoder":
+        """Another one that has seen the same tokens, so that a sequence can be continued in several ways."""
+        other = copy(self)
+        other.caches = deepcopy(self.caches)
+        return other
 
     def _empty(self) -> list["_Cache"]:
         return [_cache(block.attention) for block in self.blocks]

@@ -2,8 +2,8 @@
 
 Every new token is one call of `forward` with all tokens before it: of the model itself, which computes what it computes
 in training, all of it every time; or of a Decoder (decoding.py), which computes what is new. The choice of a token is a
-function of its logits, the seed and its place: by the model itself continued in two goes, or by another rank, a text is
-the same.
+function of its logits, the seed and its place. The model itself therefore gives the same text in two calls as in one,
+and on any rank (a Decoder of LSH layers remembers where its first call ended).
 """
 
 from collections.abc import Callable

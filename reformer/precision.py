@@ -93,16 +93,6 @@ def errors_of(mode: Mode, dtype: torch.dtype, device: str = "cpu", backend: Back
     return Errors((q.norm(dim=-1).max() * key_norm).item(), relative.pop("out"), relative)
 
 
-def explained(dtype: torch.dtype, largest_score: float) -> tuple[float, float]:
-    """The largest errors of output and gradients that rounding explains.
-
-    Results are rounded to the dtype; a score s, computed in fp32, is off by |s| eps, and so is its weight's logarithm.
-    The backward starts from the rounded output, and where the softmax is saturated gradients are small differences.
-    """
-    rounding, computing = torch.finfo(dtype).eps, (4 + largest_score) * torch.finfo(torch.float32).eps
-    return rounding + computing, 4 * (rounding + computing)
-
-
 def make_masks(names: tuple[str, ...]) -> dict[str, Tensor]:
     """Masks [B, T]: a third of the tokens and the whole of the last row; documents; a document for each token."""
     position = torch.arange(TOKENS).expand(BATCH, -1)

@@ -14,7 +14,7 @@ from data_pipeline.store import Store
 from reformer import Reformer
 from trainer.config import RunConfig
 from trainer.distributed import Launch
-from trainer.evaluate import HeldOut, held_out
+from trainer.evaluate import Evaluator, HeldOut
 from trainer.sequence_parallel import Place
 
 CPU = torch.device("cpu")
@@ -65,8 +65,9 @@ class PlainEngine:
 
 
 def report(engine: Any, plan: RunConfig, store: Store, launch: Launch) -> HeldOut:
-    """All that is reported on the store's held-out rows; what it trains on is in the place of a source's."""
+    """All that is reported on the store's held-out rows; what it trains on, and the same rows, stand for sources."""
     token_bytes = torch.from_numpy(store.token_bytes.astype("int64"))
     place = Place.of(launch.rank, launch.world_size, plan.run.sequence_parallel).joined()
-    passes = (engine, RowDataset(store, "val"), plan, launch, place, CPU, token_bytes)
-    return held_out(*passes, {"other": RowDataset(store, "train")})
+    evaluator = Evaluator(engine, plan, launch, place, CPU, token_bytes)
+    rows = {split: RowDataset(store, split) for split in ("train", "val")}
+    return evaluator.held_out(rows["val"], {"other": rows["train"], "same": rows["val"]})

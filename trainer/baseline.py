@@ -48,8 +48,8 @@ def _training_rows(store: Store, data: DataConfig) -> list[tuple[RowDataset, flo
     """What is trained on, and how often a row of it is drawn, 1 on average."""
     if not data.mixture:
         return [(RowDataset(store, data.train_split), 1.0)]
-    stores, shares = open_sources(data), block_counts({name: one.weight for name, one in data.mixture.items()})
-    rows = {name: RowDataset(stores[name], one.split or data.train_split) for name, one in data.mixture.items()}
+    stores, shares = open_sources(data), block_counts(data.weights)
+    rows = {name: RowDataset(stores[name], split) for name, split in data.train_splits.items()}
     n_rows = sum(map(len, rows.values()))
     return [(rows[name], shares[name] / BLOCK_SAMPLES * n_rows / len(rows[name])) for name in rows]
 

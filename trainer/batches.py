@@ -27,10 +27,8 @@ def training_samples(data: DataConfig, store: Store, sources: Mapping[str, Store
     """What a run trains on: `sources` are the stores of data.mixture by name, `store` is data.store."""
     if not data.mixture:
         return RowDataset(store, data.train_split, seed)
-    rows = {
-        name: RowDataset(sources[name], source.split or data.train_split, seed) for name, source in data.mixture.items()
-    }
-    return Mixture(rows, {name: source.weight for name, source in data.mixture.items()}, seed)
+    rows = {name: RowDataset(sources[name], split, seed) for name, split in data.train_splits.items()}
+    return Mixture(rows, data.weights, seed)
 
 
 class Rows(Protocol):
@@ -38,6 +36,8 @@ class Rows(Protocol):
 
     store: Store
 
+    @property
+    def identity(self) -> object: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
 
@@ -72,11 +72,8 @@ def held_out_rows(store: Store, config: RunConfig) -> HeldOutRows | None:
 
 def held_out_of_sources(sources: Mapping[str, Store], config: RunConfig) -> dict[str, HeldOutRows]:
     """What they score of the mixture's stores beside it, by the name of each that has an eval_split."""
-    return {
-        name: HeldOutRows(sources[name], source.eval_split, config.run.eval_rows)
-        for name, source in config.data.mixture.items()
-        if source.eval_split and config.run.eval_every
-    }
+    splits = config.data.eval_splits if config.run.eval_every else {}
+    return {name: HeldOutRows(sources[name], split, config.run.eval_rows) for name, split in splits.items()}
 
 
 def drawn(n_rows: int, n: int) -> list[int]:

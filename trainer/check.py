@@ -67,9 +67,9 @@ def check(
         raise ConfigError("\n".join(problems))
 
 
-def _mixture(data: DataConfig) -> list[str]:
-    """Sources of such small weights that more is drawn from them."""
-    weights = {name: source.weight for name, source in data.mixture.items()}
+def _tiny_weights(data: DataConfig) -> list[str]:
+    """A note for each source whose weight is so small that it is rounded up to one sample of a block."""
+    weights = data.weights
     shares = block_counts(weights) if weights else {}
     return [
         f"data.mixture.{name}.weight={weight} is {weight / sum(weights.values()):.2g} of all weights, and 1 of "
@@ -94,7 +94,7 @@ def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
                 f"run.keep_best: evaluations and checkpoints coincide only every {both:,} steps and at the end "
                 f"(run.eval_every={run.eval_every}, run.save_every={run.save_every}); the best of these is kept"
             )
-    notes += _mixture(config.data)
+    notes += _tiny_weights(config.data)
     rows, columns = sorted(model.axial_shape or (1, 1))
     if columns > UNEVEN * rows:
         better = next(n for n in count(model.max_seq_len) if max(near_square(n)) <= 2 * min(near_square(n)))
@@ -142,17 +142,16 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
             f"set model.max_seq_len={store.seq_len}, and axial_shape to that product"
         )
     trained = [
-        (f"data.mixture.{name}.split", source.split or data.train_split, source.store, sources[name])
-        for name, source in data.mixture.items()
+        (f"data.mixture.{name}.split", split, data.mixture[name].store, sources[name])
+        for name, split in data.train_splits.items()
     ] or [("data.train_split", data.train_split, data.store, store)]
-    evaluated = [
-        ("data.eval_split", data.eval_split, data.store, store),
-        *(
-            (f"data.mixture.{name}.eval_split", source.eval_split, source.store, sources[name])
-            for name, source in data.mixture.items()
-            if source.eval_split
-        ),
-    ] * (config.run.eval_every > 0)
+    evaluated = [("data.eval_split", data.eval_split, data.store, store)]
+    evaluated += [
+        (f"data.mixture.{name}.eval_split", split, data.mixture[name].store, sources[name])
+        for name, split in data.eval_splits.items()
+    ]
+    if not config.run.eval_every:
+        evaluated = []
     for name, split, path, facts in trained + evaluated:
         if not facts.rows.get(split):
             full = ", ".join(f"'{known}'" for known, rows in facts.rows.items() if rows)

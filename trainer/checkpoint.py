@@ -1,8 +1,8 @@
 """Checkpoints: complete, verified, and readable by any number of ranks under any ZeRO stage.
 
 Everything is written into `.partial-step_…`, and when every rank has finished, the folder is published by renaming it.
-Who continues checks every byte, by all ranks together, and where a checkpoint is damaged puts it aside as
-`damaged-step_…` and takes the one before.
+On resume all ranks together check every byte; a damaged checkpoint is renamed to `damaged-step_…`, and the one before
+it is used.
 
 RUN/checkpoints/step_00000100/:
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 
@@ -46,8 +46,8 @@ class SourceConfig(StrictConfig):
     split: str | None = None
     """Split to train on; data.train_split when not given."""
     eval_split: str | None = None
-    """Split to evaluate on as well, as eval/source/NAME/…; it must not be trained on. Of this store nothing is
-    evaluated when not given."""
+    """Split to evaluate on as well, as eval/source/NAME/…; it must not be trained on. Without it, this store is not
+    evaluated."""
 
 
 class DataConfig(StrictConfig):
@@ -65,6 +65,29 @@ class DataConfig(StrictConfig):
     on_damage: Literal["strict", "skip"] = "strict"
     """"strict": a damaged row stops the run; "skip": it is left out and counted in data/skipped_rows. Evaluations
     always stop."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the mixture's stores, by name."""
+        return {name: source.weight for name, source in self.mixture.items()}
+
+    @property
+    def train_splits(self) -> dict[str, str]:
+        """What is trained on of the mixture's stores, by name."""
+        return {name: source.split or self.train_split for name, source in self.mixture.items()}
+
+    @property
+    def eval_splits(self) -> dict[str, str]:
+        """What is evaluated on of the mixture's stores, by the name of each of which something is."""
+        return {name: source.eval_split for name, source in self.mixture.items() if source.eval_split}
+
+    @field_validator("mixture")
+    @classmethod
+    def _check_names(cls, mixture: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        for name in mixture:  # which are parts of the tags of TensorBoard
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"the name {name!r} must be of letters, digits, '_', '-' and '.'")
+        return mixture
 
 
 class LoopConfig(StrictConfig):

@@ -34,6 +34,9 @@ computes."""
 EVAL_STORE = "eval_store_fingerprint"
 """Of data.store where a mixture is trained on and it is for evaluations alone; older checkpoints do not say it."""
 
+EVALUATIONS = (EVAL_STORE, "data.eval_split", "run.eval_rows", "run.eval_n_hashes")
+"""With others of these, evaluations are of other rows, or by other rounds."""
+
 RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
 """What tells a run's folder from others."""
 
@@ -128,7 +131,7 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, s
     with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
         saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
-    later = {EVAL_STORE: ": evaluations are of other rows from here on, and eval/* before it does not compare"}
+    later = dict.fromkeys(EVALUATIONS, ": evaluations differ from here on, and eval/* before it does not compare")
     return {
         name: f"was {before.get(name)!r} and is {now.get(name)!r} now{later.get(name, '')}"
         for name in sorted({*before, *now})

@@ -1,6 +1,7 @@
 """What runs have reported, read back out of their folders, and what differs between them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from trainer.config import ConfigError, RunConfig, flatten
 Point = tuple[int, float | None]
 """A step, and what was reported of it; None for what was not finite."""
 HELD_OUT = "eval/bits_per_byte"
+HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}")
 ABSENT = "-"
 """What stands for a setting that a run does not have."""
 
@@ -59,6 +61,8 @@ def read_curves(path: Path) -> Curves:
         curves = Curves(path, record, RunConfig(**record["config"]), metrics)
     except OSError as error:
         raise ConfigError(f"{path} is not the folder of a run: cannot read {error.filename}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path} has a configuration that this version does not know: {error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: run.json or metrics.jsonl cannot be read: {error!r}") from None
     if not curves.points("train/loss"):
@@ -81,21 +85,14 @@ def differences(runs: Sequence[Curves]) -> dict[str, list[str]]:
 
 
 def _settings(run: Curves) -> dict[str, Any]:
-    """All that may make a difference for a run's numbers, by dotted name; short where it is a hash."""
-    record = run.record
-    settings = flatten(
-        {
-            **run.config.model_dump(mode="json"),
-            "deepspeed": record.get("deepspeed", {}),
-            "versions": record.get("versions", {}),
-            "device": record.get("launch", {}).get("device"),
-            "ranks": record.get("launch", {}).get("world_size"),
-            "git_commit": str(record.get("git_commit"))[:12],
-            "data.store.fingerprint": str(record.get("store", {}).get("fingerprint"))[:12],
-        }
-    )
+    """All that may make a difference for a run's numbers, by dotted name; of hashes the beginning."""
+    record, launch = run.record, run.record.get("launch", {})
+    said = {name: record.get(name) or {} for name in ("deepspeed", "versions", "samples")}
+    place = {"device": launch.get("device"), "ranks": launch.get("world_size"), "git_commit": record.get("git_commit")}
+    evaluated = {"data.store.fingerprint": record.get("store", {}).get("fingerprint")}
+    settings = flatten({**run.config.model_dump(mode="json"), **said, **place, **evaluated})
     del settings["run.dir"]  # always another
-    return settings
+    return {name: re.sub(HASH, r"\1", value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
 def same_evaluations(runs: Sequence[Curves]) -> bool:

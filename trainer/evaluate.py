@@ -39,7 +39,7 @@ from trainer.config import RunConfig
 from trainer.diagnostics import diagnosed
 from trainer.distributed import Launch, all_sum, together
 from trainer.samples import sample_continuation
-from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks, range_name
+from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks, range_name, source_tag
 from trainer.sequence_parallel import Place
 
 
@@ -68,48 +68,95 @@ class HeldOut:
     """A held-out text continued, as Markdown: see samples.py; None where none is asked for."""
 
 
-def held_out(
-    engine: deepspeed.DeepSpeedEngine,
-    rows: Rows,
-    config: RunConfig,
-    launch: Launch,
-    place: Place,
-    device: torch.device,
-    token_bytes: Tensor,
-    of_sources: Mapping[str, Rows] = MappingProxyType({}),
-) -> HeldOut:
-    """Everything that an evaluation reports. All ranks call it, and make the same passes.
+@dataclass(frozen=True)
+class Evaluator:
+    """A run's engine, and what it takes to score rows with it on all ranks."""
 
-    rows: held-out ones; place: of this rank, joined; token_bytes: int64 [V], the bytes that each token
-    stands for; of_sources: held-out rows of the mixture's stores by name, of which the loss alone is reported.
+    engine: deepspeed.DeepSpeedEngine
+    config: RunConfig
+    launch: Launch
+    place: Place
+    """Of this rank, joined."""
+    device: torch.device
+    token_bytes: Tensor
+    """int64 [V], the bytes that each token stands for."""
 
-    Raises DataError, on one rank while the others end, where a row or the store's tokenizer is damaged.
-    """
-    plan = config.run
-    n_rows = min(plan.eval_rows, len(rows))
-    n_ablated = min(plan.ablation_rows, n_rows) if config.model.has_lsh else 0
+    def held_out(self, rows: Rows, of_sources: Mapping[str, Rows] = MappingProxyType({})) -> HeldOut:
+        """Everything that an evaluation reports. All ranks call it, and make the same passes.
 
-    def evaluated(rows: Rows, n_rows: int, n_first: int) -> Totals:
-        return evaluate(engine, rows, config, launch, place, device, token_bytes, n_rows=n_rows, n_first=n_first)
+        rows: held-out ones; of_sources: those of the mixture's stores by name, of which the loss alone is reported.
 
-    watch: AbstractContextManager[dict[str, float]] = nullcontext({})
-    if plan.diagnostics:
-        watch = diagnosed(engine, rows, launch, place, device)
-    engine.eval()
-    with watch as diagnostics:
-        scores = evaluated(rows, n_rows, n_ablated)
-    by_position = {end: score.loss for end, score in scores.by_position.items() if score.n_tokens}
-    values = overall(scores.all) | {position_tag(end, rows.store.seq_len): loss for end, loss in by_position.items()}
-    if n_ablated:
-        with ablated(engine.module):
-            without = evaluated(rows, n_ablated, n_ablated).first.loss
-        values |= {"eval/loss_without_lsh": without, "eval/lsh_gain": without - scores.first.loss}
-    for name, own_rows in of_sources.items():
-        score = evaluated(own_rows, min(plan.eval_rows, len(own_rows)), 0).all
-        values |= {source_tag(name, "loss"): score.loss, source_tag(name, "bits_per_byte"): score.bits_per_byte}
-    sample = sample_continuation(engine, rows, config, launch, device)
-    engine.train()
-    return HeldOut(values | diagnostics, n_rows, by_position, sample)
+        Raises DataError, on one rank while the others end, where a row or the store's tokenizer is damaged.
+        """
+        plan, engine, launch, device = self.config.run, self.engine, self.launch, self.device
+        n_rows = min(plan.eval_rows, len(rows))
+        n_ablated = min(plan.ablation_rows, n_rows) if self.config.model.has_lsh else 0
+        watch: AbstractContextManager[dict[str, float]] = nullcontext({})
+        if plan.diagnostics:
+            watch = diagnosed(engine, rows, launch, self.place, device)
+        engine.eval()
+        with watch as diagnostics:
+            scores = self.score(rows, n_rows, n_ablated)
+        by_position = {end: score.loss for end, score in scores.by_position.items() if score.n_tokens}
+        values = overall(scores.all)
+        values |= {position_tag(end, rows.store.seq_len): loss for end, loss in by_position.items()}
+        if n_ablated:
+            with ablated(engine.module):
+                without = self.score(rows, n_ablated, n_ablated).first.loss
+            values |= {"eval/loss_without_lsh": without, "eval/lsh_gain": without - scores.first.loss}
+        for name, own in of_sources.items():
+            is_same = (own.identity, len(own)) == (rows.identity, len(rows))
+            score = scores.all if is_same else self.score(own, min(plan.eval_rows, len(own)), n_first=0).all
+            values |= {source_tag(name, "loss"): score.loss, source_tag(name, "bits_per_byte"): score.bits_per_byte}
+        sample = sample_continuation(engine, rows, self.config, launch, device)
+        engine.train()
+        return HeldOut(values | diagnostics, n_rows, by_position, sample)
+
+    @torch.no_grad()
+    def score(self, rows: Rows, n_rows: int, n_first: int) -> Totals:
+        """Of the first `n_rows` rows, and of these the first `n_first`, for an engine in evaluation mode.
+
+        With config.run.eval_n_hashes rounds of LSH attention, or as many as the model is trained with. Hash rotations
+        are always those of step 0, so results are comparable.
+        """
+        engine, place, device = self.engine, self.place, self.device
+        ends = range_ends(rows.store.seq_len)
+        nll = torch.zeros((), dtype=torch.float64, device=device)
+        # `masked_sums` of n_first, and of each range.
+        parts = torch.zeros(1 + len(ends), 2, dtype=torch.float64, device=device)
+        n_tokens = n_bytes = 0
+        micro_batch_size = engine.train_micro_batch_size_per_gpu()
+        for share in evaluation_shares(n_rows, micro_batch_size, place.replica, place.n_replicas):
+            batch = together(partial(self._read, rows, share), self.launch, device)
+            losses_BT = self._losses(batch)
+            # Its mean as the model itself gives it, to the bit, which a sum in float64 would not be.
+            mean = mean_loss(losses_BT, batch.labels, engine.module.head.chunk_tokens(device))
+            nll += mean.double() * batch.n_tokens
+            n_tokens += batch.n_tokens
+            n_bytes += batch.n_bytes
+            is_first_B = torch.tensor([row is not None and row < n_first for row in share], device=device)
+            masks = [is_first_B[:, None], *range_masks(_positions(batch), ends)]
+            parts += torch.stack([masked_sums(losses_BT, batch.labels, mask) for mask in masks])
+        nll_sum, tokens_sum, bytes_sum, *sums = all_sum([nll, n_tokens, n_bytes, *parts.flatten()], device)
+        first, *by_range = (Score(*pair, n_bytes=0) for pair in zip(sums[::2], sums[1::2], strict=True))
+        return Totals(Score(nll_sum, tokens_sum, bytes_sum), first, dict(zip(ends, by_range, strict=True)))
+
+    def _read(self, rows: Rows, share: Sequence[int | None]) -> Batch:
+        part = self.place.sequence
+        samples = [part_of(blank(rows[0]) if row is None else rows[row], part) for row in share]
+        return collate(samples, range(len(share)), self.token_bytes, self.device, part)
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """The loss [B, T] of each token, 0 where there is nothing to predict."""
+        return self.engine(
+            batch.tokens,
+            batch.labels,
+            segment_ids=batch.segment_ids,
+            sample_ids=batch.sample_ids,
+            n_hashes=self.config.run.eval_n_hashes,
+            per_token=True,
+            part=batch.part,
+        )
 
 
 def overall(score: Score) -> dict[str, float]:
@@ -122,65 +169,6 @@ def overall(score: Score) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def evaluate(
-    engine: deepspeed.DeepSpeedEngine,
-    rows: Rows,
-    config: RunConfig,
-    launch: Launch,
-    place: Place,
-    device: torch.device,
-    token_bytes: Tensor,
-    *,
-    n_rows: int,
-    n_first: int,
-) -> Totals:
-    """Score the first `n_rows` rows, and of these the first `n_first`, on all ranks; for an engine in evaluation mode.
-
-    With config.run.eval_n_hashes rounds of LSH attention, or as many as the model is trained with. Hash rotations are
-    always those of step 0, so results are comparable.
-    """
-    ends = range_ends(rows.store.seq_len)
-    nll = torch.zeros((), dtype=torch.float64, device=device)
-    parts = torch.zeros(
-        1 + len(ends), 2, dtype=torch.float64, device=device
-    )  # `masked_sums` of n_first, and of each range
-    n_tokens = n_bytes = 0
-    micro_batch_size = engine.train_micro_batch_size_per_gpu()
-    for share in evaluation_shares(n_rows, micro_batch_size, place.replica, place.n_replicas):
-        batch = together(partial(_read, rows, share, place, token_bytes, device), launch, device)
-        losses_BT = _losses(engine, batch, config.run.eval_n_hashes)
-        # Its mean as the model itself gives it, to the bit, which a sum in float64 would not be.
-        mean = mean_loss(losses_BT, batch.labels, engine.module.head.chunk_tokens(device))
-        nll += mean.double() * batch.n_tokens
-        n_tokens += batch.n_tokens
-        n_bytes += batch.n_bytes
-        is_first_B = torch.tensor([row is not None and row < n_first for row in share], device=device)
-        masks = [is_first_B[:, None], *range_masks(_positions(batch), ends)]
-        parts += torch.stack([masked_sums(losses_BT, batch.labels, mask) for mask in masks])
-    nll_sum, tokens_sum, bytes_sum, *sums = all_sum([nll, n_tokens, n_bytes, *parts.flatten()], device)
-    first, *by_range = (Score(*pair, n_bytes=0) for pair in zip(sums[::2], sums[1::2], strict=True))
-    return Totals(Score(nll_sum, tokens_sum, bytes_sum), first, dict(zip(ends, by_range, strict=True)))
-
-
-def _read(rows: Rows, share: Sequence[int | None], place: Place, token_bytes: Tensor, device: torch.device) -> Batch:
-    samples = [part_of(blank(rows[0]) if row is None else rows[row], place.sequence) for row in share]
-    return collate(samples, range(len(share)), token_bytes, device, place.sequence)
-
-
-def _losses(engine: deepspeed.DeepSpeedEngine, batch: Batch, n_hashes: int | None) -> Tensor:
-    """The loss [B, T] of each token, 0 where there is nothing to predict."""
-    return engine(
-        batch.tokens,
-        batch.labels,
-        segment_ids=batch.segment_ids,
-        sample_ids=batch.sample_ids,
-        n_hashes=n_hashes,
-        per_token=True,
-        part=batch.part,
-    )
-
-
 def _positions(batch: Batch) -> Tensor:
     """`positions` of a batch's tokens [B, T] in their whole sequences."""
     n_tokens = batch.segment_ids.shape[1]
@@ -191,8 +179,3 @@ def _positions(batch: Batch) -> Tensor:
 def position_tag(end: int, seq_len: int) -> str:
     """The tag of a range of positions in rows of so many tokens."""
     return f"eval/loss_at/{range_name(end, seq_len)}"
-
-
-def source_tag(name: str, value: str) -> str:
-    """The tag of a value of held-out rows of a store of data.mixture."""
-    return f"eval/source/{name}/{value}"

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_pipeline.tokenizer_folder import TOKENIZER_MODEL, read_record
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
@@ -33,6 +35,13 @@ def read_model(folder: Path, name: str) -> Reformer:
     if any(not parameter.float().isfinite().all() for parameter in model.parameters()):
         raise ConfigError(f"{name} has weights that are not finite: give those of an earlier checkpoint")
     return model
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The one that --device asks for, or the best that there is. Raises ConfigError where it is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU here; leave it out, or give --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def knows_tokenizer(folder: Path, name: str, store: Path, tokenizer_sha256: str) -> bool:

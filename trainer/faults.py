@@ -9,7 +9,7 @@ import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median_low
 from typing import Any, Self
@@ -98,13 +98,9 @@ class Health:
             f"{self.spikes} in all"
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """For state.json."""
-        return asdict(self)
-
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """What state_dict() returned, before or after JSON."""
+        """What dataclasses.asdict() made of it, before or after JSON."""
         return cls(**{**state, "recent_losses": list(state["recent_losses"])})
 
 

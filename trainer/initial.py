@@ -24,7 +24,7 @@ SAME = ("n_heads", "d_head", "activation")
 WITHOUT_EFFECT = ("dropout", "attn_dropout", "ff_chunk_tokens", "loss_chunk_tokens", "keep_ends")
 """Those that may change without being remarked on: they are about training, or memory."""
 ROWS = "embedding.positions.rows"
-"""What alone is longer in a model of longer sequences, if its axial_shape has as many columns."""
+"""The only tensor that grows with max_seq_len, if axial_shape keeps its number of columns."""
 
 
 def read_initial(folder: Path, config: ReformerConfig, seed: int) -> dict[str, Tensor]:

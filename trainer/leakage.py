@@ -1,4 +1,4 @@
-"""Documents that a mixture trains on although evaluations hold them out: it is told, as it may be meant."""
+"""Documents that a mixture trains on although evaluations hold them out: reported, not refused, as it may be meant."""
 
 from collections.abc import Iterator, Mapping
 
@@ -23,17 +23,23 @@ def leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> list[
 
 
 def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iterator[str]:
-    of_sources = [(one.eval_split, sources[name]) for name, one in data.mixture.items() if one.eval_split]
-    for eval_split, evaluated in [(data.eval_split, store), *of_sources]:
-        held_out: set[str] = set()
+    evaluated_splits = {
+        (split, evaluated.manifest.fingerprint): evaluated
+        for split, evaluated in [
+            *((split, sources[name]) for name, split in data.eval_splits.items()),
+            (data.eval_split, store),  # which may be one of these
+        ]
+    }
+    for (eval_split, _), evaluated in evaluated_splits.items():
+        held_out: set[str] | None = None
         for name, source in sources.items():
             if source.manifest.fingerprint == evaluated.manifest.fingerprint:
                 continue
             if max(_n_documents(source), _n_documents(evaluated)) > MOST_DOCUMENTS:
                 yield f"data.mixture.{name} has too many documents to look for held-out ones of {evaluated.path} there"
                 continue
-            held_out = held_out or set(_hashes(evaluated, eval_split))
-            split = data.mixture[name].split or data.train_split
+            held_out = set(_hashes(evaluated, eval_split)) if held_out is None else held_out
+            split = data.train_splits[name]
             if n_shared := len(held_out.intersection(_hashes(source, split))):
                 yield (
                     f"{n_shared:,} of the {len(held_out):,} documents that evaluations hold out ({eval_split!r} of "

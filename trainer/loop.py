@@ -22,7 +22,7 @@ from trainer.config import ConfigError
 from trainer.continuation import changes
 from trainer.distributed import all_gather, all_max, all_sum, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
-from trainer.evaluate import held_out
+from trainer.evaluate import Evaluator
 from trainer.faults import lost_ranks
 from trainer.flops import training_flops
 from trainer.gradients import gradients
@@ -106,6 +106,7 @@ class Trainer:
                 done += 1
                 self.progress.train_s += time.perf_counter() - begun
                 begun = time.perf_counter()
+            self.progress.train_s += time.perf_counter() - begun  # of a checkpoint that a signal asked for
         self.end(done)
         return code
 
@@ -141,6 +142,7 @@ class Trainer:
         if self.eval_rows:
             self.progress = self.progress.of(f"{self.eval_rows.identity}, n_hashes={self.plan.eval_n_hashes}")
         self.token_bytes = torch.from_numpy(self.job.store.token_bytes.astype("int64"))
+        self.evaluator = Evaluator(self.engine, config, launch, place, device, self.token_bytes)
         self.before = replace(self.progress)
         self.stopwatch, self.spent, self.has_reported = Stopwatch(device), Spent(), False
         precision = "bf16" if self.engine.bfloat16_enabled() else "fp32"
@@ -249,10 +251,10 @@ class Trainer:
             nll += loss.detach().double() * batch.n_tokens
             with self.phase(step, "backward"):
                 backward(self.engine, loss, batch.n_tokens, n_tokens)
-            line = long_step_line(time.perf_counter() - begun, len(batches)) if batch is batches[0] else None
-            if line and step == self.first_step:
+            is_first = step == self.first_step and batch is batches[0]
+            if is_first and (line := long_step_line(time.perf_counter() - begun, len(batches))):
                 self.say(line)
-            if batch is batches[-1] and due(self.plan.histogram_every, step + 1, steps=0):
+            if batch is batches[-1] and due(self.plan.histogram_every, step + 1):
                 self.watchdog.mark(step + 1, "histograms")
                 self.draw_gradients(step + 1)
             with self.phase(step, "optimizer"):
@@ -320,9 +322,7 @@ class Trainer:
             return
         self.watchdog.mark(done, "evaluate")
         self.refuse_replaced_stores()
-        config, launch, place = self.job.config, self.launch, self.place
-        passes = (self.engine, self.eval_rows, config, launch, place, self.device, self.token_bytes)
-        found = held_out(*passes, self.eval_of_sources)
+        found = self.evaluator.held_out(self.eval_rows, self.eval_of_sources)
         self.scores["held out"] = Reported(done, found.values["eval/loss"], found.values["eval/bits_per_byte"])
 
         def write(metrics: Metrics) -> None:

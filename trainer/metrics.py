@@ -4,7 +4,7 @@ Nothing of a step that was reported is lost when the process is killed, and afte
 checkpoint is taken back, so every curve is continuous. All scalars of a report are one record of the event file and one
 line of the other, handed to the system before `write` returns. A new start takes the lines behind its checkpoint out of
 metrics.jsonl, and tells TensorBoard to forget those steps. A run that is stopped between two reports (run.log_every)
-leaves none of its last step, where an undisturbed run would have none: the summary at its end has that step's loss.
+writes no line for its last step, so that its curve equals an undisturbed run's; its summary has that step's loss.
 
 RUN/metrics.jsonl: one JSON object a line. `step` is the number of optimizer steps done; the other keys are the tags
 of TensorBoard, floats in full precision, null for what is no finite number:

@@ -10,16 +10,15 @@ import re
 from functools import partial
 
 import deepspeed
-import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 from reformer.generation import continue_tokens
 from trainer.batches import Rows
 from trainer.config import RunConfig
 from trainer.distributed import Launch, together
+from trainer.sampling import spelling, within_documents
 
 PROMPT_TOKENS = 256
 """The most tokens of the text that are given."""
@@ -48,12 +47,14 @@ def sample_continuation(
     n_tokens = min(config.run.sample_tokens, config.model.max_seq_len - len(prompt))
     if not len(prompt) or not n_tokens:
         return None
-    forward = partial(engine, n_hashes=config.run.eval_n_hashes)
+    tokenizer = together(lambda: rows.store.tokenizer, launch, device)
+    of_rounds = partial(engine, n_hashes=config.run.eval_n_hashes)
+    forward = within_documents(of_rounds, tokenizer, rows.store.manifest.eos)
     try:
         added = continue_tokens(forward, config.model, prompt, n_tokens, top_p=TOP_P)
     except FloatingPointError:  # on all ranks alike; the loss says it, too
         return None
-    return together(partial(as_markdown, prompt, added, rows.store), launch, device)
+    return as_markdown(prompt, added, tokenizer)
 
 
 def beginning(tokens_T: Tensor, segment_ids_T: Tensor) -> Tensor:
@@ -62,22 +63,22 @@ def beginning(tokens_T: Tensor, segment_ids_T: Tensor) -> Tensor:
     return tokens_T[: min(-(-n_tokens // 2), PROMPT_TOKENS)]
 
 
-def as_markdown(prompt_T: Tensor, added_T: Tensor, store: Store) -> str:
+def as_markdown(prompt_T: Tensor, added_T: Tensor, tokenizer: Tokenizer) -> str:
     """The text that was given and what was added, to the first end of a document."""
-    tokenizer, added = store.tokenizer, added_T.tolist()
+    added = added_T.tolist()
     n_added = added.index(tokenizer.eos_id) if tokenizer.eos_id in added else len(added)
     end = ", where the text ends" if n_added < len(added) else ""
     return (
-        f"**{len(prompt_T)} tokens of a held-out text:**\n\n{literal(as_text(tokenizer, prompt_T.tolist()))}\n\n"
-        f"**the model's next {n_added}{end}:**\n\n{literal(as_text(tokenizer, added[:n_added]))}"
+        f"**{len(prompt_T)} tokens of a held-out text:**\n\n{literal(as_text(tokenizer, prompt_T))}\n\n"
+        f"**the model's next {n_added}{end}:**\n\n{literal(as_text(tokenizer, added_T[:n_added]))}"
     )
 
 
-def as_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """Bytes that are no UTF-8 are replaced; of integers, the numbers."""
-    if tokenizer.kind == "integers":
-        return " ".join(str(token) for token in tokens if token < tokenizer.bos_id)
-    return tokenizer.decode(np.array(tokens, np.int64)).decode("utf-8", errors="replace")
+def as_text(tokenizer: Tokenizer, ids_T: Tensor) -> str:
+    """Bytes that are not UTF-8 are replaced; of integers, the numbers."""
+    spelled = spelling(tokenizer)
+    text = spelled(ids_T) + spelled(ids_T[:0])
+    return text.rstrip(" ") if tokenizer.kind == "integers" else text
 
 
 def literal(text: str) -> str:

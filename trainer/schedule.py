@@ -39,6 +39,6 @@ def learning_rate(peak: float, step: int, plan: LoopConfig) -> float:
     )
 
 
-def due(every: int, done: int, steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now; never if `every` is 0."""
+def due(every: int, done: int, steps: int | None = None) -> bool:
+    """Whether what happens every so many steps, and after the last of `steps`, happens now; never if `every` is 0."""
     return every > 0 and (done % every == 0 or done == steps)

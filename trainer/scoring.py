@@ -74,3 +74,8 @@ def positions(segment_ids_BT: Tensor) -> Tensor:
 def range_name(end: int, seq_len: int) -> str:
     """A range of positions in rows of so many tokens, by its end; names of one length are in the order of ranges."""
     return f"{end // 1024:05d}K" if seq_len > FIRST_RANGE else f"{end:05d}"
+
+
+def source_tag(name: str, value: str) -> str:
+    """The tag of a value of held-out rows of a store of data.mixture."""
+    return f"eval/source/{name}/{value}"

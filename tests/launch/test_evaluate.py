@@ -29,6 +29,7 @@ from reformer.lsh.reference import lsh_attention_reference
 from trainer.batches import drawn
 from trainer.compare import Scores, score_rows, standard_error
 from trainer.distributed import Launch
+from trainer.evaluate import Evaluator
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place
 
@@ -127,8 +128,8 @@ def test_the_evaluation_of_a_run_says_the_same(
     monkeypatch.setattr(trainer.evaluate, "together", lambda action, *_: action())
     monkeypatch.setattr(trainer.evaluate, "all_sum", lambda values, _: [float(value) for value in values])
     engine, token_bytes = PlainEngine(load_model(exported), 3), torch.from_numpy(store.token_bytes.astype("int64"))
-    here = (RowDataset(store, "val"), run_config(store), Launch("this test"), Place(), CPU, token_bytes)
-    of_run = trainer.evaluate.evaluate(engine, *here, n_rows=7, n_first=0)
+    evaluator = Evaluator(engine, run_config(store), Launch("this test"), Place(), CPU, token_bytes)
+    of_run = evaluator.score(RowDataset(store, "val"), n_rows=7, n_first=0)
     (found,) = scores(exported, store)
     assert found["nats_per_token"] == pytest.approx(of_run.all.loss, rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(of_run.all.bits_per_byte, rel=1e-6)

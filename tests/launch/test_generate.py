@@ -15,8 +15,11 @@ import torch
 from data_pipeline.tokenizer import ByteTokenizer, IntegerTokenizer, load_tokenizer
 from data_pipeline.training import TrainingSettings, train_tokenizer
 from reformer import Reformer, ReformerConfig, load_model, save_model
+from reformer.decoding import Decoder
 from reformer.generation import continue_tokens
 from reformer.hf import save_hf
+from trainer import sampling
+from trainer.exported import choose_device
 
 BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True}
 NEVER = -100.0
@@ -124,7 +127,7 @@ def test_sentencepiece(pieces: Path, call) -> None:
 def test_a_character_of_several_tokens_is_whole(exported: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token is printed when it is drawn; a half character is replaced at the end of the text only."""
     said = iter([*"é가".encode(), 0xC3])
-    monkeypatch.setattr(generate, "continue_tokens", lambda *_, **__: torch.tensor([next(said)]))
+    monkeypatch.setattr(sampling, "continue_tokens", lambda *_, **__: torch.tensor([next(said)]))
     assert call(exported, "x", "--tokens", "6")[1] == "xé가\ufffd\n"
 
 
@@ -138,12 +141,13 @@ def test_integers(tmp_path: Path, call) -> None:
     values = [str(value) for value in (67, 299, 0, *added) if value < 300]
     code, out, error = call(folder, "67  299\n0", "--tokens", "20", "--temperature", "0")
     assert (code, out.split(), error) == (0, values, "")
-    for prompt in ("67 300", "67 -1", "67 x", "6.5"):
+    for prompt in ("67 300", "67 -1", "67 x", "6.5", f"67 {'9' * 20}"):
         code, out, error = call(folder, prompt, "--tokens", "20")
         assert code == 2 and out == ""
         assert (
             f"the prompt has {prompt.split()[-1]!r} in it: this model continues integers from 0 to 299, with" in error
         )
+    assert "the prompt has '99999999999999999999' in it" in call(folder, "9" * 5000)[2]
     assert call(folder, "", "--tokens", "1")[0] == 0
 
 
@@ -157,7 +161,7 @@ def test_ctrl_c_is_no_traceback(exported: Path, call, monkeypatch: pytest.Monkey
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "continue_tokens", interrupt)
+    monkeypatch.setattr(sampling, "continue_tokens", interrupt)
     assert call(exported, "abc", "--tokens", "5") == (130, "abc", "error: interrupted\n")
 
 
@@ -169,7 +173,7 @@ def test_the_end_of_the_document_ends_the_text(tmp_path: Path, call, monkeypatch
         asked.append(1)
         return continue_tokens(*arguments, **options)
 
-    monkeypatch.setattr(generate, "continue_tokens", counted)
+    monkeypatch.setattr(sampling, "continue_tokens", counted)
     note = "note: the model ended the document after 0 tokens\n"
     assert call(folder, "all", "--tokens", "9") == (0, "all\n", note)
     assert len(asked) == 1
@@ -271,7 +275,7 @@ def test_a_device_that_is_not_there(exported: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["generate.py", str(exported), "abc", "--device", "cuda"])
     assert generate.main() == 2
     assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
-    assert generate.choose_device(None) == torch.device("cpu")
+    assert choose_device(None) == torch.device("cpu")
 
 
 def test_samples_are_files_of_what_each_seed_gives(exported: Path, tmp_path: Path, call) -> None:
@@ -288,6 +292,15 @@ def test_samples_are_files_of_what_each_seed_gives(exported: Path, tmp_path: Pat
     code, out, error = call(exported, *options, "--seed", "2", "--samples", "2")
     assert code == 2 and "seed0003.txt exists: give another --output, or a --seed from which on" in error
     assert len(list((tmp_path / "new" / "samples").iterdir())) == 3
+
+
+def test_a_prompt_is_read_once_for_all_samples(exported: Path, tmp_path: Path, call, monkeypatch) -> None:
+    read: list[int] = []
+    added = Decoder._added
+    monkeypatch.setattr(Decoder, "_added", lambda *of: (read.append(of[1].shape[1]), added(*of))[1])
+    options = ("--tokens", "4", "--samples", "3", "--output", str(tmp_path / "new"))
+    assert call(exported, "prompt", *options)[0] == 0
+    assert read == [1 + len("prompt"), *[1] * (3 * 3)]
 
 
 def test_samples_of_integers_are_arrays(tmp_path: Path, call) -> None:

@@ -110,7 +110,7 @@ def make_run(folder: Path, store: Path) -> None:
     folder.mkdir(parents=True)
     config = {
         "model": {"vocab_size": 258, "max_seq_len": 100},
-        "data": {"store": str(store)},
+        "data": {"store": str(store), "mixture": {"web": {"store": str(store), "weight": 1, "eval_split": "val"}}},
         "run": {"dir": str(folder), "deepspeed_config": "x.json", "steps": 2},
     }
     (folder / "run.json").write_text(json.dumps({"config": config}))
@@ -142,7 +142,7 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
         "training batch, nats per token        5.2500       1      2.5000       2",
         "training batch, bits per byte         8.2500       1      3.7500       2",
         "held out, bits per byte               8.1250       0      4.0625       2",
-        "  of web, bits per byte               5.5000       2      5.5000       2",
+        "held out of web, bits per byte        5.5000       2      5.5000       2",
         "  up to 16K tokens before             5.7500       0      2.2500       2",
         "  more without LSH attention          0.5000       2      0.5000       2",
         "dense attention recovered             0.3750       0      0.8125       2",

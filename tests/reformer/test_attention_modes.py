@@ -19,7 +19,7 @@ from reformer.dense import dense_attention
 from reformer.local import local_attention, local_attention_reference
 from reformer.lsh.dropout import keep_factor
 from reformer.lsh.reference import reach_counts
-from reformer.precision import MODES, Mode, errors_of, explained, table
+from reformer.precision import MODES, Mode, errors_of, table
 
 # (rounds, chunk length, head dim, tokens): 1 to 3 chunks, whole ones and awkward ones
 SIZES = [
@@ -372,6 +372,16 @@ def test_dropout_needs_keys(kind: str) -> None:
             lsh_attention(x, x, n_hashes=1, chunk_len=2, dropout=0.1)
         else:
             local_attention(x, x, x, chunk_len=2, dropout=0.1)
+
+
+def explained(dtype: torch.dtype, largest_score: float) -> tuple[float, float]:
+    """The largest errors of output and gradients that rounding explains.
+
+    Results are rounded to the dtype; a score s, computed in fp32, is off by |s| eps, and so is its weight's logarithm.
+    The backward starts from the rounded output, and where the softmax is saturated gradients are small differences.
+    """
+    rounding, computing = torch.finfo(dtype).eps, (4 + largest_score) * torch.finfo(torch.float32).eps
+    return rounding + computing, 4 * (rounding + computing)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -144,6 +144,23 @@ def test_a_few_tokens_later_are_the_same_as_one_by_one() -> None:
     assert not torch.equal(Decoder(model)(tokens), expected)
 
 
+@pytest.mark.parametrize("pattern", [["local", "lsh"], ["dense", "lsh"]])
+def test_a_copy_goes_its_own_way(pattern: list[str]) -> None:
+    """Neither of them sees what the other takes in: both are as if there were no other."""
+    model, tokens = make(attn_pattern=pattern), draw()
+    ways = [tokens.clone(), tokens.clone()]
+    ways[1][:, 21:] = (tokens[:, 21:] + 1) % 13
+    first = Decoder(model)
+    first(tokens[:, :20])
+    first(tokens[:, :21])
+    decoders, alone = [first, first.copy()], [Decoder(model), Decoder(model)]
+    for t in range(20, LENGTH + 1):
+        for decoder, by_itself, way in zip(decoders, alone, ways, strict=True):
+            expected = by_itself(way[:, :t])
+            if t > 21:
+                assert torch.equal(decoder(way[:, :t]), expected)
+
+
 @pytest.mark.parametrize("n_first", [1, 3, 188])
 def test_many_tokens_later_are_those_of_a_new_decoder(n_first: int) -> None:
     """Then a pass over all is less work."""

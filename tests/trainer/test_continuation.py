@@ -52,9 +52,11 @@ def test_what_older_runs_do_not_say_is_no_change() -> None:
     assert changes(IDENTITY, {**IDENTITY, "eval_store_fingerprint": "abc"}) == {}
     before = {**IDENTITY, "eval_store_fingerprint": "abc"}
     assert changes(before, {**before, "eval_store_fingerprint": "def"}) == {
-        "eval_store_fingerprint": "was 'abc' and is 'def' now: evaluations are of other rows from here on, and eval/* "
-        "before it does not compare"
+        "eval_store_fingerprint": "was 'abc' and is 'def' now: evaluations differ from here on, and eval/* before it "
+        "does not compare"
     }
+    of_more_rows = {**IDENTITY, "run": {**IDENTITY["run"], "eval_rows": 99}}
+    assert "and is 99 now: evaluations differ from here on" in changes(IDENTITY, of_more_rows)["run.eval_rows"]
 
 
 def test_nor_over_one_that_has_not_saved_yet(tmp_path: Path) -> None:

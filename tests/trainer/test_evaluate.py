@@ -17,7 +17,7 @@ from data_pipeline.store import Store
 from reformer import Reformer
 from trainer.config import ConfigError, RunConfig, load
 from trainer.distributed import Launch
-from trainer.evaluate import Totals, evaluate, position_tag
+from trainer.evaluate import Evaluator, Totals, position_tag
 from trainer.figures import figure_by_position
 from trainer.scoring import Score, positions, range_ends, range_masks
 from trainer.sequence_parallel import Place
@@ -56,7 +56,7 @@ def three_rows() -> _Rows:
 
 def scores(model: Reformer, plan: RunConfig, n_rows: int = 3, n_first: int = 0) -> Totals:
     engine = PlainEngine(model.eval(), micro_batch_size=2)
-    return evaluate(engine, three_rows(), plan, ALONE, Place(), CPU, torch.ones(20), n_rows=n_rows, n_first=n_first)
+    return Evaluator(engine, plan, ALONE, Place(), CPU, torch.ones(20)).score(three_rows(), n_rows, n_first)
 
 
 def row_sums(model: Reformer, **options: object) -> list[tuple[float, int]]:
@@ -113,7 +113,7 @@ def test_the_first_rows_and_the_ranges_are_parts_of_the_whole() -> None:
     late = [*range(3 + 16, 3 + 40), *range(43 + 16, 64)]
     only_last = _Rows([three_rows()[2]])
     engine = PlainEngine(model, micro_batch_size=1)
-    found = evaluate(engine, only_last, plan, ALONE, Place(), CPU, torch.ones(20), n_rows=1, n_first=1)
+    found = Evaluator(engine, plan, ALONE, Place(), CPU, torch.ones(20)).score(only_last, n_rows=1, n_first=1)
     assert found.by_position[64].loss == pytest.approx(-log_p[late, labels[late]].mean().item(), rel=1e-6)
 
 
@@ -173,6 +173,7 @@ def test_everything_that_is_reported(store: Store) -> None:
     with torch.no_grad():
         tokens, labels, segment_ids = (x[None] for x in row)
         nll = engine.module.eval()(tokens, labels, segment_ids=segment_ids, per_token=True).sum().item()
+    assert values["eval/source/same/loss"] == values["eval/loss"]
     n_tokens = int((row.labels != IGNORED_LABEL).sum())
     assert values["eval/source/other/loss"] * n_tokens == pytest.approx(nll)
     assert values["eval/source/other/bits_per_byte"] * (n_tokens - 1) * math.log(2) == pytest.approx(nll), "of bytes"

@@ -6,6 +6,7 @@ import random
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_an_interrupted_run_reports_what_an_undisturbed_one_does() -> None:
     undisturbed, interrupted = Health(), Health()
     for step, (loss, norm) in enumerate(steps):
         expected = undisturbed.observe(step, loss, norm, math.isnan(loss), plan())
-        interrupted = Health.from_state(json.loads(json.dumps(interrupted.state_dict())))
+        interrupted = Health.from_state(json.loads(json.dumps(asdict(interrupted))))
         assert interrupted.observe(step, loss, norm, math.isnan(loss), plan()) == expected
         assert interrupted == undisturbed
     assert undisturbed.spikes and undisturbed.skipped_steps

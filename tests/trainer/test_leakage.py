@@ -65,5 +65,12 @@ def test_what_a_source_holds_out_is_held_against_the_other_sources(stores: dict[
     assert "of data.mixture.books" in note
 
 
+def test_data_store_that_is_a_source_too_is_looked_at_once(stores: dict[str, Store]) -> None:
+    write = data(stores, "books", "web").model_dump()
+    write["mixture"]["books"]["eval_split"] = "val"
+    sources = {name: stores[name] for name in ("books", "web")}
+    assert leaks(DataConfig(**write), stores["books"], sources) == found(stores, "books", "web") != []
+
+
 def test_nothing_is_said_where_nothing_is_shared(stores: dict[str, Store]) -> None:
     assert found(stores, "books", "clean") == found(stores) == []

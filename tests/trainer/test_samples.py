@@ -91,6 +91,21 @@ def test_the_end_of_a_document_ends_the_text_but_not_the_passes(store: Store) ->
     assert "the model's next 0, where the text ends:" in sampled(_Says([EOS]), store)
 
 
+def test_what_no_document_had_in_training_is_not_drawn(store: Store, tmp_path: Path) -> None:
+    """BOS, and EOS where documents ended without it: the likeliest of what is left comes in their place."""
+
+    class Odd(_Says):
+        def __call__(self, tokens: Tensor, **options: object) -> Tensor:
+            logits = super().__call__(tokens, **options)
+            logits[..., [ByteTokenizer.bos_id, EOS]] = 200.0
+            return logits
+
+    write_store(tmp_path / "store", {"a": b"a text that has no end"}, val=["a"], seq_len=64, eos=False)
+    text = sampled(Odd([*b"goes on."]), Store.open(tmp_path / "store"))
+    assert shown(text)[1] == "goes on.\n"
+    assert "the model's next 0, where the text ends:" in sampled(Odd([*b"goes on."]), store)
+
+
 def test_samples_follow_from_the_weights(store: Store) -> None:
     torch.manual_seed(0)
     plan = config(store)
@@ -131,14 +146,14 @@ def test_tensorboard_shows_the_text_as_it_is(text: str) -> None:
 
 
 def test_bytes_that_are_no_text() -> None:
-    assert as_text(ByteTokenizer(), [*"né".encode()[:-1], 255, 65, 256]) == "n\ufffd\ufffdA"
+    assert as_text(ByteTokenizer(), torch.tensor([*"né".encode()[:-1], 255, 65, 256])) == "n\ufffd\ufffdA"
     assert literal("a\0b\x02c\x1b[0m\rd\r\ne\tf\x7f") == "    a\ufffdb\ufffdc\ufffd[0m\ufffdd\n    e\tf\ufffd"
 
 
 def test_integers_are_shown_as_numbers(tmp_path: Path) -> None:
-    assert as_text(IntegerTokenizer(1000), [1000, 7, 999, 1001]) == "7 999"
+    assert as_text(IntegerTokenizer(1000), torch.tensor([1000, 7, 999, 1001])) == "7 999"
     document = np.arange(40, dtype="<u2").tobytes()
     write_store(tmp_path / "store", {"a": document}, IntegerTokenizer(1000), val=["a"], seq_len=64)
     store = Store.open(tmp_path / "store")
-    markdown = as_markdown(torch.tensor([1000, 3, 500]), torch.tensor([12, 1001, 5]), store)
+    markdown = as_markdown(torch.tensor([1000, 3, 500]), torch.tensor([12, 1001, 5]), store.tokenizer)
     assert shown(markdown) == ["3 500\n", "12\n"]
