@@ -275,7 +275,8 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH",
         help="files, folders, globs, fsspec URLs of these, or @FILE with one on each line: .txt, .jsonl, .parquet and "
-        "FASTA (.fa, .fasta, .fna, .faa), plain or .gz, .zst, .xz; .npy and .npz for the tokenizer integers",
+        "FASTA (.fa, .fas, .fasta, .fna, .faa, .ffn, .frn), plain or .gz, .bgz, .zst, .xz; .npy and .npz for the "
+        "tokenizer integers",
     )
 
 

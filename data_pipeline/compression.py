@@ -19,7 +19,7 @@ _ZSTD_WINDOW_BYTES = 1 << 31
 """The most that zstd looks back (--long=31). A frame says how far it does, and takes no more memory than that."""
 
 _DECODERS: dict[str, tuple[Callable[[], Any], bytes]] = {
-    ".gz": (lambda: zlib.decompressobj(wbits=31), b"\0"),
+    **dict.fromkeys((".gz", ".bgz"), (lambda: zlib.decompressobj(wbits=31), b"\0")),
     ".xz": (lzma.LZMADecompressor, b"\0"),
     ".zst": (lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj(), b""),
 }

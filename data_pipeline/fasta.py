@@ -4,6 +4,7 @@ A record is a line that begins with `>`, its header, and the lines after it, its
 document; header and ends of lines are not part of it.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 
 from data_pipeline.errors import BadDocument
@@ -14,10 +15,11 @@ _NOT_SEQUENCE = b"\n \t"
 def sequence_pieces(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(number of the record from 0 on, bytes of its sequence) as they come; of each record at least one, perhaps empty.
 
-    Raises BadDocument("unreadable") where something stands before the first header.
+    Raises BadDocument("unreadable") where something stands before the first header, or a line is a comment (`;`).
     """
     record, in_header, at_line_start = -1, False, True
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
+        chunk = chunk.removeprefix(BOM_UTF8) if number == 0 else chunk
         chunk, place = chunk.replace(b"\r", b"\n"), 0  # lines end in LF, CRLF or CR
         while place < len(chunk):
             if in_header:
@@ -31,6 +33,8 @@ def sequence_pieces(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             else:
                 header = chunk.find(b"\n>", place)
                 end = header + 1 if header >= 0 else len(chunk)
+                if chunk.find(b"\n;", place, end) >= 0 or (at_line_start and chunk.startswith(b";", place)):
+                    raise BadDocument("unreadable", "has a comment, a line that begins with ';': remove such lines")
                 piece = chunk[place:end].translate(None, _NOT_SEQUENCE)
                 if piece and record < 0:
                     raise BadDocument(

@@ -59,7 +59,7 @@ class InputFile:
 
     @property
     def compression(self) -> str:
-        """`.gz`, `.zst`, `.xz`, or nothing."""
+        """`.gz`, `.bgz`, `.zst`, `.xz`, or nothing."""
         return compression_of(self.location)
 
 

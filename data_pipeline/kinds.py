@@ -16,14 +16,14 @@ _KINDS = {
     ".parquet": "parquet",
     ".npy": "array",
     ".npz": "array",
-    **dict.fromkeys((".fa", ".fasta", ".fna", ".faa"), "fasta"),
+    **dict.fromkeys((".fa", ".fas", ".fasta", ".fna", ".faa", ".ffn", ".frn"), "fasta"),
 }
 _MOST_NAMED = 5
 """Suffixes of files that were left out, in the note that says so."""
 
 
 def compression_of(path: str) -> str:
-    """`.gz`, `.zst`, `.xz`, or nothing."""
+    """`.gz`, `.bgz`, `.zst`, `.xz`, or nothing."""
     suffix = posixpath.splitext(path)[1].lower()
     return suffix if suffix in COMPRESSIONS else ""
 

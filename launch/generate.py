@@ -128,6 +128,8 @@ def run(arguments: argparse.Namespace) -> None:
     draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     if arguments.samples < 1 or (arguments.samples > 1 and arguments.output is None):
         raise ConfigError(f"--samples {arguments.samples}: give at least 1, and --output FOLDER for more than one")
+    if arguments.samples > 1 and arguments.temperature == 0:
+        raise ConfigError(f"--samples {arguments.samples} with --temperature 0 would all be the same: leave out one")
     device = choose_device(arguments.device)
     model, tokenizer, ends = read_folder(arguments.folder)
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)

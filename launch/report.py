@@ -55,7 +55,9 @@ def report(run: Curves) -> str:
         lines.append(row(width, "held out, best, bits per byte", "", "", *cells(best)))
     if run.column("eval/loss"):
         lines.append(unigram(config, width))
-    if config.data.mixture:
+    if since := run.record.get("evaluations_since", 0):
+        lines.append(f"evaluations before step {since} were of other rows, or by other rounds, and are left out")
+    if config.data.mixture and evaluations:
         lines.append(f"held out is {config.data.eval_split!r} of {config.data.store}, batches are of the mixture")
     lines += [row(width, name, last=value) for name, value in costs(run)]
     return "\n".join([*lines, "", f"the run lies in {run.path}", f"see its curves:  {see_curves(run.path)}"])

@@ -35,6 +35,8 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
     A GPU would have to be waited for; its kernels stop at others.
     """
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be a torch tensor of integers, got {type(tokens).__name__}: use torch.as_tensor")
     if tokens.dtype not in INTEGERS:
         raise ValueError(f"tokens must be integers, got {tokens.dtype}")
     if tokens.device.type != "cpu":

@@ -6,11 +6,13 @@ number of ranks, so one rank that accumulates and two that do not compute the sa
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample, part_bounds
+from data_pipeline.errors import DataError
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import permute, shares
 from data_pipeline.store import Store
@@ -20,7 +22,14 @@ from trainer.config import DataConfig, RunConfig
 
 def open_sources(data: DataConfig) -> dict[str, Store]:
     """The stores of data.mixture by name. Raises DataError for one that is not whole."""
-    return {name: Store.open(source.store) for name, source in data.mixture.items()}
+
+    def opened(name: str, path: Path) -> Store:
+        try:
+            return Store.open(path)
+        except DataError as error:
+            raise DataError(f"data.mixture.{name}.store: {error}") from error
+
+    return {name: opened(name, source.store) for name, source in data.mixture.items()}
 
 
 def training_samples(data: DataConfig, store: Store, sources: Mapping[str, Store], seed: int) -> RowDataset | Mixture:

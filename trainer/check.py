@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from data_pipeline.store import Store
@@ -141,28 +142,7 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
             f"model.max_seq_len={model.max_seq_len}, but the rows of {data.store} have {store.seq_len} tokens: "
             f"set model.max_seq_len={store.seq_len}, and axial_shape to that product"
         )
-    trained = [
-        (f"data.mixture.{name}.split", split, data.mixture[name].store, sources[name])
-        for name, split in data.train_splits.items()
-    ] or [("data.train_split", data.train_split, data.store, store)]
-    evaluated = [("data.eval_split", data.eval_split, data.store, store)]
-    evaluated += [
-        (f"data.mixture.{name}.eval_split", split, data.mixture[name].store, sources[name])
-        for name, split in data.eval_splits.items()
-    ]
-    if not config.run.eval_every:
-        evaluated = []
-    for name, split, path, facts in trained + evaluated:
-        if not facts.rows.get(split):
-            full = ", ".join(f"'{known}'" for known, rows in facts.rows.items() if rows)
-            problems.append(f"{name}='{split}' has no rows in {path}: its splits are {full}")
-    problems += [
-        f"{name}='{split}' of {path} is also what evaluations read ({held_out} of {eval_path}): "
-        "choose another split for one of them, or set run.eval_every=0"
-        for name, split, path, facts in trained
-        for held_out, eval_split, eval_path, eval_facts in evaluated
-        if (split, facts.fingerprint) == (eval_split, eval_facts.fingerprint)
-    ]
+    problems += _splits(config, store, sources)
     return problems + [
         f"data.mixture.{name}: {key} of {data.mixture[name].store} is {theirs}, that of data.store={data.store} is "
         f"{ours}: build all stores of a mixture with one tokenizer and one --seq-len"
@@ -170,3 +150,44 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
         for key in ("tokenizer_sha256", "vocab_size", "seq_len")
         if (theirs := getattr(facts, key)) != (ours := getattr(store, key))
     ]
+
+
+class _Split(NamedTuple):
+    """A split that is read."""
+
+    key: str
+    """What names it in the configuration."""
+    name: str
+    path: Path
+    """Of its store."""
+    store: StoreFacts
+
+
+def _splits(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts]) -> list[str]:
+    """Splits have rows, and what evaluations read is not trained on."""
+    data = config.data
+
+    def of_source(name: str, key: str, split: str) -> _Split:
+        given = getattr(data.mixture[name], key)
+        named = f"data.mixture.{name}.{key}" if given else f"data.train_split (for data.mixture.{name})"
+        return _Split(named, split, data.mixture[name].store, sources[name])
+
+    trained = [of_source(name, "split", split) for name, split in data.train_splits.items()]
+    trained = trained or [_Split("data.train_split", data.train_split, data.store, store)]
+    evaluated = [_Split("data.eval_split", data.eval_split, data.store, store)]
+    evaluated += [of_source(name, "eval_split", split) for name, split in data.eval_splits.items()]
+    if not config.run.eval_every:
+        evaluated = []
+    problems = []
+    for one in trained + evaluated:
+        if not one.store.rows.get(one.name):
+            full = ", ".join(f"'{known}'" for known, rows in one.store.rows.items() if rows)
+            problems.append(f"{one.key}='{one.name}' has no rows in {one.path}: its splits are {full}")
+    for one in trained:
+        same = [each for each in evaluated if (each.name, each.store.fingerprint) == (one.name, one.store.fingerprint)]
+        if same:
+            problems.append(
+                f"{one.key}='{one.name}' of {one.path} is also what evaluations read ({same[0].key} of "
+                f"{same[0].path}): choose another split for one of them, or set run.eval_every=0"
+            )
+    return problems

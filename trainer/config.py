@@ -43,9 +43,9 @@ class SourceConfig(StrictConfig):
     """Folder of the store, relative to the working directory."""
     weight: float = Field(gt=0.0, allow_inf_nan=False)
     """Share of the samples, relative to the sum of all weights; rounded to 1/1000, at least 1/1000."""
-    split: str | None = None
+    split: str | None = Field(default=None, min_length=1)
     """Split to train on; data.train_split when not given."""
-    eval_split: str | None = None
+    eval_split: str | None = Field(default=None, min_length=1)
     """Split to evaluate on as well, as eval/source/NAME/…; it must not be trained on. Without it, this store is not
     evaluated."""
 

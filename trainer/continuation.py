@@ -34,7 +34,7 @@ computes."""
 EVAL_STORE = "eval_store_fingerprint"
 """Of data.store where a mixture is trained on and it is for evaluations alone; older checkpoints do not say it."""
 
-EVALUATIONS = (EVAL_STORE, "data.eval_split", "run.eval_rows", "run.eval_n_hashes")
+EVALUATIONS = rf"{EVAL_STORE}|data\.(mixture\..*\.)?eval_split|run\.eval_(rows|n_hashes)"
 """With others of these, evaluations are of other rows, or by other rounds."""
 
 RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
@@ -108,14 +108,26 @@ def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> 
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One line for each value in FIXED that is not what it was."""
+    """One line for each value in FIXED that is not what it was, and one for each source that is new or gone."""
+    before, now = _sources(saved), _sources(current)
+    sources = before ^ now if before and now else set()
     return [
+        f"data.mixture.{name} {'is new' if name in now else 'is not there any more'}, which changes the order of the "
+        "samples: set it back, or start anew in another run.dir"
+        for name in sorted(sources)
+    ] + [
         f"{name} {what}: {_way_back(name)}, or start anew in another run.dir"
         for name, what in changes(saved, current).items()
         if name not in FREE
         and not _same_beginning(name, saved, current)
         and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
+        and not (sources and name.startswith("store_fingerprint."))
     ]
+
+
+def _sources(run: Mapping[str, Any]) -> set[str]:
+    """The names of the mixture's stores, of what a checkpoint says about its run."""
+    return set(run.get("data", {}).get("mixture", {}))
 
 
 def _same_beginning(name: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
@@ -131,9 +143,9 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, s
     with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
         saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
-    later = dict.fromkeys(EVALUATIONS, ": evaluations differ from here on, and eval/* before it does not compare")
+    later = ": evaluations differ from here on, and eval/* before it does not compare"
     return {
-        name: f"was {before.get(name)!r} and is {now.get(name)!r} now{later.get(name, '')}"
+        name: f"was {before.get(name)!r} and is {now.get(name)!r} now{later if re.fullmatch(EVALUATIONS, name) else ''}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name) and not (name == EVAL_STORE and name not in before)
     }
@@ -146,5 +158,5 @@ def _way_back(name: str) -> str:
             "begin a new run with these weights (launch/export.py, then run.init_from)"
         )
     if re.fullmatch(r"store_fingerprint\..*\.per_thousand", name):
-        return "it follows from the weights in data.mixture; set them back"
+        return "how many of 1,000 samples are its own follows from data.mixture.*.weight; set these back"
     return "set it back"

@@ -29,8 +29,11 @@ class Curves:
     """metrics.jsonl: see metrics.py."""
 
     def points(self, tag: str) -> list[Point]:
-        """The values of a tag, each with its step."""
-        return [(int(values["step"]), values[tag]) for values in self.metrics if tag in values]
+        """The values of a tag, each with its step; of evaluations, those that compare with the newest."""
+        since = self.record.get("evaluations_since", 0) if tag.startswith("eval/") else 0
+        return [
+            (int(values["step"]), values[tag]) for values in self.metrics if tag in values and values["step"] >= since
+        ]
 
     def column(self, tag: str) -> list[float]:
         """The finite values of a tag."""

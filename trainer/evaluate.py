@@ -32,6 +32,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import DataError
 from reformer.diagnostics import ablated
 from reformer.loss import mean_loss
 from trainer.batches import Batch, Rows, blank, collate, evaluation_shares, part_of
@@ -106,7 +107,12 @@ class Evaluator:
             values |= {"eval/loss_without_lsh": without, "eval/lsh_gain": without - scores.first.loss}
         for name, own in of_sources.items():
             is_same = (own.identity, len(own)) == (rows.identity, len(rows))
-            score = scores.all if is_same else self.score(own, min(plan.eval_rows, len(own)), n_first=0).all
+            try:
+                score = scores.all if is_same else self.score(own, min(plan.eval_rows, len(own)), n_first=0).all
+            except DataError as error:
+                raise DataError(
+                    f"{error}. Evaluations read it; to go on without, leave out data.mixture.{name}.eval_split"
+                ) from error
             values |= {source_tag(name, "loss"): score.loss, source_tag(name, "bits_per_byte"): score.bits_per_byte}
         sample = sample_continuation(engine, rows, self.config, launch, device)
         engine.train()

@@ -38,10 +38,17 @@ class Progress:
     best_loss: float | None = None
     scored_on: str = ""
     """Which rows it is the best on, and by which rounds."""
+    scored_since: int = 0
+    """The first step whose evaluation may be of these."""
 
-    def of(self, scored_on: str) -> Self:
-        """The same, without a best step of other rows or rounds, which cannot be compared."""
-        return self if scored_on == self.scored_on else replace(self, scored_on=scored_on, best_step=0, best_loss=None)
+    def of(self, scored_on: str, step: int) -> Self:
+        """The same where evaluations from `step` on are of these rows, by these rounds.
+
+        A best step of others is forgotten, since scores cannot be compared.
+        """
+        if scored_on == self.scored_on:
+            return self
+        return replace(self, scored_on=scored_on, scored_since=step, best_step=0, best_loss=None)
 
     def saved(self, step: int, evaluated: Reported | None) -> Self:
         """What it is when the state after `step` steps has been saved; `evaluated` is the newest evaluation."""

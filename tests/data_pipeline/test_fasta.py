@@ -83,6 +83,27 @@ def test_what_is_no_fasta(tmp_path: Path) -> None:
     assert list(sequence_pieces([b"\n", b""])) == []
 
 
+@pytest.mark.parametrize(
+    "chunks", [[b">a\nAC\n;x\nGT\n"], [b">a\nAC\n", b";x\nGT\n"], [b">a\nAC", b"\n;x"], [b";x\n>a\nA"]]
+)
+def test_a_comment_is_not_taken_for_sequence(chunks: list[bytes]) -> None:
+    with pytest.raises(BadDocument, match="has a comment, a line that begins with ';': remove such lines"):
+        list(sequence_pieces(chunks))
+
+
+def test_a_byte_order_mark_is_no_sequence() -> None:
+    assert list(sequence_pieces([b"\xef\xbb\xbf>a;b\nAC;\n"])) == [(0, b""), (0, b"AC;")]
+
+
+@pytest.mark.parametrize("suffix", [".fas", ".ffn", ".frn", ".FA.bgz"])
+def test_other_names_of_fasta(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "in").mkdir()
+    data = fasta(["GATTACA"])
+    (tmp_path / f"in/a{suffix}").write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    name = f"a{suffix.removesuffix('.bgz')}/0"
+    assert texts_of(make(tmp_path / "store", tmp_path / "in")) == {name: "GATTACA"}
+
+
 def test_a_file_that_ends_early(tmp_path: Path) -> None:
     data = random.Random(0).choices("ACGT", k=200_000)
     whole = gzip.compress(fasta(["A", "".join(data)]))

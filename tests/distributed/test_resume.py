@@ -118,8 +118,8 @@ def test_a_mixture_is_continued_where_it_was_and_by_no_other(train, store: Path,
     other = train(1, run.dir, *changes, "data.mixture.two.weight=2")
     assert other.code == 2
     assert (
-        "store_fingerprint.one.per_thousand was 667 and is 500 now: it follows from the weights in data.mixture; set "
-        "them back, or start anew in another run.dir" in other.errors
+        "store_fingerprint.one.per_thousand was 667 and is 500 now: how many of 1,000 samples are its own follows from "
+        "data.mixture.*.weight; set these back, or start anew in another run.dir" in other.errors
     )
     # The losses stay; data.store is for evaluations only, and a change of it is told.
     again = train(1, run.dir, *changes, f"data.store={other_store}")

@@ -325,6 +325,12 @@ def test_several_samples_need_a_folder(exported: Path, call, samples: str) -> No
     assert code == 2 and out == "" and f"--samples {samples}: give at least 1, and --output FOLDER for" in error
 
 
+def test_samples_that_would_all_be_the_same_are_refused(exported: Path, tmp_path: Path, call) -> None:
+    options = ("--tokens", "5", "--samples", "2", "--output", str(tmp_path / "new"), "--temperature", "0")
+    code, _, error = call(exported, "abc", *options)
+    assert code == 2 and "--samples 2 with --temperature 0 would all be the same" in error
+
+
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_drawn(exported: Path, tmp_path: Path, call) -> None:
     (tmp_path / "file").touch()
     code, out, error = call(exported, "abc", "--tokens", "5", "--output", str(tmp_path / "file" / "new"))

@@ -256,3 +256,36 @@ def test_scores_of_other_rows_are_told_and_a_run_without_any_is_compared(tmp_pat
     assert done.returncode == 0, done.stderr
     assert "note: not all were scored on the same held-out rows" in done.stdout
     assert re.search(r"/never +2 +100 +1\.25$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_evaluations_of_other_rows_are_left_out(tmp_path: Path, store: Path) -> None:
+    """As after a resume with another data.store or eval_rows."""
+    for name in ("one", "two"):
+        make_run(tmp_path / name, store)
+    record = json.loads((tmp_path / "one" / "run.json").read_text())
+    (tmp_path / "one" / "run.json").write_text(json.dumps({**record, "evaluations_since": 2}))
+    done = report(tmp_path / "one")
+    assert "held out, bits per byte               4.0625       2      4.0625       2\n" in done.stdout
+    assert "evaluations before step 2 were of other rows" in done.stdout
+    (tmp_path / "two" / "run.json").write_text(json.dumps({**record, "evaluations_since": 3}))
+    done = report(tmp_path / "two", tmp_path / "one")
+    assert "at step" not in done.stdout and "no step at which all were evaluated" in done.stdout
+    assert re.search("/one +2 +4\\.0625 +4\\.0625 +2 +100", done.stdout), done.stdout
+    assert re.search("/two +2 +100", done.stdout), done.stdout
+
+
+def test_a_run_without_evaluations_is_not_said_to_have_some(tmp_path: Path, store: Path) -> None:
+    make_run(tmp_path / "run", store)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(line for line in lines if "eval/loss" not in line))
+    done = report(tmp_path / "run")
+    assert done.returncode == 0 and "held out" not in done.stdout
+
+
+def test_a_run_of_another_version_is_named(tmp_path: Path, store: Path) -> None:
+    make_run(tmp_path / "run", store)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["config"]["run"]["gone"] = 1
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    done = report(tmp_path / "run")
+    assert done.returncode == 2 and f"{tmp_path / 'run'} has a configuration that this version does not" in done.stderr

@@ -166,6 +166,7 @@ def test_tokens_are_integers_of_any_type(dtype: torch.dtype) -> None:
     [
         (TOKENS.float(), "tokens must be integers, got torch.float32"),
         (TOKENS.bool(), "tokens must be integers, got torch.bool"),
+        (TOKENS.numpy(), "tokens must be a torch tensor of integers, got ndarray"),
         (TOKENS + 1, r"from 1 to 50, expected ids from 0 to 49 \(vocab_size=50\): encode the text"),
         (TOKENS - 1, "from -1 to 48, expected ids from 0 to 49"),
     ],

@@ -1,5 +1,6 @@
 """What a run trains on, and that every row of an evaluation goes to exactly one rank, in plain integers."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
-from trainer.batches import HeldOutRows, blank, collate, drawn, evaluation_shares, training_samples
+from data_pipeline.errors import DataError
+from trainer.batches import HeldOutRows, blank, collate, drawn, evaluation_shares, open_sources, training_samples
 from trainer.config import DataConfig
 
 
@@ -64,6 +66,12 @@ def test_a_mixture_takes_the_place_of_the_store() -> None:
         "web.seed": 3,
         "web.per_thousand": 250,
     }
+
+
+def test_a_store_of_a_mixture_that_is_missing_is_named_by_its_key(tmp_path: Path) -> None:
+    data = DataConfig(store="a", mixture={"web": {"store": tmp_path / "nowhere", "weight": 1}})
+    with pytest.raises(DataError, match=f"^data.mixture.web.store: {tmp_path / 'nowhere'} does not exist"):
+        open_sources(data)
 
 
 def test_collate_counts_what_is_to_be_predicted() -> None:

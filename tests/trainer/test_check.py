@@ -211,7 +211,7 @@ def test_a_mixture_reads_its_own_splits() -> None:
     with pytest.raises(ConfigError) as raised:
         check(config, DEEPSPEED, held_out, 1, {"books": web, "web": books})
     assert str(raised.value).splitlines() == [
-        "data.mixture.books.split='train' has no rows in a: its splits are 'val'",
+        "data.train_split (for data.mixture.books)='train' has no rows in a: its splits are 'val'",
         "data.mixture.web.split='val' has no rows in b: its splits are 'train'",
     ]
 
@@ -234,7 +234,8 @@ def test_what_is_held_out_is_not_trained_on_in_a_mixture_either() -> None:
     with pytest.raises(ConfigError, match=f"^data.mixture.web.split='val' of b {HELD_OUT}"):
         check(config, DEEPSPEED, STORE, 1, {"books": other, "web": STORE})
     config = make_config(data_mixture=MIXTURE, data_train_split="val")
-    with pytest.raises(ConfigError, match=f"^data.mixture.books.split='val' of a {HELD_OUT}"):
+    inherited = r"data.train_split \(for data.mixture.books\)='val' of a"
+    with pytest.raises(ConfigError, match=f"^{inherited} {HELD_OUT}"):
         check(config, DEEPSPEED, STORE, 1, {"books": STORE, "web": other})
 
 

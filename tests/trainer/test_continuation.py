@@ -55,6 +55,9 @@ def test_what_older_runs_do_not_say_is_no_change() -> None:
         "eval_store_fingerprint": "was 'abc' and is 'def' now: evaluations differ from here on, and eval/* before it "
         "does not compare"
     }
+    of_source = {**IDENTITY, "data": {"mixture": {"web": {"eval_split": "test"}}}}
+    assert "evaluations differ from here on" in changes(IDENTITY, of_source)["data.mixture.web.eval_split"]
+    assert "evaluations differ" not in changes(IDENTITY, {**IDENTITY, "data": {"train_split": "x"}})["data.train_split"]
     of_more_rows = {**IDENTITY, "run": {**IDENTITY["run"], "eval_rows": 99}}
     assert "and is 99 now: evaluations differ from here on" in changes(IDENTITY, of_more_rows)["run.eval_rows"]
 
@@ -126,6 +129,23 @@ def test_what_decides_them_may_not(tmp_path: Path, changed: dict[str, Any], mess
     publish(tmp_path, 50)
     with pytest.raises(ConfigError, match=message):
         refuse_another_run(tmp_path, {**IDENTITY, **changed}, new=False)
+
+
+def test_sources_that_are_new_or_gone_are_named_once(tmp_path: Path) -> None:
+    def run(**fingerprints: str) -> dict[str, Any]:
+        each = {f"{name}.store": one for name, one in fingerprints.items()}
+        mixture = {name: {"store": name, "weight": 1.0} for name in fingerprints}
+        return {**IDENTITY, "store_fingerprint": each, "data": {**IDENTITY["data"], "mixture": mixture}}
+
+    publish(tmp_path, 50, run(books="b", wiki="w"))
+    with pytest.raises(ConfigError) as raised:
+        refuse_another_run(tmp_path, run(books="b", genes="g"), new=False)
+    assert [line.split(":")[0] for line in str(raised.value).splitlines()[1:]] == [
+        "data.mixture.genes is new, which changes the order of the samples",
+        "data.mixture.wiki is not there any more, which changes the order of the samples",
+    ]
+    with pytest.raises(ConfigError, match=r"store_fingerprint.wiki.store was 'w' and is 'x' now: it is another store"):
+        refuse_another_run(tmp_path, run(books="b", wiki="x"), new=False)
 
 
 def test_weights_that_a_run_began_with_may_be_named_otherwise_or_not_at_all(tmp_path: Path) -> None:

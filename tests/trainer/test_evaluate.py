@@ -13,6 +13,7 @@ from workers import run_workers
 import trainer.evaluate
 import trainer.samples
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
+from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from reformer import Reformer
 from trainer.config import ConfigError, RunConfig, load
@@ -186,6 +187,20 @@ def test_everything_that_is_reported(store: Store) -> None:
     assert found.sample is not None
     assert len(figure_by_position(found.by_position).axes[0].lines[0].get_xdata()) == 4
     figure_by_position({}).canvas.draw()  # of a split without anything to predict
+
+
+def test_a_damaged_row_of_a_source_says_how_to_go_on_without(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = RowDataset.__getitem__
+
+    def damaged(rows: RowDataset, index: int) -> Sample:
+        if rows.split == "train":
+            raise DataError("row 0 is damaged")
+        return read(rows, index)
+
+    monkeypatch.setattr(RowDataset, "__getitem__", damaged)
+    engine = PlainEngine(Reformer(config(store).model), micro_batch_size=2)
+    with pytest.raises(DataError, match=r"row 0 is damaged. .* without, leave out data.mixture.other.eval_split"):
+        report(engine, config(store), store, ALONE)
 
 
 def test_what_is_not_asked_for_is_left_out(store: Store) -> None:

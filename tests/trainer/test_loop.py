@@ -165,7 +165,7 @@ def test_the_best_checkpoint_is_one_that_was_evaluated_at_its_step() -> None:
     assert (best.best_step, best.best_loss, best.n_tokens) == (4, 2.0, 3.0)
     assert best.saved(6, Reported(6, 2.0, 1.0)) == best, "of two equal ones it is the first"
     assert best.saved(6, Reported(6, 1.9, 1.0)).best_step == 6
-    assert best.of("") is best
-    other = best.of("64 rows drawn from val of another store")
+    assert best.of("", 5) is best
+    other = best.of("64 rows drawn from val of another store", 5)
     assert (other.best_step, other.best_loss, other.n_tokens) == (0, None, 3.0)
-    assert other.of(other.scored_on).saved(8, Reported(8, 9.0, 1.0)).best_step == 8, "though it is a larger loss"
+    assert other.of(other.scored_on, 7).saved(8, Reported(8, 9.0, 1.0)).best_step == 8, "though it is a larger loss"
