@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_stores import write_store
 
 from data_pipeline.cli import make_parser
+from reformer import Reformer, ReformerConfig, save_model
 from trainer.config import load
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,25 @@ assert torch.equal(torch.cat(streams, dim=-1), features)
 assert all(p.grad is not None for p in (*model.blocks.parameters(), *model.embedding.parameters()))
 """
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", example + check], check=True, cwd=ROOT)
+
+
+def test_the_example_of_scores_runs_and_dense_scores_look_at_nothing_later(tmp_path: Path) -> None:
+    """On what it names: an exported model of bytes, and a store."""
+    write_store(tmp_path / "data" / "books_64k", {"a": b"text"}, val=["a"], seq_len=64)
+    config = ReformerConfig(vocab_size=258, max_seq_len=512, d_model=16, n_layers=2, n_heads=2, lsh_chunk_len=8)
+    save_model(tmp_path / "exported", config, Reformer(config).state_dict(), {})
+    first, second = (block for language, block in BLOCKS if language == "python" and "score(" in block)
+    check = """
+text = bytes(range(97, 123)) * 10
+assert len(nats) == 31 and labels.shape == tokens.shape == segment_ids.shape == (64,)
+with torch.no_grad():
+    whole = torch.tensor([[256, *text, 257]])
+    mean = model(whole, torch.cat([whole[:, 1:], torch.tensor([[-100]])], dim=1)).item()
+assert abs(score(model, text).mean().item() - mean) < 1e-5
+torch.testing.assert_close(score(exact, text)[:200], score(exact, text[:200] + b"another end")[:200])
+"""
+    program = (first + second + check).replace('load_tokenizer("exported/tokenizer.model")', 'load_tokenizer("bytes")')
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
 
 
 def test_linked_files_exist() -> None:
