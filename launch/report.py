@@ -120,8 +120,12 @@ def comparison(runs: Sequence[Curves]) -> str:
         return math.inf if score is None or score[1] is None else score[1]
 
     runs = sorted(runs, key=key)
-    heads = ["run", "steps", "held out", *([] if at is None else [f"at step {at}"]), "best", "step", "tokens/s", "GiB"]
-    lines = [table([heads, *([f"[{i}] {run.path}", *numbers(run, at)] for i, run in enumerate(runs, start=1))])]
+    sources = sorted({name for run in runs for name in run.config.data.eval_splits})
+    there = [] if at is None else [f"at step {at}", *(f"of {name}" for name in sources)]
+    heads = ["run", "steps", "held out", *there, "best", "step", "tokens/s", "GiB"]
+    lines = [
+        table([heads, *([f"[{i}] {run.path}", *numbers(run, at, sources)] for i, run in enumerate(runs, start=1))])
+    ]
     common = "no step at which all were evaluated" if at is None else "at the last that all have"
     lines += ["", f"held out: bits per byte, at each run's last evaluation, {common}, and at its best"]
     if not same_evaluations(runs):
@@ -132,13 +136,15 @@ def comparison(runs: Sequence[Curves]) -> str:
     return "\n".join(lines)
 
 
-def numbers(run: Curves, at: int | None) -> list[str]:
+def numbers(run: Curves, at: int | None, sources: Sequence[str]) -> list[str]:
     """Of a run in the order of the heads; empty where there is no such thing."""
     evaluations, best = run.points(HELD_OUT), run.best()
+    curves = [dict(run.points(tag)) for tag in (HELD_OUT, *(source_tag(name, "bits_per_byte") for name in sources))]
+    there = [cells((at, curve[at]))[0] if at in curve else "" for curve in curves]
     return [
         str(run.points("train/loss")[-1][0]),
         cells(evaluations[-1])[0] if evaluations else "",
-        *([] if at is None else [cells((at, dict(evaluations)[at]))[0]]),
+        *([] if at is None else there),
         *(cells(best) if best else ("", "")),
         f"{median(run, 'speed/tokens_per_s'):,.0f}",
         f"{max(run.column('memory/peak_gib')):.2f}",
@@ -156,15 +162,21 @@ def plot(runs: Sequence[Curves], file: Path) -> None:
     axes: Any
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
+    shown: list[tuple[int, float]] = []
     for number, run in enumerate(runs):
         name = f"{run.path}: " if len(runs) > 1 else ""
         for split, style, label in (("train", "-", "training batches"), ("eval", "o--", "held-out documents")):
             said = [(step, bits) for step, bits in run.points(f"{split}/bits_per_byte") if bits is not None]
+            shown += said
             steps, bits = zip(*said, strict=True) if said else ((), ())
             # Of several runs each has a colour, of one each of its two curves.
             colour = f"C{number}" if len(runs) > 1 else None
             faint = 0.4 if len(runs) > 1 and split == "train" else 1.0
             axes.plot(steps, bits, style, color=colour, alpha=faint, label=f"{name}{label}")
+    if len(runs) > 1:  # whose beginnings would leave no room for what differs
+        last = max(step for step, _ in shown)
+        later = [bits for step, bits in shown if 10 * step >= last]
+        axes.set_ylim(min(later) * 0.98, max(later) * 1.02)
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()

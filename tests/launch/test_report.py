@@ -228,9 +228,9 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
     assert done.returncode == 0, done.stderr
     folder = re.escape(str(tmp_path))
     for line in (
-        r"run +steps +held out +at step 2 +best +step +tokens/s +GiB",
-        rf"\[1\] {folder}/two +2 +4\.5000 +3\.5000 +3\.5000 +2 +100 +1\.25",
-        rf"\[2\] {folder}/one +2 +4\.0625 +4\.0625 +4\.0625 +2 +100 +1\.25",
+        r"run +steps +held out +at step 2 +of web +best +step +tokens/s +GiB",
+        rf"\[1\] {folder}/two +2 +4\.5000 +3\.5000 +5\.5000 +3\.5000 +2 +100 +1\.25",
+        rf"\[2\] {folder}/one +2 +4\.0625 +4\.0625 +5\.5000 +4\.0625 +2 +100 +1\.25",
         r"what differs +\[1\] +\[2\]",
         r"deepspeed\.optimizer\.params\.lr +0\.5 +-",
         r"model\.n_hashes +8 +4",
