@@ -123,9 +123,8 @@ def comparison(runs: Sequence[Curves]) -> str:
     sources = sorted({name for run in runs for name in run.config.data.eval_splits})
     there = [] if at is None else [f"at step {at}", *(f"of {name}" for name in sources)]
     heads = ["run", "steps", "held out", *there, "best", "step", "tokens/s", "GiB"]
-    lines = [
-        table([heads, *([f"[{i}] {run.path}", *numbers(run, at, sources)] for i, run in enumerate(runs, start=1))])
-    ]
+    rows = [[f"[{i}] {run.path}", *numbers(run, at, sources)] for i, run in enumerate(runs, start=1)]
+    lines = [table([heads, *rows])]
     common = "no step at which all were evaluated" if at is None else "at the last that all have"
     lines += ["", f"held out: bits per byte, at each run's last evaluation, {common}, and at its best"]
     if not same_evaluations(runs):
@@ -160,27 +159,32 @@ def plot(runs: Sequence[Curves], file: Path) -> None:
     from trainer.figures import Figure  # matplotlib's, which takes a while: only a drawing needs it
 
     axes: Any
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    legend_lines = len(runs) + 1 if len(runs) > 1 else 0  # above the picture
+    figure = Figure(figsize=(7, 3.5 + 0.22 * legend_lines), layout="constrained")
     axes = figure.subplots()
-    shown: list[tuple[int, float]] = []
-    for number, run in enumerate(runs):
-        name = f"{run.path}: " if len(runs) > 1 else ""
-        for split, style, label in (("train", "-", "training batches"), ("eval", "o--", "held-out documents")):
-            said = [(step, bits) for step, bits in run.points(f"{split}/bits_per_byte") if bits is not None]
-            shown += said
-            steps, bits = zip(*said, strict=True) if said else ((), ())
-            # Of several runs each has a colour, of one each of its two curves.
-            colour = f"C{number}" if len(runs) > 1 else None
-            faint = 0.4 if len(runs) > 1 and split == "train" else 1.0
-            axes.plot(steps, bits, style, color=colour, alpha=faint, label=f"{name}{label}")
-    if len(runs) > 1:  # whose beginnings would leave no room for what differs
-        last = max(step for step, _ in shown)
-        later = [bits for step, bits in shown if 10 * step >= last]
-        axes.set_ylim(min(later) * 0.98, max(later) * 1.02)
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(runs) == 1:
+        draw(axes, runs[0], "train", "-", label="training batches")
+        draw(axes, runs[0], "eval", "o--", label="held-out documents")
+        axes.legend()
+    else:
+        shown = []
+        for number, run in enumerate(runs):
+            shown += draw(axes, run, "train", "-", color=f"C{number}", alpha=0.3)
+            shown += draw(axes, run, "eval", "o--", color=f"C{number}", label=str(run.path))
+        # Their beginnings would leave no room for what differs.
+        later = [bits for step, bits in shown if 10 * step >= max(shown)[0]]
+        axes.set_ylim(min(later) * 0.98, max(later) * 1.02)
+        figure.legend(title="held-out documents (faint: training batches)", loc="outside upper center")
     figure.savefig(file, dpi=150)
+
+
+def draw(axes: Any, run: Curves, split: str, style: str, **options: Any) -> list[tuple[int, float]]:
+    """A curve; its points."""
+    points = [(step, bits) for step, bits in run.points(f"{split}/bits_per_byte") if bits is not None]
+    axes.plot(*zip(*points, strict=True) if points else ((), ()), style, **options)
+    return points
 
 
 def run(arguments: argparse.Namespace) -> None:
