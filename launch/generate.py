@@ -40,6 +40,9 @@ from reformer.generation import check_continuation
 from trainer.exported import choose_device, read_model
 from trainer.sampling import Continuations, encode, spelling, values
 
+MOST_SAMPLES = 1_000_000
+"""Far more than are of use: a typing error does not fill memory with names of files."""
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,9 +119,11 @@ def sample_files(folder: Path, tokenizer: Tokenizer, seeds: range) -> dict[int, 
     """By seed. Raises ConfigError where there is one already, and DataError where none can be written."""
     ending = "npy" if tokenizer.kind == "integers" else "txt"
     files = {seed: folder / f"seed{seed:04d}.{ending}" for seed in seeds}
-    if there := [file for file in files.values() if file.exists()]:
-        raise ConfigError(f"{there[0]} exists: give another --output, or a --seed from which on there is none")
     check_writable(folder, f"--output {folder}")
+    if there := [seed for seed, file in files.items() if file.exists() or file.is_symlink()]:
+        rest = len(seeds) - (there[-1] - seeds[0] + 1)
+        go_on = f"--seed {there[-1] + 1}" + (f" --samples {rest} goes on behind it" if rest else "")
+        raise ConfigError(f"{files[there[0]]} exists: give another --output; or {go_on}")
     return files
 
 
@@ -126,6 +131,8 @@ def run(arguments: argparse.Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's is: the text is to be had as it is
     draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    if not arguments.samples <= MOST_SAMPLES:
+        raise ConfigError(f"--samples {arguments.samples} is more than {MOST_SAMPLES:,}: give fewer")
     if arguments.samples < 1 or (arguments.samples > 1 and arguments.output is None):
         raise ConfigError(f"--samples {arguments.samples}: give at least 1, and --output FOLDER for more than one")
     if arguments.samples > 1 and arguments.temperature == 0:
@@ -134,7 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer, ends = read_folder(arguments.folder)
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
     check_draws(model.config, tokens, arguments.tokens, draws)  # before anything is printed
-    continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos)
+    continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos, arguments.samples)
     draw = partial(continuations.draw, arguments.tokens, **draws)
     if arguments.output is None:
         print_text(tokenizer, tokens, draw(seed=arguments.seed))

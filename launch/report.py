@@ -21,7 +21,7 @@ from data_pipeline.output import exit_code, reader_may_leave, table
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError, RunConfig
-from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, same_evaluations
+from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, unlike
 from trainer.scoring import source_tag
 from trainer.terminal import see_curves
 
@@ -53,11 +53,12 @@ def report(run: Curves) -> str:
     lines += [row(width, name, *cells(points[0]), *cells(points[-1])) for name, points in said]
     if (best := run.best()) and best[0] != evaluations[-1][0]:
         lines.append(row(width, "held out, best, bits per byte", "", "", *cells(best)))
-    if run.column("eval/loss"):
+    is_evaluated = bool(run.column("eval/loss") and config.run.eval_every)  # by what is configured now
+    if is_evaluated:
         lines.append(unigram(config, width))
-    if since := run.record.get("evaluations_since", 0):
+    if since := run.since(HELD_OUT):
         lines.append(f"evaluations before step {since} were of other rows, or by other rounds, and are left out")
-    if config.data.mixture and evaluations:
+    if config.data.mixture and is_evaluated:
         lines.append(f"held out is {config.data.eval_split!r} of {config.data.store}, batches are of the mixture")
     lines += [row(width, name, last=value) for name, value in costs(run)]
     return "\n".join([*lines, "", f"the run lies in {run.path}", f"see its curves:  {see_curves(run.path)}"])
@@ -125,10 +126,13 @@ def comparison(runs: Sequence[Curves]) -> str:
     heads = ["run", "steps", "held out", *there, "best", "step", "tokens/s", "GiB"]
     rows = [[f"[{i}] {run.path}", *numbers(run, at, sources)] for i, run in enumerate(runs, start=1)]
     lines = [table([heads, *rows])]
-    common = "no step at which all were evaluated" if at is None else "at the last that all have"
-    lines += ["", f"held out: bits per byte, at each run's last evaluation, {common}, and at its best"]
-    if not same_evaluations(runs):
-        lines.append("note: not all were scored on the same held-out rows, so their scores may not compare")
+    common = "" if at is None else ", at the last that all have"
+    lines += ["", f"held out: bits per byte, at each run's last evaluation{common}, and at its best"]
+    if at is None:
+        lines.append("there is no step, but for the beginning, at which all were evaluated")
+    if different_rows := unlike(runs, sources):
+        scores = " and ".join(f"{name!r}" for name in different_rows)
+        lines.append(f"note: not all were scored on the same rows, so what stands below {scores} may not compare")
     if different := differences(runs):
         named = [[name, *(shortened(value) for value in values)] for name, values in different.items()]
         lines += ["", table([["what differs", *(f"[{i}]" for i in range(1, len(runs) + 1))], *named])]
@@ -172,10 +176,13 @@ def plot(runs: Sequence[Curves], file: Path) -> None:
         shown = []
         for number, run in enumerate(runs):
             shown += draw(axes, run, "train", "-", color=f"C{number}", alpha=0.3)
-            shown += draw(axes, run, "eval", "o--", color=f"C{number}", label=str(run.path))
-        # Their beginnings would leave no room for what differs.
-        later = [bits for step, bits in shown if 10 * step >= max(shown)[0]]
-        axes.set_ylim(min(later) * 0.98, max(later) * 1.02)
+            # matplotlib leaves out what begins with "_", and reads "$" as mathematics.
+            name = f" {run.path}".replace("$", r"\$")
+            shown += draw(axes, run, "eval", "o--", color=f"C{number}", label=name)
+        if shown:  # their beginnings would leave no room for what differs
+            last = max(step for step, _ in shown)
+            later = [bits for step, bits in shown if 10 * step >= last]
+            axes.set_ylim(min(later) * 0.98, max(later) * 1.02)
         figure.legend(title="held-out documents (faint: training batches)", loc="outside upper center")
     figure.savefig(file, dpi=150)
 

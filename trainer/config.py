@@ -84,8 +84,8 @@ class DataConfig(StrictConfig):
     @field_validator("mixture")
     @classmethod
     def _check_names(cls, mixture: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
-        for name in mixture:  # which are parts of the tags of TensorBoard
-            if not re.fullmatch(r"[\w.-]+", name):
+        for name, source in mixture.items():  # names of what is evaluated are parts of TensorBoard's tags
+            if source.eval_split and not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(f"the name {name!r} must be of letters, digits, '_', '-' and '.'")
         return mixture
 

@@ -34,9 +34,6 @@ computes."""
 EVAL_STORE = "eval_store_fingerprint"
 """Of data.store where a mixture is trained on and it is for evaluations alone; older checkpoints do not say it."""
 
-EVALUATIONS = rf"{EVAL_STORE}|data\.(mixture\..*\.)?eval_split|run\.eval_(rows|n_hashes)"
-"""With others of these, evaluations are of other rows, or by other rounds."""
-
 RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
 """What tells a run's folder from others."""
 
@@ -143,12 +140,19 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, s
     with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
         saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
-    later = ": evaluations differ from here on, and eval/* before it does not compare"
     return {
-        name: f"was {before.get(name)!r} and is {now.get(name)!r} now{later if re.fullmatch(EVALUATIONS, name) else ''}"
+        name: f"was {before.get(name)!r} and is {now.get(name)!r} now{_evaluated_otherwise(name, before.get(name))}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name) and not (name == EVAL_STORE and name not in before)
     }
+
+
+def _evaluated_otherwise(name: str, before: Any) -> str:
+    """What a setting that was another one before means for the curves of evaluations."""
+    if name in (EVAL_STORE, "data.eval_split", "run.eval_rows", "run.eval_n_hashes"):
+        return ": evaluations may differ from here on, so that eval/* before it does not compare"
+    source = re.fullmatch(r"data\.mixture\.(.*)\.eval_split", name)
+    return f": eval/source/{source[1]}/* before it does not compare" if source and before is not None else ""
 
 
 def _way_back(name: str) -> str:

@@ -13,6 +13,8 @@ Point = tuple[int, float | None]
 """A step, and what was reported of it; None for what was not finite."""
 HELD_OUT = "eval/bits_per_byte"
 HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}")
+OF_ROWS = ("eval", "lsh", "reversible")
+"""What tags of evaluations begin with."""
 ABSENT = "-"
 """What stands for a setting that a run does not have."""
 
@@ -30,10 +32,23 @@ class Curves:
 
     def points(self, tag: str) -> list[Point]:
         """The values of a tag, each with its step; of evaluations, those that compare with the newest."""
-        since = self.record.get("evaluations_since", 0) if tag.startswith("eval/") else 0
+        since = self.since(tag)
         return [
             (int(values["step"]), values[tag]) for values in self.metrics if tag in values and values["step"] >= since
         ]
+
+    def since(self, tag: str) -> int:
+        """The first step whose value of a tag compares with the newest: evaluations were of other rows before it."""
+        first, *others = tag.split("/")
+        return self._evaluated(others[1] if others[0] == "source" else "", "since", 0) if first in OF_ROWS else 0
+
+    def rows(self, name: str) -> str | None:
+        """Which rows of the mixture's store, or of data.store (""), are evaluated; None for older runs."""
+        rows = self._evaluated(name, "rows", None)
+        return rows and rows.split(", n_hashes=")[0]
+
+    def _evaluated(self, name: str, key: str, default: Any) -> Any:
+        return (self.record.get("evaluated") or {}).get(name, {}).get(key, default)
 
     def column(self, tag: str) -> list[float]:
         """The finite values of a tag."""
@@ -42,7 +57,8 @@ class Curves:
     def recovered_mass(self) -> list[Point]:
         """Of each evaluation the share of dense attention that LSH attention recovers, the mean of its layers."""
         means: list[Point] = []
-        for values in self.metrics:
+        since = self.since("lsh/")
+        for values in (each for each in self.metrics if each["step"] >= since):
             tags = [tag for tag in values if tag.startswith("lsh/") and tag.endswith("/recovered_mass")]
             if shares := [values[tag] for tag in tags if values[tag] is not None]:
                 means.append((int(values["step"]), sum(shares) / len(shares)))
@@ -62,20 +78,21 @@ def read_curves(path: Path) -> Curves:
         # The last one may be on its way, or cut short by a kill.
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]
         curves = Curves(path, record, RunConfig(**record["config"]), metrics)
+        has_trained = bool(curves.points("train/loss")) and bool(curves.points("speed/tokens_per_s"))
     except OSError as error:
         raise ConfigError(f"{path} is not the folder of a run: cannot read {error.filename}") from None
     except ConfigError as error:
         raise ConfigError(f"{path} has a configuration that this version does not know: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: run.json or metrics.jsonl cannot be read: {error!r}") from None
-    if not curves.points("train/loss"):
+    if not has_trained:
         raise ConfigError(f"{path} has no training step yet: train first, or wait for its first line")
     return curves
 
 
 def common_step(runs: Sequence[Curves]) -> int | None:
-    """The last step at which all runs have a finite score of held-out rows; None where there is none."""
-    steps = [{step for step, bits in run.points(HELD_OUT) if bits is not None} for run in runs]
+    """The last step at which all trained runs have a finite score of held-out rows; None where there is none."""
+    steps = [{step for step, bits in run.points(HELD_OUT) if bits is not None and step} for run in runs]
     return max(set.intersection(*steps), default=None)
 
 
@@ -89,16 +106,22 @@ def differences(runs: Sequence[Curves]) -> dict[str, list[str]]:
 
 def _settings(run: Curves) -> dict[str, Any]:
     """All that may make a difference for a run's numbers, by dotted name; of hashes the beginning."""
-    record, launch = run.record, run.record.get("launch", {})
+    record, launch = run.record, run.record.get("launch") or {}
     said = {name: record.get(name) or {} for name in ("deepspeed", "versions", "samples")}
     place = {"device": launch.get("device"), "ranks": launch.get("world_size"), "git_commit": record.get("git_commit")}
-    evaluated = {"data.store.fingerprint": record.get("store", {}).get("fingerprint")}
+    evaluated = {"data.store.fingerprint": (record.get("store") or {}).get("fingerprint")}
     settings = flatten({**run.config.model_dump(mode="json"), **said, **place, **evaluated})
     del settings["run.dir"]  # always another
     return {name: re.sub(HASH, r"\1", value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
-def same_evaluations(runs: Sequence[Curves]) -> bool:
-    """Whether all runs are scored on the same rows."""
-    stores = {run.record.get("store", {}).get("fingerprint") for run in runs}
-    return len(stores) == len({(run.config.data.eval_split, run.config.run.eval_rows) for run in runs}) == 1
+def unlike(runs: Sequence[Curves], sources: Sequence[str]) -> list[str]:
+    """Of "held out" and of these stores of the mixture, those that are not scored on the same rows in all runs."""
+    rows = {name: [run.rows(name) for run in runs] for name in ("", *sources)}
+    if None in rows[""]:  # of an older version: by what is configured
+        rows[""] = [
+            f"{(run.record.get('store') or {}).get('fingerprint')} {run.config.data.eval_split} "
+            f"{run.config.run.eval_rows}"
+            for run in runs
+        ]
+    return [f"of {name}" if name else "held out" for name, each in rows.items() if len({*each} - {None}) > 1]

@@ -105,14 +105,16 @@ class Evaluator:
             with ablated(engine.module):
                 without = self.score(rows, n_ablated, n_ablated).first.loss
             values |= {"eval/loss_without_lsh": without, "eval/lsh_gain": without - scores.first.loss}
+        known = {str(rows.identity): scores.all}
         for name, own in of_sources.items():
-            is_same = (own.identity, len(own)) == (rows.identity, len(rows))
             try:
-                score = scores.all if is_same else self.score(own, min(plan.eval_rows, len(own)), n_first=0).all
+                if (identity := str(own.identity)) not in known:
+                    known[identity] = self.score(own, min(plan.eval_rows, len(own)), n_first=0).all
             except DataError as error:
                 raise DataError(
                     f"{error}. Evaluations read it; to go on without, leave out data.mixture.{name}.eval_split"
                 ) from error
+            score = known[identity]
             values |= {source_tag(name, "loss"): score.loss, source_tag(name, "bits_per_byte"): score.bits_per_byte}
         sample = sample_continuation(engine, rows, self.config, launch, device)
         engine.train()

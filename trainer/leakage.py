@@ -1,5 +1,6 @@
 """Documents that a mixture trains on although evaluations hold them out: reported, not refused, as it may be meant."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from data_pipeline.errors import DataError
@@ -23,29 +24,25 @@ def leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> list[
 
 
 def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iterator[str]:
-    evaluated_splits = {
-        (split, evaluated.manifest.fingerprint): evaluated
-        for split, evaluated in [
-            *((split, sources[name]) for name, split in data.eval_splits.items()),
-            (data.eval_split, store),  # which may be one of these
-        ]
-    }
-    for (eval_split, _), evaluated in evaluated_splits.items():
-        held_out: set[str] | None = None
-        for name, source in sources.items():
-            if source.manifest.fingerprint == evaluated.manifest.fingerprint:
-                continue
-            if max(_n_documents(source), _n_documents(evaluated)) > MOST_DOCUMENTS:
-                yield f"data.mixture.{name} has too many documents to look for held-out ones of {evaluated.path} there"
-                continue
-            held_out = set(_hashes(evaluated, eval_split)) if held_out is None else held_out
-            split = data.train_splits[name]
-            if n_shared := len(held_out.intersection(_hashes(source, split))):
-                yield (
-                    f"{n_shared:,} of the {len(held_out):,} documents that evaluations hold out ({eval_split!r} of "
-                    f"{evaluated.path}) are in {split!r} of data.mixture.{name}, {source.path}, too: the run is "
-                    "trained on them"
-                )
+    of_sources = [(split, sources[name]) for name, split in data.eval_splits.items()]
+    # One of these may be data.store.
+    evaluated = {(split, one.manifest.fingerprint): one for split, one in [*of_sources, (data.eval_split, store)]}
+    held_out = {at: set(_hashes(one, at[0])) for at, one in evaluated.items() if _n_documents(one) <= MOST_DOCUMENTS}
+    for name, source in sources.items():
+        others = {at: one for at, one in evaluated.items() if one.manifest.fingerprint != source.manifest.fingerprint}
+        looked_for = {at: others[at] for at in held_out if at in others and _n_documents(source) <= MOST_DOCUMENTS}
+        for at in others.keys() - looked_for.keys():
+            yield f"data.mixture.{name} has too many documents to look for held-out ones of {others[at].path} there"
+        n_shared = Counter[tuple[str, str]]()
+        split = data.train_splits[name]
+        for sha256 in set(_hashes(source, split)) if looked_for else ():
+            n_shared.update(at for at in looked_for if sha256 in held_out[at])
+        for at, n in n_shared.items():
+            yield (
+                f"{n:,} of the {len(held_out[at]):,} documents that evaluations hold out ({at[0]!r} of "
+                f"{others[at].path}) are in {split!r} of data.mixture.{name}, {source.path}, too: the run is trained "
+                "on them"
+            )
 
 
 def _n_documents(store: Store) -> int:

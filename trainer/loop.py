@@ -139,9 +139,10 @@ class Trainer:
         )
         self.eval_rows = held_out_rows(self.job.store, config)
         self.eval_of_sources = held_out_of_sources(self.job.sources, config)
-        if self.eval_rows:
-            scored_on = f"{self.eval_rows.identity}, n_hashes={self.plan.eval_n_hashes}"
-            self.progress = self.progress.of(scored_on, self.first_step + 1 if self.first_step else 0)
+        scored = {"": self.eval_rows, **self.eval_of_sources} if self.eval_rows else {}
+        by = f"n_hashes={self.plan.eval_n_hashes}"
+        scored_on = {name: f"{rows.identity}, {by}" for name, rows in scored.items()}
+        self.progress = self.progress.of(scored_on, self.first_step + 1)
         self.token_bytes = torch.from_numpy(self.job.store.token_bytes.astype("int64"))
         self.evaluator = Evaluator(self.engine, config, launch, place, device, self.token_bytes)
         self.before = replace(self.progress)
@@ -160,8 +161,7 @@ class Trainer:
         checkpoint.remove_leftovers(self.plan.dir)
         try:
             self.metrics = Metrics(self.plan.dir, self.first_step)
-            since = self.progress.scored_since
-            write_record(self.job, self.device, self.metrics, n_parameters(self.engine), since)
+            write_record(self.job, self.device, self.metrics, n_parameters(self.engine), self.progress.scored)
         except OSError as error:
             raise self.unreported(error) from None
         self.terminal = Terminal(self.plan.steps, self.first_step)

@@ -11,8 +11,9 @@ RUN/run.json: one object, written before the first step.
     launch                              {launcher, world_size, local_world_size, device, and peak_flops: what one such
                                         device could compute in a second (peaks.py); null if unknown, then no MFU}
     n_parameters                        of the model
-    evaluations_since                   the first step whose evaluation is of the same rows, by as many rounds, as the
-                                        newest: those before it do not compare
+    evaluated                           what evaluations are of, by the name of the mixture's store, "" for data.store:
+                                        {rows: which rows, and by which rounds, since: the first step of which that is
+                                        known; evaluations before it were of others}
     versions, git_commit                {package: version}; null outside of a git checkout
 
 In TensorBoard it is the texts run/config, run/deepspeed and run/environment (all the rest), and a row of the table
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
 PACKAGES = ("longhand", "deepspeed", "numpy", "zarr", "sentencepiece")
 
 
-def write_record(job: Job, device: torch.device, metrics: "Metrics", n_parameters: int, evaluations_since: int) -> None:
+def write_record(
+    job: Job, device: torch.device, metrics: "Metrics", n_parameters: int, evaluated: Mapping[str, Any]
+) -> None:
     """Write RUN/run.json and show it in TensorBoard."""
     device_name = distributed.device_name(device)
     precision = "bf16" if job.deepspeed.get("bf16", {}).get("enabled") else "fp32"
@@ -63,7 +66,7 @@ def write_record(job: Job, device: torch.device, metrics: "Metrics", n_parameter
             "peak_flops": peak_flops(device_name, precision),
         },
         "n_parameters": n_parameters,
-        "evaluations_since": evaluations_since,
+        "evaluated": dict(evaluated),
         **environment(),
     }
     write_json(job.config.run.dir / "run.json", record)

@@ -36,19 +36,23 @@ class Progress:
     best_step: int = 0
     """Of the checkpoint with the lowest eval/loss; 0 where no step was both evaluated and saved."""
     best_loss: float | None = None
-    scored_on: str = ""
-    """Which rows it is the best on, and by which rounds."""
-    scored_since: int = 0
-    """The first step whose evaluation may be of these."""
+    scored: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What evaluations are of, by the name of the mixture's store, "" for data.store: {"rows": which rows, and by which
+    rounds, "since": the first step of which that is known}."""
 
-    def of(self, scored_on: str, step: int) -> Self:
-        """The same where evaluations from `step` on are of these rows, by these rounds.
+    def of(self, scored_on: Mapping[str, str], step: int) -> Self:
+        """The same where evaluations from `step` on are of these rows.
 
         A best step of others is forgotten, since scores cannot be compared.
         """
-        if scored_on == self.scored_on:
-            return self
-        return replace(self, scored_on=scored_on, scored_since=step, best_step=0, best_loss=None)
+        scored = dict(self.scored)
+        for name, rows in scored_on.items():
+            before = scored.get(name)
+            if before is None or before["rows"] != rows:
+                scored[name] = {"rows": rows, "since": 0 if before is None else step}
+        if scored.get("") == self.scored.get(""):
+            return replace(self, scored=scored)
+        return replace(self, scored=scored, best_step=0, best_loss=None)
 
     def saved(self, step: int, evaluated: Reported | None) -> Self:
         """What it is when the state after `step` steps has been saved; `evaluated` is the newest evaluation."""
@@ -60,6 +64,9 @@ class Progress:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """What dataclasses.asdict() made of it, before or after JSON."""
+        state = dict(state)
+        if rows := state.pop("scored_on", ""):  # by an older version
+            state["scored"] = {"": {"rows": rows, "since": 0}}
         return cls(**{**state, "health": Health.from_state(state["health"])})
 
 

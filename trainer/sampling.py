@@ -75,9 +75,10 @@ def within_documents(forward: Forward, tokenizer: Tokenizer, eos: bool) -> Forwa
 class Continuations:
     """Of one prompt, any number of them: its forward pass is made once."""
 
-    def __init__(self, model: Reformer, tokenizer: Tokenizer, prompt_T: Tensor, eos: bool) -> None:
-        """eos: whether documents ended with EOS in training."""
+    def __init__(self, model: Reformer, tokenizer: Tokenizer, prompt_T: Tensor, eos: bool, n_draws: int = 1) -> None:
+        """eos: whether documents ended with EOS in training; n_draws: how many there are to be."""
         self.model, self.tokenizer, self.prompt_T, self.eos = model, tokenizer, prompt_T, eos
+        self.n_left = n_draws
 
     def draw(self, n_tokens: int, *, temperature: float, top_p: float, seed: int) -> Iterator[Tensor]:
         """The tokens [1] that the model adds, one by one: n_tokens of them, or up to EOS, which is the last."""
@@ -98,13 +99,16 @@ class Continuations:
         return decoder, decoder(self.prompt_T[None])
 
     def _forward(self) -> Forward:
+        self.n_left -= 1
+        is_last = not self.n_left
         own: list[Decoder] = []
 
         def forward(tokens_1T: Tensor) -> Tensor:
             decoder, logits = self._prompted
             if tokens_1T.shape[1] == len(self.prompt_T):
                 return logits
-            own.extend([] if own else [decoder.copy()])
+            if not own:  # what a long prompt keeps may be gigabytes: the last draw needs no copy
+                own.append(decoder if is_last else decoder.copy())
             return own[0](tokens_1T)
 
         return forward

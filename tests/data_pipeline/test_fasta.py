@@ -83,16 +83,12 @@ def test_what_is_no_fasta(tmp_path: Path) -> None:
     assert list(sequence_pieces([b"\n", b""])) == []
 
 
-@pytest.mark.parametrize(
-    "chunks", [[b">a\nAC\n;x\nGT\n"], [b">a\nAC\n", b";x\nGT\n"], [b">a\nAC", b"\n;x"], [b";x\n>a\nA"]]
-)
-def test_a_comment_is_not_taken_for_sequence(chunks: list[bytes]) -> None:
-    with pytest.raises(BadDocument, match="has a comment, a line that begins with ';': remove such lines"):
-        list(sequence_pieces(chunks))
-
-
-def test_a_byte_order_mark_is_no_sequence() -> None:
-    assert list(sequence_pieces([b"\xef\xbb\xbf>a;b\nAC;\n"])) == [(0, b""), (0, b"AC;")]
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_comments_and_a_byte_order_mark_are_no_sequence(size: int) -> None:
+    data = b"\xef\xbb\xbf;of old\n>a;b\nAC;\r\n;one\r\n;>two\nGT\n>b\n>c\n;\nCC\n;last"
+    chunks = [b"", *(data[start : start + size] for start in range(0, len(data), size))]
+    pieces = groupby(sequence_pieces(chunks), key=lambda piece: piece[0])
+    assert [b"".join(piece for _, piece in group) for _, group in pieces] == [b"AC;GT", b"", b"CC"]
 
 
 @pytest.mark.parametrize("suffix", [".fas", ".ffn", ".frn", ".FA.bgz"])

@@ -126,6 +126,9 @@ def test_a_mixture_is_continued_where_it_was_and_by_no_other(train, store: Path,
     assert again.code == 0, again.errors
     assert [again.column(tag) for tag in tags] == whole
     assert again.column("eval/loss")[-1] == again.column("eval/source/two/loss")[-1] != of_one
+    evaluated = json.loads((again.dir / "run.json").read_text())["evaluated"]
+    assert {name: each["since"] for name, each in evaluated.items()} == {"": 3, "two": 0}
+    assert evaluated[""]["rows"] == evaluated["two"]["rows"]
     assert "note: eval_store_fingerprint was " in again.output
 
 

@@ -290,7 +290,9 @@ def test_samples_are_files_of_what_each_seed_gives(exported: Path, tmp_path: Pat
         for seed in (3, 4, 12345)
     }
     code, out, error = call(exported, *options, "--seed", "2", "--samples", "2")
-    assert code == 2 and "seed0003.txt exists: give another --output, or a --seed from which on" in error
+    assert code == 2 and "seed0003.txt exists: give another --output; or --seed 4" in error
+    code, out, error = call(exported, *options, "--seed", "2", "--samples", "9")
+    assert code == 2 and "or --seed 5 --samples 6 goes on behind it" in error
     assert len(list((tmp_path / "new" / "samples").iterdir())) == 3
 
 

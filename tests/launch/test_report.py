@@ -240,7 +240,7 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
     assert "run.dir" not in done.stdout and "note: " not in done.stdout
     assert (tmp_path / "curves.svg").read_bytes().startswith(b"<?xml")
     done = report(*(tmp_path / name for name in ("three", "one")))  # whose last score is not finite
-    assert re.search(rf"^\[1\] {folder}/three +2 +none +8\.1250 +8\.1250 +0", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(rf"^\[2\] {folder}/three +2 +none +8\.1250 +0", done.stdout, re.MULTILINE), done.stdout
     assert "what differs" not in done.stdout
 
 
@@ -254,7 +254,7 @@ def test_scores_of_other_rows_are_told_and_a_run_without_any_is_compared(tmp_pat
     (tmp_path / "never" / "metrics.jsonl").write_text("".join(line for line in lines if "eval/loss" not in line))
     done = report(tmp_path / "never", tmp_path / "often")
     assert done.returncode == 0, done.stderr
-    assert "note: not all were scored on the same held-out rows" in done.stdout
+    assert "note: not all were scored on the same rows, so what stands below 'held out'" in done.stdout
     assert re.search(r"/never +2 +100 +1\.25$", done.stdout, re.MULTILINE), done.stdout
 
 
@@ -263,13 +263,17 @@ def test_evaluations_of_other_rows_are_left_out(tmp_path: Path, store: Path) -> 
     for name in ("one", "two"):
         make_run(tmp_path / name, store)
     record = json.loads((tmp_path / "one" / "run.json").read_text())
-    (tmp_path / "one" / "run.json").write_text(json.dumps({**record, "evaluations_since": 2}))
+    (tmp_path / "one" / "run.json").write_text(json.dumps({**record, "evaluated": {"": {"rows": "a", "since": 2}}}))
     done = report(tmp_path / "one")
     assert "held out, bits per byte               4.0625       2      4.0625       2\n" in done.stdout
     assert "evaluations before step 2 were of other rows" in done.stdout
-    (tmp_path / "two" / "run.json").write_text(json.dumps({**record, "evaluations_since": 3}))
+    (tmp_path / "two" / "run.json").write_text(json.dumps({**record, "evaluated": {"": {"rows": "b", "since": 3}}}))
     done = report(tmp_path / "two", tmp_path / "one")
-    assert "at step" not in done.stdout and "no step at which all were evaluated" in done.stdout
+    assert (
+        "at step" not in done.stdout
+        and "there is no step, but for the beginning, at which all were evaluated" in done.stdout
+    )
+    assert "note: not all were scored on the same rows, so what stands below 'held out' may not" in done.stdout
     assert re.search("/one +2 +4\\.0625 +4\\.0625 +2 +100", done.stdout), done.stdout
     assert re.search("/two +2 +100", done.stdout), done.stdout
 
@@ -289,3 +293,32 @@ def test_a_run_of_another_version_is_named(tmp_path: Path, store: Path) -> None:
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     done = report(tmp_path / "run")
     assert done.returncode == 2 and f"{tmp_path / 'run'} has a configuration that this version does not" in done.stderr
+
+
+def test_scores_of_a_source_are_of_the_same_rows_too(tmp_path: Path, store: Path) -> None:
+    for name, rows in (("one", "5 rows of val"), ("two", "5 rows of test")):
+        make_run(tmp_path / name, store)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        evaluated = {"": {"rows": "a, n_hashes=1", "since": 0}, "web": {"rows": rows, "since": 2}}
+        (tmp_path / name / "run.json").write_text(json.dumps({**record, "evaluated": evaluated}))
+    done = report(tmp_path / "one", tmp_path / "two")
+    assert "note: not all were scored on the same rows, so what stands below 'of web' may not compare" in done.stdout
+    record = json.loads((tmp_path / "one" / "run.json").read_text())
+    record["evaluated"]["web"]["rows"] = "5 rows of test"
+    record["evaluated"][""]["rows"] = "a, n_hashes=None"  # of as many rows, by other rounds
+    (tmp_path / "one" / "run.json").write_text(json.dumps(record))
+    assert "note:" not in report(tmp_path / "one", tmp_path / "two").stdout
+    record["evaluated"][""]["since"] = record["evaluated"]["web"]["since"] = 3
+    (tmp_path / "one" / "run.json").write_text(json.dumps(record))
+    done = report(tmp_path / "one")
+    assert "of web" not in done.stdout and "recovered" not in done.stdout and "held out" not in done.stdout
+
+
+def test_runs_whose_losses_are_not_finite_are_drawn(tmp_path: Path, store: Path) -> None:
+    for name in ("_one", "$x^{"):
+        make_run(tmp_path / name, store)
+        file = tmp_path / name / "metrics.jsonl"
+        file.write_text(re.sub(r'("(train|eval)/bits_per_byte"): [\d.]+', r"\1: null", file.read_text()))
+    done = report(tmp_path / "_one", tmp_path / "$x^{", "--plot", tmp_path / "curves.svg")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.svg").exists()

@@ -151,10 +151,10 @@ def test_run_json_states_the_peak_that_mfu_is_of(
     config = RunConfig(model={"vocab_size": 9}, data={"store": "s"}, run=run.model_dump())
     job = Job(config, deepspeed, store, SimpleNamespace(identity={"seed": 1}), Launch("none", 0, 1, 0, 1), {})
     metrics = Metrics(tmp_path, 2)
-    write_record(job, torch.device("cpu"), metrics, n_parameters=7, evaluations_since=3)
+    write_record(job, torch.device("cpu"), metrics, n_parameters=7, evaluated={"": {"rows": "7", "since": 3}})
     metrics.close()
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["launch"]["peak_flops"] == peak
     assert found["launch"]["device"] == device_name
     assert (found["resumed_from_step"], found["n_parameters"], found["store"]["fingerprint"]) == (2, 7, "abc")
-    assert found["evaluations_since"] == 3
+    assert found["evaluated"] == {"": {"rows": "7", "since": 3}}
