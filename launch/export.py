@@ -9,9 +9,10 @@
 In Python, `reformer.load_model("model")` is the model. A run may go on meanwhile; every byte of a checkpoint is checked
 before it is used. The weights are those that the optimizer updates, in fp32, whatever precision the model ran in.
 
-The tokenizer of the run's store comes with them (not with --hf), checked to be the one of the training, so that
-launch/generate.py continues a text. Where the store is gone, damaged or another, the weights are written without it,
-and a note on standard error says so; --store says where the store is now, if not where the run found it.
+origin.json says of which checkpoint of which run they are. The tokenizer of the run's store comes with them (neither
+comes with --hf), checked to be the one of the training, so that launch/generate.py continues a text. Where the store is
+gone, damaged or another, the weights are written without it, and a note on standard error says so; --store says where
+the store is now, if not where the run found it.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from reformer.hf import save_hf
 from reformer.weights import assemble, refuse_existing
 from trainer.config import ConfigError
 from trainer.selection import best_step, read_checkpoint
+
+ORIGIN = "origin.json"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -85,9 +88,16 @@ def export(source: Path, step: int | None, output: Path, hf: bool, store: Path |
     if hf:
         save_hf(assemble(config, weights), output)
     else:
-        save_model(output, config, weights, tokenizer_or_note(path, state["run"], store))
+        others = {ORIGIN: origin(path, state), **tokenizer_or_note(path, state["run"], store)}
+        save_model(output, config, weights, others)
     n_parameters = sum(weight.numel() for weight in weights.values())
     return f"wrote {output}: {n_parameters:,} parameters after {state['step']} steps, from {path}"
+
+
+def origin(checkpoint: Path, state: Mapping[str, Any]) -> bytes:
+    """Where weights come from: the checkpoint, its step, and the configuration, stores and batch of its run."""
+    record = {"checkpoint": str(checkpoint.absolute()), "step": state["step"], "run": state["run"]}
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def tokenizer_or_note(checkpoint: Path, run: Mapping[str, Any], store: Path | None) -> dict[str, bytes]:

@@ -198,6 +198,9 @@ def test_the_tokenizer_of_the_store_comes_with_the_weights(
             "eos": True,
         }
     assert read_tokenizer(tmp_path / "model")[0].sha256 == tokenizer.sha256
+    origin = json.loads((tmp_path / "model" / "origin.json").read_bytes())
+    assert (origin["checkpoint"], origin["step"]) == (str(folder_of(run_dir, 1)), 1)
+    assert origin["run"]["data"]["store"] == str(tmp_path / "store") and origin["run"]["model"]["vocab_size"] == 400
 
 
 @pytest.mark.parametrize("tokenizer", [load_tokenizer("bytes"), IntegerTokenizer(1000)], ids=["bytes", "integers"])
@@ -235,7 +238,7 @@ def test_weights_without_a_tokenizer_where_it_cannot_be_had(
         out, error = capsys.readouterr()
         assert error.startswith("note: without a tokenizer, which launch/generate.py needs: ") and message in error
         assert out.startswith("wrote ")
-        assert sorted(file.name for file in output.iterdir()) == ["config.json", "model.safetensors"]
+        assert sorted(file.name for file in output.iterdir()) == ["config.json", "model.safetensors", "origin.json"]
         shutil.rmtree(store, ignore_errors=True)
         shutil.copytree(tmp_path / "sound", store)
         record.write_text(whole)
