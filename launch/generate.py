@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's is: the text is to be had as it is
     draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    if not arguments.samples <= MOST_SAMPLES:
+    if arguments.samples > MOST_SAMPLES:
         raise ConfigError(f"--samples {arguments.samples} is more than {MOST_SAMPLES:,}: give fewer")
     if arguments.samples < 1 or (arguments.samples > 1 and arguments.output is None):
         raise ConfigError(f"--samples {arguments.samples}: give at least 1, and --output FOLDER for more than one")

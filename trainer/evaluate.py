@@ -109,7 +109,7 @@ class Evaluator:
         for name, own in of_sources.items():
             try:
                 if (identity := str(own.identity)) not in known:
-                    known[identity] = self.score(own, min(plan.eval_rows, len(own)), n_first=0).all
+                    known[identity] = self.score(own, len(own), n_first=0).all
             except DataError as error:
                 raise DataError(
                     f"{error}. Evaluations read it; to go on without, leave out data.mixture.{name}.eval_split"

@@ -1,6 +1,5 @@
 """Documents that a mixture trains on although evaluations hold them out: reported, not refused, as it may be meant."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from data_pipeline.errors import DataError
@@ -27,19 +26,25 @@ def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iter
     of_sources = [(split, sources[name]) for name, split in data.eval_splits.items()]
     # One of these may be data.store.
     evaluated = {(split, one.manifest.fingerprint): one for split, one in [*of_sources, (data.eval_split, store)]}
-    held_out = {at: set(_hashes(one, at[0])) for at, one in evaluated.items() if _n_documents(one) <= MOST_DOCUMENTS}
+    held_out = {
+        at: set(_hashes(one, at[0]))
+        for at, one in evaluated.items()
+        if _n_documents(one) <= MOST_DOCUMENTS
+        and any(source.manifest.fingerprint != one.manifest.fingerprint for source in sources.values())
+    }
     for name, source in sources.items():
         others = {at: one for at, one in evaluated.items() if one.manifest.fingerprint != source.manifest.fingerprint}
         looked_for = {at: others[at] for at in held_out if at in others and _n_documents(source) <= MOST_DOCUMENTS}
         for at in others.keys() - looked_for.keys():
             yield f"data.mixture.{name} has too many documents to look for held-out ones of {others[at].path} there"
-        n_shared = Counter[tuple[str, str]]()
-        split = data.train_splits[name]
-        for sha256 in set(_hashes(source, split)) if looked_for else ():
-            n_shared.update(at for at in looked_for if sha256 in held_out[at])
-        for at, n in n_shared.items():
+        split, shared = data.train_splits[name], {at: set[str]() for at in looked_for}
+        for sha256 in _hashes(source, split) if looked_for else ():
+            for at, found in shared.items():
+                if sha256 in held_out[at]:
+                    found.add(sha256)
+        for at in (at for at, found in shared.items() if found):
             yield (
-                f"{n:,} of the {len(held_out[at]):,} documents that evaluations hold out ({at[0]!r} of "
+                f"{len(shared[at]):,} of the {len(held_out[at]):,} documents that evaluations hold out ({at[0]!r} of "
                 f"{others[at].path}) are in {split!r} of data.mixture.{name}, {source.path}, too: the run is trained "
                 "on them"
             )

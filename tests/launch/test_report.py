@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from report import plot
 
 from data_pipeline.cli import main as data_pipeline
 from data_pipeline.dataset import RowDataset
@@ -16,6 +19,7 @@ from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.batches import drawn
 from trainer.config import DataConfig
+from trainer.curves import read_curves
 
 ROOT = Path(__file__).parents[2]
 TRAIN, HELD_OUT = b"abracadabra" * 7, b"cabbage"
@@ -238,7 +242,8 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
     ):
         assert re.search(f"^{line}$", done.stdout, re.MULTILINE), (line, done.stdout)
     assert "run.dir" not in done.stdout and "note: " not in done.stdout
-    assert (tmp_path / "curves.svg").read_bytes().startswith(b"<?xml")
+    drawn = (tmp_path / "curves.svg").read_text()  # which says in comments what its texts are
+    assert all(f"<!--  {tmp_path / name} -->" in drawn for name in ("one", "two"))
     done = report(*(tmp_path / name for name in ("three", "one")))  # whose last score is not finite
     assert re.search(rf"^\[2\] {folder}/three +2 +none +8\.1250 +0", done.stdout, re.MULTILINE), done.stdout
     assert "what differs" not in done.stdout
@@ -321,4 +326,19 @@ def test_runs_whose_losses_are_not_finite_are_drawn(tmp_path: Path, store: Path)
         file.write_text(re.sub(r'("(train|eval)/bits_per_byte"): [\d.]+', r"\1: null", file.read_text()))
     done = report(tmp_path / "_one", tmp_path / "$x^{", "--plot", tmp_path / "curves.svg")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "curves.svg").exists()
+    assert f"<!--  {tmp_path / '_one'} -->" in (tmp_path / "curves.svg").read_text()
+
+
+def test_a_picture_of_several_runs_has_room_for_what_differs(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginnings, whose losses are far higher, do not decide its height."""
+    for name in ("one", "two"):
+        make_run(tmp_path / name, store)
+    pictures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: pictures.append(figure))
+    runs = [read_curves(tmp_path / name) for name in ("one", "two")]
+    later = [{"step": 100, "train/bits_per_byte": 2.0}, {"step": 100, "eval/bits_per_byte": 2.5}]
+    plot([replace(run, metrics=[*run.metrics, *later]) for run in runs], tmp_path / "x.png")
+    low, high = pictures[0].axes[0].get_ylim()
+    assert 1.9 < low < 2.0 and 2.5 < high < 2.6

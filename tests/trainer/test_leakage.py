@@ -72,5 +72,16 @@ def test_data_store_that_is_a_source_too_is_looked_at_once(stores: dict[str, Sto
     assert leaks(DataConfig(**write), stores["books"], sources) == found(stores, "books", "web") != []
 
 
+def test_no_table_is_read_that_nothing_is_looked_for_in(
+    stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a run on one store, whatever its size: all ranks wait for this."""
+    read: list[Path] = []
+    monkeypatch.setattr("trainer.leakage._hashes", lambda store, _: read.append(store.path) or [])
+    assert found(stores) == found(stores, "books") == read == []
+    found(stores, "clean", "web")
+    assert read == [stores[name].path for name in ("books", "clean", "web")], "each once"
+
+
 def test_nothing_is_said_where_nothing_is_shared(stores: dict[str, Store]) -> None:
     assert found(stores, "books", "clean") == found(stores) == []
