@@ -32,6 +32,7 @@ from reformer import ReformerConfig, save_model
 from reformer.hf import save_hf
 from reformer.weights import assemble, refuse_existing
 from trainer.config import ConfigError
+from trainer.run_files import RECORD, read_record
 from trainer.selection import best_step, read_checkpoint
 
 ORIGIN = "origin.json"
@@ -67,12 +68,12 @@ def tokenizer_of(run: Path, store: Path) -> dict[str, bytes]:
 def recorded_tokenizer(run: Path) -> str:
     """The hash of the tokenizer that a run was trained with. Raises DataError where its record does not say it."""
     try:
-        return str(json.loads((run / "run.json").read_bytes())["store"]["tokenizer_sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{run}/run.json does not say which tokenizer the run was trained with ({error!r}): give a checkpoint in "
-            "the folder of its run"
-        ) from None
+        return str(read_record(run)["store"]["tokenizer_sha256"])
+    except ConfigError as error:
+        reason = str(error)
+    except (KeyError, TypeError):
+        reason = f"{run / RECORD} does not say which tokenizer the run was trained with"
+    raise DataError(f"{reason}: give a checkpoint in the folder of its run")
 
 
 def export(source: Path, step: int | None, output: Path, hf: bool, store: Path | None = None) -> str:

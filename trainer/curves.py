@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, RunConfig, flatten
+from trainer.run_files import read_metrics, read_record
 
 Point = tuple[int, float | None]
 """A step, and what was reported of it; None for what was not finite."""
@@ -72,20 +73,13 @@ class Curves:
 
 def read_curves(path: Path) -> Curves:
     """Of the run in a folder. Raises ConfigError where there is none, it is damaged, or no step has a line yet."""
+    record, metrics = read_record(path), read_metrics(path)
     try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        # The last one may be on its way, or cut short by a kill.
-        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        curves = Curves(path, record, RunConfig(**record["config"]), metrics)
-        has_trained = bool(curves.points("train/loss")) and bool(curves.points("speed/tokens_per_s"))
-    except OSError as error:
-        raise ConfigError(f"{path} is not the folder of a run: cannot read {error.filename}") from None
+        config = RunConfig(**record["config"])
     except ConfigError as error:
         raise ConfigError(f"{path} has a configuration that this version does not know: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: run.json or metrics.jsonl cannot be read: {error!r}") from None
-    if not has_trained:
+    curves = Curves(path, record, config, metrics)
+    if not (curves.points("train/loss") and curves.points("speed/tokens_per_s")):
         raise ConfigError(f"{path} has no training step yet: train first, or wait for its first line")
     return curves
 

@@ -60,6 +60,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
+from trainer.run_files import METRICS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -76,7 +78,7 @@ class Metrics:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.first_step = step + 1 if step else 0
         """The first that may be reported; anything reported from it on is forgotten."""
-        self._path = run_dir / "metrics.jsonl"
+        self._path = run_dir / METRICS
         _keep_before(self._path, self.first_step)
         self._folder = run_dir / "tensorboard"
         if not step:

@@ -38,6 +38,7 @@ from trainer.config import flatten
 from trainer.job import Job
 from trainer.peaks import peak_flops
 from trainer.ranks import write_json
+from trainer.run_files import RECORD
 
 if TYPE_CHECKING:
     from trainer.metrics import Metrics  # TensorBoard, which environment() does without
@@ -69,7 +70,7 @@ def write_record(
         "evaluated": dict(evaluated),
         **environment(),
     }
-    write_json(job.config.run.dir / "run.json", record)
+    write_json(job.config.run.dir / RECORD, record)
     show(metrics, record)
 
 

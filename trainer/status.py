@@ -5,7 +5,7 @@ Nothing is written, and every byte of a checkpoint is read before it is called s
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from trainer.checkpoint import checked
 from trainer.config import ConfigError
 from trainer.presence import holder
 from trainer.ranks import RankState, holding_up, parse_state, read_bytes, state_path
+from trainer.run_files import METRICS, RECORD, read_metrics_tail, read_record
 
-TAIL_BYTES = 2**22
-"""How much of metrics.jsonl is read, from its end: thousands of lines."""
 RECENT = 60
 """Losses that are told, at most."""
 QUIET_S = 30.0
@@ -25,15 +24,14 @@ QUIET_S = 30.0
 
 def facts(run: Path) -> dict[str, Any]:
     """All that can be found out, as plain JSON values. Raises ConfigError where there is no run."""
-    if not any((run / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "ranks")):
+    if not any((run / name).exists() for name in (RECORD, METRICS, "checkpoints", "ranks")):
         raise ConfigError(
-            f"{run} is not the folder of a run: it has neither run.json nor metrics, checkpoints or ranks; give what "
+            f"{run} is not the folder of a run: it has neither {RECORD} nor metrics, checkpoints or ranks; give what "
             "run.dir was"
         )
     who = holder(run)
     states = rank_states(run)
-    steps, hang = planned_steps(run), read_json(run / "ranks" / "hang.json")
-    metrics = list(read_metrics(run / "metrics.jsonl"))
+    steps, hang, metrics = planned_steps(run), read_hang(run), read_metrics_tail(run)
     newest = newest_values(metrics)
     sound, damaged = check_checkpoints(run)
     # A run that was stopped between two lines (run.log_every) has its last step in the checkpoint only.
@@ -70,8 +68,8 @@ def rank_states(run: Path) -> list[RankState]:
 def planned_steps(run: Path) -> int | None:
     """run.steps; None where the record of the run is not there or damaged."""
     try:
-        return int(read_json(run / "run.json")["config"]["run"]["steps"])
-    except (KeyError, TypeError, ValueError):
+        return int(read_record(run)["config"]["run"]["steps"])
+    except (ConfigError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -95,33 +93,13 @@ def is_loading(state: RankState) -> bool:
     return state.ended is None and state.phase == "start"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is none, or where it is just being written."""
+def read_hang(run: Path) -> dict[str, Any]:
+    """What the watchdog left behind (hang.json); empty where there is none, or where it is just being written."""
     try:
-        found = json.loads(read_bytes(path))
+        found = json.loads(read_bytes(run / "ranks" / "hang.json"))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The last lines; one that is not whole is left out."""
-    try:
-        with path.open("rb") as file:
-            begin = max(0, file.seek(0, 2) - TAIL_BYTES)
-            file.seek(begin)
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    for line in lines[bool(begin) : -1]:
-        try:
-            values = json.loads(line, parse_constant=lambda _: None)  # NaN and the like, which are no JSON
-        except ValueError:
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            yield values
 
 
 def newest_values(metrics: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -37,6 +37,7 @@ from bench_pipeline.common import (
 )
 from bench_pipeline.tokenizing import tokenize
 from data_pipeline.store import Store
+from trainer.run_files import read_metrics
 
 READERS = ("ours", "ours-sample", "memmap", "mds")
 CONFIG = ROOT / "launch" / "configs" / "demo_cpu.toml"
@@ -173,8 +174,8 @@ def stall(bench: Bench) -> None:
     words += [f"run.dir={run_dir}", f"run.steps={arguments.steps}", "run.eval_every=0", "run.save_every=0"]
     words += ["run.warmup_steps=1", "model.vocab_size=258", f"model.max_seq_len={arguments.seq_len}"]
     done = run(words, arguments.budget_s, {"DS_ACCELERATOR": "cpu"})
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    shares = [line["speed/data_stall"] for line in lines[1:]]  # the first step starts the readers
+    lines = read_metrics(run_dir)[1:]  # the first step starts the readers
+    shares = [line["speed/data_stall"] for line in lines]
     if not shares:
         raise FailedError("--steps must be 2 or more: the first does not count")
     bench.keep(
@@ -183,7 +184,7 @@ def stall(bench: Bench) -> None:
             "data_stall": statistics.median(shares),
             "largest": max(shares),
             "steps": shares,
-            "step_s": statistics.median(line["speed/step_s"] for line in lines[1:]),
+            "step_s": statistics.median(line["speed/step_s"] for line in lines),
             "seconds": done["seconds"],
             "peak_gib": done["peak_gib"],
         }

@@ -175,7 +175,7 @@ def run_on(tmp_path: Path, tokenizer: Tokenizer, content: bytes, **settings: obj
     plan = config(vocab_size=tokenizer.vocab_size, run={"dir": run_dir})
     plan = plan.model_copy(update={"data": plan.data.model_copy(update={"store": store})})
     save(Reformer(plan.model), plan, 1)
-    (run_dir / "run.json").write_text(json.dumps({"store": {"tokenizer_sha256": tokenizer.sha256}}))
+    (run_dir / "run.json").write_text(json.dumps({"config": {}, "store": {"tokenizer_sha256": tokenizer.sha256}}))
     return run_dir
 
 
@@ -220,15 +220,18 @@ def flip(path: Path) -> None:
 def test_weights_without_a_tokenizer_where_it_cannot_be_had(
     tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    run_dir = run_on(tmp_path, load_tokenizer(str(tokenizer_file)), b"The lazy fox")
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    run_dir = run_on(tmp_path, tokenizer, b"The lazy fox")
     store, record = tmp_path / "store", run_dir / "run.json"
     whole = record.read_text()
     damages = {
         "store does not exist": lambda: shutil.move(store, tmp_path / "moved"),
         "tokenizer.model is damaged": lambda: flip(store / "tokenizer.model"),
         "manifest.json": lambda: flip(store / "manifest.json"),
-        "is not the one that": lambda: record.write_text('{"store": {"tokenizer_sha256": "of another"}}'),
-        "run.json does not say which tokenizer": record.unlink,
+        "is not the one that": lambda: record.write_text(whole.replace(tokenizer.sha256, "of another")),
+        "run.json does not say which tokenizer": lambda: record.write_text('{"config": {}}'),
+        "run.json is damaged": lambda: flip(record),
+        f"cannot read {record}: No such file or directory: give a checkpoint in the folder of its run": record.unlink,
     }
     shutil.copytree(store, tmp_path / "sound")
     for number, (message, damage_it) in enumerate(damages.items()):

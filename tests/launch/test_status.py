@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import status
 
-import trainer.status
-from trainer import ranks
+from trainer import ranks, run_files
 from trainer.presence import LOCK
 from trainer.ranks import RankState
 
@@ -182,11 +181,10 @@ def test_damaged_checkpoints_are_named_and_the_newest_sound_one_is_found(run: Pa
     assert f"damaged     {paths[3]}: state.json is missing\n" in status.text(found)
 
 
-def test_only_the_end_of_long_metrics_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_end_of_long_metrics_is_read(run: Path) -> None:
     line = json.dumps({"step": 6, "train/loss": 2.0, **SPEED})
     (run / "metrics.jsonl").write_text(f"{line}\n" * 1000)
-    monkeypatch.setattr(trainer.status, "TAIL_BYTES", 10 * len(line))
-    assert len(list(trainer.status.read_metrics(run / "metrics.jsonl"))) == 9
+    assert len(run_files.read_metrics_tail(run, 10 * len(line))) == 9
 
 
 def test_json_is_what_programs_get(run: Path) -> None:

@@ -1,0 +1,82 @@
+"""Two files in the folder of a run, read back: run.json, what the run is, and metrics.jsonl, what it has reported.
+
+record.py and metrics.py write them and say what is in them; they need DeepSpeed and TensorBoard, which readers do
+without. A run may go on meanwhile, so the last line of metrics.jsonl may be on its way, or cut short by a kill: it
+counts once its end is there.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trainer.config import ConfigError
+
+RECORD, METRICS = "run.json", "metrics.jsonl"
+TAIL_BYTES = 2**22
+"""Thousands of lines of metrics.jsonl."""
+
+Line = dict[str, Any]
+"""Of metrics.jsonl: `step`, and by tag what was reported of it; None for what was not finite."""
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """The object of run.json, which has the configuration at least.
+
+    Raises ConfigError where there is none, or it is damaged.
+    """
+    file = run_dir / RECORD
+    try:
+        record = json.loads(_content(file))
+        if not (isinstance(record, dict) and isinstance(record.get("config"), dict)):
+            raise ValueError("no object with a config")
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from None
+    return record
+
+
+def read_metrics(run_dir: Path) -> list[Line]:
+    """All lines of metrics.jsonl. Raises ConfigError where there is no such file, or a line is damaged."""
+    file, lines = run_dir / METRICS, []
+    for number, line in enumerate(_content(file).split(b"\n")[:-1], start=1):
+        try:
+            lines.append(_parsed(line))
+        except ValueError as error:
+            raise ConfigError(f"{file} is damaged in its line {number}: {error}") from None
+    return lines
+
+
+def read_metrics_tail(run_dir: Path, n_bytes: int = TAIL_BYTES) -> list[Line]:
+    """The lines in so many bytes at the end of metrics.jsonl, none without that file; what is damaged is left out.
+
+    Raises ConfigError where it cannot be read.
+    """
+    try:
+        with (run_dir / METRICS).open("rb") as file:
+            begin = max(0, file.seek(0, 2) - n_bytes)
+            file.seek(begin)
+            candidates = file.read().split(b"\n")[bool(begin) : -1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
+    lines = []
+    for line in candidates:
+        with suppress(ValueError):
+            lines.append(_parsed(line))
+    return lines
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file.parent} is not the folder of a run: cannot read {file}: {error.strerror}") from None
+
+
+def _parsed(line: bytes) -> Line:
+    """Raises ValueError for what is no line of metrics.jsonl."""
+    values = json.loads(line, parse_constant=lambda _: None)  # NaN and the like, which are no JSON
+    if not (isinstance(values, dict) and isinstance(values.get("step"), int)):
+        raise ValueError("no object with a step")
+    return values
