@@ -32,8 +32,8 @@ from data_pipeline.output import exit_code, table
 from data_pipeline.staging import check_json
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
+from trainer.attention_comparison import Attention, Scores, attending, check, report, score_rows
 from trainer.batches import drawn
-from trainer.compare import Attention, Scores, attending, check, report, score_rows
 from trainer.exported import choose_device, read_model
 
 MOST_ROUNDS = 1024

@@ -14,7 +14,7 @@ from data_pipeline.store import Store
 from reformer import Reformer
 from trainer.config import RunConfig
 from trainer.distributed import Launch
-from trainer.evaluate import Evaluator, HeldOut
+from trainer.held_out_evaluation import Evaluator, HeldOut
 from trainer.sequence_parallel import Place
 
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ from trainer.config import ConfigError
 from trainer.continuation import changes
 from trainer.distributed import all_gather, all_max, all_sum, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
-from trainer.evaluate import Evaluator
 from trainer.faults import lost_ranks
 from trainer.flops import training_flops
 from trainer.gradients import gradients
+from trainer.held_out_evaluation import Evaluator
 from trainer.initial import agreed_weights
 from trainer.job import Job
 from trainer.metrics import Metrics

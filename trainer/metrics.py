@@ -34,7 +34,8 @@ of TensorBoard, floats in full precision, null for what is no finite number:
     memory/peak_gib                     the most of it so far
     memory/host_gib                     resident on the host now
     data/skipped_rows                   with data.on_damage="skip": damaged rows of the run so far, on all ranks
-    eval/loss, eval/bits_per_byte, …    on a line of their own, from step 0 on; all of them are in evaluate.py
+    eval/loss, eval/bits_per_byte, …    on a line of their own, from step 0 on; all of them are in
+                                        held_out_evaluation.py
     lsh/layer01/…                       on the same line, of the first held-out row, each LSH layer; from layer 0 on
       largest_bucket_over_mean          tokens in the largest bucket of any round and head; 1 where all are even
       empty_buckets                     share of the buckets that are empty

@@ -18,7 +18,7 @@ from small_stores import write_store
 from torch import Tensor
 from torch.nn import functional as F
 
-import trainer.evaluate
+import trainer.held_out_evaluation
 from data_pipeline.dataset import RowDataset
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import ByteTokenizer
@@ -26,10 +26,10 @@ from reformer import Reformer, ReformerConfig, load_model, save_model
 from reformer.attention import LSHSelfAttention
 from reformer.hf import save_hf
 from reformer.lsh.reference import lsh_attention_reference
+from trainer.attention_comparison import Scores, score_rows, standard_error
 from trainer.batches import drawn
-from trainer.compare import Scores, score_rows, standard_error
 from trainer.distributed import Launch
-from trainer.evaluate import Evaluator
+from trainer.held_out_evaluation import Evaluator
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place
 
@@ -125,8 +125,8 @@ def test_as_the_model_was_trained_without_its_dropout(exported: Path, store: Sto
 def test_the_evaluation_of_a_run_says_the_same(
     exported: Path, store: Store, scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.evaluate, "together", lambda action, *_: action())
-    monkeypatch.setattr(trainer.evaluate, "all_sum", lambda values, _: [float(value) for value in values])
+    monkeypatch.setattr(trainer.held_out_evaluation, "together", lambda action, *_: action())
+    monkeypatch.setattr(trainer.held_out_evaluation, "all_sum", lambda values, _: [float(value) for value in values])
     engine, token_bytes = PlainEngine(load_model(exported), 3), torch.from_numpy(store.token_bytes.astype("int64"))
     evaluator = Evaluator(engine, run_config(store), Launch("this test"), Place(), CPU, token_bytes)
     of_run = evaluator.score(RowDataset(store, "val"), n_rows=7, n_first=0)

@@ -1,6 +1,6 @@
 """One of two ranks that evaluate a new model under ZeRO 0 to 3, all through the trainer's own functions.
 
-    python tests/trainer/evaluate_worker.py STORE FOLDER RANK
+    python tests/trainer/held_out_evaluation_worker.py STORE FOLDER RANK
 
 It leaves FOLDER/rankRANK.json, by stage.
 """

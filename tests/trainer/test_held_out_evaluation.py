@@ -10,7 +10,7 @@ import torch
 from evaluation import CPU, PlainEngine, config, make_store, report
 from workers import run_workers
 
-import trainer.evaluate
+import trainer.held_out_evaluation
 import trainer.samples
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
 from data_pipeline.errors import DataError
@@ -18,8 +18,8 @@ from data_pipeline.store import Store
 from reformer import Reformer
 from trainer.config import ConfigError, RunConfig, load
 from trainer.distributed import Launch
-from trainer.evaluate import Evaluator, Totals, position_tag
 from trainer.figures import figure_by_position
+from trainer.held_out_evaluation import Evaluator, Totals, position_tag
 from trainer.scoring import Score, positions, range_ends, range_masks
 from trainer.sequence_parallel import Place
 
@@ -30,9 +30,9 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without other processes."""
-    for module in (trainer.evaluate, trainer.samples, trainer.diagnostics):
+    for module in (trainer.held_out_evaluation, trainer.samples, trainer.diagnostics):
         monkeypatch.setattr(module, "together", lambda action, *_: action())
-    monkeypatch.setattr(trainer.evaluate, "all_sum", lambda values, _: [float(value) for value in values])
+    monkeypatch.setattr(trainer.held_out_evaluation, "all_sum", lambda values, _: [float(value) for value in values])
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_two_ranks_report_the_same_under_every_zero_stage(store: Store, tmp_path
     """As one process with the model alone: all numbers, and the text."""
     torch.manual_seed(config(store).run.seed)
     alone = report(PlainEngine(Reformer(config(store).model), micro_batch_size=1), config(store), store, ALONE)
-    run_workers(HERE / "evaluate_worker.py", tmp_path, [(store.path, tmp_path, rank) for rank in (0, 1)])
+    run_workers(HERE / "held_out_evaluation_worker.py", tmp_path, [(store.path, tmp_path, rank) for rank in (0, 1)])
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert list(first) == ["0", "1", "2", "3"]
     for stage, found in first.items():
