@@ -71,6 +71,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_options(arguments: argparse.Namespace, model: Reformer, store: Store) -> None:
+    """Raises ConfigError where there are no such rows, or no LSH layers for --attention."""
+    if arguments.rows is not None and arguments.rows < 1:
+        raise ConfigError(f"--rows {arguments.rows} must be at least 1; leave it out to score all")
+    if not model.config.has_lsh and arguments.attention != [None]:
+        raise ConfigError(f"--attention is for LSH attention, which no layer of {arguments.folder} has: leave it out")
+    full = [name for name in store.manifest.splits if len(RowDataset(store, name))]
+    if arguments.split not in full:
+        raise ConfigError(f"--split {arguments.split} has no rows in {store.path}: its splits are {', '.join(full)}")
+
+
 def named(setting: Attention, model: Reformer) -> str:
     """A setting, as the table calls it."""
     if setting is None and not model.config.has_lsh:
@@ -117,10 +128,8 @@ def run(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("always")
         model = read_model(arguments.folder, str(arguments.folder)).eval()
     store = Store.open(arguments.store)
-    for note in [
-        *(str(each.message) for each in caught),
-        *check(model, store, arguments.folder, arguments.split, arguments.rows, arguments.attention),
-    ]:
+    check_options(arguments, model, store)
+    for note in [*(str(each.message) for each in caught), *check(model, store, arguments.folder)]:
         print(f"note: {note}", file=sys.stderr)
     rows, model = RowDataset(store, arguments.split), model.to(device)
     numbers = sorted(drawn(len(rows), arguments.rows or len(rows)))

@@ -49,16 +49,9 @@ class Scores:
         return total(self.by_document.values())
 
 
-def check(
-    model: Reformer, store: Store, folder: Path, split: str, n_rows: int | None, settings: Sequence[Attention]
-) -> list[str]:
-    """What is to be said of a model, read from a folder, and a store. Raises ConfigError where they do not fit.
-
-    Or where there are no such rows, or LSH layers for the settings; as the options of launch/evaluate.py.
-    """
+def check(model: Reformer, store: Store, folder: Path) -> list[str]:
+    """What is to be said of a model, read from a folder, and a store. Raises ConfigError where they do not fit."""
     config = model.config
-    if n_rows is not None and n_rows < 1:
-        raise ConfigError(f"--rows {n_rows} must be at least 1; leave it out to score all")
     if not config.causal:
         raise ConfigError(f"the model in {folder} sees the tokens that it would have to predict (causal=False)")
     if config.vocab_size != store.vocab_size:
@@ -71,11 +64,6 @@ def check(
             f"the model in {folder} takes {config.max_seq_len} tokens at most, and the rows of {store.path} have "
             f"{store.seq_len}: build a store with --seq-len {config.max_seq_len}"
         )
-    if not config.has_lsh and any(setting is not None for setting in settings):
-        raise ConfigError(f"--attention is for LSH attention, which no layer of {folder} has: leave it out")
-    full = [name for name in store.manifest.splits if len(RowDataset(store, name))]
-    if split not in full:
-        raise ConfigError(f"--split {split} has no rows in {store.path}: its splits are {', '.join(full)}")
     notes, manifest = [], store.manifest
     if not knows_tokenizer(folder, str(folder), store.path, manifest.tokenizer_sha256):
         unknown = "does not say which tokenizer its model was trained with"
