@@ -215,7 +215,7 @@ def _located_by_mpi(launch: Launch) -> Launch:
             "srun or torchrun"
         )
     hosts = world.allgather(socket.gethostname())
-    place = (local_address(hosts), _free_port()) if launch.rank == 0 else None
+    place = (local_address(hosts), free_port()) if launch.rank == 0 else None
     address, port = world.bcast(place, root=0)
     # Left to mpi4py, MPI would end with the process: one that fails would wait for the others, which wait for it.
     MPI.Finalize()
@@ -239,7 +239,8 @@ def local_address(hosts: Sequence[str]) -> str:
         return hosts[0]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nothing listens on."""
     with socket.create_server(("", 0)) as probe:
         return int(probe.getsockname()[1])
 

@@ -33,6 +33,11 @@ class Job:
     sources: Mapping[str, Store] = field(default_factory=dict)
     """The stores of data.mixture, by name."""
 
+    @property
+    def precision(self) -> str:
+        """What the model computes in, as peaks.py calls it."""
+        return "bf16" if self.deepspeed.get("bf16", {}).get("enabled") else "fp32"
+
 
 def read_job(
     path: Path, overrides: Iterable[str], launch: Launch, deepspeed_path: Path | None = None

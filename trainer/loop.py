@@ -147,8 +147,7 @@ class Trainer:
         self.evaluator = Evaluator(self.engine, config, launch, place, device, self.token_bytes)
         self.before = replace(self.progress)
         self.stopwatch, self.spent, self.has_reported = Stopwatch(device), Spent(), False
-        precision = "bf16" if self.engine.bfloat16_enabled() else "fp32"
-        self.peak = peak_flops(distributed.device_name(device), precision)
+        self.peak = peak_flops(distributed.device_name(device), self.job.precision)
         self.step_flops = training_flops(config.model, self.job.store.seq_len) * self.batch_size
         self.profiler = Profiler(self.plan.dir, self.plan.profile_steps, launch.rank)
         self.hosts = distributed.hosts()

@@ -51,7 +51,6 @@ def write_record(
 ) -> None:
     """Write RUN/run.json and show it in TensorBoard."""
     device_name = distributed.device_name(device)
-    precision = "bf16" if job.deepspeed.get("bf16", {}).get("enabled") else "fp32"
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_from_step": metrics.first_step - 1 if metrics.first_step else None,
@@ -64,7 +63,7 @@ def write_record(
             "world_size": job.launch.world_size,
             "local_world_size": job.launch.local_world_size,
             "device": device_name,
-            "peak_flops": peak_flops(device_name, precision),
+            "peak_flops": peak_flops(device_name, job.precision),
         },
         "n_parameters": n_parameters,
         "evaluated": dict(evaluated),

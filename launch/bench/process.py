@@ -34,6 +34,8 @@ from trainer.memory import peak_gib
 from trainer.record import environment
 
 PROGRAM = Path(__file__).parents[1] / "benchmark.py"
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+"""For the environment: Open MPI refuses the root user, who is the only one in many containers."""
 Result = dict[str, Any]
 
 

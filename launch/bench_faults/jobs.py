@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+from bench.process import AS_ROOT
+
+from trainer.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 POLL_S, ASK_S = 0.002, 0.2
@@ -30,7 +32,6 @@ MODES = {"process": 1, "deepspeed": 2, "mpirun": 2, "srun": 2, "sbatch": 2, "sba
 SBATCH = {"sbatch": "train.sbatch", "sbatch deepspeed": "train_deepspeed.sbatch"}
 """Files of launch/slurm."""
 INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ def start(mode: str, run: Run, log: Path, cluster: Any = None) -> Job:
         return LocalJob(python, run, log, environ)
     if mode == "deepspeed":
         # It dies of USR1 and USR2, and ends with 1 of TERM, whatever the ranks end with.
-        words = [str(bin_dir / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), *run.script]
+        port = str(free_port())  # by itself it would take the same one for every run
+        words = [str(bin_dir / "deepspeed"), "--num_accelerators", "2", "--master_port", port, *run.script]
         return LocalJob(words, run, log, environ, past=(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM))
     if mode == "mpirun":
         # It gives the ranks a second after TERM, and ends with 1.
@@ -199,12 +201,6 @@ def start(mode: str, run: Run, log: Path, cluster: Any = None) -> Job:
     # srun kills the ranks upon a TERM of its own; `scancel --signal=TERM` sends one to the ranks.
     words = ["srun", "-N2", "-n2", "--kill-on-bad-exit=1", *python]
     return LocalJob(words, run, log, environ | cluster.environment, past=(signal.SIGTERM,))
-
-
-def free_port() -> int:
-    """A port that nothing listens on; DeepSpeed's launcher would take the same one for every run."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def cluster_tools() -> Any:

@@ -20,14 +20,14 @@ from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bench.process import AS_ROOT
+
 ROOT = Path(__file__).parents[2]
 PIPELINE = (sys.executable, "-m", "data_pipeline")
 WORKERS = Path(__file__).with_name("workers.py")
 USAGE = Path(__file__).with_name("usage.py")
 Result = dict[str, Any]
 _STAGE = re.compile(r"^(\w+): ([\d,]+) bytes, ([\d,]+) tokens, ([\d.,]+) s$", re.MULTILINE)
-_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-"""Open MPI refuses the root user, who is the only one in many containers."""
 
 
 class FailedError(Exception):
@@ -89,7 +89,7 @@ def run(words: Sequence[str], budget_s: int, environ: Mapping[str, str] = {}) ->
         report, out, err = (Path(folder, name) for name in ("report.json", "out", "err"))
         command = [sys.executable, "-I", str(USAGE), str(report), *words]
         with out.open("wb") as output, err.open("wb") as errors:
-            code = _wait(command, output, errors, {**os.environ, **_AS_ROOT, **environ}, budget_s)
+            code = _wait(command, output, errors, {**os.environ, **AS_ROOT, **environ}, budget_s)
         texts = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in (out, err)}
         if code:
             lines = texts["err"].strip().splitlines() or [f"exit code {code}"]

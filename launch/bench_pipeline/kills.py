@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from bench.process import AS_ROOT
 
 from bench_pipeline.flips import write_corpus
 from data_pipeline.store import list_files
@@ -31,7 +32,6 @@ STAGES = ("start", "tokens", "plan", "shards", "finish")
 POLL_S = 0.01
 PATIENCE_S = 180.0
 """After this long a job of which one process was killed must have ended, well or not."""
-AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 import warm_start
 
 from data_pipeline.cli import main as data_pipeline
+from trainer.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 240
@@ -165,7 +167,7 @@ def train_by_srun(config: Path) -> Train:
     """train_by_srun(tasks, run_dir, *arguments): as many processes, with the variables that srun sets."""
 
     def launch(tasks: int, run_dir: Path, *arguments: str) -> Run:
-        job = {"SLURM_JOB_ID": str(free_port(20_000, 30_000)), "SLURM_JOB_NODELIST": "localhost"}
+        job = {"SLURM_JOB_ID": str(free_job_id()), "SLURM_JOB_NODELIST": "localhost"}
         job |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_NODEID": "0"}
         job |= {"SLURM_NTASKS": str(tasks), "SLURM_TASKS_PER_NODE": str(tasks)}
         ranks = [job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(tasks)]
@@ -229,12 +231,9 @@ def exit_code(codes: list[int]) -> int:
     return max(code if code >= 0 else 128 - code for code in codes)
 
 
-def free_port(low: int = 0, high: int = 65_536) -> int:
-    """A port that nothing listens on; DeepSpeed's launcher wants to be told one, SLURM's job id decides one."""
+def free_job_id() -> int:
+    """A number for a SLURM job that is also the port that follows from it, on which nothing listens."""
     while True:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", random.randrange(low, high) if low else 0))
-            except OSError:
-                continue
-            return probe.getsockname()[1]
+        number = random.randrange(20_000, 30_000)
+        with suppress(OSError), socket.create_server(("", number)):
+            return number

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed.conftest import LAUNCHER_VARIABLES, ROOT, Train, free_port, script
+from bench.process import AS_ROOT
+from distributed.conftest import LAUNCHER_VARIABLES, ROOT, Train, script
+
+from trainer.distributed import free_port
 
 SETTINGS = ("run.steps=30", "run.save_every=1000", "run.eval_every=15", "run.sample_tokens=0", "run.ablation_rows=0")
 BIN = Path(sys.executable).parent
@@ -75,7 +78,7 @@ class Launched:
 def launched(folder: Path, name: str, *command: str | Path) -> Iterator[Launched]:
     """Starts a command that works on `folder / "run"`; afterwards nothing is left of it."""
     environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    environ |= {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environ |= {"OMP_NUM_THREADS": "1", **AS_ROOT}
     log = folder / f"{name}.log"
     words = [str(word) for word in command]
     with log.open("wb") as file:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.conftest import Run, Train, free_port, run, script
+from distributed.conftest import Run, Train, run, script
 from pretended_gpu.run import RUN, built, compiler
+
+from trainer.distributed import free_port
 
 pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this build of PyTorch has CUDA of its own")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.distributed import free_port
 from trainer.presence import holder
 from trainer.watchdog import HUNG
 
@@ -51,13 +51,6 @@ def ranks(config: Path, run_dir: Path, hang: str, *settings: str) -> tuple[list[
     }
     each = [world | {"RANK": str(own), "LOCAL_RANK": str(own)} for own in range(2)]
     return [[sys.executable, *command(config, run_dir), *settings]] * 2, each
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def stacks(run_dir: Path, rank: int) -> str:
