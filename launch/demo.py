@@ -13,7 +13,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
+
+from data_pipeline.errors import DataError
+from data_pipeline.output import exit_code
 
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = "1024"
@@ -53,7 +57,7 @@ def write_standard_library(folder: Path) -> None:
         target.write_bytes(text)
         n_files, n_bytes = n_files + 1, n_bytes + len(text)
     if not n_files:
-        sys.exit(f"error: no Python sources in {source}: name a folder of .txt files, make demo CORPUS=path")
+        raise DataError(f"no Python sources in {source}: name a folder of .txt files, make demo CORPUS=path")
     partial.rename(folder)
     print(
         f"{folder}: {n_files} files of Python's standard library, {n_bytes / 1e6:.1f} MB "
@@ -61,17 +65,16 @@ def write_standard_library(folder: Path) -> None:
     )
 
 
-def run(*command: str | Path) -> None:
-    """Show a command and run it on the CPU; the demo ends where one fails."""
+def step(*command: str | Path) -> None:
+    """Show a command and run it on the CPU. Raises DataError, which ends the demo, where it fails."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
     code = subprocess.run(words, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}).returncode
     if code:
-        sys.exit(f"the demo stopped: that command ended with exit code {code}")
+        raise DataError(f"the demo stopped: that command ended with exit code {code}")
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
     name = f"demo-{arguments.corpus.name}" if arguments.corpus else "demo"
     output = (arguments.output or ROOT / "runs" / name).absolute()
     output.mkdir(parents=True, exist_ok=True)
@@ -81,17 +84,21 @@ def main() -> None:
 
     pipeline = (Path(sys.executable), "-m", "data_pipeline")
     tokenizer, store, run_dir = output / "tokenizer.model", output / "store", output / "run"
-    run(*pipeline, "tokenizer", "--input", corpus, "--output", tokenizer, "--vocab-size", VOCAB_SIZE)
-    run(*pipeline, "build", "--input", corpus, "--tokenizer", tokenizer, "--output", store, "--split", "val=0.05")
-    run(*pipeline, "verify", store)
-    run(*pipeline, "inspect", store)
-    run(
+    step(*pipeline, "tokenizer", "--input", corpus, "--output", tokenizer, "--vocab-size", VOCAB_SIZE)
+    step(*pipeline, "build", "--input", corpus, "--tokenizer", tokenizer, "--output", store, "--split", "val=0.05")
+    step(*pipeline, "verify", store)
+    step(*pipeline, "inspect", store)
+    step(
         *(Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2", "launch/train.py"),
         *("--config", "launch/configs/demo_cpu.toml"),
         *(f"data.store={store}", f"run.dir={run_dir}"),
     )
-    run(Path(sys.executable), "launch/report.py", run_dir)
+    step(Path(sys.executable), "launch/report.py", run_dir)
+
+
+def main() -> int:
+    return exit_code(partial(run, parse_arguments()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

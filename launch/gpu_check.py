@@ -46,7 +46,10 @@ try:
     from trainer.flops import training_flops
     from trainer.peaks import mfu
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error.name} is not installed here, and is needed: {__doc__.strip().splitlines()[-2]}")
+    print(
+        f"error: {error.name} is not installed here, and is needed: {__doc__.strip().splitlines()[-2]}", file=sys.stderr
+    )
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = ("tests/reformer/test_triton.py", "tests/reformer/test_triton_hashing.py")

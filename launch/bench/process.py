@@ -25,11 +25,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from bench.peers import PEERS, Peer, Sizes, positive
+from data_pipeline.output import BAD_INPUT
 from trainer.memory import peak_gib
 from trainer.record import environment
 
@@ -130,7 +131,7 @@ def sizes_of(arguments: argparse.Namespace, seq_len: int) -> Sizes:
 def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """The peers that were asked for; ends the program if there is no such peer."""
     if unknown := set(names) - {*known, "all"}:
-        sys.exit(f"error: no peer {', '.join(sorted(unknown))}: choose from {', '.join(known)}, or all")
+        refuse(f"no peer {', '.join(sorted(unknown))}: choose from {', '.join(known)}, or all")
     return list(known if "all" in names else dict.fromkeys(names))
 
 
@@ -320,4 +321,10 @@ def write(file: Path, record: Result) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(file)
     except OSError as error:
-        sys.exit(f"error: cannot write {file}: {error}")
+        refuse(f"cannot write {file}: {error}")
+
+
+def refuse(error: str) -> NoReturn:
+    """End the program with an error that its user can mend."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(BAD_INPUT)

@@ -29,7 +29,6 @@ and `optimizer`. Under `figures` it has what is said about `depth` and the last 
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -54,6 +53,7 @@ from bench.process import (
     missing,
     new_record,
     reason,
+    refuse,
     sizes_of,
     write,
 )
@@ -288,5 +288,5 @@ def main(arguments: argparse.Namespace) -> int:
         else:
             print(f"drew nothing: none of {', '.join(benchmark_plot.MEMORY_PARTS)} was measured")
     except benchmark_plot.PlotError as error:
-        sys.exit(f"error: {error}")
+        refuse(str(error))
     return int(not any("seconds" in result for result in record["results"]))

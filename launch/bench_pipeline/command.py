@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import positive
-from bench.process import machine, n_cores, write
+from bench.process import machine, n_cores, refuse, write
 from demo import write_standard_library
 
 from bench_pipeline.common import ROOT, Bench, FailedError, Result, texts_of
@@ -87,14 +87,14 @@ def new_record(arguments: argparse.Namespace, results: list[Result]) -> Result:
 
 
 def corpora_of(arguments: argparse.Namespace, folder: Path) -> list[Path]:
-    """The corpora that were asked for, each with some text; ends the program if one has none."""
+    """The corpora that were asked for, each with some text. Raises DataError if one has none."""
     if not arguments.corpus:
         corpus = folder / "standard-library"
         write_standard_library(corpus)
         return [corpus]
     for corpus in arguments.corpus:
         if not corpus.exists() or not any(path.stat().st_size for path in texts_of(corpus)):
-            sys.exit(f"error: no text in {corpus}: name a folder with .txt files, or a file")
+            raise DataError(f"no text in {corpus}: name a folder with .txt files, or a file")
     return [corpus.absolute() for corpus in arguments.corpus]
 
 
@@ -126,6 +126,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> Result:
 def main(arguments: argparse.Namespace) -> int:
     """The exit code: 1 if anything failed; what is left out for want of a package is no failure."""
     arguments.work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-", dir=arguments.work) as folder:
-        record = run(arguments, Path(folder).absolute())
+    try:
+        with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-", dir=arguments.work) as folder:
+            record = run(arguments, Path(folder).absolute())
+    except DataError as error:
+        refuse(str(error))
     return int(any("error" in result for result in record["results"]))

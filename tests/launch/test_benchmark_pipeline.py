@@ -136,10 +136,14 @@ def test_what_fails_is_a_result_and_the_rest_goes_on(
     assert len(of(record, part="scale")) == 2 and "size: error: error: SentencePiece" in capsys.readouterr().out
 
 
-def test_a_corpus_without_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_without_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match=r"no text in .*empty: name a folder with \.txt files"):
+    with pytest.raises(SystemExit) as stopped:
         main(monkeypatch, tmp_path / "work", "--corpus", tmp_path / "empty")
+    assert stopped.value.code == 2
+    assert f"error: no text in {tmp_path / 'empty'}: name a folder with .txt files" in capsys.readouterr().err
 
 
 def test_the_memory_of_a_command_is_that_of_its_largest_process() -> None:

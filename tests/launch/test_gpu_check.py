@@ -1,6 +1,7 @@
 """What of `make gpu-check` needs no GPU: its budget, its arithmetic, its table, and the whole flow at tiny sizes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -325,3 +326,13 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main() == 2
     assert "there is no CUDA device here" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named() -> None:
+    """Before anything else: a machine with a GPU may have no more than torch."""
+    program = "import runpy, sys; sys.modules['pydantic'] = None; runpy.run_path('launch/gpu_check.py')"
+    search = {**os.environ, "PYTHONPATH": f"{ROOT / 'launch'}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=search, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: pydantic is not installed here, and is needed: Needs torch, Triton")

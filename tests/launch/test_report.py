@@ -1,4 +1,4 @@
-"""The report of a run, the unigram model that it is measured by, and the demo's corpus."""
+"""The report of a run, and the unigram model that it is measured by."""
 
 import json
 import math
