@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
-from bench.peers import PEERS, Peer, Sizes, Step, positive
+from bench.peers import PEERS, Peer, Sizes, Step, positive, step_on
 from bench.process import (
     Limits,
     Result,
@@ -51,6 +51,7 @@ from bench_pipeline import command as pipeline
 
 from trainer.memory import peak_gib
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REPEAT_S, REPEAT_STEPS = 3.0, 10
 """Steps are repeated for so long after the first, or so often."""
 COLD_S = 20.0
@@ -65,6 +66,13 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument(
             "--seq-len", type=positive, nargs="+", default=[65_536], metavar="T", help="(default: 65536)"
         )
+        command.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            default="float32",
+            help="of weights and activations; Longhand's residual streams stay in float32, Hugging Face's model runs "
+            "by autocast (default: %(default)s)",
+        )
         add_options(command, rounds="measurements of each")
     memory.add_command(commands)
     pipeline.add_command(commands)
@@ -75,10 +83,10 @@ def parse_arguments() -> argparse.Namespace:
 # What one process measures.
 
 
-def measure_here(peer: Peer[Step], sizes: Sizes, threads: int, budget_s: float) -> Result:
+def measure_here(peer: Peer[Step], sizes: Sizes, dtype: torch.dtype, threads: int, budget_s: float) -> Result:
     """Build the peer and time its steps, in this process."""
     imports_gib = begin(peer, threads)
-    step = peer.build(sizes)
+    step = step_on(peer, sizes, torch.device("cpu"), dtype)
     step_s: list[float] = []
     while not enough(step_s, budget_s):
         begun = time.perf_counter()
@@ -103,8 +111,8 @@ def enough(step_s: Sequence[float], budget_s: float) -> bool:
 
 def measure(arguments: argparse.Namespace, name: str, sizes: Sizes) -> Result:
     """The same in a new process."""
-    options = {**asdict(sizes), "worker": name, "threads": arguments.threads, "budget_s": arguments.budget_s}
-    return in_a_process(arguments.what, options, arguments.budget_s)
+    asked = {name: getattr(arguments, name) for name in ("dtype", "threads", "budget_s")}
+    return in_a_process(arguments.what, {**asdict(sizes), **asked, "worker": name}, arguments.budget_s)
 
 
 def measure_length(
@@ -192,7 +200,8 @@ def main() -> int:
     if arguments.worker:
         peer = PEERS[arguments.what][arguments.worker]
         sizes = sizes_of(arguments, arguments.seq_len[0])
-        print(json.dumps(measure_here(peer, sizes, arguments.threads, arguments.budget_s)))
+        dtype = DTYPES[arguments.dtype]
+        print(json.dumps(measure_here(peer, sizes, dtype, arguments.threads, arguments.budget_s)))
         return 0
     results = run(arguments)
     return int(not any("seconds" in result for result in results))

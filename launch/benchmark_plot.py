@@ -42,6 +42,8 @@ GIB = [(2.0**power, f"{2.0**power:g} GiB") for power in range(-3, 11)]
 FORMATS = (".png", ".svg", ".pdf")
 MEMORY_PARTS = ("length", "depth", "layer")
 """The parts of `memory` that are drawn; of the others a figure is printed."""
+SAME = ("what", "sizes", "dtype", "cpu", "threads")
+"""What files have in common that are drawn as one."""
 LABEL_GAP = 0.055
 """Smallest distance of two labels, as a share of the height of a panel."""
 
@@ -77,14 +79,15 @@ def read(files: Sequence[Path]) -> Record:
     for file in files:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            records.append({key: record[key] for key in ("what", "sizes", "cpu", "threads", "results")})
+            record = {"dtype": "float32"} | record  # which was not written where there was no other
+            records.append({key: record[key] for key in (*SAME, "results")})
         except OSError as error:
             raise PlotError(f"cannot read {file}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise PlotError(f"{file} was not written by launch/benchmark.py --json: {error!r}") from None
     first = records[0]
     for file, record in zip(files, records, strict=True):
-        for key in ("what", "sizes", "cpu", "threads"):
+        for key in SAME:
             if record[key] != first[key]:
                 raise PlotError(
                     f"{files[0]} and {file} do not belong in one picture: "
@@ -138,7 +141,7 @@ def title(record: Record) -> str:
     step = "forward, backward and AdamW's update" if record["what"] == "memory" else "forward and backward"
     return (
         f"One training step of {kinds.get(record['what'], 'one layer of attention')}: d_model {sizes['d_model']}, "
-        f"{sizes['n_heads']} heads, {sizes['n_hashes']} rounds, chunks of {sizes['chunk_len']}, fp32\n"
+        f"{sizes['n_heads']} heads, {sizes['n_hashes']} rounds, chunks of {sizes['chunk_len']}, {record['dtype']}\n"
         f"{step} with {record['threads']} threads on {record['cpu']}"
     )
 

@@ -1,7 +1,7 @@
 """What `launch/benchmark.py` measures: ours, and what a user would pick instead, made to do equal work.
 
 Every peer is built by a function: a model with its loss (`MODELS`), or a function that takes one training step
-(`PEERS`): forward and backward, fp32, no dropout, a batch of one sequence. Each runs in a process of its own, so that
+(`PEERS`): forward and backward, no dropout, a batch of one sequence. Each runs in a process of its own, so that
 its peak memory is its own. Equal are:
 
 model      Width, layers, heads, vocabulary, a feed-forward layer four times as wide that takes `chunk_tokens` at a
@@ -18,7 +18,8 @@ LSH        Rounds, and chunks that see themselves and the one before. 2 * T / ch
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -64,6 +65,8 @@ class Peer(Generic[Built]):
     """What it imports besides torch and ours (torch.utils.checkpoint imports torch._dynamo when it is used)."""
     package: str | None = None
     """What has to be installed for that, besides this project's own requirements."""
+    mixes_dtypes: bool = False
+    """It fails with parameters that are not fp32: a lower precision is had by autocast."""
 
 
 def positive(text: str) -> int:
@@ -109,6 +112,33 @@ def step_of(build: Callable[[Sizes], Model], sizes: Sizes) -> Step:
     """A step of the model that is built."""
     model, loss_of = build(sizes)
     return model_step(model, loss_of, sizes)
+
+
+@contextmanager
+def built_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """New tensors and parameters are on this device and of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def step_on(peer: Peer[Step], sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Step:
+    """A peer's step with parameters and inputs in this dtype, ours with its residual streams in fp32."""
+    by_autocast = peer.mixes_dtypes and dtype != torch.float32
+    with built_on(device, torch.float32 if by_autocast else dtype):
+        step = peer.build(sizes)
+    if not by_autocast:
+        return step
+
+    def step_under_autocast() -> None:
+        with torch.autocast(device.type, dtype):
+            step()
+
+    return step_under_autocast
 
 
 def ours(sizes: Sizes) -> Model:
@@ -336,12 +366,15 @@ HUGGINGFACE = ("transformers.models.reformer.modeling_reformer", "transformers")
 LUCIDRAINS = ("reformer_pytorch", "reformer-pytorch")
 MODELS: dict[str, Peer[Model]] = {
     "ours": Peer(ours),
-    "huggingface": Peer(huggingface, *HUGGINGFACE),
+    "huggingface": Peer(huggingface, *HUGGINGFACE, mixes_dtypes=True),
     "lucidrains": Peer(lucidrains, *LUCIDRAINS),
     "dense": Peer(dense, "torch._dynamo"),
 }
 PEERS: dict[str, dict[str, Peer[Step]]] = {
-    "model": {name: Peer(partial(step_of, peer.build), peer.module, peer.package) for name, peer in MODELS.items()},
+    "model": {
+        name: Peer(partial(step_of, peer.build), peer.module, peer.package, peer.mixes_dtypes)
+        for name, peer in MODELS.items()
+    },
     "attention": {
         "ours": Peer(ours_attention),
         "ours-dense": Peer(ours_densely),

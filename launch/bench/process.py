@@ -308,7 +308,7 @@ def new_record(what: str, arguments: argparse.Namespace, results: list[Result]) 
     sizes = asdict(sizes_of(arguments, 1))
     del sizes["seq_len"]
     command = shlex.join(["python", "launch/benchmark.py", *sys.argv[1:]])
-    asked = {"command": command, "what": what, "sizes": sizes, "threads": arguments.threads}
+    asked = {"command": command, "what": what, "sizes": sizes, "dtype": arguments.dtype, "threads": arguments.threads}
     return {**asked, **machine(), "results": results}
 
 

@@ -5,12 +5,24 @@ keys. Models are those of bench/peers.py, built on the GPU with parameters in th
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from bench.peers import PEERS, DenseModel, Sizes, Step, config_of, heads_of, merged, model_step
+from bench.peers import (
+    PEERS,
+    DenseModel,
+    Peer,
+    Sizes,
+    Step,
+    built_on,
+    config_of,
+    heads_of,
+    merged,
+    model_step,
+    step_on,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,18 +34,6 @@ from reformer.lsh.rounds import Layout
 from reformer.lsh.triton_hashing import triton_hash
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@contextmanager
-def built_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """New tensors and parameters are on this device and of this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def fused(device: torch.device) -> Backend:
@@ -134,8 +134,7 @@ def attention_step(name: str, sizes: Sizes, device: torch.device, dtype: torch.d
     """The forward of one layer's attention, or forward and backward, on tensors strided as projections leave them."""
     if name == "huggingface":
         torch.manual_seed(0)
-        with built_on(device, dtype):
-            return PEERS["attention"]["huggingface"].build(sizes)
+        return step_on(PEERS["attention"]["huggingface"], sizes, device, dtype)
     q, k, v, d_out = random_heads(sizes, 4, device, dtype)
     attend = ATTENTION[name](sizes, q)
     inputs = [x.requires_grad_() for x in ((q, v) if name.startswith("ours") else (q, k, v))]
@@ -182,33 +181,20 @@ def _dense(sizes: Sizes, attend_of: Callable[[Sizes, Tensor], Attend]) -> Step:
 
 LONGEST = "ours-longest"
 """Ours as it trains the longest sequences: it keeps as little as it can."""
-MODEL: dict[str, Callable[[Sizes], Step]] = {
-    "ours": _ours,
-    LONGEST: functools.partial(_ours, keep_ends=False),
-    "ours-chunked": functools.partial(_ours, backend="chunked"),
-    "flash": functools.partial(_dense, attend_of=ATTENTION["flash"]),
-    "cudnn": functools.partial(_dense, attend_of=ATTENTION["cudnn"]),
-    "flex": functools.partial(_dense, attend_of=flex),
-    "huggingface": PEERS["model"]["huggingface"].build,
+MODEL: dict[str, Peer[Step]] = {
+    "ours": Peer(_ours),
+    LONGEST: Peer(functools.partial(_ours, keep_ends=False)),
+    "ours-chunked": Peer(functools.partial(_ours, backend="chunked")),
+    "flash": Peer(functools.partial(_dense, attend_of=ATTENTION["flash"])),
+    "cudnn": Peer(functools.partial(_dense, attend_of=ATTENTION["cudnn"])),
+    "flex": Peer(functools.partial(_dense, attend_of=flex)),
+    "huggingface": PEERS["model"]["huggingface"],
 }
 OUR_MODEL = ("ours", LONGEST, "ours-chunked")
 """Those of them that are the Reformer, whose FLOPs trainer/flops.py counts."""
 
 
 def model_training_step(name: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Step:
-    """Forward and backward of a whole model; parameters in `dtype`, ours with its residual streams in fp32.
-
-    Hugging Face's mixes dtypes, and runs with parameters in fp32 under autocast only.
-    """
+    """Forward and backward of a whole model."""
     torch.manual_seed(0)
-    if name != "huggingface" or dtype == torch.float32:
-        with built_on(device, dtype):
-            return MODEL[name](sizes)
-    with built_on(device, torch.float32):
-        step = MODEL[name](sizes)
-
-    def step_under_autocast() -> None:
-        with torch.autocast(device.type, dtype):
-            step()
-
-    return step_under_autocast
+    return step_on(MODEL[name], sizes, device, dtype)

@@ -111,6 +111,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--plot", type=Path, default=Path("memory.png"), metavar="FILE", help=drawn)
     parser.add_argument("--steps", type=positive, default=STEPS, help=argparse.SUPPRESS)  # of the one to measure
     add_options(parser, rounds="measurements of each in `recompute`")
+    parser.set_defaults(dtype="float32")
 
 
 def parts_of(arguments: argparse.Namespace) -> list[Part]:

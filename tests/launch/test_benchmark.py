@@ -11,8 +11,11 @@ from typing import Any
 import benchmark
 import benchmark_plot
 import pytest
+import torch
 from bench import peers, process
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,12 +33,13 @@ def result(seq_len: int, peer: str = "ours", **values: Any) -> dict[str, Any]:
     return {"seq_len": seq_len, "peer": peer, **(values if {"error", "left_out"} & set(values) else measured | values)}
 
 
-@pytest.mark.parametrize("what", ["model", "attention"])
+@pytest.mark.parametrize(("what", "dtype"), [("model", "float32"), ("attention", "bfloat16")])
 def test_a_run_from_the_command_line_to_the_picture(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    what: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, picture = tmp_path / "result.json", tmp_path / "result.png"
     options = ["--seq-len", "256", "--peers", "ours", "dense", "--rounds", "1", *TINY_OPTIONS.split()]
+    options += ["--dtype", dtype]
     monkeypatch.setattr(sys, "argv", ["launch/benchmark.py", what, *options, "--json", str(file)])
     benchmark.main()  # which starts a process for each measurement
     record = json.loads(file.read_text())
@@ -47,6 +51,7 @@ def test_a_run_from_the_command_line_to_the_picture(
         assert one["peak_gib"] >= one["imports_gib"] > 0.05 and one["threads"] == 1
     assert record["command"].startswith(f"python launch/benchmark.py {what} --seq-len 256 --peers ours dense")
     assert record["what"] == what and record["sizes"]["d_model"] == 32 and record["threads"] == 1
+    assert record["dtype"] == dtype
     assert record["cores"] >= 1 and record["ram_gib"] > 0.5 and record["cpu"]
     assert {"date", "git_commit"} <= set(record) and {"torch", "python"} <= set(record["versions"])
     header, ours, dense = capsys.readouterr().out.splitlines()
@@ -54,6 +59,31 @@ def test_a_run_from_the_command_line_to_the_picture(
     assert ours.split()[-3:] == ["1.00", "1.00", "-"]
     monkeypatch.setattr(sys, "argv", ["launch/benchmark_plot.py", str(file), "--output", str(picture)])
     assert benchmark_plot.main() == 0 and picture.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+class SeenDtypes(TorchDispatchMode):
+    """The dtypes of what operations are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.dtypes |= {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("what", "name"), [(what, name) for what, of in benchmark.PEERS.items() for name in of])
+def test_steps_run_in_the_dtype_that_was_asked_for(what: str, name: str) -> None:
+    peer = benchmark.PEERS[what][name]
+    if process.missing(peer):
+        pytest.skip(f"{peer.package} is not installed")
+    for dtype in benchmark.DTYPES.values():
+        step = peers.step_on(peer, TINY, torch.device("cpu"), dtype)
+        with SeenDtypes() as seen:
+            step()
+        assert (torch.bfloat16 in seen.dtypes) == (dtype == torch.bfloat16), seen.dtypes
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_what_fails_and_what_takes_too_long_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
