@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from bench.peers import PEERS, Peer, Sizes, Step, positive, step_on
@@ -49,6 +50,7 @@ from bench_faults import command as faults
 from bench_memory import command as memory
 from bench_pipeline import command as pipeline
 
+from data_pipeline.output import exit_code
 from trainer.memory import peak_gib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -189,8 +191,8 @@ def run(arguments: argparse.Namespace) -> list[Result]:
     return results
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def dispatch(arguments: argparse.Namespace) -> int:
+    """The exit code of what was asked for."""
     if arguments.what == "memory":
         return memory.main(arguments)
     if arguments.what == "pipeline":
@@ -205,6 +207,10 @@ def main() -> int:
         return 0
     results = run(arguments)
     return int(not any("seconds" in result for result in results))
+
+
+def main() -> int:
+    return exit_code(partial(dispatch, parse_arguments()))
 
 
 if __name__ == "__main__":
