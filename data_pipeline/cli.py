@@ -1,4 +1,4 @@
-"""The command line: `python -m data_pipeline tokenizer | build | verify | inspect | decode`.
+"""The command line: `python -m data_pipeline tokenizer | build | verify | inspect | overlap | decode`.
 
 Parses, calls one function, prints what it returns. Exit codes: 0 done, 1 `verify` found problems, 2 an error, which
 is one line on stderr. Progress and notices go to stderr, results to stdout.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from data_pipeline.build import build
 from data_pipeline.config import (
@@ -29,6 +29,8 @@ from data_pipeline.config import (
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
 from data_pipeline.output import exit_code
+from data_pipeline.overlap import MIN_TOKENS, TRAIN, find_overlap
+from data_pipeline.overlap_report import overlap_summary, overlap_text
 from data_pipeline.report import inspect, summary
 from data_pipeline.staging import check_json
 from data_pipeline.store import Store
@@ -59,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_build(commands.add_parser("build", help="tokenize a corpus and pack it into a store"))
     _add_verify(commands.add_parser("verify", help="check a store against its manifest; exit code 1 on problems"))
     _add_inspect(commands.add_parser("inspect", help="show what a store holds"))
+    _add_overlap(commands.add_parser("overlap", help="how much of held-out documents stands in training documents"))
     _add_decode(commands.add_parser("decode", help="get the exact text back"))
     return parser
 
@@ -193,16 +196,16 @@ def _run_build(arguments: argparse.Namespace) -> int:
         return 0
     if result.already_built:
         print(f"{settings.output} is already built from this input with these settings")
-    _write_summary(result.store, arguments.json)  # before what is printed, whose reader may leave
+    _write_json(summary(result.store), arguments.json)  # before what is printed, whose reader may leave
     print(inspect(result.store))
     for note in result.notes:
         print(f"note: {note}")
     return 0
 
 
-def _write_summary(store: Store, path: Path | None) -> None:
+def _write_json(figures: dict[str, Any], path: Path | None) -> None:
     if path is not None:
-        path.write_text(json.dumps(summary(store), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -235,8 +238,44 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _run_inspect(arguments: argparse.Namespace) -> int:
     check_json(arguments.json)
     store = Store.open(arguments.store)
-    _write_summary(store, arguments.json)
+    _write_json(summary(store), arguments.json)
     print(inspect(store))
+    return 0
+
+
+def _add_overlap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", type=_store, metavar="STORE")
+    parser.add_argument("--held-out", nargs="+", metavar="SPLIT", help="splits of STORE (default: all but train)")
+    parser.add_argument(
+        "--train",
+        nargs="+",
+        type=_store,
+        metavar="STORE",
+        help="stores with the same tokenizer whose split train is searched (default: STORE itself)",
+    )
+    parser.add_argument(
+        "--min-tokens",
+        type=int,
+        default=MIN_TOKENS,
+        metavar="N",
+        help="shorter runs that a held-out and a training document share do not count (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--worst", type=int, default=10, metavar="N", help="documents of each split that are listed (default: 10)"
+    )
+    parser.add_argument("--json", type=_output, metavar="FILE", help="write the figures there as well")
+    parser.set_defaults(run=_run_overlap)
+
+
+def _run_overlap(arguments: argparse.Namespace) -> int:
+    check_json(arguments.json)
+    store = Store.open(arguments.store)
+    held_out = arguments.held_out or [split for split in store.manifest.splits if split != TRAIN]
+    train = [Store.open(path) for path in arguments.train] if arguments.train else [store]
+    overlaps = find_overlap(store, held_out, train, arguments.min_tokens, arguments.worst)
+    figures = overlap_summary(store, held_out, train, arguments.min_tokens, overlaps)
+    _write_json(figures, arguments.json)
+    print(overlap_text(figures))
     return 0
 
 

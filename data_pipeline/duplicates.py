@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.rolling import BASE, powers
 
 N_PERMUTATIONS = 128
 """Numbers in a signature: 512 MB for a million documents."""
@@ -28,7 +29,6 @@ _EMPTY = np.uint32(2**32 - 1)  # what datasketch starts from: a signature of not
 _BATCH_SHINGLES = 2048  # 2048 x 128 uint32 stay in the processor's cache
 
 _SEPARATOR, _WORD, _LONE, _SYMBOL = range(4)
-_BASE = 0x9E3779B97F4A7C15  # any odd number: it has an inverse modulo 2**64
 _COMBINE = np.array([pow(0xD6E8FEB86659FD93, k + 1, 2**64) for k in range(_SHINGLE_WORDS)], np.uint64)
 
 
@@ -106,7 +106,7 @@ def _shared_buckets(signatures: np.ndarray, n_bands: int, n_numbers: int) -> np.
     for band in range(n_bands):
         key = np.zeros(len(signatures), np.uint64)
         for column in range(band * n_numbers, (band + 1) * n_numbers):
-            key = key * np.uint64(_BASE) + signatures[:, column]
+            key = key * np.uint64(BASE) + signatures[:, column]
         _, bucket, size = np.unique(key, return_inverse=True, return_counts=True)
         shared = size > 1
         number = np.where(shared, n_buckets + np.cumsum(shared) - 1, -1)
@@ -142,7 +142,7 @@ class Signature:
 
 
 def _hash_words(block: bytes) -> np.ndarray:
-    """A hash of each word, uint64 [n_words]: sum of (byte_i + 1) * _BASE**i modulo 2**64, for all words at once."""
+    """A hash of each word, uint64 [n_words]: sum of (byte_i + 1) * BASE**i modulo 2**64, for all words at once."""
     classes = np.frombuffer(block.translate(_CLASSES), np.uint8)
     in_word = (classes == _WORD) | (classes == _LONE)
     symbol = np.frombuffer(block, np.uint8) == 0xE2
@@ -154,18 +154,10 @@ def _hash_words(block: bytes) -> np.ndarray:
     starts = np.flatnonzero(begins)
     if not len(starts):
         return np.zeros(0, np.uint64)
-    powers, inverses = _powers(1 << len(block).bit_length())
+    up, down = powers(len(block))
     letters = (np.frombuffer(block.translate(_LOWER), np.uint8).astype(np.uint64) + np.uint64(1)) * in_word
     # Each word is summed with the powers of its place in the block; its own start is then divided out.
-    return np.add.reduceat(letters * powers[: len(block)], starts) * inverses[starts]
-
-
-@cache
-def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """_BASE**i and _BASE**-i modulo 2**64 for i = 0, ..., n - 1, each uint64 [n]."""
-    bases = (_BASE, pow(_BASE, -1, 2**64))
-    powers, inverses = (np.cumprod(np.full(n, base, np.uint64)) * np.uint64(pow(base, -1, 2**64)) for base in bases)
-    return powers, inverses
+    return np.add.reduceat(letters * up, starts) * down[starts]
 
 
 def _mix(hashes: np.ndarray) -> np.ndarray:
