@@ -57,11 +57,11 @@ def _find_stretches(
 ) -> list[Stretches]:
     """For each text the stretches of training documents all of whose windows it has."""
     found = [[Stretches(*np.zeros((4, 0), np.int64))] for _ in numbers]
-    of_text = [_members(one, index.n_distinct) for one in numbers]
+    of_text = [np.unique(one) for one in numbers]
     for place, (store, wanted) in enumerate(train if numbers else ()):
         for hits in search(index, store, "train", "longest runs", wanted=wanted):
             for stretches, members in zip(found, of_text, strict=True):
-                mine = members[hits.number]
+                mine = members[np.searchsorted(members[:-1], hits.number)] == hits.number
                 document, start = hits.document[mine], hits.start[mine]
                 windows = Stretches(np.full_like(document, place), document, start, start + index.n)
                 stretches.append(_joined(windows, index.n))
@@ -85,6 +85,7 @@ def _sorted(stretches: Stretches) -> Stretches:
 def _longest(
     index: WindowIndex, text: np.ndarray, numbers: np.ndarray, stretches: Stretches, stores: Sequence[Store]
 ) -> Run | None:
+    """The longest run of one text in any of its stretches."""
     longest, found_in = index.n - 1, None
     lengths = stretches.stop - stretches.start
     for i in np.argsort(-lengths, kind="stable").tolist():
@@ -93,6 +94,8 @@ def _longest(
         store, document, start, stop = (int(column[i]) for column in stretches)
         # In parts such that any run of the text's length is within one of them: memory does not grow with the stretch.
         for begin in range(start, stop, len(text)):
+            if longest == len(text):
+                break
             part = read_part(stores[store], document, begin, min(begin + 2 * len(text), stop))
             if found := _longest_shared(index, text, numbers, part, longest + 1):
                 longest, found_in = found, (store, document)
@@ -104,7 +107,9 @@ def _longest(
 
 def _longest_shared(index: WindowIndex, text: np.ndarray, numbers: np.ndarray, other: np.ndarray, at_least: int) -> int:
     """`longest_common_run` of the text and another, for which only those parts of the text matter that are in both."""
-    (places,) = np.nonzero(_members(index.find(other)[1], index.n_distinct)[numbers])
+    is_shared = np.zeros(index.n_distinct, bool)
+    is_shared[index.find(other)[1]] = True
+    places = np.flatnonzero(is_shared[numbers])
     longest = 0
     for start, stop in _runs(places):
         piece = text[start : stop + index.n - 1]
@@ -117,13 +122,6 @@ def _runs(numbers: np.ndarray) -> Iterator[tuple[int, int]]:
     for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
         if len(run):
             yield int(run[0]), int(run[-1]) + 1
-
-
-def _members(numbers: np.ndarray, n_distinct: int) -> np.ndarray:
-    """bool [n_distinct]: which numbers are among those."""
-    members = np.zeros(n_distinct, bool)
-    members[numbers] = True
-    return members
 
 
 def _name(store: Store, document: int) -> str:

@@ -8,10 +8,9 @@ two splits. BOS and EOS belong to no run.
 A run of N or more is shared if and only if each of its windows of N tokens is. So the windows of the held-out documents
 are indexed, and those of all training documents are looked up by their hashes; what is found is compared by its tokens.
 
-Memory: that of the index for each held-out token (`WindowIndex`), the tables of segments, and of each training document
-that goes on in a later row its last N - 1 tokens. Training rows are read once, in order, a million tokens at a time.
-Repetitive data (the runs of N in a genome, silence) take no longer than others, since a window that was found once is
-not compared again.
+Memory: 100 bytes for each held-out token, the tables of segments, and of each training document that goes on in a later
+row its last N - 1 tokens. Training rows are read once, in order, a million tokens at a time. Time grows with the tokens
+alone, for repetitive data too (the runs of N in a genome, silence): equal windows are one, looked up and found once.
 """
 
 from collections.abc import Sequence

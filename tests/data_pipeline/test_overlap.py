@@ -99,14 +99,14 @@ def test_the_slow_twin(tmp_path: Path, small_steps: None, settings: dict[str, ob
         check(tmp_path / f"{seed}", contents, ["0", "3", "5", "7"], n, **settings)
 
 
-def test_all_hashes_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_hashes_equal(tmp_path: Path, small_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rolling, "mix", lambda tokens: np.zeros(len(tokens), np.uint64))
     assert not rolling.window_hashes(np.arange(9), 3).any()
     for seed in range(2):
         check(tmp_path / f"{seed}", random_documents(seed), ["0", "3", "5"], 4, packing="stream")
 
 
-def test_some_hashes_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_hashes_equal(tmp_path: Path, small_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that are found already have the hashes of others that are not."""
     monkeypatch.setattr(rolling, "mix", lambda tokens: (tokens == 0).astype(np.uint64))
     for seed in range(2):
@@ -183,6 +183,13 @@ def test_a_stretch_whose_windows_come_from_several_places(tmp_path: Path) -> Non
     check(tmp_path / "t", periodic, ["val"], 4)
 
 
+def test_stretches_of_different_documents_are_not_one(tmp_path: Path) -> None:
+    """The windows of the second begin in its document right where those of the first end in another."""
+    passages = text_of(1, 20), text_of(2, 25)
+    contents = {"a": b"." * 10 + passages[0], "b": b"." * 26 + passages[1], "val": passages[0] + b"!" + passages[1]}
+    check(tmp_path / "s", contents, ["val"], 5, seq_len=64)
+
+
 # What is inside: WindowIndex and longest_common_run
 
 
@@ -194,6 +201,13 @@ def test_find_is_exact() -> None:
     assert places.tolist() == [0, 1, 2, 3, 7]
     assert numbers.tolist() == index.numbers[[2, 0, 1, 2, 4]].tolist()
     assert len(index.find(np.array([1, 2], np.uint16))[0]) == 0
+
+
+def test_what_is_known_hides_no_window_with_the_same_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rolling, "mix", lambda tokens: np.zeros(len(tokens), np.uint64))
+    index = WindowIndex(np.array([1, 2, 3, 4], np.uint16), np.array([0, 2]), 2)
+    places, numbers = index.find(np.array([9, 3, 4], np.uint16), known=np.array([True, False]))
+    assert index.numbers[1] in numbers[places == 1]
 
 
 def test_longest_common_run() -> None:
