@@ -58,7 +58,9 @@ def _read_documents(store: Store) -> tuple[np.ndarray, list[DocumentRecord], dic
 
     longest = nsmallest(_LONGEST_SHOWN, documents(), key=lambda document: (-document.tokens, document.name))
     train = np.unique(np.array(contents.pop("train"), np.uint64))
-    also_in_train = {name: int(np.isin(np.array(hashes, np.uint64), train).sum()) for name, hashes in contents.items()}
+    also_in_train = {  # kind: by itself, numpy 2.0 may choose one that fails where numbers are beyond int64
+        name: int(np.isin(np.array(hashes, np.uint64), train, kind="sort").sum()) for name, hashes in contents.items()
+    }
     return np.array(lengths, np.int64), longest, also_in_train
 
 

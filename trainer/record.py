@@ -14,7 +14,7 @@ RUN/run.json: one object, written before the first step.
     evaluated                           what evaluations are of, by the name of the mixture's store, "" for data.store:
                                         {rows: which rows, and by which rounds, since: the first step of which that is
                                         known; evaluations before it were of others}
-    versions, git_commit                {package: version}; null outside of a git checkout
+    versions, git_commit                {package: version}, null where it is not installed; null outside of a checkout
 
 In TensorBoard it is the texts run/config, run/deepspeed and run/environment (all the rest), and a row of the table
 HPARAMS, whose columns are the two configurations and the newest values of all scalars.
@@ -26,7 +26,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +94,16 @@ def environment() -> dict[str, Any]:
     """Versions and git commit, for run.json."""
     # torch's with the CUDA that it was built for, which its package may leave out.
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions |= {package: version(package) for package in PACKAGES}
+    versions |= {package: _version(package) for package in PACKAGES}
     return {"versions": versions, "git_commit": _git_commit()}
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed, as Longhand is not where PYTHONPATH names a clone of it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git_commit() -> str | None:

@@ -1,5 +1,6 @@
 """What a run is, as TensorBoard shows it: texts, and a row of the table that compares runs."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,7 +110,14 @@ def test_configuration_and_environment_as_texts(tmp_path: Path) -> None:
 def test_environment() -> None:
     found = environment()
     assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["zarr"] == importlib.metadata.version("zarr")
     assert "git_commit" in found
+
+
+def test_a_clone_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.record.PACKAGES", ("no-such-package", "zarr"))
+    versions = environment()["versions"]
+    assert versions["no-such-package"] is None and versions["zarr"]
 
 
 def test_memory_grows_with_what_is_allocated_and_the_peak_stays() -> None:
