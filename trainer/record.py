@@ -93,7 +93,7 @@ def fenced(tree: Mapping[str, Any]) -> str:
 def environment() -> dict[str, Any]:
     """Versions and git commit, for run.json."""
     # torch's with the CUDA that it was built for, which its package may leave out.
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {package: _version(package) for package in PACKAGES}
     return {"versions": versions, "git_commit": _git_commit()}
 
