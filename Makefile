@@ -2,15 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CORPUS ?=
+CONSTRAINTS ?= constraints.txt
 
 .PHONY: install demo bench gpu-check test lint clean
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 demo: install
@@ -19,7 +20,7 @@ demo: install
 # The figures of docs/benchmarks.md: a training step of ours and of its peers by length, 5 minutes for each at each at
 # most; and what it takes in memory, by length and by depth, 10 minutes for each at each at most. Then the pipeline's.
 bench: install
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
 	$(BIN)/python launch/benchmark.py model --seq-len 1024 4096 16384 65536 262144 1048576 --budget-s 300 \
 		--json benchmarks/model-cpu.json
 	$(BIN)/python launch/benchmark_plot.py benchmarks/model-cpu.json --output docs/model-cpu.png
