@@ -8,6 +8,7 @@ which raises it, or returns where the problem is to be replaced.
 import codecs
 import itertools
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
 from data_pipeline.errors import BadDocument
@@ -19,6 +20,7 @@ BOUNDARY_REACH_BYTES = 1 << 16
 
 Settle = Callable[[BadDocument], None]
 
+_NOT_ASCII = bytes(range(0x80, 0x100))
 _CHARACTER_BEGUN = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
 
 
@@ -144,3 +146,26 @@ def unify_newlines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         held = whole[-1:] if whole.endswith(b"\r") else b""
         yield whole[: len(whole) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     yield held.replace(b"\r", b"\n")
+
+
+def compose_characters(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """UTF-8 in normalization form C (Unicode Standard Annex #15): a letter and its accents, or the parts of a Hangul
+    syllable, as one character where there is one. Bytes that are not UTF-8 stay.
+
+    Text is held from its last ASCII character on, which composes with what may follow, but with nothing before it.
+    """
+    held: list[bytes] = []
+    for chunk in chunks:
+        end = len(chunk.rstrip(_NOT_ASCII)) - 1
+        if end < 0:
+            held.append(chunk)
+            continue
+        yield _composed(b"".join([*held, chunk[:end]]))
+        held = [chunk[end:]]
+    yield _composed(b"".join(held))
+
+
+def _composed(text: bytes) -> bytes:
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFC", text.decode(errors="surrogateescape")).encode(errors="surrogateescape")

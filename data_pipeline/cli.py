@@ -327,7 +327,8 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=NORMALIZATIONS,
         default=[],
-        help="bom: drop a byte order mark; newlines: CRLF and CR become LF (default: every byte stays)",
+        help="bom: drop a byte order mark; newlines: CRLF and CR become LF; nfc: Unicode's normalization form C "
+        "(default: every byte stays)",
     )
     parser.add_argument(
         "--field", default=default.field, help="field of JSON lines, column of Parquet (default: %(default)s)"

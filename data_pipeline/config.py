@@ -19,7 +19,7 @@ from data_pipeline.errors import DataError
 
 PACKINGS = ("bestfit", "stream", "book")
 DUPLICATES = ("keep", "drop", "near")
-NORMALIZATIONS = ("bom", "newlines")
+NORMALIZATIONS = ("bom", "newlines", "nfc")
 MAX_SEQ_LEN = 2**26
 """Rows of 67 million tokens: a sanity bound, far above what any model here can train on."""
 _SHARD_TOKENS = 1 << 24
@@ -57,7 +57,8 @@ class TextSettings(BaseModel):
     encoding: str = "utf-8"
     """Codec of text files, by Python's name for it."""
     normalize: tuple[str, ...] = ()
-    """Of "bom" (a leading byte order mark is dropped) and "newlines" (CRLF and CR become LF)."""
+    """Of "bom" (a leading byte order mark is dropped), "newlines" (CRLF and CR become LF) and "nfc" (letters with
+    accents and Hangul syllables become one character each, as the Unicode data of this Python has it)."""
     field: str = "text"
     """Field of JSON lines, column of Parquet files, that holds the text; the one array of .npz files, unless "text"."""
     max_record_bytes: int = 64 << 20
@@ -69,7 +70,7 @@ def text_settings(encoding: str, normalize: tuple[str, ...], field: str, max_rec
     encoding = _text_encoding(encoding)
     for name in normalize:
         if name not in NORMALIZATIONS:
-            raise DataError(f"--normalize names {name!r}: expected {' or '.join(NORMALIZATIONS)}")
+            raise DataError(f"--normalize names {name!r}: expected {', '.join(NORMALIZATIONS)}")
     if not field:
         raise DataError("--field is empty: expected the name of the field or column that holds the text")
     if max_record_bytes < 1:

@@ -16,6 +16,7 @@ from data_pipeline.arrays import open_arrays
 from data_pipeline.blocks import (
     BLOCK_BYTES,
     Settle,
+    compose_characters,
     cut_blocks,
     decode_chunks,
     drop_byte_order_mark,
@@ -201,6 +202,8 @@ def _normal_blocks(
         chunks = drop_byte_order_mark(chunks)
     if "newlines" in reading.text.normalize:
         chunks = unify_newlines(chunks)
+    if "nfc" in reading.text.normalize:
+        chunks = compose_characters(chunks)
     # Without replacement the tokenizer, which decodes the block anyway, is left to find what is not UTF-8.
     repair = reading.kind != "bytes" and reading.replaces("encoding")
     settle = _settle(part, reading)

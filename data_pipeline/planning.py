@@ -188,8 +188,8 @@ def _notes_on_fallback(documents: Documents, plan: Plan) -> list[str]:
         return []
     return [
         f"{' and '.join(much)} are single bytes, of characters that the tokenizer has no piece for (byte fallback). "
-        "Likely causes: another Unicode normalisation than it was trained on (such as NFD), another language, a "
-        "vocabulary too small for its characters, or a wrong --encoding"
+        "Likely causes: another Unicode normalisation than it was trained on (see --normalize nfc), another language, "
+        "a vocabulary too small for its characters, or a wrong --encoding"
     ]
 
 

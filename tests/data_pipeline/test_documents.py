@@ -2,6 +2,7 @@
 
 import gzip
 import lzma
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from read_documents import blocks_of, expected_blocks, only, problems, read_one, reading, save, whole
 
-from data_pipeline.blocks import invalid_text
+from data_pipeline.blocks import compose_characters, invalid_text
 from data_pipeline.config import TextSettings
 from data_pipeline.documents import BLOCK_BYTES, plan_tasks, read_parts
 from data_pipeline.files import InputFile
@@ -245,6 +246,31 @@ def test_normalisation_does_not_depend_on_chunks(
     with patch("data_pipeline.files._CHUNK_BYTES", chunk_bytes), blocks_of(20):
         (part,) = read_parts(file, whole(file), reading(encoding=encoding, normalize=("bom", "newlines")))
         assert list(part.blocks) == expected_blocks(expected, 20, 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("Cafe\u0301".encode(), "Caf\u00e9".encode()),
+        (unicodedata.normalize("NFD", "\ub124 \uac00\uac01").encode(), "\ub124 \uac00\uac01".encode()),
+        ("q\u0307\u0323 \u212b".encode(), "q\u0323\u0307 \u00c5".encode()),  # marks in order; the sign for angstrom
+        (b"a\xff\xcc\x81e\xcc\x81\xed\xa0\x80", b"a\xff\xcc\x81\xc3\xa9\xed\xa0\x80"),  # not UTF-8: stays
+    ],
+)
+def test_composed_characters(tmp_path: Path, data: bytes, expected: bytes) -> None:
+    file = save(tmp_path / "a.txt", data)
+    for chunk_bytes in range(1, len(data) + 1):
+        with patch("data_pipeline.files._CHUNK_BYTES", chunk_bytes):
+            assert read_one(file, reading("bytes", normalize=("nfc",)))[0] == expected
+    assert read_one(file)[0] == data
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=60), chunk_bytes=st.integers(1, 9))
+def test_composition_does_not_depend_on_chunks(text: str, chunk_bytes: int) -> None:
+    data = unicodedata.normalize("NFD", text).encode()
+    chunks = [data[i : i + chunk_bytes] for i in range(0, len(data), chunk_bytes)]
+    assert b"".join(compose_characters(chunks)) == unicodedata.normalize("NFC", text).encode()
 
 
 @pytest.mark.parametrize("length", range(1, 12))

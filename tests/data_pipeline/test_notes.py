@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.build import build
-from data_pipeline.config import BuildSettings
+from data_pipeline.config import BuildSettings, TextSettings
 from data_pipeline.training import TrainingSettings, train_tokenizer
 
 
@@ -97,8 +97,8 @@ def test_items_that_were_left_out_do_not_count(tmp_path: Path) -> None:
 HANGUL = "태초에 하나님이 천지를 창조하시니라\n" * 50
 TOLD = (
     "are single bytes, of characters that the tokenizer has no piece for (byte fallback). Likely causes: another "
-    "Unicode normalisation than it was trained on (such as NFD), another language, a vocabulary too small for its "
-    "characters, or a wrong --encoding"
+    "Unicode normalisation than it was trained on (see --normalize nfc), another language, a vocabulary too small for "
+    "its characters, or a wrong --encoding"
 )
 
 
@@ -116,3 +116,5 @@ def test_text_that_the_tokenizer_has_no_pieces_for_is_told(tmp_path: Path) -> No
     assert told == TOLD and share.endswith("%") and 50 < int(share[:-1]) <= 100
     (note,) = notes(tmp_path, **{**text, "inputs": (str(tmp_path / "nfd"),)}, append=True)
     assert note.partition(" of the tokens of train ")[2] == TOLD
+    composed = {**text, "inputs": (str(tmp_path / "nfd"),), "text": TextSettings(normalize=("nfc",))}
+    assert notes(tmp_path, **composed, output=tmp_path / "composed") == ()
