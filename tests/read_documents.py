@@ -1,4 +1,4 @@
-"""Reading files into documents in tests, and the definition of blocks that they are held against."""
+"""Writing files and reading documents out of them, and the definition of blocks that they are held against."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,9 +19,14 @@ def only(path: object, arrays: bool = False) -> InputFile:
     return find_files([str(path)], {}, arrays)[0]
 
 
+def write(path: Path, content: bytes | str = "some text\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
 def save(path: Path, content: bytes) -> InputFile:
-    path.write_bytes(content)
-    return only(path)
+    return only(write(path, content))
 
 
 def reading(kind: str = "sentencepiece", policies: Mapping[str, str] | None = None, **text: object) -> Reading:

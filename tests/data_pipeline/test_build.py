@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from small_stores import files_of
 
 from data_pipeline import blocks, documents, files, inputs, scratch, stages
 from data_pipeline import build as build_module
@@ -23,10 +24,6 @@ from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.verify import verify
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in list_files(folder)}
-
-
 @pytest.mark.parametrize("packing", ["bestfit", "stream"])
 def test_any_number_of_workers_gives_the_same_bytes(
     make_store: Callable[..., Store], tmp_path: Path, packing: str
@@ -34,7 +31,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     stores = [
         make_store(workers=n, output=tmp_path / f"{n}.zarr", packing=packing, rows_per_shard=3) for n in (1, 2, 3)
     ]
-    first, *others = [content(store.path) for store in stores]
+    first, *others = [files_of(store.path) for store in stores]
     assert sum(name.startswith("tokens/c/") for name in first) > 10
     for other in others:
         assert other == first
@@ -50,7 +47,7 @@ def test_huge_documents_are_cut_the_same_way(
     one = make_store(output=tmp_path / "one.zarr")
     monkeypatch.setattr(stages, "TASK_BYTES", (1024, 1024))
     other = make_store(output=tmp_path / "other.zarr")
-    assert content(one.path) == content(other.path)
+    assert files_of(one.path) == files_of(other.path)
     assert one.manifest.block_bytes == 512
     assert verify(one.path) == []
 
@@ -59,7 +56,7 @@ def test_the_path_of_the_corpus_does_not_matter(make_store: Callable[..., Store]
     shutil.copytree(corpus, tmp_path / "elsewhere")
     one = make_store(output=tmp_path / "one.zarr")
     other = make_store(inputs=(str(tmp_path / "elsewhere"),), output=tmp_path / "other.zarr")
-    assert content(one.path) == content(other.path)
+    assert files_of(one.path) == files_of(other.path)
 
 
 @pytest.mark.parametrize("packing", ["bestfit", "stream"])
@@ -75,7 +72,7 @@ def test_every_byte_comes_back(
     store = make_store(packing=packing, tokenizer="bytes" if tokenizer == "bytes" else str(tokenizer_file))
     assert verify(store.path) == []
     assert decode_all(store, tmp_path / "decoded") == len(odd_documents)
-    assert content(tmp_path / "decoded") == odd_documents
+    assert files_of(tmp_path / "decoded") == odd_documents
     for name, expected in odd_documents.items():
         assert b"".join(decode_document(store, name)) == expected
     rows = b"".join(decode_row(store, row) for row in range(store.n_rows))
@@ -184,13 +181,13 @@ def test_token_bytes_measure_the_text(make_store: Callable[..., Store]) -> None:
 
 
 def test_building_again_is_no_work(make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    before = content(make_store().path)
+    before = files_of(make_store().path)
 
     def fail(*_: object) -> None:
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(stages, "tokenize", fail)
-    assert content(make_store(workers=2).path) == before
+    assert files_of(make_store(workers=2).path) == before
 
 
 @pytest.mark.parametrize(
@@ -205,11 +202,11 @@ def test_building_again_is_no_work(make_store: Callable[..., Store], monkeypatch
     ],
 )
 def test_other_settings_are_refused(make_store: Callable[..., Store], changes: dict, message: str) -> None:
-    before = content(make_store().path)
+    before = files_of(make_store().path)
     with pytest.raises(DataError, match=message) as error:
         make_store(**changes)
     assert "another --output, or delete this one" in str(error.value)
-    assert content(make_store().path) == before
+    assert files_of(make_store().path) == before
 
 
 def test_other_inputs_are_refused(make_store: Callable[..., Store], corpus: Path, tmp_path: Path) -> None:
@@ -305,9 +302,9 @@ def test_what_could_not_be_read_is_no_change_as_long_as_it_cannot(
     settings = {"inputs": (str(tmp_path / "in"),), "split": {}, "policies": {"unreadable": "skip"}}
     with monkeypatch.context() as patch:
         patch.setattr(files, "_open", fail)
-        before = content(make_store(**settings).path)
-        assert content(make_store(**settings).path) == before
-        assert content(make_store(**settings, append=True).path) == before
+        before = files_of(make_store(**settings).path)
+        assert files_of(make_store(**settings).path) == before
+        assert files_of(make_store(**settings, append=True).path) == before
     with pytest.raises(DataError, match=r"1 documents changed: b.txt"):
         make_store(**settings)
 
@@ -319,9 +316,9 @@ def test_a_link_may_lead_to_the_output(make_store: Callable[..., Store], tmp_pat
         (tmp_path / "elsewhere").mkdir()
     store = make_store(output=tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert content(tmp_path / "elsewhere") == content(store.path)
+    assert files_of(tmp_path / "elsewhere") == files_of(store.path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "link"]
-    assert content(make_store(output=tmp_path / "link").path) == content(store.path)
+    assert files_of(make_store(output=tmp_path / "link").path) == files_of(store.path)
 
 
 def test_the_tokenizer_is_stored_as_it_was_when_it_was_read(
@@ -379,10 +376,10 @@ def make_bad(make_store: Callable[..., Store], tmp_path: Path) -> Callable[..., 
 def test_other_policies_are_refused(
     make_bad: Callable[..., Store], before: str, now: str, message: str, append: bool
 ) -> None:
-    built = content(make_bad(policies={"encoding": before}).path)
+    built = files_of(make_bad(policies={"encoding": before}).path)
     with pytest.raises(DataError, match=message):
         make_bad(policies={"encoding": now}, append=append)
-    assert content(make_bad(policies={"encoding": before}, append=append).path) == built
+    assert files_of(make_bad(policies={"encoding": before}, append=append).path) == built
 
 
 def test_what_replace_leaves_nothing_of_is_not_taken_for_skipped(make_bad: Callable[..., Store]) -> None:
@@ -392,9 +389,9 @@ def test_what_replace_leaves_nothing_of_is_not_taken_for_skipped(make_bad: Calla
         ("encoding", "replaced"),
         ("empty", "dropped"),
     }
-    assert content(make_bad(**options).path) == content(built.path)
+    assert files_of(make_bad(**options).path) == files_of(built.path)
 
 
 def test_policies_for_which_there_was_no_cause_may_change(make_store: Callable[..., Store]) -> None:
-    before = content(make_store(policies={"encoding": "skip"}).path)
-    assert content(make_store(policies={"truncated": "replace"}).path) == before
+    before = files_of(make_store(policies={"encoding": "skip"}).path)
+    assert files_of(make_store(policies={"truncated": "replace"}).path) == before

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from read_documents import write
 
 from data_pipeline.cli import main
 from data_pipeline.store import Store, record_file, write_manifest
@@ -38,12 +39,6 @@ def fails(result: Result, *words: str) -> None:
     assert result.err.count("\n") == 1
     for word in words:
         assert word in result.err
-
-
-def write(path: Path, content: bytes = b"some text\n") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
 
 
 def test_the_whole_path(run: Run, corpus: Path, tmp_path: Path, odd_documents: dict[str, bytes]) -> None:

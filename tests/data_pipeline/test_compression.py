@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from read_documents import only, write
 
 from data_pipeline.compression import FEED_BYTES, expand
 from data_pipeline.errors import BadDocument, DataError
-from data_pipeline.files import InputFile, find_files, open_seekable, read_content
+from data_pipeline.files import open_seekable, read_content
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -25,21 +26,10 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 CONTENT = bytes(range(256)) * 200 + b"the end" * 5000
 
 
-def write(folder: Path, name: str, content: bytes) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def only(source: object) -> InputFile:
-    return find_files([str(source)], {}, False)[0]
-
-
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_members_are_read_to_the_last(tmp_path: Path, suffix: str) -> None:
     parts = [CONTENT[:5], b"", CONTENT[5:40_000], CONTENT[40_000:]]
-    path = write(tmp_path, f"a.txt{suffix}", b"".join(map(COMPRESS[suffix], parts)))
+    path = write(tmp_path / f"a.txt{suffix}", b"".join(map(COMPRESS[suffix], parts)))
     file = only(path)
     assert file.name == "a.txt"
     assert b"".join(read_content(file)) == CONTENT
@@ -54,7 +44,7 @@ def test_no_room_to_expand_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tempfile.TemporaryFile", Full)
-    file = only(write(tmp_path, "a.parquet.gz", gzip.compress(b"content")))
+    file = only(write(tmp_path / "a.parquet.gz", gzip.compress(b"content")))
     with pytest.raises(DataError, match=r"cannot expand .*a\.parquet\.gz in .*: No space left on device.*TMPDIR"):
         open_seekable(file).__enter__()
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
+from small_stores import files_of
 
 from data_pipeline import stages
 from data_pipeline.build import build
@@ -19,14 +20,10 @@ from data_pipeline.config import BuildSettings, TextSettings
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
 from data_pipeline.report import inspect, summary
-from data_pipeline.store import Store, list_files
+from data_pipeline.store import Store
 from data_pipeline.verify import verify
 
 TEXTS = [f"Document {n}: {'na ' * (7 * n)}and a tail.\n" for n in range(12)]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in list_files(folder)}
 
 
 def make(output: Path, *inputs: Path | str, **changes: object) -> Store:
@@ -54,7 +51,7 @@ def test_compressed_files_make_the_same_rows(folder: Path, tmp_path: Path, suffi
     (tmp_path / "small").mkdir()
     for path in folder.iterdir():
         (tmp_path / "small" / f"{path.name}.{suffix}").write_bytes(compress(path.read_bytes()))
-    plain, small = content(make(tmp_path / "a", folder).path), content(make(tmp_path / "b", tmp_path / "small").path)
+    plain, small = files_of(make(tmp_path / "a", folder).path), files_of(make(tmp_path / "b", tmp_path / "small").path)
     assert {name for name in plain if plain[name] != small[name]} == {"inputs.jsonl", "manifest.json"}
 
 
@@ -68,7 +65,7 @@ def test_json_lines_and_parquet(folder: Path, tmp_path: Path) -> None:
     splits = {document.name: document.split for document in store.documents}
     assert all(splits[f"a.jsonl/{n}"] == splits[f"b.parquet/{n}"] for n in range(12)), "copies keep together"
     assert decode_all(store, tmp_path / "decoded") == 24
-    assert content(tmp_path / "decoded") == expected
+    assert files_of(tmp_path / "decoded") == expected
     # every text is there twice, and kept: counted and listed
     assert store.manifest.problems == {"duplicate/kept": 12}
     assert {problem.document for problem in store.problems} == {f"b.parquet/{n}" for n in range(12)}
@@ -97,7 +94,7 @@ def test_urls(tmp_path: Path, folder: Path) -> None:
     for path in folder.iterdir():
         memory.pipe_file(f"/books/{path.name}", path.read_bytes())
     local, remote = make(tmp_path / "a", folder), make(tmp_path / "b", "memory://books")
-    assert content(local.path) == content(remote.path)
+    assert files_of(local.path) == files_of(remote.path)
     assert make(tmp_path / "b", "memory://books").n_rows == remote.n_rows  # already built: compared by content
     memory.pipe_file("/books/03.txt", TEXTS[3].upper().encode())
     with pytest.raises(DataError, match=r"1 documents changed: 03.txt"):
@@ -248,7 +245,7 @@ def test_without_bos_and_eos(folder: Path, tmp_path: Path) -> None:
 def test_append(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "store"
     before = make(output, folder, split={"val": 0.3}, duplicates="drop")
-    old_files = content(output)
+    old_files = files_of(output)
     old_rows = [before.read_row(row) for row in range(before.n_rows)]
     with pytest.raises(DataError, match="does not exist"):
         make(tmp_path / "nothing", folder, append=True)
@@ -264,9 +261,9 @@ def test_append(folder: Path, tmp_path: Path) -> None:
     assert all((output / name).read_bytes() == data for name, data in old_files.items() if name != "manifest.json")
     assert all(np.array_equal(after.read_row(row), tokens) for row, tokens in enumerate(old_rows))
     assert verify(output) == []
-    files = content(output)
+    files = files_of(output)
     again = make(output, folder, split={"val": 0.3}, duplicates="drop", append=True)
-    assert (content(output), again.n_rows) == (files, after.n_rows)
+    assert (files_of(output), again.n_rows) == (files, after.n_rows)
     (folder / "new.txt").write_text("another text\n")
     with pytest.raises(DataError, match=r"new.txt is not what the store was built from under the name 'new.txt'"):
         make(output, folder, split={"val": 0.3}, duplicates="drop", append=True)

@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.registry import known_implementations
+from read_documents import only, write
 from small_stores import write_store
 
 from data_pipeline.errors import BadDocument, DataError, InputChanged
@@ -19,19 +20,8 @@ from data_pipeline.inputs import new_files
 from data_pipeline.store import Store
 
 
-def write(folder: Path, name: str, content: bytes) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
 def names(*inputs: object, arrays: bool = False) -> list[str]:
     return [file.name for file in find_files([str(source) for source in inputs], {}, arrays)]
-
-
-def only(source: object) -> InputFile:
-    return find_files([str(source)], {}, False)[0]
 
 
 def test_names_are_paths_below_the_folder(corpus: Path, odd_documents: dict[str, bytes]) -> None:
@@ -43,7 +33,7 @@ def test_names_are_paths_below_the_folder(corpus: Path, odd_documents: dict[str,
 def test_every_kind_of_file_in_a_folder(tmp_path: Path) -> None:
     text = ["a.txt", "b.txt.gz", "c.jsonl", "d/e.jsonl.zst", "f.parquet", "g.txt.xz"]
     for name in [*text, "h.npy", "i.npz", "readme.md", "j.gz", ".k.txt", ".l/m.txt"]:
-        write(tmp_path, name, b"content")
+        write(tmp_path / name, b"content")
     assert names(tmp_path) == ["a.txt", "b.txt", "c.jsonl", "d/e.jsonl", "f.parquet", "g.txt"]
     assert names(tmp_path, arrays=True) == ["h.npy", "i.npz"]
     kinds = {file.name: (file.kind, file.compression) for file in find_files([str(tmp_path)], {}, False)}
@@ -55,12 +45,12 @@ def test_every_kind_of_file_in_a_folder(tmp_path: Path) -> None:
 
 def test_suffixes_count_in_upper_case_too(tmp_path: Path) -> None:
     for name in ("A.TXT", "B.Txt.GZ", "C.JSONL.zst", "D.PARQUET", "e.NPY", "F.NPZ", "G.PDF"):
-        write(tmp_path, name, b"content")
+        write(tmp_path / name, b"content")
     assert names(tmp_path) == ["A.TXT", "B.Txt", "C.JSONL", "D.PARQUET"]
     assert names(tmp_path, arrays=True) == ["F.NPZ", "e.NPY"]
     found = [(file.kind, file.compression) for file in find_files([str(tmp_path)], {}, False)]
     assert found == [("text", ""), ("text", ".gz"), ("jsonl", ".zst"), ("parquet", "")]
-    assert b"".join(read_content(only(write(tmp_path, "H.GZ", gzip.compress(b"text"))))) == b"text"
+    assert b"".join(read_content(only(write(tmp_path / "H.GZ", gzip.compress(b"text"))))) == b"text"
 
 
 def test_what_is_left_out_of_folders_is_noted(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
@@ -70,18 +60,18 @@ def test_what_is_left_out_of_folders_is_noted(tmp_path: Path, memory: fsspec.Abs
         return noted
 
     one, other = tmp_path / "one", tmp_path / "other"
-    write(one, "a.txt", b"text")
+    write(one / "a.txt", b"text")
     assert notes(one) == []
-    write(one, ".hidden", b"no input, and nobody takes it for one")
+    write(one / ".hidden", b"no input, and nobody takes it for one")
     assert notes(one) == []
     for name in ("b.pdf", "deep/c.PDF", "d.tar.gz", "README"):
-        write(one, name, b"x")
+        write(one / name, b"x")
     assert notes(one) == [f"left out 4 files of other kinds in {one}: 2 .pdf, 1 .tar.gz, 1 without suffix"]
     assert notes(one / "a.txt", f"{one}/*.pdf") == [], "files that were asked for one by one"
     for name in ("a.npy", "b.a", "c.b", "d.c"):
-        write(other, name, b"x")
+        write(other / name, b"x")
     assert notes(other, arrays=True) == [f"left out 3 files of other kinds in {other}: 1 .a, 1 .b, 1 .c"]
-    write(other, "e.txt", b"x")
+    write(other / "e.txt", b"x")
     assert notes(one, other) == [
         f"left out 8 files of other kinds in {one} and 1 more: 2 .pdf, 1 .a, 1 .b, 1 .c, 1 .npy, 2 more"
     ]
@@ -90,13 +80,13 @@ def test_what_is_left_out_of_folders_is_noted(tmp_path: Path, memory: fsspec.Abs
 
 
 def test_a_file_that_is_named_counts_whatever_its_suffix(tmp_path: Path) -> None:
-    path = write(tmp_path, "enwik8", b"text")
+    path = write(tmp_path / "enwik8", b"text")
     assert names(path) == ["enwik8"]
     assert only(path).kind == "text"
 
 
 def test_a_relative_path_may_be_read_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, "books/a.txt", b"a")
+    write(tmp_path / "books/a.txt", b"a")
     monkeypatch.chdir(tmp_path)
     files = [only(source) for source in ("books", "books/a.txt", "books/*.txt", "./books//*")]
     assert {file.name for file in files} == {"a.txt"}
@@ -106,7 +96,7 @@ def test_a_relative_path_may_be_read_from_any_folder(tmp_path: Path, monkeypatch
 
 def test_names_of_a_glob_are_below_what_is_fixed_in_it(tmp_path: Path) -> None:
     for name in ("books/en/a.txt", "books/ko/deep/b.txt", "books/ko/c.md"):
-        write(tmp_path, name, b"text")
+        write(tmp_path / name, b"text")
     assert names(tmp_path / "books" / "**" / "*.txt") == ["en/a.txt", "ko/deep/b.txt"]
     assert names(tmp_path / "books" / "k*" / "*") == ["ko/c.md"]
     with pytest.raises(DataError, match=r"no file matches .*\*\.csv"):
@@ -114,17 +104,17 @@ def test_names_of_a_glob_are_below_what_is_fixed_in_it(tmp_path: Path) -> None:
 
 
 def test_a_file_with_a_star_in_its_name_is_itself(tmp_path: Path) -> None:
-    write(tmp_path, "a[1].txt", b"text")
+    write(tmp_path / "a[1].txt", b"text")
     assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
 
 
 def test_a_list_names_its_files_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("one/text.txt", "two/text.txt", "three/x/y.txt", "four/a1.txt", "four/b.txt"):
-        write(tmp_path, name, b"text")
-    write(tmp_path, "list", b"one/text.txt\n\n./two/text.txt\r\nthree\nfour/a*.txt\n")
+        write(tmp_path / name, b"text")
+    write(tmp_path / "list", b"one/text.txt\n\n./two/text.txt\r\nthree\nfour/a*.txt\n")
     assert names("@list") == ["four/a1.txt", "one/text.txt", "three/x/y.txt", "two/text.txt"]
-    write(tmp_path, "list", "\ufeffone/text.txt\r\n".encode())  # as Windows writes it
+    write(tmp_path / "list", "\ufeffone/text.txt\r\n".encode())  # as Windows writes it
     assert names("@list") == ["one/text.txt"]
 
 
@@ -136,7 +126,7 @@ def test_lists_that_make_no_sense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, "list", content)
+    write(tmp_path / "list", content)
     with pytest.raises(DataError, match=message):
         names("@list")
     with pytest.raises(DataError, match="cannot read the list of inputs nowhere"):
@@ -144,25 +134,25 @@ def test_lists_that_make_no_sense(
 
 
 def test_a_store_in_the_folder_is_no_input(tmp_path: Path) -> None:
-    write(tmp_path, "a.txt", b"a")
+    write(tmp_path / "a.txt", b"a")
     for name in ("zarr.json", "manifest.json", "documents.jsonl", "parts/0001/documents.jsonl"):
-        write(tmp_path / "store", name, b"{}\n")
-    write(tmp_path, "b/manifest.json", b"")
-    write(tmp_path, "b/b.txt", b"b")
+        write(tmp_path / "store" / name, b"{}\n")
+    write(tmp_path / "b/manifest.json", b"")
+    write(tmp_path / "b/b.txt", b"b")
     assert names(tmp_path) == ["a.txt", "b/b.txt"]
 
 
 def test_documents_of_one_name_are_refused(tmp_path: Path) -> None:
-    one = write(tmp_path / "one", "corpus.jsonl.gz", b"")
-    write(tmp_path / "two", "corpus.jsonl/deep/0", b"x")
+    one = write(tmp_path / "one" / "corpus.jsonl.gz", b"")
+    write(tmp_path / "two" / "corpus.jsonl/deep/0", b"x")
     with pytest.raises(DataError, match=r"deep/0 is in a folder with the name of another input, 'corpus.jsonl'"):
         names(one, f"{tmp_path}/two/**")
     assert names(f"{tmp_path}/two/**") == ["corpus.jsonl/deep/0"]
 
 
 def test_a_link_to_a_folder_is_not_left_out_in_silence(tmp_path: Path) -> None:
-    write(tmp_path, "corpus/a.txt", b"a")
-    write(tmp_path, "elsewhere/b.txt", b"b")
+    write(tmp_path / "corpus/a.txt", b"a")
+    write(tmp_path / "elsewhere/b.txt", b"b")
     (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="corpus/link is a link to a folder: name that folder as an input of its own"):
         names(tmp_path / "corpus")
@@ -170,8 +160,8 @@ def test_a_link_to_a_folder_is_not_left_out_in_silence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", ["two/a.txt", "two/a.txt.gz"])
 def test_twice_the_same_name_is_an_error(tmp_path: Path, other: str) -> None:
-    write(tmp_path, "one/a.txt", b"a")
-    write(tmp_path, other, b"b")
+    write(tmp_path / "one/a.txt", b"a")
+    write(tmp_path / other, b"b")
     with pytest.raises(DataError, match=r"two files are named 'a.txt'"):
         names(tmp_path / "one", tmp_path / "two")
 
@@ -195,13 +185,13 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, os.fsdecode(b"\xff.txt"), b"text")
+    write(tmp_path / os.fsdecode(b"\xff.txt"), b"text")
     with pytest.raises(DataError, match=r"'\\udcff\.txt' is not valid UTF-8"):
         names(tmp_path)
 
 
 def test_text_and_arrays_are_not_mixed_up(tmp_path: Path) -> None:
-    text, array = write(tmp_path, "a.txt", b"text"), tmp_path / "b.npy"
+    text, array = write(tmp_path / "a.txt", b"text"), tmp_path / "b.npy"
     np.save(array, np.arange(3))
     with pytest.raises(DataError, match=r"b\.npy is an array: use --tokenizer integers"):
         names(text, array)
@@ -211,7 +201,7 @@ def test_text_and_arrays_are_not_mixed_up(tmp_path: Path) -> None:
 
 def test_held_out_inputs_are_marked_and_must_hold_something(tmp_path: Path) -> None:
     one, other, empty = (
-        str(write(tmp_path, name, content)) for name, content in (("b.txt", b"b"), ("a.txt", b"a"), ("c.txt", b""))
+        str(write(tmp_path / name, content)) for name, content in (("b.txt", b"b"), ("a.txt", b"a"), ("c.txt", b""))
     )
     assert [(file.name, file.split) for file in find_files([one], {"val": [other]}, False)] == [
         ("a.txt", "val"),
@@ -239,7 +229,7 @@ def test_urls_of_files_folders_and_globs(memory: fsspec.AbstractFileSystem) -> N
 def test_a_list_of_urls(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
     for name in ("/one/text.txt", "/two/text.txt"):
         memory.pipe(name, b"text")
-    listing = write(tmp_path, "list", b"memory://one/text.txt\nmemory://two/text.txt\n")
+    listing = write(tmp_path / "list", b"memory://one/text.txt\nmemory://two/text.txt\n")
     assert names(f"@{listing}") == ["one/text.txt", "two/text.txt"]
 
 
@@ -263,7 +253,7 @@ def test_a_url_whose_package_is_missing_says_which(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
-    path = write(tmp_path, "a.txt", b"before")
+    path = write(tmp_path / "a.txt", b"before")
     memory.pipe("/b.txt", b"before")
     files = [only(path), only("memory://b.txt")]
     path.write_bytes(b"after it")
@@ -284,7 +274,7 @@ def test_a_worker_process_can_say_that_an_input_changed() -> None:
 
 
 def test_a_file_of_the_same_size_but_another_time_is_noticed(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.txt", b"before")
+    path = write(tmp_path / "a.txt", b"before")
     file = only(path)
     assert file.mtime_ns is not None
     path.write_bytes(b"after!")
@@ -295,7 +285,7 @@ def test_a_file_of_the_same_size_but_another_time_is_noticed(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("after", [b"", b"x" * 40_000])
 def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path: Path, after: bytes) -> None:
-    path = write(tmp_path, "a.txt", b"x" * 30_000)
+    path = write(tmp_path / "a.txt", b"x" * 30_000)
     chunks = read_content(only(path))
     with patch("data_pipeline.files._CHUNK_BYTES", 10_000):
         assert len(next(chunks)) == 10_000
@@ -305,7 +295,7 @@ def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path: Path, afte
 
 
 def test_a_file_that_cannot_be_read_is_a_bad_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = only(write(tmp_path, "a.txt", b"text"))
+    file = only(write(tmp_path / "a.txt", b"text"))
 
     class Broken(io.BytesIO):
         def read(self, n_bytes: int | None = None) -> bytes:
@@ -320,8 +310,8 @@ def test_a_file_that_cannot_be_read_is_a_bad_document(tmp_path: Path, monkeypatc
 
 
 def test_hashes_are_of_the_bytes_as_stored(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.txt.gz", gzip.compress(b"text", mtime=0))
-    other = write(tmp_path, "b.txt", path.read_bytes())
+    path = write(tmp_path / "a.txt.gz", gzip.compress(b"text", mtime=0))
+    other = write(tmp_path / "b.txt", path.read_bytes())
     assert hash_file(only(path)) == hash_file(only(other))
 
 
@@ -349,9 +339,9 @@ def test_names_that_a_store_has_already_are_no_reason_to_add_nothing_more(tmp_pa
 
 
 def test_what_is_named_itself_is_not_left_out(tmp_path: Path) -> None:
-    write(tmp_path, "in/a.txt", b"a")
-    pdf = write(tmp_path, "in/sub/b.PDF", b"b")
-    write(tmp_path, "in/c.pdf", b"c")
+    write(tmp_path / "in/a.txt", b"a")
+    pdf = write(tmp_path / "in/sub/b.PDF", b"b")
+    write(tmp_path / "in/c.pdf", b"c")
     notes: list[str] = []
     find_files([str(tmp_path / "in"), str(pdf)], {}, arrays=False, notes=notes)
     assert notes == [f"left out 1 file of other kinds in {tmp_path / 'in'}: 1 .pdf"]

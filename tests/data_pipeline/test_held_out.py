@@ -4,6 +4,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from read_documents import write
+from small_stores import files_of
 
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings
@@ -11,15 +13,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, check_held_out, find_files
 from data_pipeline.inputs import snapshot
 from data_pipeline.report import inspect, summary
-from data_pipeline.store import Store, list_files
+from data_pipeline.store import Store
 from data_pipeline.verify import verify
-
-
-def write(path: Path, content: str = "text") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
-    return path
-
 
 # The same file
 
@@ -186,8 +181,7 @@ def test_near_copies_where_no_two_documents_are_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("duplicates", ["drop", "near"])
 def test_which_copy_goes_does_not_depend_on_who_builds(folder: Path, duplicates: str) -> None:
-    stores = [make(folder, f"{n}", duplicates=duplicates, workers=n).path for n in (1, 2)]
-    one, other = [{name: (store / name).read_bytes() for name in list_files(store)} for store in stores]
+    one, other = (files_of(make(folder, f"{n}", duplicates=duplicates, workers=n).path) for n in (1, 2))
     assert one == other
 
 

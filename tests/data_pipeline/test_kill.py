@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small_stores import files_of
 
 from data_pipeline.errors import DataError
 from data_pipeline.staging import partial_path, staged
-from data_pipeline.store import Store, list_files
+from data_pipeline.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,7 @@ def test_sigkill_at_any_moment(moment: str, corpus: Path, undisturbed: Path, tmp
     assert kept or moment.startswith("start/"), "the rerun began with nothing"
     assert all(done[path] == time_ns for path, time_ns in kept.items()), "what was done is done again"
     assert not work.exists()
-    assert list_files(output) == list_files(undisturbed)
-    for name in list_files(undisturbed):
-        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert files_of(output) == files_of(undisturbed)
 
 
 def test_two_writers_of_one_output(tmp_path: Path) -> None:

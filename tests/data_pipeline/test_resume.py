@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from small_stores import files_of
 
 from data_pipeline import build as build_module
 from data_pipeline import jobs, scratch, stages
@@ -19,7 +20,7 @@ from data_pipeline.config import BuildSettings
 from data_pipeline.errors import DataError
 from data_pipeline.jobs import membership
 from data_pipeline.staging import partial_path
-from data_pipeline.store import Store, list_files
+from data_pipeline.store import Store
 from data_pipeline.tokenizer import ByteTokenizer
 from data_pipeline.verify import verify
 
@@ -76,10 +77,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
     return at
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in list_files(folder)}
-
-
 STAGES = [("tokenize_task", 2), ("plan", 0), ("write_shard", 3), ("finish", 0)]
 
 
@@ -87,12 +84,12 @@ STAGES = [("tokenize_task", 2), ("plan", 0), ("write_shard", 3), ("finish", 0)]
 def test_it_goes_on_and_ends_the_same(
     make: Callable[..., Store], interrupt: Callable[[str, int], None], tmp_path: Path, stage: str, number: int
 ) -> None:
-    undisturbed = content(make(output=tmp_path / "undisturbed").path)
+    undisturbed = files_of(make(output=tmp_path / "undisturbed").path)
     interrupt(stage, number)
     with pytest.raises(Interrupted):
         make()
     assert not (tmp_path / "store").exists()
-    assert content(make().path) == undisturbed
+    assert files_of(make().path) == undisturbed
     assert not partial_path(tmp_path / "store").exists()
 
 
@@ -140,7 +137,7 @@ def test_other_inputs_are_refused(
 def test_an_input_that_changes_meanwhile(
     make: Callable[..., Store], books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = content(make(output=tmp_path / "undisturbed").path)
+    undisturbed = files_of(make(output=tmp_path / "undisturbed").path)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in books.iterdir()}
     real = stages.tokenize
     n_done = 0
@@ -171,7 +168,7 @@ def test_an_input_that_changes_meanwhile(
         for path, (data, mtime_ns) in before.items():
             path.write_bytes(data)
             os.utime(path, ns=(mtime_ns, mtime_ns))
-    assert content(make().path) == undisturbed
+    assert files_of(make().path) == undisturbed
 
 
 def test_the_plan_may_change_until_it_is_made(
@@ -190,7 +187,7 @@ def test_the_plan_may_change_until_it_is_made(
     with monkeypatch.context() as patch:
         patch.setattr(stages, "tokenize", fail)
         changed = make(**changes)
-    assert content(changed.path) == content(make(output=tmp_path / "other", **changes).path)
+    assert files_of(changed.path) == files_of(make(output=tmp_path / "other", **changes).path)
 
 
 def test_a_policy_may_change_and_only_what_it_applies_to_is_done_again(
@@ -204,9 +201,9 @@ def test_a_policy_may_change_and_only_what_it_applies_to_is_done_again(
     with pytest.raises(DataError, match=r"1.txt is not valid"):
         make(policies={"empty": "skip"})
     done.clear()
-    replaced = content(make(policies={"encoding": "replace"}).path)
+    replaced = files_of(make(policies={"encoding": "replace"}).path)
     assert 0 not in done, "the tokens of 0.txt were good"
-    assert replaced == content(make(output=tmp_path / "other").path)
+    assert replaced == files_of(make(output=tmp_path / "other").path)
 
 
 def test_policies_of_a_build_that_was_planned(
@@ -217,7 +214,7 @@ def test_policies_of_a_build_that_was_planned(
         make(policies={"encoding": "replace"})
     skipped = make(policies={"encoding": "skip"})
     assert [document.name for document in skipped.documents] == ["0.txt", "2.txt"]
-    assert content(skipped.path) == content(make(output=tmp_path / "other", policies={"encoding": "skip"}).path)
+    assert files_of(skipped.path) == files_of(make(output=tmp_path / "other", policies={"encoding": "skip"}).path)
 
 
 def test_a_second_builder_is_refused(make: Callable[..., Store], tmp_path: Path) -> None:
@@ -231,11 +228,11 @@ def test_a_second_builder_is_refused(make: Callable[..., Store], tmp_path: Path)
 
 
 def test_leftovers_of_a_build_that_was_killed_after_its_last_step(make: Callable[..., Store], tmp_path: Path) -> None:
-    built = content(make().path)
+    built = files_of(make().path)
     work = partial_path(tmp_path / "store")
     (work / "tokens").mkdir(parents=True)
     (work / "tokens" / "00000000.npz").touch()
-    assert content(make().path) == built
+    assert files_of(make().path) == built
     assert not work.exists()
 
 
@@ -269,8 +266,8 @@ def test_a_store_that_was_begun_but_not_planned_may_get_other_rows(
         patch.setattr(stages, "write_json", stop)
         with pytest.raises(Interrupted):
             make()
-    changed = content(make(seq_len=1 << 14).path)
-    assert changed == content(make(output=tmp_path / "other", seq_len=1 << 14).path)
+    changed = files_of(make(seq_len=1 << 14).path)
+    assert changed == files_of(make(output=tmp_path / "other", seq_len=1 << 14).path)
 
 
 @pytest.fixture
@@ -331,7 +328,7 @@ def test_a_store_that_was_removed_is_built_again(
             make()
         shutil.rmtree(tmp_path / "store")
         (books / "2.txt").write_text(text)
-        assert content(make().path) == content(make(output=tmp_path / text).path)
+        assert files_of(make().path) == files_of(make(output=tmp_path / text).path)
         shutil.rmtree(tmp_path / "store")
 
 
@@ -390,8 +387,8 @@ def test_a_finished_store_leaves_the_work_of_an_unfinished_append_alone(
     interrupt("write_shard", 0)
     with pytest.raises(Interrupted):
         make(append=True)
-    kept = set(content(partial_path(tmp_path / "store") / "tokens"))
+    kept = set(files_of(partial_path(tmp_path / "store") / "tokens"))
     make(inputs=(str(old),))
-    assert set(content(partial_path(tmp_path / "store") / "tokens")) == kept
+    assert set(files_of(partial_path(tmp_path / "store") / "tokens")) == kept
     make(append=True)
     assert not partial_path(tmp_path / "store").exists()

@@ -7,6 +7,7 @@ from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
+from small_stores import files_of
 
 from data_pipeline import build as build_module
 from data_pipeline import layout, stages
@@ -21,10 +22,6 @@ TEAM = Team("one", 0, 2, "MPI")
 
 class Killed(Exception):
     """In place of a SIGKILL."""
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in list_files(folder)}
 
 
 @pytest.fixture
@@ -77,9 +74,9 @@ def killed_before_listing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable
 def test_a_writer_wakes_when_the_store_is_published(
     make_store: Callable[..., Store], stall: Callable[..., None], work: Path, tmp_path: Path
 ) -> None:
-    undisturbed = content(make_store(output=tmp_path / "undisturbed").path)
+    undisturbed = files_of(make_store(output=tmp_path / "undisturbed").path)
     stall(make_store)
-    assert content(make_store().path) == undisturbed
+    assert files_of(make_store().path) == undisturbed
     assert not work.exists()
 
 
@@ -87,7 +84,7 @@ def test_a_writer_wakes_while_the_store_is_being_published(
     make_store: Callable[..., Store], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has begun by then is nowhere where others look for what they publish."""
-    undisturbed = content(make_store(output=tmp_path / "undisturbed").path)
+    undisturbed = files_of(make_store(output=tmp_path / "undisturbed").path)
     rows = Store.open(tmp_path / "undisturbed").read_row(0)[None]
     begun, published, errors = Event(), Event(), []
     fsync, writers = os.fsync, []
@@ -117,7 +114,7 @@ def test_a_writer_wakes_while_the_store_is_being_published(
     published.set()
     writers[0].join()
     assert len(errors) == 1, "which stages.write_shard takes for the work of others"
-    assert content(found.path) == undisturbed
+    assert files_of(found.path) == undisturbed
 
 
 def test_a_writer_wakes_when_a_part_is_published_but_not_listed(
@@ -129,10 +126,10 @@ def test_a_writer_wakes_when_a_part_is_published_but_not_listed(
     tmp_path: Path,
 ) -> None:
     make_store(output=tmp_path / "undisturbed")
-    undisturbed = content(make_store(output=tmp_path / "undisturbed", inputs=later, append=True).path)
+    undisturbed = files_of(make_store(output=tmp_path / "undisturbed", inputs=later, append=True).path)
     make_store()
     stall(lambda: killed_before_listing(lambda: make_store(inputs=later, append=True)))
-    assert content(make_store(inputs=later, append=True).path) == undisturbed
+    assert files_of(make_store(inputs=later, append=True).path) == undisturbed
     assert not work.exists()
 
 
@@ -141,10 +138,10 @@ def test_what_a_planner_begins_when_it_wakes_is_not_taken_for_a_part(
 ) -> None:
     before = make_store()
     killed_before_listing(lambda: make_store(inputs=later, append=True))
-    part = content(before.path / "parts" / "0001")
+    part = files_of(before.path / "parts" / "0001")
     layout.create_tokens(work / "content", before.manifest, 1)
     after = make_store(inputs=later, append=True)
-    assert content(before.path / "parts" / "0001") == part
+    assert files_of(before.path / "parts" / "0001") == part
     assert after.documents[-1].name == "later.txt"
     assert not work.exists()
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from small_stores import store_settings, write_store
+from small_stores import files_of, store_settings, write_store
 
 from data_pipeline import layout, store
 from data_pipeline.errors import DataError
@@ -112,9 +112,9 @@ def test_everything_may_be_written_twice(tmp_path: Path) -> None:
     path = tmp_path / "s"
     contents = {"a": b"some text", "b": bytes(range(256))}
     write_store(path, contents)
-    once = {name: (path / name).read_bytes() for name in store.list_files(path)}
+    once = files_of(path)
     write_store(path, contents)
-    assert {name: (path / name).read_bytes() for name in store.list_files(path)} == once
+    assert files_of(path) == once
     assert verify(path) == []
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster, wait_until
+from small_stores import files_of
 
 from data_pipeline.cli import make_parser
-from data_pipeline.store import list_files
 from data_pipeline.verify import verify
 
 ROOT = Path(__file__).parents[2]
@@ -61,11 +61,8 @@ def build(corpus: Path, tokenizer: Path, output: Path) -> list[str]:
 
 
 def differences(expected: Path, found: Path) -> list[str]:
-    names = {*list_files(expected), *list_files(found)}
-    stores = (expected, found)
-    return [
-        name for name in sorted(names) if len({(s / name).is_file() and (s / name).read_bytes() for s in stores}) > 1
-    ]
+    one, other = files_of(expected), files_of(found)
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 @pytest.fixture
