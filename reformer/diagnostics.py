@@ -244,15 +244,33 @@ def reconstruction_error(model: Reformer, tokens: Tensor, *, segment_ids: Tensor
     call = Call(model.config.seed, 0, sample_ids, segment_ids_BT=segment_ids)
     x = model.embedding(tokens)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    y1, y2, buckets = x, x, []
-    blocks = cast("list[ReversibleBlock]", list(model.blocks))
-    for block in blocks:
-        y1, y2, used = block(y1, y2, call)
-        buckets.append(used)
-    for block, used in zip(reversed(blocks), reversed(buckets), strict=True):
-        y1, y2 = invert(block, y1, y2, call, used)
-    largest = torch.maximum((y1 - x).abs().max(), (y2 - x).abs().max())
-    return (largest / x.square().mean().sqrt()).item()
+    return inverse_error(model, x, *by_blocks(model, x, call), call)
+
+
+def by_blocks(
+    model: Reformer, x_BTM: Tensor, call: Call, buckets: Sequence[Tensor | None] | None = None
+) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
+    """The streams after all blocks, by plain autograd, and the buckets that were used: the given ones, if any are."""
+    y1, y2, used = x_BTM, x_BTM, []
+    for block, given in zip(_blocks(model), buckets or [None] * len(model.blocks), strict=True):
+        y1, y2, of_block = block(y1, y2, call, given)
+        used.append(of_block)
+    return (y1, y2), used
+
+
+@torch.no_grad()
+def inverse_error(
+    model: Reformer, x_BTM: Tensor, y: tuple[Tensor, Tensor], buckets: Sequence[Tensor | None], call: Call
+) -> float:
+    """What `reconstruction_error` gives, from what `by_blocks` makes of the inputs."""
+    for block, used in zip(reversed(_blocks(model)), reversed(buckets), strict=True):
+        y = invert(block, *y, call, used)
+    largest = torch.maximum(*((stream - x_BTM).abs().max() for stream in y))
+    return (largest / x_BTM.square().mean().sqrt()).item()
+
+
+def _blocks(model: Reformer) -> list[ReversibleBlock]:
+    return cast("list[ReversibleBlock]", list(model.blocks))
 
 
 def invert(block: ReversibleBlock, y1: Tensor, y2: Tensor, call: Call, buckets: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ Axes: B batch, T tokens, M model.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +23,11 @@ from torch import Tensor
 from reformer.call import Call
 from reformer.config import ReformerConfig
 from reformer.dense import dense_attention
-from reformer.diagnostics import invert
+from reformer.diagnostics import by_blocks, inverse_error
 from reformer.local import local_attention, local_attention_reference
 from reformer.lsh.dispatch import Backend, lsh_attention
 from reformer.model import Reformer
-from reformer.reversible import ReversibleBlock, reversible_stack
+from reformer.reversible import reversible_stack
 
 BATCH, HEADS, TOKENS, D_HEAD, CHUNK = 2, 2, 203, 64, 32
 
@@ -72,8 +72,8 @@ class Errors:
     gradients: Mapping[str, float]
 
 
-def errors_of(mode: Mode, dtype: torch.dtype, device: str = "cpu", backend: Backend = "auto") -> Errors:
-    """One mode with inputs of `dtype` on `device` against the oracle in float64."""
+def errors_of(mode: Mode, dtype: torch.dtype) -> Errors:
+    """One mode with inputs of `dtype` against the oracle in float64."""
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH, HEADS, TOKENS, D_HEAD)
     scales = {"q": mode.scale, "k": mode.scale, "v": 1.0, "d_out": 1.0}
@@ -85,9 +85,10 @@ def errors_of(mode: Mode, dtype: torch.dtype, device: str = "cpu", backend: Back
         options["dropout_keys"] = torch.arange(BATCH * HEADS).view(BATCH, HEADS)
     n_hashes = options.setdefault("n_hashes", 2) if mode.kind == "lsh" else 1
     buckets = torch.randint(0, 8, (BATCH, HEADS, n_hashes, TOKENS), generator=generator)
-    fast = _differentiated(mode.kind, _moved(inputs, device), buckets, _moved(options, device), backend)
-    exact = _differentiated(mode.kind, _moved(inputs, dtype=torch.float64), buckets, options, "reference")
-    relative = {name: _relative_error(fast[name].cpu(), exact[name]) for name in exact}
+    fast = _differentiated(mode.kind, inputs, buckets, options, "auto")
+    exact_inputs = {name: x.detach().double() for name, x in inputs.items()}
+    exact = _differentiated(mode.kind, exact_inputs, buckets, options, "reference")
+    relative = {name: _relative_error(fast[name], exact[name]) for name in exact}
     q = inputs["q"].double()
     key_norm = inputs["k"].double().norm(dim=-1).max() * D_HEAD**-0.5 if mode.kind == "local" else 1.0
     return Errors((q.norm(dim=-1).max() * key_norm).item(), relative.pop("out"), relative)
@@ -106,12 +107,12 @@ def make_masks(names: tuple[str, ...]) -> dict[str, Tensor]:
     return masks
 
 
-def table(dtypes: tuple[torch.dtype, ...], device: str = "cpu", backend: Backend = "auto") -> str:
+def table(dtypes: tuple[torch.dtype, ...]) -> str:
     """A line per mode and dtype, ready to print."""
     lines = [f"{'mode':22}{'dtype':>10}{'|score|':>9}{'out':>10}{'gradients':>11}"]
     for name, mode in MODES.items():
         for dtype in dtypes:
-            errors = errors_of(mode, dtype, device, backend)
+            errors = errors_of(mode, dtype)
             columns = f"{errors.largest_score:9.1f}{errors.out:10.1e}{max(errors.gradients.values()):11.1e}"
             lines.append(f"{name:22}{str(dtype).removeprefix('torch.'):>10}{columns}")
     return "\n".join(lines)
@@ -123,7 +124,6 @@ def _differentiated(
     """Output and gradients by name; backend "reference" is the oracle of any kind."""
     leaves = {name: x.requires_grad_() for name, x in inputs.items() if name != "d_out"}
     q, v = leaves["q"], leaves["v"]
-    buckets = buckets.to(q.device)
     if kind == "lsh":
         out, _ = lsh_attention(q, v, buckets, chunk_len=CHUNK, backend=backend, **options)
     elif kind == "local" and backend == "reference":
@@ -136,13 +136,6 @@ def _differentiated(
         out = dense_attention(q, v, **options)
     gradients = torch.autograd.grad(out, list(leaves.values()), inputs["d_out"])
     return {"out": out.detach(), **{f"d_{name}": x for name, x in zip(leaves, gradients, strict=True)}}
-
-
-def _moved(values: Mapping[str, Any], device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Any]:
-    return {
-        name: x.detach().to(device, dtype or x.dtype, copy=True) if isinstance(x, Tensor) else x
-        for name, x in values.items()
-    }
 
 
 def _relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -207,50 +200,25 @@ def stack_errors(numerics: Numerics, n_layers: int, config: ReformerConfig = STA
         d_y = [torch.randn(embedded.shape) * config.max_seq_len**-0.5 for _ in range(2)]
     x = embedded.detach().to(numerics.streams).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=numerics.autocast):
-        y, buckets = _by_blocks(model, x, call)
-        error = _inverse_error(model, x, y, buckets, call)
+        y, buckets = by_blocks(model, x, call)
+        error = inverse_error(model, x, y, buckets, call)
         plain = _gradient_vector(model, x, y, d_y)
         reversible = _gradient_vector(model, x, reversible_stack(model.blocks, x, x, call), d_y)
     model, x = model.double(), x.detach().double().requires_grad_()
-    exact = _gradient_vector(model, x, _by_blocks(model, x, call, buckets)[0], d_y)
+    exact = _gradient_vector(model, x, by_blocks(model, x, call, buckets)[0], d_y)
     return StackErrors(
         error, ((reversible - plain).norm() / plain.norm()).item(), ((plain - exact).norm() / exact.norm()).item()
     )
 
 
-def stack_table(depths: Sequence[int] = DEPTHS, config: ReformerConfig = STACK) -> str:
+def stack_table() -> str:
     """A line per dtypes and depth, ready to print."""
     lines = [f"{'reversible stack':26}{'layers':>8}{'inputs':>10}{'gradients':>11}{'rounding':>10}"]
     for name, numerics in NUMERICS.items():
-        for n_layers in depths:
-            errors = stack_errors(numerics, n_layers, config)
+        for n_layers in DEPTHS:
+            errors = stack_errors(numerics, n_layers)
             lines.append(f"{name:26}{n_layers:8}{errors.inputs:10.1e}{errors.gradients:11.1e}{errors.rounding:10.1e}")
     return "\n".join(lines)
-
-
-def _blocks(model: Reformer) -> list[ReversibleBlock]:
-    return cast("list[ReversibleBlock]", list(model.blocks))
-
-
-def _by_blocks(
-    model: Reformer, x_BTM: Tensor, call: Call, buckets: Sequence[Tensor | None] | None = None
-) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
-    """The streams after all blocks, by plain autograd, and the buckets that were used: the given ones, if any are."""
-    y1, y2, used = x_BTM, x_BTM, []
-    for block, given in zip(_blocks(model), buckets or [None] * len(model.blocks), strict=True):
-        y1, y2, of_block = block(y1, y2, call, given)
-        used.append(of_block)
-    return (y1, y2), used
-
-
-@torch.no_grad()
-def _inverse_error(
-    model: Reformer, x_BTM: Tensor, y: tuple[Tensor, Tensor], buckets: Sequence[Tensor | None], call: Call
-) -> float:
-    for block, used in zip(reversed(_blocks(model)), reversed(buckets), strict=True):
-        y = invert(block, *y, call, used)
-    largest = max((stream - x_BTM).abs().max().item() for stream in y)
-    return largest / x_BTM.square().mean().sqrt().item()
 
 
 def _gradient_vector(model: Reformer, x_BTM: Tensor, y: tuple[Tensor, Tensor], d_y: Sequence[Tensor]) -> Tensor:
