@@ -87,16 +87,13 @@ class RowDataset(Dataset[Sample]):
         """What the order of training follows from: see `Samples`."""
         return {"store": self.store.manifest.fingerprint, "split": self.split, "seed": self.seed}
 
-    def at(self, position: int) -> Sample:
-        """The sample at a position >= 0 of training: each epoch goes through all rows once, in an order of its own."""
-        return self.slice_of(position, 0, 1)
-
     def slice_of(self, position: int, part: int, n_parts: int) -> Sample:
-        """Part number `part` of `n_parts` equal parts of `at(position)`, each T = seq_len / n_parts tokens.
+        """Part number `part` of `n_parts` equal parts of the sample at a position >= 0 of training.
 
-        Segments are numbered as in the whole row. Only the chunks of the row that hold the part and the token after
-        it are decoded: of a row that is one chunk (up to 65,536 tokens) that is all of it. Raises DataError where
-        n_parts does not divide seq_len.
+        Each epoch goes through all rows once, in an order of its own. A part is T = seq_len / n_parts tokens; segments
+        are numbered as in the whole row. Only the chunks of the row that hold the part and the token after it are
+        decoded: of a row that is one chunk (up to 65,536 tokens) that is all of it. Raises DataError where n_parts
+        does not divide seq_len.
         """
         return self._read(self._row_at(position), part, n_parts)
 

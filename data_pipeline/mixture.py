@@ -58,10 +58,6 @@ class Mixture:
             identity[f"{name}.per_thousand"] = self.counts[name]
         return identity
 
-    def at(self, position: int) -> "Sample":
-        """The sample at a position >= 0."""
-        return self.slice_of(position, 0, 1)
-
     def slice_of(self, position: int, part: int, n_parts: int) -> "Sample":
         """A part of the sample at a position >= 0: see `RowDataset.slice_of`."""
         source, own_position = self.place(position)

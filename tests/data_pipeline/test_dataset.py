@@ -69,16 +69,16 @@ def test_rows_follow_their_documents(make_store: Callable[..., Store], packing: 
                 assert store.documents[document].split == split
 
 
-def test_at_goes_through_epochs(make_store: Callable[..., Store]) -> None:
+def test_positions_go_through_epochs(make_store: Callable[..., Store]) -> None:
     dataset = RowDataset(make_store(), seed=5)
     n = len(dataset)
     stored = sorted(dataset[i].tokens.tolist() for i in range(n))
-    first, second = ([dataset.at(epoch * n + i).tokens.tolist() for i in range(n)] for epoch in (0, 1))
+    first, second = ([dataset.slice_of(epoch * n + i, 0, 1).tokens.tolist() for i in range(n)] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == stored
     assert first != second
-    assert [RowDataset(dataset.store, seed=6).at(i).tokens.tolist() for i in range(n)] != first
+    assert [RowDataset(dataset.store, seed=6).slice_of(i, 0, 1).tokens.tolist() for i in range(n)] != first
     with pytest.raises(IndexError):
-        dataset.at(-1)
+        dataset.slice_of(-1, 0, 1)
 
 
 @pytest.mark.parametrize("index", [-1, 10_000])
@@ -119,7 +119,7 @@ def test_parts_end_to_end_are_the_row(make_store: Callable[..., Store], packing:
     for position, n_parts in cases:
         parts = [dataset.slice_of(position, part, n_parts) for part in range(n_parts)]
         assert {len(tensor) for part in parts for tensor in part} == {256 // n_parts}
-        for whole, pieces in zip(dataset.at(position), zip(*parts, strict=True), strict=True):
+        for whole, pieces in zip(dataset.slice_of(position, 0, 1), zip(*parts, strict=True), strict=True):
             assert torch.equal(torch.cat(pieces), whole)
 
 
@@ -160,7 +160,7 @@ def test_a_split_without_rows(make_store: Callable[..., Store], monkeypatch: pyt
     dataset = RowDataset(store)
     assert len(dataset) == 0
     with pytest.raises(DataError, match=r"the split 'train' of .* has no rows"):
-        dataset.at(0)
+        dataset.slice_of(0, 0, 1)
 
 
 def test_identity_is_what_the_order_follows_from(make_store: Callable[..., Store]) -> None:

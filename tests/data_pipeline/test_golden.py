@@ -43,7 +43,7 @@ def facts(store: Store) -> dict[str, Any]:
             for tensor in sample:
                 rows.update(tensor.numpy().astype("<i8").tobytes())
     for position in range(50):
-        drawn.update(mixture.at(position).tokens.numpy().astype("<i8").tobytes())
+        drawn.update(mixture.slice_of(position, 0, 1).tokens.numpy().astype("<i8").tobytes())
     order = [train._row_at(position) for position in (*range(8), 10**6, 10**12)]
     counts = {name: len(RowDataset(store, name)) for name in store.manifest.splits}
     return {"rows": counts, "content": rows.hexdigest(), "order": order, "mixture": drawn.hexdigest()}

@@ -246,7 +246,7 @@ def test_rows_of_a_store_go_through_epochs(make_store: Callable[..., Store]) -> 
     size = 2 * len(dataset) + 1
     with Loader(dataset, size, micro_batch_size=2) as loader:
         read = [sample for _ in range(2) for _, samples in next(loader) for sample in samples]
-    expected = [dataset.at(position) for position in range(2 * size)]
+    expected = [dataset.slice_of(position, 0, 1) for position in range(2 * size)]
     assert len(read) == 2 * size
     assert all(torch.equal(a, b) for pair in zip(read, expected, strict=True) for a, b in zip(*pair, strict=True))
 

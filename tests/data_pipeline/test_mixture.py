@@ -84,7 +84,7 @@ def test_a_source_without_a_weight_or_the_reverse(weights: dict[str, float]) -> 
 
 def test_every_block_is_exact_and_no_source_skips_or_repeats_a_sample() -> None:
     mixture = make_mixture({"a": 0.7, "b": 0.299, "c": 0.001})
-    samples = [mixture.at(position)[:2] for position in range(4 * BLOCK_SAMPLES)]
+    samples = [mixture.slice_of(position, 0, 1)[:2] for position in range(4 * BLOCK_SAMPLES)]
     for block in range(4):
         names = Counter(name for name, _ in samples[block * BLOCK_SAMPLES : (block + 1) * BLOCK_SAMPLES])
         assert names == {"a": 700, "b": 299, "c": 1}
@@ -94,9 +94,9 @@ def test_every_block_is_exact_and_no_source_skips_or_repeats_a_sample() -> None:
 
 def test_sources_are_spread_over_a_block_and_each_block_is_in_an_order_of_its_own() -> None:
     mixture = make_mixture({"a": 1, "b": 1})
-    blocks = [[mixture.at(b * BLOCK_SAMPLES + i)[0] for i in range(BLOCK_SAMPLES)] for b in range(2)]
+    blocks = [[mixture.slice_of(b * BLOCK_SAMPLES + i, 0, 1)[0] for i in range(BLOCK_SAMPLES)] for b in range(2)]
     assert blocks[0] != blocks[1]
-    assert [make_mixture({"a": 1, "b": 1}, seed=1).at(i)[0] for i in range(BLOCK_SAMPLES)] != blocks[0]
+    assert [make_mixture({"a": 1, "b": 1}, seed=1).slice_of(i, 0, 1)[0] for i in range(BLOCK_SAMPLES)] != blocks[0]
     for names in blocks:
         assert all(30 < names[start : start + 100].count("a") < 70 for start in range(0, BLOCK_SAMPLES, 100))
 
@@ -109,12 +109,12 @@ def test_any_position_is_reached_at_once() -> None:
     assert mixture.slice_of(10**15 + 123, 1, 4) == (name, position, 1, 4)
     assert mixture.blank_of(10**15 + 123, 1, 4) == (f"blank {name}", position, 1, 4)
     with pytest.raises(IndexError, match="position -1 is negative"):
-        mixture.at(-1)
+        mixture.slice_of(-1, 0, 1)
 
 
 def test_the_order_of_names_decides_and_not_that_of_the_configuration() -> None:
     one, other = make_mixture({"a": 0.7, "b": 0.3}), make_mixture({"b": 0.3, "a": 0.7})
-    assert [one.at(i) for i in range(100)] == [other.at(i) for i in range(100)]
+    assert [one.slice_of(i, 0, 1) for i in range(100)] == [other.slice_of(i, 0, 1) for i in range(100)]
     assert one.identity == other.identity
 
 
