@@ -4,7 +4,6 @@ Rows are read in order, each once. Packing keeps the stretches of a document in 
 rebuilt by appending. Where windows overlap, each gives what the one before it did not hold.
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import DocumentRecord
 from data_pipeline.staging import staged
-from data_pipeline.store import Store
+from data_pipeline.store import Store, hash_file
 from data_pipeline.tokenizer import Tokenizer
 
 _DECODE_TOKENS = 1 << 20
@@ -120,7 +119,5 @@ def _create(folder: Path, name: str) -> None:
 
 
 def _check_content(store: Store, document: DocumentRecord, path: Path) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != document.sha256:
+    if hash_file(path) != document.sha256:
         raise DataError(f"document {document.name!r} of {store.path} does not decode to its sha256: run verify")

@@ -12,7 +12,6 @@ RUN/checkpoints/step_00000100/:
     SHA256SUMS                 of all other files; `sha256sum -c SHA256SUMS` reads it
 """
 
-import hashlib
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.errors import DataError
+from data_pipeline.store import hash_file
 from reformer.config import ConfigError
 from trainer import state
 from trainer.config import LoopConfig
@@ -92,7 +92,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises DataError where that is not what was written, and ConfigError where another version wrote it.
     """
     try:
-        if sha256(path / "state.json") != _read_sums(path)["state.json"]:
+        if hash_file(path / "state.json") != _read_sums(path)["state.json"]:
             raise DataError(f"{path}/state.json is not what was written")
         found: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
@@ -138,16 +138,10 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 def _differs(path: Path, digest: str) -> list[str]:
     try:
-        found = sha256(path)
+        found = hash_file(path)
     except OSError as error:
         return [f"{path.name} cannot be read: {error.strerror}"]
     return [] if found == digest else [f"{path.name} is not what was written ({path.stat().st_size:,} bytes)"]
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callable[[str], None]) -> Checkpoint | None:
@@ -266,7 +260,7 @@ def _write_slices(path: Path, slices: Mapping[str, Tensor]) -> str:
     shutil.copymode(path.parent, path)  # safetensors gives no one else the right to read
     path.chmod(path.stat().st_mode & ~0o111)
     _sync(path)
-    return sha256(path)
+    return hash_file(path)
 
 
 def _gather_digests(digest: str | None, device: torch.device) -> dict[str, str]:
@@ -278,7 +272,7 @@ def _gather_digests(digest: str | None, device: torch.device) -> dict[str, str]:
 
 def _publish(folder: Path, final: Path, facts: Mapping[str, Any], digests: Mapping[str, str]) -> None:
     (folder / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    sums = {**digests, "state.json": sha256(folder / "state.json")}
+    sums = {**digests, "state.json": hash_file(folder / "state.json")}
     (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="ascii")
     for path in (folder / "state.json", folder / SUMS, folder):
         _sync(path)

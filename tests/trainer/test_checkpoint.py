@@ -291,7 +291,7 @@ def test_without_room_nothing_is_written_and_the_message_says_how_much_is_needed
     assert names(tmp_path / "checkpoints") == ["step_00000050"]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "sha256", "_sync", "_publish"])
+@pytest.mark.parametrize("failing", ["save_file", "hash_file", "_sync", "_publish"])
 def test_a_save_that_fails_anywhere_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
