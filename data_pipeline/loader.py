@@ -13,7 +13,6 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from data_pipeline.dataset import Sample, Samples
@@ -136,9 +135,7 @@ class Loader(Iterator[list[MicroBatch]]):
         self._read_ahead()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _read_ahead(self) -> None:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 PREEMPTED = 75
@@ -44,9 +44,7 @@ class Preemption:
         self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             # None stands for a handler that was not set by Python, which Python cannot set again.
             former = signal.SIG_DFL if handler is None else handler
