@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from matrix_worker import CPU, read
 from workers import join_ranks
-from zero_matrix import BATCH, RANKS, VOCAB, Case, deepspeed_config, run_config, samples
+from zero_matrix import RANKS, Case, deepspeed_config, run_config
 
-from data_pipeline.order import shares
-from trainer.batches import collate
 from trainer.distributed import all_sum
 from trainer.engine import backward, build_engine, forward, optimizer_step, set_learning_rate
 from trainer.gradients import gradients
-
-CPU = torch.device("cpu")
 
 
 def run(case: Case, folder: Path) -> list[dict[str, Any]]:
@@ -29,11 +26,7 @@ def run(case: Case, folder: Path) -> list[dict[str, Any]]:
     set_learning_rate(engine, 0.0)
     seen = []
     for step in (0, 1):
-        rows, token_bytes = samples(step), torch.ones(VOCAB, dtype=torch.int64)
-        batches = [
-            collate([rows[i] for i in ids], ids, token_bytes, CPU)
-            for ids in shares(BATCH, engine.train_micro_batch_size_per_gpu(), dist.get_rank(), RANKS)
-        ]
+        batches = read(engine, step)
         (n_tokens,) = all_sum([sum(batch.n_tokens for batch in batches)], CPU)
         for batch in batches:
             backward(engine, forward(engine, batch, step), batch.n_tokens, n_tokens)

@@ -57,7 +57,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         losses, norms = [], []
         for step in range(len(LR_FACTORS)):
             set_learning_rate(engine, OPTIMIZERS[case.optimizer]["lr"] * LR_FACTORS[step])
-            loss, norm = train_step(engine, step, case.n_parts)
+            loss, norm = train_step(engine, read(engine, step, case.n_parts), step)
             losses.append(loss)
             norms.append(norm)
             seen.append(masters(engine))
@@ -74,9 +74,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         engine.destroy()
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, step: int, n_parts: int = 1) -> tuple[float, float]:
+def train_step(engine: deepspeed.DeepSpeedEngine, batches: list[Batch], step: int) -> tuple[float, float]:
     """Loss and gradient norm of one update, as Trainer.step computes them."""
-    batches = read(engine, step, n_parts)
     (n_tokens,) = all_sum([sum(batch.n_tokens for batch in batches)], CPU)
     nll, result = 0.0, None
     for batch in batches:

@@ -28,7 +28,7 @@ def run(case: Case, has_labels: bool, folder: Path) -> Outcome:
         seen, scores = [masters(engine)], []
         for step in range(len(LR_FACTORS)):
             set_learning_rate(engine, OPTIMIZERS[case.optimizer]["lr"] * LR_FACTORS[step])
-            scores.append(train_step(engine, step) if has_labels else idle_step(engine, step))
+            scores.append(train_step(engine, read(engine, step), step) if has_labels else idle_step(engine, step))
             seen.append(masters(engine))
     finally:
         engine.destroy()

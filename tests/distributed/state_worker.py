@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from matrix_worker import bytes_on_drive
+from matrix_worker import bytes_on_drive, train_step
 from workers import join_ranks
 from zero_matrix import BATCH, LR_FACTORS, VOCAB, Case, deepspeed_config, run_config, samples
 
@@ -24,7 +24,7 @@ from data_pipeline.order import shares
 from trainer import checkpoint
 from trainer.batches import collate
 from trainer.distributed import Launch, all_sum
-from trainer.engine import backward, build_engine, forward, optimizer_step, set_learning_rate
+from trainer.engine import build_engine, set_learning_rate
 from trainer.state import local_square_sum, set_weights
 
 CPU = torch.device("cpu")
@@ -60,15 +60,7 @@ def step_of(engine: Any, step: int, launch: Launch) -> list[float]:
         for ids in shares(BATCH, micro, launch.rank, launch.world_size)
     ]
     set_learning_rate(engine, PEAK_LR * LR_FACTORS[min(step, len(LR_FACTORS) - 1)])
-    (n_tokens,) = all_sum([sum(batch.n_tokens for batch in batches)], CPU)
-    nll, result = 0.0, None
-    for batch in batches:
-        loss = forward(engine, batch, step)
-        nll += loss.item() * batch.n_tokens
-        backward(engine, loss, batch.n_tokens, n_tokens)
-        result = optimizer_step(engine)
-    assert result is not None and not result.skipped
-    return [all_sum([nll], CPU)[0] / n_tokens, result.norm, all_sum([local_square_sum(engine)], CPU)[0] ** 0.5]
+    return [*train_step(engine, batches, step), all_sum([local_square_sum(engine)], CPU)[0] ** 0.5]
 
 
 def main(plan: str, rendezvous: str, output: str, rank: str, ranks: str) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.wrappers_worker import RANKS, STEPS, WRAPPERS, batch, make_model
+from distributed.wrappers_worker import RANKS, STEPS, WRAPPERS, batch
 from parity import assert_parity, gradients
+from small_models import small_model
 from torch import Tensor
 from workers import run_workers
 
@@ -21,7 +22,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, T
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_gradients_are_those_of_one_process(seen: list[dict[str, dict[str, Tensor]]], wrapper: str) -> None:
-    model = make_model()
+    model = small_model()
     for step in range(STEPS):
         for row in batch(step).split(1):
             (model(row, row, step=step) / RANKS).backward()

@@ -10,20 +10,15 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from small_models import small_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from workers import join_ranks
 
-from reformer import Reformer, ReformerConfig
+from reformer import Reformer
 
 RANKS, STEPS = 2, 2
-
-
-def make_model() -> Reformer:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "max_seq_len": 128, "d_model": 16, "n_layers": 3, "n_heads": 2, "n_hashes": 2}
-    return Reformer(ReformerConfig(**sizes, lsh_chunk_len=8, local_chunk_len=8)).double()
 
 
 def batch(step: int) -> Tensor:
@@ -69,7 +64,7 @@ WRAPPERS: dict[str, Callable[[Reformer, int], None]] = {
 
 
 def gradients_in(wrapper: Callable[[Reformer, int], None], rank: int) -> dict[str, Tensor]:
-    model = make_model()
+    model = small_model()
     wrapper(model, rank)
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {name: d.full_tensor() if hasattr(d, "full_tensor") else d for name, d in found.items()}

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from parity import assert_parity, gradients
+from small_models import SMALL, small_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -22,24 +24,9 @@ from reformer.local import local_attention
 from reformer.lsh.hashing import draw_rotations
 from reformer.weights import load_model, save_model
 
-SMALL = {
-    "vocab_size": 50,
-    "max_seq_len": 120,
-    "d_model": 16,
-    "n_layers": 3,
-    "n_heads": 2,
-    "n_hashes": 2,
-    "lsh_chunk_len": 8,
-    "local_chunk_len": 8,
-    "attn_pattern": ["lsh", "local"],
-}
+make_model = partial(small_model, attn_pattern=["lsh", "local"])
 TOKENS = torch.randint(0, 50, (2, 101), generator=torch.Generator().manual_seed(1))
 SEGMENTS = (torch.arange(101) >= 40).long().expand(2, -1)
-
-
-def make_model(**changes: object) -> Reformer:
-    torch.manual_seed(0)
-    return Reformer(ReformerConfig(**{**SMALL, **changes})).double()
 
 
 @pytest.mark.parametrize("name", ["tokens", "labels", "segment_ids", "step"])
@@ -205,7 +192,7 @@ def test_training_without_a_step_is_warned_of_where_it_repeats_rotations() -> No
 def test_a_model_without_memory_is_refused(device: str) -> None:
     tokens = TOKENS[:1].to(device)
     with torch.device("meta"):
-        model = Reformer(ReformerConfig(**SMALL))
+        model = Reformer(ReformerConfig(**SMALL, attn_pattern=["lsh", "local"]))
     for use in (model, Decoder(model)):
         with pytest.raises(
             RuntimeError, match=r"tokens.weight is on the meta device.*model\.to_empty\(device='cpu'\) and"

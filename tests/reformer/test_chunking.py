@@ -4,9 +4,12 @@ In float64 the loss and all gradients stay within 1e-12: what differs is the ord
 itself, with chunks and tiles as long as all there is; that this is right, test_reversible.py shows by plain autograd.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from parity import assert_parity, gradients
+from small_models import small_model
 from torch import Tensor
 
 from reformer import Reformer, ReformerConfig
@@ -15,20 +18,10 @@ from reformer.loss import IGNORED_LABEL
 from reformer.lsh.rounds import Layout, Tile
 
 BATCH, TOKENS, VOCAB = 3, 101, 20
-SMALL = {
-    "vocab_size": VOCAB,
-    "max_seq_len": 128,
-    "d_model": 16,
-    "n_layers": 3,
-    "attn_pattern": ["local", "lsh", "dense"],
-    "n_heads": 2,
-    "n_hashes": 2,
-    "lsh_chunk_len": 8,
-    "local_chunk_len": 8,
-    "dropout": 0.1,
-    "attn_dropout": 0.1,
-}
 WHOLE = {"ff_chunk_tokens": TOKENS, "loss_chunk_tokens": BATCH * TOKENS}
+make_model = partial(
+    small_model, vocab_size=VOCAB, attn_pattern=["local", "lsh", "dense"], dropout=0.1, attn_dropout=0.1, **WHOLE
+)
 CHUNKS = [
     {"ff_chunk_tokens": 1},
     {"ff_chunk_tokens": 30},
@@ -38,11 +31,6 @@ CHUNKS = [
     {"loss_chunk_tokens": BATCH * TOKENS - 1},
     {"ff_chunk_tokens": 17, "loss_chunk_tokens": 13},
 ]
-
-
-def make_model(**changes: object) -> Reformer:
-    torch.manual_seed(0)
-    return Reformer(ReformerConfig(**{**SMALL, **WHOLE, **changes})).double()
 
 
 def make_batch() -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -203,10 +205,11 @@ def test_observed_reports_what_ran_and_changes_nothing(causal: bool) -> None:
     assert len(found) == 6 and 0.1 < found["lsh/layer00/recovered_mass"] < 0.99
 
 
-def test_observed_gives_the_inner_attention_back_after_an_error() -> None:
+@pytest.mark.parametrize("look", [observed, ablated])
+def test_the_inner_attention_is_given_back_after_an_error(look: Callable[..., AbstractContextManager]) -> None:
     model = make_model()
     inner = [block.attention.inner for block in model.blocks]
-    with pytest.raises(ValueError, match="position table"), observed(model):
+    with pytest.raises(ValueError, match="position table"), look(model):
         model(torch.zeros(1, 71, dtype=torch.int64))
     assert [block.attention.inner for block in model.blocks] == inner
 
@@ -229,14 +232,6 @@ def test_ablated_is_the_model_without_what_lsh_layers_add(causal: bool) -> None:
         model.blocks[0].attention.out_weight.zero_()
         assert torch.equal(found, model(tokens))
     assert (found - whole).abs().max() > 1e-2
-
-
-def test_ablated_gives_the_inner_attention_back_after_an_error() -> None:
-    model = make_model()
-    inner = [block.attention.inner for block in model.blocks]
-    with pytest.raises(ValueError, match="position table"), ablated(model):
-        model(torch.zeros(1, 71, dtype=torch.int64))
-    assert [block.attention.inner for block in model.blocks] == inner
 
 
 def test_inverse_equals_what_the_backward_reconstructs() -> None:

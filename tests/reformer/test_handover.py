@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from parity import assert_parity, gradients
+from small_models import plain_stack, small_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from reformer import Reformer, ReformerConfig
+from reformer import Reformer
 from reformer.call import Call
 from reformer.gradients import Handed
 
@@ -22,13 +23,6 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def make_model() -> Reformer:
-    torch.manual_seed(0)
-    return Reformer(
-        ReformerConfig(vocab_size=20, max_seq_len=64, d_model=16, n_layers=3, n_heads=2, lsh_chunk_len=8)
-    ).double()
-
-
 def make_batch() -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     tokens, labels = torch.randint(0, 20, (2, 2, 50))
@@ -36,10 +30,8 @@ def make_batch() -> tuple[Tensor, Tensor]:
 
 
 def plain_streams(model: Reformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    y1 = y2 = model.embedding(tokens)
-    for block in model.blocks:
-        y1, y2, _ = block(y1, y2, Call(0, 0, (0, 1)))
-    return y1, y2
+    x = model.embedding(tokens)
+    return plain_stack(model.blocks, x, x, Call(0, 0, (0, 1)))
 
 
 def plain_loss(model: Reformer, y1: Tensor, y2: Tensor, labels: Tensor) -> Tensor:
@@ -57,14 +49,14 @@ def test_the_model_does_hand_them_over(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
     give = Handed.give
     monkeypatch.setattr(Handed, "give", lambda self, gradients: given.append(len(gradients)) or give(self, gradients))
-    model, (tokens, labels) = make_model(), make_batch()
+    model, (tokens, labels) = small_model(), make_batch()
     model(tokens, labels).backward()
     assert given.count(2) == 1
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_what_stands_between_stack_and_head_counts(change: Change) -> None:
-    model, (tokens, labels) = make_model(), make_batch()
+    model, (tokens, labels) = small_model(), make_batch()
     hook = model.head.register_forward_pre_hook(lambda _, inputs: (*change(*inputs[:2]), *inputs[2:]))
     model(tokens, labels).backward()
     hook.remove()
@@ -75,7 +67,7 @@ def test_what_stands_between_stack_and_head_counts(change: Change) -> None:
 
 def test_what_reaches_the_streams_by_autograd_is_added() -> None:
     """Another loss on the same streams, as a probe or a regulariser would have."""
-    model, (tokens, labels) = make_model(), make_batch()
+    model, (tokens, labels) = small_model(), make_batch()
     streams = watched(model)
     loss = model(tokens, labels)
     y1, y2 = streams[:2]
@@ -87,7 +79,7 @@ def test_what_reaches_the_streams_by_autograd_is_added() -> None:
 
 
 def test_several_heads_on_the_same_streams_add_up() -> None:
-    model, (tokens, labels) = make_model(), make_batch()
+    model, (tokens, labels) = small_model(), make_batch()
     others = labels.roll(3, 1)
     y = model._streams(tokens, Call(0, 0, (0, 1)))
     (model.head(*y, labels) + 2 * model.head(*y, others)).backward()
@@ -100,7 +92,7 @@ def test_several_heads_on_the_same_streams_add_up() -> None:
 @pytest.mark.parametrize("loss_first", [False, True])
 def test_a_backward_that_does_not_come_from_the_head(loss_first: bool) -> None:
     """What the head gave in another pass, which did not reach the stack, is not for this one."""
-    model, (tokens, labels) = make_model(), make_batch()
+    model, (tokens, labels) = small_model(), make_batch()
     streams = watched(model)
     loss = model(tokens, labels)
     if loss_first:
@@ -115,7 +107,7 @@ def test_a_backward_that_does_not_come_from_the_head(loss_first: bool) -> None:
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_the_streams_gradients_can_be_kept(with_labels: bool) -> None:
     """A tensor that others hold is not what the stack's backward writes to."""
-    model, (tokens, labels) = make_model(), make_batch()
+    model, (tokens, labels) = small_model(), make_batch()
     streams = watched(model)
     loss = model(tokens, labels) if with_labels else model(tokens).square().mean()
     for stream in streams:
@@ -128,7 +120,7 @@ def test_the_streams_gradients_can_be_kept(with_labels: bool) -> None:
 
 
 def test_full_backward_hooks_see_the_streams_gradients() -> None:
-    model, (tokens, labels) = make_model(), make_batch()
+    model, (tokens, labels) = small_model(), make_batch()
     seen: list[Tensor] = []
     model.head.register_full_backward_hook(lambda module, d_inputs, d_outputs: seen.extend(d_inputs[:2]))
     model(tokens, labels).backward()

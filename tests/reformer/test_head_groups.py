@@ -3,10 +3,10 @@
 import pytest
 import torch
 from parity import assert_parity, gradients
+from small_models import plain_loss, small_model
 from torch import Tensor
-from torch.nn import functional as F
 
-from reformer import Reformer, ReformerConfig, attention
+from reformer import Reformer, attention
 from reformer.call import Call
 from reformer.diagnostics import observed
 
@@ -16,10 +16,8 @@ AT_ONCE = {1: 2 * T * D_HEAD, 2: 2 * 2 * T * D_HEAD + 5}
 
 
 def make_model(**changes: object) -> Reformer:
-    torch.manual_seed(0)
-    config = {"vocab_size": 20, "max_seq_len": 64, "d_model": N_HEADS * D_HEAD, "n_layers": 4, "n_heads": N_HEADS}
-    config |= {"lsh_chunk_len": 8, "local_chunk_len": 8, "attn_pattern": ["lsh", "local", "dense"]}
-    return Reformer(ReformerConfig(**{**config, **changes})).double()
+    sizes = {"d_model": N_HEADS * D_HEAD, "n_layers": 4, "n_heads": N_HEADS, "attn_pattern": ["lsh", "local", "dense"]}
+    return small_model(**{**sizes, **changes})
 
 
 def make_batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -71,10 +69,7 @@ def test_plain_autograd_by_groups(monkeypatch: pytest.MonkeyPatch, at_once: int)
     tokens, labels, segments = make_batch()
     whole = loss_and_gradients(model)
     monkeypatch.setattr(attention, "GROUP_NUMBERS", AT_ONCE[at_once])
-    y1 = y2 = model.embedding(tokens)
-    for block in model.blocks:
-        y1, y2, _ = block(y1, y2, Call(0, 3, (0, 1), segment_ids_BT=segments))
-    loss = F.cross_entropy(model.head(y1, y2).flatten(0, 1), labels.flatten())
+    loss = plain_loss(model, tokens, labels, Call(0, 3, (0, 1), segment_ids_BT=segments))
     loss.backward()
     assert_parity({"loss": loss.detach(), **gradients(model)}, whole, 1e-9)
 

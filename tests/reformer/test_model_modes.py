@@ -1,44 +1,23 @@
 """A model in all modes of attention: dropout of weights in training, other rounds or full attention in evaluation."""
 
+from functools import partial
+
 import pytest
 import torch
 from parity import assert_parity, gradients
+from small_models import plain_loss, small_model
 from torch import Tensor
-from torch.nn import functional as F
 
-from reformer import Reformer, ReformerConfig, lsh_attention
+from reformer import lsh_attention
 from reformer.call import Call
 
-SMALL = {
-    "vocab_size": 30,
-    "max_seq_len": 60,
-    "d_model": 16,
-    "n_layers": 3,
-    "attn_pattern": ["lsh", "dense", "local"],
-    "n_heads": 2,
-    "n_hashes": 2,
-    "lsh_chunk_len": 8,
-    "local_chunk_len": 8,
-}
-
-
-def make_model(**changes: object) -> Reformer:
-    torch.manual_seed(0)
-    return Reformer(ReformerConfig(**{**SMALL, **changes})).double()
+make_model = partial(small_model, attn_pattern=["lsh", "dense", "local"])
 
 
 def make_batch(n_tokens: int = 51) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     tokens, labels = (torch.randint(0, 30, (2, n_tokens), generator=generator) for _ in range(2))
     return tokens, labels, torch.randint(1, 4, (2, n_tokens), generator=generator).sort().values
-
-
-def plain_loss(model: Reformer, tokens: Tensor, labels: Tensor, call: Call) -> Tensor:
-    """Blocks one after the other, whole logits, plain autograd."""
-    y1 = y2 = model.embedding(tokens)
-    for block in model.blocks:
-        y1, y2, _ = block(y1, y2, call)
-    return F.cross_entropy(model.head(y1, y2).flatten(0, 1), labels.flatten())
 
 
 @pytest.mark.parametrize("kinds", [["lsh"], ["local"], ["dense"], ["lsh", "dense", "local"]])

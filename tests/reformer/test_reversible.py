@@ -4,35 +4,21 @@ Whatever the order of calls: passes inside of passes, several before one backwar
 """
 
 import gc
+from functools import partial
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from parity import assert_parity, gradients
+from small_models import plain_stack, small_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from reformer import Reformer, ReformerConfig, lsh_attention
+from reformer import Reformer, lsh_attention
 from reformer.call import Call
 from reformer.reversible import Streams, reversible_stack
 
-SMALL = {
-    "vocab_size": 50,
-    "max_seq_len": 120,
-    "d_model": 16,
-    "n_layers": 4,
-    "n_heads": 2,
-    "n_hashes": 2,
-    "lsh_chunk_len": 8,
-    "local_chunk_len": 8,
-    "ff_chunk_tokens": 30,
-    "loss_chunk_tokens": 29,
-}
-
-
-def make_model(**changes: object) -> Reformer:
-    torch.manual_seed(0)
-    return Reformer(ReformerConfig(**{**SMALL, **changes})).double()
+make_model = partial(small_model, n_layers=4, ff_chunk_tokens=30, loss_chunk_tokens=29)
 
 
 def make_batch(n_tokens: int = 101) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,13 +29,10 @@ def make_batch(n_tokens: int = 101) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain_loss(model: Reformer, tokens: Tensor, labels: Tensor, segments: Tensor | None, step: int = 0) -> Tensor:
-    """The model without a custom Function: blocks one after the other, whole logits, plain autograd."""
+    """The model without a custom Function."""
     dropout, attn_dropout = (p if model.training else 0.0 for p in (model.config.dropout, model.config.attn_dropout))
     call = Call(model.config.seed, step, tuple(range(len(tokens))), dropout, segments, attn_dropout)
-    y1 = y2 = model.embedding(tokens)
-    for block in model.blocks:
-        y1, y2, _ = block(y1, y2, call)
-    return F.cross_entropy(model.head(y1, y2).flatten(0, 1), labels.flatten())
+    return small_models.plain_loss(model, tokens, labels, call)
 
 
 @pytest.mark.parametrize("n_layers", [1, 4])
@@ -208,12 +191,6 @@ def test_the_same_blocks_in_two_stacks_at_once(is_one_after_the_other: bool) -> 
         (first[0].square().sum() + (second[0] * second[1]).sum()).backward()
         results.append({"x1": leaves[0].grad, "x2": leaves[1].grad, **gradients(model.blocks)})
     assert_parity(*results, 1e-9)
-
-
-def plain_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    for block in blocks:
-        x1, x2, _ = block(x1, x2, call)
-    return x1, x2
 
 
 def test_global_random_state_is_left_alone() -> None:

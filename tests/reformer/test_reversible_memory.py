@@ -3,40 +3,26 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_models import plain_stack, small_model
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reformer import Reformer, ReformerConfig, attention
+from reformer import attention
 from reformer.call import Call
 from reformer.lsh import chunked, hashing, rounds
 from reformer.reversible import reversible_stack
 
-SMALL = {
-    "vocab_size": 50,
-    "max_seq_len": 120,
-    "d_model": 16,
-    "n_heads": 2,
-    "n_hashes": 2,
-    "lsh_chunk_len": 8,
-    "local_chunk_len": 8,
-    "ff_chunk_tokens": 30,
-    "loss_chunk_tokens": 29,
-    "dropout": 0.1,
-}
+make_model = partial(small_model, ff_chunk_tokens=30, loss_chunk_tokens=29, dropout=0.1)
 BUCKET_BYTES = 2 * 2 * 2 * 101 * 2
 """Of a layer: B * H * R * T * int16."""
 STREAM_BYTES = 2 * 101 * 16 * 8
 """Of a stream: B * T * M * float64."""
 DEPTHS = (2, 3, 12)
-
-
-def make_model(**changes: object) -> Reformer:
-    torch.manual_seed(0)
-    return Reformer(ReformerConfig(**{**SMALL, **changes})).double()
 
 
 def saved_bytes(n_layers: int, attn_pattern: tuple[str, ...]) -> int:
@@ -130,12 +116,6 @@ def test_the_peak_of_a_step_grows_with_depth_by_buckets_only(pattern: str) -> No
     assert peak_3 - peak_2 <= 4 * STREAM_BYTES + bucket_bytes
     plain = [peak_bytes(n, pattern, plain_stack)[0] for n in (2, 12)]
     assert plain[1] - plain[0] > 10 * 10 * STREAM_BYTES  # what the same count shows where every layer keeps its own
-
-
-def plain_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    for block in blocks:
-        x1, x2, _ = block(x1, x2, call)
-    return x1, x2
 
 
 LONG_TOKENS = 1024

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from parity import assert_parity, gradients
+from small_models import small_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from reformer import Reformer, ReformerConfig, attention
+from reformer import Reformer, attention
 from reformer.call import Call
 from reformer.diagnostics import ablated, observed, of_all_heads
 from reformer.sequence_part import WHOLE, SequencePart
@@ -51,11 +52,8 @@ def held(n_parts: int, work: Callable[[SequencePart], Any]) -> list[Any]:
 
 
 def make_model(**changes: object) -> Reformer:
-    torch.manual_seed(0)
-    config = {"vocab_size": VOCAB, "max_seq_len": 84, "axial_shape": [12, 7], "d_model": 16, "n_heads": N_HEADS}
-    config |= {"n_layers": 3, "attn_pattern": ["lsh", "local", "dense"], "n_hashes": 2}
-    config |= {"lsh_chunk_len": 8, "local_chunk_len": 8}
-    return Reformer(ReformerConfig(**{**config, **changes})).double()
+    sizes = {"vocab_size": VOCAB, "max_seq_len": 84, "axial_shape": [12, 7], "n_heads": N_HEADS}
+    return small_model(**{**sizes, "attn_pattern": ["lsh", "local", "dense"], **changes})
 
 
 def make_batch(n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import plain_loss
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from reformer import Reformer, ReformerConfig, lsh_attention
@@ -28,10 +28,7 @@ def counted(function: Any) -> int:
 def plain_step(model: Reformer, n_tokens: int) -> None:
     """Forward and backward by plain autograd, so that no layer is computed again."""
     tokens = torch.randint(0, 30, (1, n_tokens))
-    y1 = y2 = model.embedding(tokens)
-    for block in model.blocks:
-        y1, y2, _ = block(y1, y2, Call(0))
-    F.cross_entropy(model.head(y1, y2).flatten(0, 1), tokens.flatten()).backward()
+    plain_loss(model, tokens, tokens, Call(0)).backward()
 
 
 @pytest.mark.parametrize("n_tokens", [1, 13, 64])
