@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.layout import hash_file
 from data_pipeline.manifest import DocumentRecord
 from data_pipeline.staging import staged
-from data_pipeline.store import Store, hash_file
+from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
 
 _DECODE_TOKENS = 1 << 20

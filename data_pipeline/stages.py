@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline import store
+from data_pipeline import layout, store
 from data_pipeline.config import POLICIES, BuildSettings
 from data_pipeline.documents import Reading, Span, check_field, plan_tasks
 from data_pipeline.errors import DataError
@@ -280,7 +280,7 @@ def plan_settings(work: Work) -> PlanSettings:
 
 def _begin_content(work: Work, n_rows: int) -> None:
     fresh = work.folder / f"content.{uuid.uuid4().hex}"
-    store.create_tokens(fresh, work.decisive, n_rows)
+    layout.create_tokens(fresh, work.decisive, n_rows)
     try:
         fresh.rename(work.folder / "content")
     except OSError:  # there is one: of a plan that was made twice
@@ -301,7 +301,7 @@ def write_shard(work: Work, number: int) -> None:
         for row, begin, length, source in zip(*places, strict=True):
             tokens.read_into(rows[row - first_row, begin : begin + length], source)
     try:
-        name, record = store.write_shard(work.folder / "content", first_row, rows)
+        name, record = layout.write_shard(work.folder / "content", first_row, rows)
     except FileNotFoundError:
         if _is_published(work):  # by others, who did this task too when our claim had expired
             return
@@ -330,8 +330,8 @@ def _is_published(work: Work) -> bool:
 
 def _publish(work: Work, content: Path) -> None:
     shards = _shard_records(work)
-    store.check_whole(content, shards)  # before anything is removed for it
-    store.remove_all_but_tokens(content)
+    layout.check_whole(content, shards)  # before anything is removed for it
+    layout.remove_all_but_tokens(content)
     _write_sidecars(work, content, shards)
     if work.append_to is not None and work.target.exists():
         shutil.rmtree(work.target)  # of an append that was killed, and whose work directory was removed
@@ -357,9 +357,9 @@ def _write_sidecars(work: Work, content: Path, shards: Mapping[str, FileRecord])
     inputs = [
         InputRecord(file.name, file.n_bytes, sha256) for file, sha256 in zip(files, work.input_hashes, strict=True)
     ]
-    store.write_sidecars(content, made.segments, made.n_rows, tokenizer, table, inputs, problems)
-    others = (name for name in store.list_files(content) if name not in shards)
-    records = {**shards, **{name: store.record_file(content / name) for name in others}}
+    layout.write_sidecars(content, made.segments, made.n_rows, tokenizer, table, inputs, problems)
+    others = (name for name in layout.list_files(content) if name not in shards)
+    records = {**shards, **{name: layout.record_file(content / name) for name in others}}
     manifest = Manifest(
         **work.decisive.model_dump(),
         input_sha256=hash_files(files, work.input_hashes),
@@ -369,7 +369,7 @@ def _write_sidecars(work: Work, content: Path, shards: Mapping[str, FileRecord])
         files=dict(sorted(records.items())),
         library_versions=library_versions(settings.duplicates == "near"),
     )
-    store.write_manifest(content, manifest)
+    layout.write_manifest(content, manifest)
 
 
 def _load_plan(folder: Path) -> tuple[Documents, Plan, dict[str, Any]]:

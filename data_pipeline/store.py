@@ -15,19 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.layout import (
-    WAY_OUT,
-    StorePart,
-    check_whole,
-    create_tokens,
-    hash_file,
-    list_files,
-    record_file,
-    remove_all_but_tokens,
-    write_manifest,
-    write_shard,
-    write_sidecars,
-)
+from data_pipeline.layout import WAY_OUT, StorePart, list_files, write_manifest
 from data_pipeline.manifest import (
     MANIFEST_NAME,
     DocumentRecord,
@@ -41,23 +29,6 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.packing import Segments
 from data_pipeline.tokenizer import Tokenizer
-
-__all__ = [
-    "Store",
-    "check_whole",
-    "create_tokens",
-    "document_hashes",
-    "hash_file",
-    "is_made",
-    "list_files",
-    "list_part",
-    "part_path",
-    "record_file",
-    "remove_all_but_tokens",
-    "write_manifest",
-    "write_shard",
-    "write_sidecars",
-]
 
 _PARTS_NAME = "parts"
 

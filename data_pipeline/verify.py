@@ -17,8 +17,8 @@ from tqdm import tqdm
 from data_pipeline.config import POLICIES
 from data_pipeline.decode import decode_tokens, fresh_stretches
 from data_pipeline.documents import Reading, Span, read_parts
-from data_pipeline.errors import DataError, Exhausted
-from data_pipeline.files import BadDocument, InputFile, find_files, hash_file
+from data_pipeline.errors import BadDocument, DataError, Exhausted
+from data_pipeline.files import InputFile, find_files, hash_file
 from data_pipeline.layout import StorePart
 from data_pipeline.manifest import UNREADABLE, Manifest
 from data_pipeline.packing import Segments

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.errors import DataError
-from data_pipeline.store import hash_file
+from data_pipeline.layout import hash_file
 from reformer.config import ConfigError
 from trainer import state
 from trainer.config import LoopConfig

@@ -11,7 +11,8 @@ import pytest
 from read_documents import write
 
 from data_pipeline.cli import main
-from data_pipeline.store import Store, record_file, write_manifest
+from data_pipeline.layout import record_file, write_manifest
+from data_pipeline.store import Store
 
 Run = Callable[..., "Result"]
 

@@ -12,8 +12,9 @@ import zarr
 from small_stores import write_store
 
 from data_pipeline.errors import DataError
+from data_pipeline.layout import list_files, record_file, write_manifest
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, ProblemRecord
-from data_pipeline.store import Store, list_files, list_part, part_path, record_file, write_manifest
+from data_pipeline.store import Store, list_part, part_path
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.verify import verify
 

@@ -45,13 +45,13 @@ def stall(work: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[],
         real = layout.write_shard
 
         def write_shard(*arguments: Any) -> Any:
-            monkeypatch.setattr(stages.store, "write_shard", real)
+            monkeypatch.setattr(stages.layout, "write_shard", real)
             for claim in work.glob("shards/*.claim"):
                 claim.unlink()
             others()
             return real(*arguments)
 
-        monkeypatch.setattr(stages.store, "write_shard", write_shard)
+        monkeypatch.setattr(stages.layout, "write_shard", write_shard)
 
     return at
 
@@ -109,7 +109,7 @@ def test_a_writer_wakes_while_the_store_is_being_published(
         return list_files(path)
 
     monkeypatch.setattr(os, "fsync", wait)
-    monkeypatch.setattr(stages.store, "list_files", listed)
+    monkeypatch.setattr(stages.layout, "list_files", listed)
     found = make_store()
     published.set()
     writers[0].join()

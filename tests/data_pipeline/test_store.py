@@ -13,7 +13,7 @@ import pytest
 import zarr
 from small_stores import files_of, store_settings, write_store
 
-from data_pipeline import layout, store
+from data_pipeline import layout
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import ProblemRecord
 from data_pipeline.packing import pack
@@ -27,20 +27,20 @@ KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from data_pipeline import store
+from data_pipeline import layout
 os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
-store.write_shard(Path(sys.argv[1]), 0, np.arange(6 * 16, dtype=np.uint16).reshape(6, 16)[:4])
+layout.write_shard(Path(sys.argv[1]), 0, np.arange(6 * 16, dtype=np.uint16).reshape(6, 16)[:4])
 """
 
 
 def begin(path: Path) -> Path:
-    store.create_tokens(path, store_settings(ByteTokenizer()), 6)
+    layout.create_tokens(path, store_settings(ByteTokenizer()), 6)
     return path
 
 
 def test_plain_zarr_reads_it(tmp_path: Path) -> None:
     path = begin(tmp_path / "s")
-    names = [store.write_shard(path, first_row, ROWS[first_row : first_row + 4])[0] for first_row in (4, 0)]
+    names = [layout.write_shard(path, first_row, ROWS[first_row : first_row + 4])[0] for first_row in (4, 0)]
     assert names == ["tokens/c/1/0", "tokens/c/0/0"]
     tokens = zarr.open_group(path, mode="r")["tokens"]
     assert np.array_equal(tokens[:], ROWS)
@@ -49,8 +49,8 @@ def test_plain_zarr_reads_it(tmp_path: Path) -> None:
 
 def test_the_record_is_that_of_the_file(tmp_path: Path) -> None:
     path = begin(tmp_path / "s")
-    name, record = store.write_shard(path, 0, ROWS[:4])
-    assert record == store.record_file(path / name)
+    name, record = layout.write_shard(path, 0, ROWS[:4])
+    assert record == layout.record_file(path / name)
 
 
 @pytest.mark.parametrize("stop", ["os.fsync", "pathlib.Path.rename"])
@@ -62,8 +62,8 @@ def test_a_write_that_ends_early_leaves_no_shard(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(stop, fail)
     with pytest.raises(OSError, match="no space left"):
-        store.write_shard(path, 0, ROWS[:4])
-    assert store.list_files(path) == ["tokens/zarr.json", "zarr.json"]
+        layout.write_shard(path, 0, ROWS[:4])
+    assert layout.list_files(path) == ["tokens/zarr.json", "zarr.json"]
 
 
 def test_a_killed_writer_leaves_no_shard_and_the_end_of_a_build_removes_its_rest(tmp_path: Path) -> None:
@@ -71,27 +71,27 @@ def test_a_killed_writer_leaves_no_shard_and_the_end_of_a_build_removes_its_rest
     path = begin(work / "s")
     killed = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(path)])
     assert killed.returncode == -signal.SIGKILL
-    assert store.list_files(path) == ["tokens/zarr.json", "zarr.json"]
+    assert layout.list_files(path) == ["tokens/zarr.json", "zarr.json"]
     assert len(list(work.glob("*.partial"))) == 1, "beside the store, where nobody lists it"
     (path / "x.partial").touch()
     assert zarr.open_group(path, mode="r")["tokens"][:4].min() == np.iinfo(np.uint16).max  # which is no token
-    store.write_shard(path, 0, ROWS[:4])
-    store.write_sidecars(path, pack(np.array([96]), 16, "stream"), 6, ByteTokenizer(), [], [], [])
-    assert not [name for name in store.list_files(path) if name.endswith(".partial")]
+    layout.write_shard(path, 0, ROWS[:4])
+    layout.write_sidecars(path, pack(np.array([96]), 16, "stream"), 6, ByteTokenizer(), [], [], [])
+    assert not [name for name in layout.list_files(path) if name.endswith(".partial")]
     assert np.array_equal(zarr.open_group(path, mode="r")["tokens"][:4], ROWS[:4])
 
 
 def test_writers_of_one_shard_do_not_meet(tmp_path: Path) -> None:
     """At any time there is the whole shard."""
     path = begin(tmp_path / "s")
-    name, record = store.write_shard(path, 0, ROWS[:4])
+    name, record = layout.write_shard(path, 0, ROWS[:4])
     stop = threading.Event()
     failures = []
 
     def write() -> None:
         while not stop.is_set():
             try:
-                assert store.write_shard(path, 0, ROWS[:4]) == (name, record)
+                assert layout.write_shard(path, 0, ROWS[:4]) == (name, record)
             except BaseException as error:
                 failures.append(error)
                 raise
@@ -100,12 +100,12 @@ def test_writers_of_one_shard_do_not_meet(tmp_path: Path) -> None:
     for writer in writers:
         writer.start()
     for _ in range(200):
-        assert store.record_file(path / name) == record
+        assert layout.record_file(path / name) == record
     stop.set()
     for writer in writers:
         writer.join()
     assert not failures
-    assert store.list_files(path) == ["tokens/c/0/0", "tokens/zarr.json", "zarr.json"]
+    assert layout.list_files(path) == ["tokens/c/0/0", "tokens/zarr.json", "zarr.json"]
 
 
 def test_everything_may_be_written_twice(tmp_path: Path) -> None:
@@ -120,9 +120,9 @@ def test_everything_may_be_written_twice(tmp_path: Path) -> None:
 
 def test_starting_again_keeps_shards(tmp_path: Path) -> None:
     path = begin(tmp_path / "s")
-    name, record = store.write_shard(path, 0, ROWS[:4])
+    name, record = layout.write_shard(path, 0, ROWS[:4])
     begin(path)
-    assert store.record_file(path / name) == record
+    assert layout.record_file(path / name) == record
 
 
 @pytest.mark.parametrize(("n_values", "dtype"), [(256, np.uint16), (65_533, np.uint16), (65_534, np.uint32)])
