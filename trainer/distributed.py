@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d
 from data_pipeline.config import available_cpus
 from data_pipeline.errors import DataError
 from trainer.config import ConfigError
+from trainer.terminal import counted
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ class Launch:
 
     def __str__(self) -> str:
         place = f" at {self.master_addr}:{self.master_port}" if self.world_size > 1 and self.master_addr else ""
-        return f"{self.launcher}: {_count(self.world_size, 'process')}, {self.local_world_size} on this node{place}"
+        return f"{self.launcher}: {counted(self.world_size, 'process')}, {self.local_world_size} on this node{place}"
 
 
 def detect(environ: Mapping[str, str]) -> Launch:
@@ -290,14 +291,14 @@ def _claim_device(launch: Launch) -> torch.device:
 def describe(launch: Launch, device: torch.device) -> str:
     """One line on what was found. Collective: the nodes are counted."""
     nodes = int(all_sum([launch.local_rank == 0], device)[0])
-    return f"{launch}, {_count(nodes, 'node')} in all; {device_name(device)}, {dist.get_backend()}"
+    return f"{launch}, {counted(nodes, 'node')} in all; {device_name(device)}, {dist.get_backend()}"
 
 
 def device_name(device: torch.device) -> str:
     """What this process computes on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {_count(torch.get_num_threads(), 'thread')} per process"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')} per process"
 
 
 def stop() -> None:
@@ -356,8 +357,3 @@ def _all_reduce(
     total = torch.stack(tensors)
     dist.all_reduce(total, op=op)
     return total.tolist()
-
-
-def _count(number: int, noun: str) -> str:
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{number} {noun}{'' if number == 1 else plural}"

@@ -34,7 +34,7 @@ from trainer.preemption import PREEMPTED, Preemption, stopping
 from trainer.profiling import Profiler
 from trainer.record import write_record
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
-from trainer.schedule import due, learning_rate
+from trainer.schedule import due, lr_factor
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place, timed
 from trainer.state import local_square_sum, n_parameters, set_weights
@@ -215,7 +215,7 @@ class Trainer:
     def train_step(self, step: int) -> None:
         """A step, and what is due after it; `step` counts those before it."""
         plan, done = self.plan, step + 1
-        lr = learning_rate(self.job.deepspeed["optimizer"]["params"]["lr"], step, plan)
+        lr = self.job.deepspeed["optimizer"]["params"]["lr"] * lr_factor(step, plan)
         set_learning_rate(self.engine, lr)
         with self.profiler.step(done):
             begun = time.perf_counter()

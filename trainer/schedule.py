@@ -1,23 +1,21 @@
 """What follows from the number of a step alone, so that a resumed run needs no state to continue it."""
 
 import math
-from typing import Literal
 
 from trainer.config import LoopConfig
 
-Decay = Literal["cosine", "linear", "inverse_sqrt", "constant"]
 
-
-def lr_factor(step: int, *, steps: int, warmup_steps: int, decay: Decay, final_ratio: float) -> float:
+def lr_factor(step: int, plan: LoopConfig) -> float:
     """What the peak learning rate is multiplied by in optimizer step `step`, counted from 0.
 
-    Warm-up arrives at the full rate in step `warmup_steps - 1`; cosine and linear decay are at `final_ratio` when the
-    last step is done; inverse_sqrt is sqrt(warmup / steps done), the original Transformer's, with a floor.
+    Warm-up arrives at the full rate in step `warmup_steps - 1`; cosine and linear decay are at `final_lr_ratio` when
+    the last step is done; inverse_sqrt is sqrt(warmup / steps done), the original Transformer's, with a floor.
     """
+    warmup_steps, final_ratio = plan.warmup_steps, plan.final_lr_ratio
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    match decay:
+    done = min(1.0, (step - warmup_steps) / max(1, plan.steps - warmup_steps))
+    match plan.decay:
         case "cosine":
             return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
         case "linear":
@@ -26,17 +24,6 @@ def lr_factor(step: int, *, steps: int, warmup_steps: int, decay: Decay, final_r
             return max(final_ratio, math.sqrt(max(1, warmup_steps) / (step + 1)))
         case "constant":
             return 1.0
-
-
-def learning_rate(peak: float, step: int, plan: LoopConfig) -> float:
-    """That of optimizer step `step`, counted from 0, of a run; `peak` is the optimizer's `lr`."""
-    return peak * lr_factor(
-        step,
-        steps=plan.steps,
-        warmup_steps=plan.warmup_steps,
-        decay=plan.decay,
-        final_ratio=plan.final_lr_ratio,
-    )
 
 
 def due(every: int, done: int, steps: int | None = None) -> bool:

@@ -173,15 +173,17 @@ class Summary:
             f"{duration(self.seconds)}, {speed:,.0f} tokens/s",
             *([scores] if scores else []),
             f"checkpoints took {self.save_s / self.seconds if self.seconds else 0.0:.1%} of the time; "
-            f"{_count(self.skipped_steps, 'step')} skipped, {_count(self.spikes, 'spike')} of the loss",
+            f"{counted(self.skipped_steps, 'step')} skipped, {counted(self.spikes, 'spike')} of the loss",
             f"the run lies in {self.run_dir}; how it went: python launch/report.py {quote(str(self.run_dir))}",
             f"see its curves: {see_curves(self.run_dir)}",
         ]
         return "\n".join(lines)
 
 
-def _count(n: int, thing: str) -> str:
-    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+def counted(number: int, noun: str) -> str:
+    """So many of something, in words."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def see_curves(run_dir: Path) -> str:
