@@ -55,7 +55,7 @@ def test_compressed_files_make_the_same_rows(folder: Path, tmp_path: Path, suffi
     assert {name for name in plain if plain[name] != small[name]} == {"inputs.jsonl", "manifest.json"}
 
 
-def test_json_lines_and_parquet(folder: Path, tmp_path: Path) -> None:
+def test_json_lines_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": n, "text": text}) for n, text in enumerate(TEXTS)))
     pa.parquet.write_table(pa.table({"text": TEXTS, "other": range(12)}), tmp_path / "b.parquet", row_group_size=5)
     store = make(tmp_path / "store", tmp_path / "a.jsonl", tmp_path / "b.parquet", split={"val": 0.3})

@@ -86,7 +86,7 @@ def test_names_that_cannot_stand_side_by_side(tmp_path: Path, names: tuple[str, 
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_one_file_is_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_is_open_at_a_time(tmp_path: Path) -> None:
     """Of many documents that all go on over several rows."""
     resource = pytest.importorskip("resource")
     write_store(tmp_path / "s", {f"{number}": b"some text" for number in range(200)}, packing="stream")

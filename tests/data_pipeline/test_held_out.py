@@ -165,7 +165,7 @@ def test_splits_that_are_far_off_by_tokens_and_padding_are_told(tmp_path: Path) 
     assert build(settings(tmp_path, "even", **even)).notes == ()
 
 
-def test_files_are_recorded_as_they_always_have_been(tmp_path: Path) -> None:
+def test_files_are_recorded_as_they_always_have_been() -> None:
     """A build that an earlier version began goes on, and the hash of a corpus is the same."""
     found = [InputFile(f"{split}.txt", "/x", 5, 7, split) for split in (None, "val", "test")]
     assert snapshot(found) == {"None.txt": (5, 7, False), "val.txt": (5, 7, True), "test.txt": (5, 7, "test")}

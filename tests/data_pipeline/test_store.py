@@ -47,12 +47,6 @@ def test_plain_zarr_reads_it(tmp_path: Path) -> None:
     assert (tokens.chunks, tokens.shards, tokens.dtype) == ((1, 16), (4, 16), np.uint16)
 
 
-def test_the_record_is_that_of_the_file(tmp_path: Path) -> None:
-    path = begin(tmp_path / "s")
-    name, record = layout.write_shard(path, 0, ROWS[:4])
-    assert record == layout.record_file(path / name)
-
-
 @pytest.mark.parametrize("stop", ["os.fsync", "pathlib.Path.rename"])
 def test_a_write_that_ends_early_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
     path = begin(tmp_path / "s")

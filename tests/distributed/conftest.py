@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +175,18 @@ def train_by_srun(config: Path) -> Train:
         return run([command] * tasks, run_dir, ranks)
 
     return launch
+
+
+def assert_resumed_equals_uninterrupted(train: Callable[[], Run], tags: Sequence[str]) -> None:
+    """To the bit: where the second checkpoint is lost, the same command goes on from the first."""
+    whole = train()
+    expected = {tag: whole.column(tag) for tag in tags}
+    assert all(expected.values()), expected
+    checkpoints = whole.dir / "checkpoints"
+    (checkpoints / "step_00000004").rename(checkpoints / ".partial-step_00000004")
+    again = train()
+    assert json.loads((again.dir / "run.json").read_text())["resumed_from_step"] == 2
+    assert {tag: again.column(tag) for tag in tags} == expected
 
 
 def script(config: Path, run_dir: Path) -> list[str]:

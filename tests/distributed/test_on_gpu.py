@@ -4,14 +4,13 @@ Skipped where there is no GPU; `make gpu-check` runs it. Its processes start as 
 for CUDA cannot use it.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from distributed.conftest import Run, run, script
+from distributed.conftest import Run, assert_resumed_equals_uninterrupted, run, script
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -42,11 +41,4 @@ def test_computes_what_the_cpu_computes(config: Path, tmp_path: Path):
 @pytest.mark.parametrize("changes", [(f"{STAGE}=0",), (f"{STAGE}=2", "model.dropout=0.1"), (f"{STAGE}=3",)])
 def test_resumed_equals_uninterrupted_in_bf16(config: Path, tmp_path: Path, changes: tuple[str, ...]):
     settings = ("deepspeed.bf16.enabled=true", *changes)
-    whole = train_on("cuda", config, tmp_path / "run", settings)
-    expected = {tag: whole.column(tag) for tag in TAGS}
-    assert all(expected.values()), expected
-    checkpoints = whole.dir / "checkpoints"
-    (checkpoints / "step_00000004").rename(checkpoints / ".partial-step_00000004")
-    again = train_on("cuda", config, tmp_path / "run", settings)
-    assert json.loads((again.dir / "run.json").read_text())["resumed_from_step"] == 2
-    assert {tag: again.column(tag) for tag in TAGS} == expected
+    assert_resumed_equals_uninterrupted(lambda: train_on("cuda", config, tmp_path / "run", settings), TAGS)

@@ -4,7 +4,6 @@ Tensors are where they would be on a GPU, and their kernels are the CPU's (prete
 in test_on_gpu.py.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.conftest import Run, Train, run, script
+from distributed.conftest import Run, Train, assert_resumed_equals_uninterrupted, run, script
 from pretended_gpu.run import RUN, built, compiler
 
 from trainer.distributed import free_port
@@ -77,14 +76,7 @@ def test_computes_what_the_cpu_computes(
     ids=["zero2-offloaded", "zero3-2parts-dropout"],
 )
 def test_resumed_equals_uninterrupted(train_on_gpu: TrainOnGpu, tmp_path: Path, changes: tuple[str, ...]) -> None:
-    whole = train_on_gpu(tmp_path / "run", *changes)
-    expected = {tag: whole.column(tag) for tag in TAGS}
-    assert all(expected.values()), expected
-    checkpoints = whole.dir / "checkpoints"
-    (checkpoints / "step_00000004").rename(checkpoints / ".partial-step_00000004")
-    again = train_on_gpu(tmp_path / "run", *changes)
-    assert json.loads((again.dir / "run.json").read_text())["resumed_from_step"] == 2
-    assert {tag: again.column(tag) for tag in TAGS} == expected
+    assert_resumed_equals_uninterrupted(lambda: train_on_gpu(tmp_path / "run", *changes), TAGS)
 
 
 MODEL = """

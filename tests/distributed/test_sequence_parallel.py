@@ -48,7 +48,7 @@ def test_in_bf16(train, reference: Run, tmp_path: Path) -> None:
     assert largest_difference(run, reference, "train/loss") < 1e-2
 
 
-def test_a_run_goes_on_shared_or_not(train, reference: Run, tmp_path: Path) -> None:
+def test_a_run_goes_on_shared_or_not(train, tmp_path: Path) -> None:
     """Shared again it is the same to the bit; by one process, or by ranks with sequences of their own, within 1e-5."""
     whole = train(2, tmp_path / "run", SHARED, DROPOUT)
     assert whole.code == 0, whole.errors

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import IntegerTokenizer, Tokenizer, load_tokenizer
 from data_pipeline.tokenizer_folder import read_tokenizer
-from data_pipeline.training import TrainingSettings, train_tokenizer
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
 from trainer import checkpoint, selection
@@ -159,13 +158,6 @@ def test_a_run_that_goes_on_may_take_the_checkpoint_away(run, tmp_path: Path, mo
     monkeypatch.setattr(checkpoint, "problems", problems)
     assert call(monkeypatch, run_dir, "--output", tmp_path / "model") == 0
     assert torch.equal(logits_of(tmp_path / "model"), logits[30])
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(TrainingSettings((__file__,), output=folder / "small.model", vocab_size=400))
-    return folder / "small.model"
 
 
 def run_on(tmp_path: Path, tokenizer: Tokenizer, content: bytes, **settings: object) -> Path:

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from data_pipeline.tokenizer import ByteTokenizer, IntegerTokenizer, load_tokenizer
-from data_pipeline.training import TrainingSettings, train_tokenizer
 from reformer import Reformer, ReformerConfig, load_model, save_model
 from reformer.decoding import Decoder
 from reformer.generation import continue_tokens
@@ -50,13 +49,6 @@ def record(**changes: object) -> dict[str, bytes]:
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
     return write(tmp_path / "exported", 258, record())
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(TrainingSettings((__file__,), output=folder / "small.model", vocab_size=400))
-    return folder / "small.model"
 
 
 @pytest.fixture
@@ -226,7 +218,7 @@ def test_what_is_asked_for_is_checked_before_anything_is_printed(
     assert code == 2 and out == "" and error.startswith("error: ") and message in error
 
 
-def test_folders_that_are_no_export(tmp_path: Path, exported: Path, call) -> None:
+def test_folders_that_are_no_export(tmp_path: Path, call) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "checkpoint").mkdir()

@@ -115,7 +115,7 @@ def test_logits_that_are_no_numbers_give_no_token() -> None:
         ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
     ],
 )
-def test_what_cannot_be_continued(model: Reformer, changes: dict[str, object], message: str) -> None:
+def test_what_cannot_be_continued(changes: dict[str, object], message: str) -> None:
     def forward(tokens: Tensor) -> Tensor:
         raise AssertionError("before anything is computed")
 
