@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from data_pipeline.errors import DataError
@@ -95,21 +96,15 @@ def scores(run: Curves) -> Iterator[tuple[str, list[Point]]]:
 
 def costs(run: Curves) -> Iterator[tuple[str, str]]:
     """What the run took, and what went wrong in it: a name and a value."""
-    yield "tokens per second (median)", f"{median(run, 'speed/tokens_per_s'):,.0f}"
-    if run.column("speed/mfu"):
-        yield "of the devices' peak (median)", f"{median(run, 'speed/mfu'):.1%}"
+    yield "tokens per second (median)", f"{median_high(run.column('speed/tokens_per_s')):,.0f}"
+    if shares := run.column("speed/mfu"):
+        yield "of the devices' peak (median)", f"{median_high(shares):.1%}"
     yield "peak memory of a process, GiB", f"{max(run.column('memory/peak_gib')):.2f}"
     if saves := run.column("speed/save_share"):
         yield "share of checkpoints", f"{saves[-1]:.1%}"
     for tag, name in (("train/skipped_steps", "steps skipped"), ("train/spikes", "spikes of the loss")):
         if counts := run.column(tag):
             yield name, f"{counts[-1]:.0f}"
-
-
-def median(run: Curves, tag: str) -> float:
-    """Of the finite values of a tag, the larger one of two in the middle."""
-    values = sorted(run.column(tag))
-    return values[len(values) // 2]
 
 
 def comparison(runs: Sequence[Curves]) -> str:
@@ -149,7 +144,7 @@ def numbers(run: Curves, at: int | None, sources: Sequence[str]) -> list[str]:
         cells(evaluations[-1])[0] if evaluations else "",
         *([] if at is None else there),
         *(cells(best) if best else ("", "")),
-        f"{median(run, 'speed/tokens_per_s'):,.0f}",
+        f"{median_high(run.column('speed/tokens_per_s')):,.0f}",
         f"{max(run.column('memory/peak_gib')):.2f}",
     ]
 

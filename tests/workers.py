@@ -1,9 +1,12 @@
 """A script in several processes that are the ranks of one process group, which meet through a file."""
 
+import fcntl
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 import warm_start
 
@@ -29,6 +32,22 @@ def run_workers(script: Path, folder: Path, arguments: Sequence[Sequence[object]
         for worker in workers:
             worker.kill()
     assert codes == [0] * len(workers), f"exit codes {codes}\n{log.read_text()[-5000:]}"
+
+
+def run_cases(script: Path, folder: Path, cases: Sequence[object], n_ranks: int) -> list[Any]:
+    """What each rank leaves of `python SCRIPT CASES RENDEZVOUS OUTPUT RANK`; CASES and OUTPUT are of torch.save.
+
+    Of several processes of pytest with one folder, the first that asks has it done; the others wait.
+    """
+    folder.mkdir(exist_ok=True)
+    outputs = [folder / f"rank{rank}" for rank in range(n_ranks)]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not outputs[-1].exists():
+            torch.save(cases, folder / "cases")
+            arguments = [(folder / "cases", folder / "rendezvous", output, rank) for rank, output in enumerate(outputs)]
+            run_workers(script, folder, arguments)
+    return [torch.load(output, weights_only=False) for output in outputs]
 
 
 def join_ranks(rendezvous: str, rank: int, n_ranks: int) -> None:

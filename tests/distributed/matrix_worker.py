@@ -9,6 +9,7 @@ import gc
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -139,24 +140,29 @@ def weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
 
 
-def main(cases_file: str, rendezvous: str, output: str, rank: str) -> None:
-    cases, folder = torch.load(cases_file, weights_only=False), Path(output).parent
-    for case in cases:  # as a run does, before the processes join each other
-        config = run_config(case)
-        facts = StoreFacts(SEQ_LEN, config.model.vocab_size, {"train": BATCH, "val": BATCH}, "", "")
-        check(config, deepspeed_config(case, folder), facts, RANKS)
+def work_through(cases: list[Case], work: Callable[[Case, Path], Any], rendezvous: str, output: str, rank: str) -> None:
+    """Join the other ranks, and save what comes of each case: the text of an error, if there is one."""
     join_ranks(rendezvous, int(rank), RANKS)
-    PartitionedParameterProfiler.stop_event = lambda _, name, n_elements: FETCHED.update({name: n_elements})
     results: dict[Case, Any] = {}
     for case in cases:
         try:
-            results[case] = run(case, folder)
+            results[case] = work(case, Path(output).parent)
         except Exception:
             results[case] = traceback.format_exc()
         gc.collect()
         gc.freeze()  # DeepSpeed collects garbage whenever it reports memory: all that it imports need not be looked at
     torch.save(results, output)
     dist.destroy_process_group()
+
+
+def main(cases_file: str, rendezvous: str, output: str, rank: str) -> None:
+    cases = torch.load(cases_file, weights_only=False)
+    for case in cases:  # as a run does, before the processes join each other
+        config = run_config(case)
+        facts = StoreFacts(SEQ_LEN, config.model.vocab_size, {"train": BATCH, "val": BATCH}, "", "")
+        check(config, deepspeed_config(case, Path(output).parent), facts, RANKS)
+    PartitionedParameterProfiler.stop_event = lambda _, name, n_elements: FETCHED.update({name: n_elements})
+    work_through(cases, run, rendezvous, output, rank)
 
 
 if __name__ == "__main__":

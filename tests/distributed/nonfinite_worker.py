@@ -6,10 +6,8 @@ Each case is run twice: with the faults, and with those steps left out. CASES an
 that fails is an error's text in OUTPUT, and the others go on.
 """
 
-import gc
 import math
 import sys
-import traceback
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +16,9 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from matrix_worker import CPU, masters, read, weights
+from matrix_worker import CPU, masters, read, weights, work_through
 from torch import Tensor
-from workers import join_ranks
-from zero_matrix import ADAMW, RANKS, Case, deepspeed_config, run_config
+from zero_matrix import ADAMW, Case, deepspeed_config, run_config
 
 from trainer.distributed import all_sum
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
@@ -164,18 +161,7 @@ def unequal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
 
 
 def main(cases_file: str, rendezvous: str, output: str, rank: str) -> None:
-    cases, folder = torch.load(cases_file, weights_only=False), Path(output).parent
-    join_ranks(rendezvous, int(rank), RANKS)
-    found: dict[Case, Any] = {}
-    for case in cases:
-        try:
-            found[case] = compare(case, folder)
-        except Exception:
-            found[case] = traceback.format_exc()
-        gc.collect()
-        gc.freeze()  # DeepSpeed collects garbage whenever it reports memory: all that it imports need not be looked at
-    torch.save(found, output)
-    dist.destroy_process_group()
+    work_through(torch.load(cases_file, weights_only=False), compare, rendezvous, output, rank)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from parity import relative_error
-from workers import run_workers
+from workers import run_cases
 from zero_matrix import RANKS, Case, run_config, whole_batch
 
 from reformer import Reformer
@@ -20,11 +20,8 @@ CASES = [
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, list[dict[str, Any]]]]:
     """What each rank saw of each case."""
-    folder = tmp_path_factory.mktemp("gradients")
-    torch.save(CASES, folder / "cases")
-    arguments = [(folder / "cases", folder / "rendezvous", folder / f"rank{rank}", rank) for rank in range(RANKS)]
-    run_workers(Path(__file__).with_name("gradients_worker.py"), folder, arguments)
-    return [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
+    worker = Path(__file__).with_name("gradients_worker.py")
+    return run_cases(worker, tmp_path_factory.mktemp("gradients"), CASES, RANKS)
 
 
 def plain_gradients(case: Case, step: int) -> dict[str, torch.Tensor]:

@@ -9,8 +9,6 @@ the weights that the run under DeepSpeed had. Each rank's gradient is then round
 once more for being summed over ranks, where the plain one is rounded once.
 """
 
-import fcntl
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -20,7 +18,7 @@ from typing import Any
 import nvme
 import pytest
 import torch
-from workers import run_workers
+from workers import run_cases
 from zero_matrix import (
     CLIP,
     LR_FACTORS,
@@ -63,18 +61,9 @@ Result = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Result]]:
+def results(shared_folder: Path) -> dict[Case, list[Result]]:
     """What each rank saw of each case, computed by the first of pytest's processes that asks; the others wait."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all of pytest's processes
-    folder = folder / "matrix"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / f"rank{RANKS - 1}").exists():
-            launch([*MATRIX, *VARIANTS], folder)
-    return read(folder)
+    return by_case([*MATRIX, *VARIANTS], shared_folder / "matrix")
 
 
 @pytest.fixture(scope="session")
@@ -82,21 +71,12 @@ def nvme_results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Re
     """The same of the cases that offload to a drive."""
     if reason := nvme.why_not():
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("nvme")
-    launch(NVME, folder)
-    return read(folder)
+    return by_case(NVME, tmp_path_factory.mktemp("nvme"))
 
 
-def launch(cases: list[Case], folder: Path) -> None:
-    """Run cases on two ranks, which leave their results in folder/rank0 and folder/rank1."""
-    torch.save(cases, folder / "cases")
-    arguments = [(folder / "cases", folder / "rendezvous", folder / f"rank{rank}", rank) for rank in range(RANKS)]
-    run_workers(Path(__file__).with_name("matrix_worker.py"), folder, arguments)
-
-
-def read(folder: Path) -> dict[Case, list[Result]]:
-    ranks = [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
-    return {case: [rank[case] for rank in ranks] for case in ranks[0]}
+def by_case(cases: list[Case], folder: Path) -> dict[Case, list[Result]]:
+    ranks = run_cases(Path(__file__).with_name("matrix_worker.py"), folder, cases, RANKS)
+    return {case: [rank[case] for rank in ranks] for case in cases}
 
 
 @cache

@@ -4,15 +4,12 @@ What is special: a run with such steps is compared, bit for bit and after every 
 out: weights, moments, Adam's count. All cases run in two processes that are started once.
 """
 
-import fcntl
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from workers import run_workers
+from workers import run_cases
 from zero_matrix import RANKS, Case
 
 WORKER = Path(__file__).with_name("nonfinite_worker.py")
@@ -30,25 +27,9 @@ CASES = [
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Case, Any]]:
+def ranks(shared_folder: Path) -> list[dict[Case, Any]]:
     """What each rank saw of each case, computed by the first of pytest's processes that asks; the others wait."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # of all of pytest's processes
-    folder = folder / "nonfinite"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / f"rank{RANKS - 1}").exists():
-            launch(folder)
-    return [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
-
-
-def launch(folder: Path) -> None:
-    """Leave the results in folder/rank0 and folder/rank1."""
-    torch.save(CASES, folder / "cases")
-    arguments = [(folder / "cases", folder / "rendezvous", folder / f"rank{rank}", rank) for rank in range(RANKS)]
-    run_workers(WORKER, folder, arguments)
+    return run_cases(WORKER, shared_folder / "nonfinite", CASES, RANKS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from workers import run_workers
+from workers import run_cases
 from zero_matrix import CLIP, LR_FACTORS, OPTIMIZERS, RANKS, Case, Outcome, plain_run, ratios
 
 LIMITS = {False: (1e-6, 1e-6, 1e-4, 1e-6), True: (2e-4, 5e-3, 0.1, 2.5e-3)}
@@ -25,11 +25,8 @@ DECAYING = [*(Case(stage) for stage in (0, 1, 2, 3)), ADAFACTOR()]
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, bool], list[Outcome]]:
     """What each rank saw, by case and whether there was something to learn."""
     jobs = [*((case, True) for case in LEARNING), *((case, False) for case in DECAYING)]
-    folder = tmp_path_factory.mktemp("optimizers")
-    torch.save(jobs, folder / "jobs")
-    arguments = [(folder / "jobs", folder / "rendezvous", folder / f"rank{rank}", rank) for rank in range(RANKS)]
-    run_workers(Path(__file__).with_name("optimizer_worker.py"), folder, arguments)
-    by_rank = [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
+    worker = Path(__file__).with_name("optimizer_worker.py")
+    by_rank = run_cases(worker, tmp_path_factory.mktemp("optimizers"), jobs, RANKS)
     return dict(zip(jobs, map(list, zip(*by_rank, strict=True)), strict=True))
 
 

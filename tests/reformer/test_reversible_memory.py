@@ -84,19 +84,19 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(address)
 
 
-def peak_bytes(n_layers: int, pattern: str, stack: Callable[..., tuple[Tensor, Tensor]]) -> tuple[int, int]:
-    """The most bytes alive at any time of forward and backward, and those alive between the two.
-
-    Parameters and their gradients are there before, so that they do not count.
-    """
-    model = make_model(n_layers=n_layers, attn_pattern=(pattern,))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    x = torch.randn(2, 101, 16, dtype=torch.float64, requires_grad=True)
-    x.grad = torch.zeros_like(x)
+def counting_without(*leaves: Tensor) -> LiveBytes:
+    """Of these, which get gradients of zero, neither counts."""
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf)
     gc.collect()
-    known = [tensor for leaf in (x, *model.parameters()) for tensor in (leaf, leaf.grad)]
-    with LiveBytes(known) as counted:
+    return LiveBytes([tensor for leaf in leaves for tensor in (leaf, leaf.grad)])
+
+
+def peak_bytes(n_layers: int, pattern: str, stack: Callable[..., tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    """The most bytes alive at any time of forward and backward, and those alive between the two."""
+    model = make_model(n_layers=n_layers, attn_pattern=(pattern,))
+    x = torch.randn(2, 101, 16, dtype=torch.float64, requires_grad=True)
+    with counting_without(x, *model.parameters()) as counted:
         y1, y2 = stack(model.blocks, x, x, Call(0, 0, (0, 1), 0.1, None, 0.1))
         between = counted.live
         loss = (y1 * y2).sum()
@@ -132,14 +132,9 @@ def peak_streams(
     monkeypatch.setattr(chunked, "FINISH_TOKENS", 64)
     sizes = {"max_seq_len": LONG_TOKENS, "d_ff": 128, "n_layers": 3, "n_heads": 4, "n_hashes": 1, "dropout": 0.0}
     model = make_model(**sizes, ff_chunk_tokens=ff_chunk_tokens, n_buckets=4, attn_pattern=(pattern,))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
     tokens = torch.randint(0, 50, (1, LONG_TOKENS))
     x = model.embedding(tokens).detach().requires_grad_()
-    x.grad = torch.zeros_like(x)
-    gc.collect()
-    known = [tensor for leaf in (x, *model.parameters()) for tensor in (leaf, leaf.grad)]
-    with LiveBytes(known) as counted:
+    with counting_without(x, *model.parameters()) as counted:
         model.head(*reversible_stack(model.blocks, x, x, Call(0, 0, (0,)), keep_ends), tokens).backward()
     return counted.peak / x.nbytes
 
