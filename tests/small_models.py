@@ -21,6 +21,14 @@ def small_model(**changes: object) -> Reformer:
     return Reformer(ReformerConfig(**{**SMALL, **changes})).double()
 
 
+def make_batch(n_tokens: int = 101) -> tuple[Tensor, Tensor, Tensor]:
+    """Two rows of tokens, labels of which the first few are ignored, and segments."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, labels = (torch.randint(0, 50, (2, n_tokens), generator=generator) for _ in range(2))
+    labels[:, :7] = -100
+    return tokens, labels, torch.randint(1, 4, (2, n_tokens), generator=generator).sort().values
+
+
 def plain_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     for block in blocks:
         x1, x2, _ = block(x1, x2, call)

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.conftest import Run, Train, assert_resumed_equals_uninterrupted, run, script
+from distributed.conftest import Run, Train, assert_resumed_equals_uninterrupted, run, script, torchrun_variables
 from pretended_gpu.run import RUN, built, compiler
-
-from trainer.distributed import free_port
 
 pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this build of PyTorch has CUDA of its own")
 
@@ -40,9 +38,7 @@ def train_on_gpu(library: Path, config: Path) -> TrainOnGpu:
 
     def launch(run_dir: Path, *arguments: str) -> Run:
         command = [sys.executable, str(RUN), str(library), *script(config, run_dir), *arguments]
-        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
-        job |= {"LOCAL_WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cuda"}
-        ranks = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
+        ranks = [own | {"DS_ACCELERATOR": "cuda"} for own in torchrun_variables(RANKS)]
         done = run([command] * RANKS, run_dir, ranks)
         assert done.code == 0, done.errors
         assert "pretended GPU, nccl" in done.output

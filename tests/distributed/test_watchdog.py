@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from distributed.conftest import torchrun_variables
+
 from trainer.distributed import free_port
 from trainer.presence import holder
 from trainer.watchdog import HUNG
@@ -42,14 +44,7 @@ def command(config: Path, run_dir: Path) -> list[str]:
 
 def ranks(config: Path, run_dir: Path, hang: str, *settings: str) -> tuple[list[list[str]], list[dict[str, str]]]:
     """Two ranks that nothing started, so that nothing ends them either."""
-    world = {
-        "HANG": hang,
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    each = [world | {"RANK": str(own), "LOCAL_RANK": str(own)} for own in range(2)]
+    each = [own | {"HANG": hang} for own in torchrun_variables(2)]
     return [[sys.executable, *command(config, run_dir), *settings]] * 2, each
 
 

@@ -5,19 +5,13 @@ from functools import partial
 import pytest
 import torch
 from parity import assert_parity, gradients
-from small_models import plain_loss, small_model
+from small_models import make_batch, plain_loss, small_model
 from torch import Tensor
 
 from reformer import lsh_attention
 from reformer.call import Call
 
 make_model = partial(small_model, attn_pattern=["lsh", "dense", "local"])
-
-
-def make_batch(n_tokens: int = 51) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens, labels = (torch.randint(0, 30, (2, n_tokens), generator=generator) for _ in range(2))
-    return tokens, labels, torch.randint(1, 4, (2, n_tokens), generator=generator).sort().values
 
 
 @pytest.mark.parametrize("kinds", [["lsh"], ["local"], ["dense"], ["lsh", "dense", "local"]])

@@ -11,7 +11,7 @@ import pytest
 import small_models
 import torch
 from parity import assert_parity, gradients
-from small_models import plain_stack, small_model
+from small_models import make_batch, plain_stack, small_model
 from torch import Tensor, nn
 
 from reformer import Reformer, lsh_attention
@@ -19,13 +19,6 @@ from reformer.call import Call
 from reformer.reversible import Streams, reversible_stack
 
 make_model = partial(small_model, n_layers=4, ff_chunk_tokens=30, loss_chunk_tokens=29)
-
-
-def make_batch(n_tokens: int = 101) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens, labels = (torch.randint(0, 50, (2, n_tokens), generator=generator) for _ in range(2))
-    labels[:, :7] = -100
-    return tokens, labels, torch.randint(1, 4, (2, n_tokens), generator=generator).sort().values
 
 
 def plain_loss(model: Reformer, tokens: Tensor, labels: Tensor, segments: Tensor | None, step: int = 0) -> Tensor:
