@@ -23,11 +23,6 @@ from data_pipeline.tokenizer import ByteTokenizer, Tokenizer, token_dtype
 SPLITS = ("train", "val")
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The content of every file in a folder and below it, by its path there."""
-    return {name: (folder / name).read_bytes() for name in layout.list_files(folder)}
-
-
 def store_settings(tokenizer: Tokenizer, **changes: object) -> StoreSettings:
     """Settings of rows of 16 tokens, 4 to a shard."""
     values = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_stores import files_of, write_store
+from on_disk import files_of
+from small_stores import write_store
 
 from data_pipeline.decode import decode_all, decode_document
 from data_pipeline.errors import DataError

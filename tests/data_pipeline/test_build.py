@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from small_stores import files_of
+from on_disk import files_of
 
 from data_pipeline import blocks, documents, files, inputs, scratch, stages
 from data_pipeline import build as build_module

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from on_disk import flip
 from read_documents import write
 
 from data_pipeline.cli import main
@@ -355,9 +356,7 @@ def test_no_store(run: Run, tmp_path: Path, command: str) -> None:
 def test_damage(run: Run, make_store: Callable[..., Store], tmp_path: Path) -> None:
     store = make_store()
     shard = store.path / "tokens/c/0/0"
-    data = bytearray(shard.read_bytes())
-    data[20] ^= 1
-    shard.write_bytes(data)
+    flip(shard, 20)
     result = run("verify", store.path)
     assert result.code == 1
     assert f"problem: {shard} is damaged" in result.out

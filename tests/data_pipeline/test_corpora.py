@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from small_stores import files_of
+from on_disk import files_of
 
 from data_pipeline import stages
 from data_pipeline.build import build

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from on_disk import files_of
 from read_documents import write
-from small_stores import files_of
 
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_stores import files_of
+from on_disk import files_of
 
 from data_pipeline.errors import DataError
 from data_pipeline.staging import partial_path, staged

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_disk import flip
 
 import data_pipeline
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
@@ -272,9 +273,7 @@ def test_a_damaged_shard_is_named_or_skipped(
     dataset = RowDataset(make_store())
     n, path = len(dataset), dataset.store.path
     shard = path / "tokens/c/0/0"
-    content = bytearray(shard.read_bytes())
-    content[30] ^= 1  # in the first row of the shard
-    shard.write_bytes(content)
+    flip(shard, 30)  # in its first row
     with Loader(dataset, n) as loader, pytest.raises(DataError, match=rf"row 0 of {path} is damaged in shard {shard}"):
         next(loader)
     with Loader(dataset, n, on_damage="skip") as loader:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small_stores import files_of
+from on_disk import files_of
 
 from data_pipeline import build as build_module
 from data_pipeline import jobs, scratch, stages

@@ -7,7 +7,7 @@ from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
-from small_stores import files_of
+from on_disk import files_of
 
 from data_pipeline import build as build_module
 from data_pipeline import layout, stages

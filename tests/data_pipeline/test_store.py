@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from small_stores import files_of, store_settings, write_store
+from on_disk import files_of
+from small_stores import store_settings, write_store
 
 from data_pipeline import layout
 from data_pipeline.errors import DataError

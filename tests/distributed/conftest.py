@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import warm_start
+from on_disk import flip
 
 from data_pipeline.cli import main as data_pipeline
 from trainer.distributed import free_port
@@ -93,10 +94,7 @@ def damaged(store: Path, tmp_path: Path) -> Path:
     """The store with a flipped bit in its first row: sizes are right, so only the checksum tells when it is read."""
     path = tmp_path / "store"
     shutil.copytree(store, path)
-    shard = path / "tokens/c/0/0"
-    content = bytearray(shard.read_bytes())
-    content[20] ^= 1
-    shard.write_bytes(content)
+    flip(path / "tokens/c/0/0", 20)
     return path
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from distributed.conftest import Run
+from on_disk import flip
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TIMELESS = (
@@ -91,9 +92,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_continues(train, un
     run = undisturbed
     whole, checkpoints = curve(run), run.dir / "checkpoints"
     file = checkpoints / "step_00000004" / "rank_00001.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
+    flip(file, -5)
     again = train(2, run.dir, *DROPOUT)
     assert again.code == 0, again.errors
     assert f"damaged checkpoint {file.parent}: rank_00001.safetensors is not what was written" in again.output

@@ -14,6 +14,7 @@ import pytest
 import torch
 from evaluation import CPU, PlainEngine, make_store
 from evaluation import config as run_config
+from on_disk import flip
 from small_stores import write_store
 from torch import Tensor
 from torch.nn import functional as F
@@ -344,8 +345,6 @@ def test_a_damaged_row_is_named(exported: Path, call, tmp_path: Path) -> None:
     store = make_store(tmp_path)
     shards = sorted((store.path / "tokens/c").rglob("*"))
     shard = [path for path in shards if path.is_file()][-1]
-    content = bytearray(shard.read_bytes())
-    content[20] ^= 1
-    shard.write_bytes(content)
+    flip(shard, 20)
     code, out, errors = call(exported, store.path)
     assert (code, out) == (2, "") and errors.startswith("error: ") and shard.name in errors

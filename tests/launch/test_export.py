@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation import CPU, config
+from on_disk import flip
 from safetensors.torch import save_file
 from small_stores import write_store
 from torch import Tensor
@@ -71,10 +72,7 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def damage(run_dir: Path, step: int) -> None:
-    path = folder_of(run_dir, step) / "rank_00000.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-9] ^= 4
-    path.write_bytes(content)
+    flip(folder_of(run_dir, step) / "rank_00000.safetensors", -9, 2)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -205,10 +203,6 @@ def test_tokenizers_without_a_model(tmp_path: Path, tokenizer: Tokenizer, monkey
     assert not (tmp_path / "model" / "tokenizer.model").exists()
 
 
-def flip(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-
-
 def test_weights_without_a_tokenizer_where_it_cannot_be_had(
     tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -218,11 +212,11 @@ def test_weights_without_a_tokenizer_where_it_cannot_be_had(
     whole = record.read_text()
     damages = {
         "store does not exist": lambda: shutil.move(store, tmp_path / "moved"),
-        "tokenizer.model is damaged": lambda: flip(store / "tokenizer.model"),
-        "manifest.json": lambda: flip(store / "manifest.json"),
+        "tokenizer.model is damaged": lambda: flip(store / "tokenizer.model", -1),
+        "manifest.json": lambda: flip(store / "manifest.json", -1),
         "is not the one that": lambda: record.write_text(whole.replace(tokenizer.sha256, "of another")),
         "run.json does not say which tokenizer": lambda: record.write_text('{"config": {}}'),
-        "run.json is damaged": lambda: flip(record),
+        "run.json is damaged": lambda: flip(record, -1),
         f"cannot read {record}: No such file or directory: give a checkpoint in the folder of its run": record.unlink,
     }
     shutil.copytree(store, tmp_path / "sound")

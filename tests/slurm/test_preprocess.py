@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from on_disk import files_of
 from slurm.cluster import Cluster, wait_until
-from small_stores import files_of
 
 from data_pipeline.cli import make_parser
 from data_pipeline.verify import verify

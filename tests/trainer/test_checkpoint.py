@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.ops.adam import FusedAdam
+from on_disk import flip
 from small_checkpoints import CPU, IDENTITY, config, engine, publish
 from torch import nn
 
@@ -136,10 +137,8 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
-    path.write_bytes(content)
+def flip_any(path: Path) -> None:
+    flip(path, random.randrange(path.stat().st_size), random.randrange(8))
 
 
 def append(path: Path) -> None:
@@ -155,7 +154,7 @@ def make_a_folder(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES = (cut, empty, flip, append, replace_by_another, make_a_folder, Path.unlink)
+DAMAGES = (cut, empty, flip_any, append, replace_by_another, make_a_folder, Path.unlink)
 
 
 @pytest.mark.parametrize("name", ["state.json", "rank_00000.safetensors", "SHA256SUMS"])
@@ -188,7 +187,7 @@ def test_not_even_a_line_break_goes_unnoticed(tmp_path: Path, before: bytes, aft
 
 def test_what_is_damaged_and_cannot_be_put_aside_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = publish(tmp_path, 50)
-    flip(path / "state.json")
+    flip_any(path / "state.json")
 
     def fail(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
@@ -206,13 +205,13 @@ def test_a_file_that_does_not_belong_there_is_damage(tmp_path: Path) -> None:
 
 def test_each_rank_reads_its_share(tmp_path: Path) -> None:
     path = publish(tmp_path, 50)
-    flip(path / "rank_00000.safetensors")
+    flip_any(path / "rank_00000.safetensors")
     found = [problems(path, share, 2) for share in (0, 1)]
     assert sorted(map(len, found)) == [0, 1]
 
 
 def test_where_none_is_sound_nothing_is_begun_silently(tmp_path: Path) -> None:
-    flip(publish(tmp_path, 50) / "rank_00000.safetensors")
+    flip_any(publish(tmp_path, 50) / "rank_00000.safetensors")
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"no checkpoint of .* is sound: damaged-step_00000050 are damaged"):
             start(tmp_path)
@@ -220,7 +219,7 @@ def test_where_none_is_sound_nothing_is_begun_silently(tmp_path: Path) -> None:
 
 def test_saved_again_after_damage_it_is_sound(tmp_path: Path) -> None:
     publish(tmp_path, 50)
-    flip(publish(tmp_path, 100) / "state.json")
+    flip_any(publish(tmp_path, 100) / "state.json")
     assert start(tmp_path) is not None
     assert problems(publish(tmp_path, 100)) == []
 
