@@ -23,11 +23,9 @@ def digests(contents: list[bytes]) -> np.ndarray:
     return np.frombuffer(hashes, np.uint8).reshape(len(contents), 32)
 
 
-def signature(text: str | bytes, block_bytes: int = 1 << 20) -> np.ndarray:
-    data = text.encode() if isinstance(text, str) else text
+def signature(text: str | bytes) -> np.ndarray:
     result = Signature()
-    for start in range(0, len(data), block_bytes):
-        result.update(data[start : start + block_bytes])
+    result.update(text.encode() if isinstance(text, str) else text)
     return result.value()
 
 

@@ -35,11 +35,11 @@ TINY = {
 }  # fmt: skip
 
 
-def random_case(n_tokens: int, n_hashes: int, n_buckets: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+def random_case(n_tokens: int, n_hashes: int) -> tuple[Tensor, Tensor, Tensor]:
     """qk [2, T, 4], buckets [2, R, T], and every query in a shuffled order [2, T]."""
     generator = torch.Generator().manual_seed(n_tokens + 100 * n_hashes)
     qk = 2 * torch.randn(2, n_tokens, 4, dtype=torch.float64, generator=generator)
-    buckets = torch.randint(0, n_buckets, (2, n_hashes, n_tokens), generator=generator)
+    buckets = torch.randint(0, 6, (2, n_hashes, n_tokens), generator=generator)
     return qk, buckets, torch.stack([torch.randperm(n_tokens, generator=generator) for _ in range(2)])
 
 

@@ -105,9 +105,9 @@ def test_numbers_that_are_none_stay_in_their_sample(kind: str, causal: bool, bad
         assert x[1 - bad].isfinite().all()
 
 
-def layout(n_heads: int, n_rounds: int, tokens: int, causal: bool, is_lsh: bool = True) -> Layout:
+def layout(n_heads: int, n_rounds: int, tokens: int, causal: bool) -> Layout:
     buckets = torch.randint(0, 4, (n_heads, n_rounds, tokens), generator=torch.Generator().manual_seed(2))
-    return Layout(*sort_by_bucket(buckets, CHUNK), CHUNK, causal, is_lsh)
+    return Layout(*sort_by_bucket(buckets, CHUNK), CHUNK, causal, is_lsh=True)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ def plan(folder: Path = Path("runs/none"), **values: float) -> LoopConfig:
     return LoopConfig(dir=folder, deepspeed_config=Path("deepspeed.json"), steps=10, **values)
 
 
-def noisy(n: int, mean: float = 3.0, deviation: float = 0.05) -> list[float]:
+def noisy(n: int, mean: float = 3.0) -> list[float]:
     rng = random.Random(0)
-    return [rng.gauss(mean, deviation) for _ in range(n)]
+    return [rng.gauss(mean, 0.05) for _ in range(n)]
 
 
 def watched(losses: list[float], **values: float) -> tuple[Health, list[str]]:
