@@ -6,12 +6,16 @@ CONSTRAINTS ?= constraints.txt
 
 .PHONY: install demo bench gpu-check test lint clean
 
-install: .venv/installed
+# What says that the versions of this very file are installed.
+INSTALLED := .venv/installed-$(notdir $(CONSTRAINTS))
 
-.venv/installed: pyproject.toml $(CONSTRAINTS)
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	rm -f .venv/installed*
 	touch $@
 
 demo: install

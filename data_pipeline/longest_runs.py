@@ -2,7 +2,8 @@
 
 If each window in a stretch of a training document is somewhere in the held-out document, the stretch is as long as any
 run in it that they share, or longer, as its windows may come from several places. So stretches are compared with the
-held-out document from the longest on, until none is left that is longer than the longest run. Mostly that is one.
+held-out document from the longest on, until none is left that is longer than the longest run, or that run is as long as
+any of windows that are somewhere in training documents. Mostly one stretch is compared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from data_pipeline.document_tokens import read_part
 from data_pipeline.store import Store
 from data_pipeline.window_index import WindowIndex, longest_common_run
 from data_pipeline.window_search import search
+
+_PART_TOKENS = 1 << 20  # of a stretch that are compared at a time, at least
 
 
 class Run(NamedTuple):
@@ -40,16 +43,24 @@ def longest_runs(
     index: WindowIndex,
     texts: Sequence[np.ndarray],
     numbers: Sequence[np.ndarray],
+    is_found: np.ndarray,
     train: Sequence[tuple[Store, np.ndarray]],
 ) -> list[Run | None]:
     """The longest run of each of some texts; None for one that shares none of index.n tokens or more.
 
     `texts` are the tokens of each, and `numbers` int64 the numbers in the index of the windows at its places 0, 1, ….
+    `is_found` bool [index.n_distinct] says which windows training documents have.
     `train` are stores, with bool [n_documents of the store] that says which documents of their split train to look at.
     """
     stretches = _find_stretches(index, numbers, train)
     stores = [store for store, _ in train]
-    return [_longest(index, *one, stores) for one in zip(texts, numbers, stretches, strict=True)]
+    most = [_most(index.n, is_found[one]) for one in numbers]
+    return [_longest(index, *one, stores) for one in zip(texts, numbers, stretches, most, strict=True)]
+
+
+def _most(n: int, is_found: np.ndarray) -> int:
+    """Tokens of a text in the longest run of windows of n all of which are found; is_found: bool [n_windows]."""
+    return max((stop - start + n - 1 for start, stop in _runs(np.flatnonzero(is_found))), default=0)
 
 
 def _find_stretches(
@@ -83,20 +94,20 @@ def _sorted(stretches: Stretches) -> Stretches:
 
 
 def _longest(
-    index: WindowIndex, text: np.ndarray, numbers: np.ndarray, stretches: Stretches, stores: Sequence[Store]
+    index: WindowIndex, text: np.ndarray, numbers: np.ndarray, stretches: Stretches, most: int, stores: Sequence[Store]
 ) -> Run | None:
-    """The longest run of one text in any of its stretches."""
+    """The longest run of one text in any of its stretches; none has more than `most` tokens."""
     longest, found_in = index.n - 1, None
     lengths = stretches.stop - stretches.start
     for i in np.argsort(-lengths, kind="stable").tolist():
-        if min(lengths[i], len(text)) <= longest:
+        if min(lengths[i], most) <= longest:
             break
         store, document, start, stop = (int(column[i]) for column in stretches)
-        # In parts such that any run of the text's length is within one of them: memory does not grow with the stretch.
-        for begin in range(start, stop, len(text)):
-            if longest == len(text):
+        # In parts such that any run is within one of them: memory does not grow with the stretch.
+        for begin in range(start, stop, max(most, _PART_TOKENS)):
+            if longest == most:
                 break
-            part = read_part(stores[store], document, begin, min(begin + 2 * len(text), stop))
+            part = read_part(stores[store], document, begin, min(begin + max(most, _PART_TOKENS) + most, stop))
             if found := _longest_shared(index, text, numbers, part, longest + 1):
                 longest, found_in = found, (store, document)
     if found_in is None:

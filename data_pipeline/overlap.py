@@ -74,12 +74,13 @@ def find_overlap(
     """
     _check(store, held_out, train, min_tokens, n_worst)
     texts = _read_held_out(store, held_out)
-    n_windows = np.maximum(texts.stop - texts.start - min_tokens + 1, 0)
+    n = min(min_tokens, len(texts.tokens) + 1)  # no document has runs of more
+    n_windows = np.maximum(texts.stop - texts.start - n + 1, 0)
     starts = _ranges(texts.start, n_windows)
-    index = WindowIndex(texts.tokens, starts, min_tokens)
+    index = WindowIndex(texts.tokens, starts, n)
     found = np.zeros(index.n_distinct, bool)
     sharing = [_search(index, one, found) for one in train]
-    overlapping = _overlapping(starts[found[index.numbers]], min_tokens, len(texts.tokens))
+    overlapping = _overlapping(starts[found[index.numbers]], n, len(texts.tokens))
     overlaps = _count(texts, overlapping)
 
     ranked = sorted(range(len(overlaps)), key=lambda i: _rank(overlaps[i], held_out))
@@ -89,6 +90,7 @@ def find_overlap(
         index,
         [texts.tokens[texts.start[i] : texts.stop[i]] for i in worst],
         [index.numbers[bounds[i] : bounds[i + 1]] for i in worst],
+        found,
         list(zip(train, sharing, strict=True)),
     )
     longest = dict(zip(worst, runs, strict=True))

@@ -219,8 +219,11 @@ def _notes_on_rows(documents: Documents, plan: Plan, settings: PlanSettings) -> 
 def _notes_on_remnants(lengths: np.ndarray, plan: Plan, settings: PlanSettings) -> list[str]:
     """What the user should know of rows that hold the last token or two of documents a little longer than a row.
 
-    lengths: of the documents in tokens. The first token of a stretch is predicted by nothing.
+    lengths: of the documents in tokens. The first token of a stretch is predicted by nothing. In packing "stream" what
+    a row holds does not follow from the length of one document.
     """
+    if settings.packing == "stream":
+        return []
     segments, seq_len = plan.segments, settings.seq_len
     n_labels = np.bincount(segments.row, segments.length - 1, plan.n_rows)
     is_remnant = (n_labels[segments.row] <= 1) & (segments.document_start > 0)

@@ -28,7 +28,9 @@ def window_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
 def hash_steps(tokens: np.ndarray, n: int) -> Iterator[tuple[int, np.ndarray]]:
     """What `window_hashes` returns, some at a time: where these windows begin, and their hashes."""
     n_windows = len(tokens) - n + 1
-    n_step = max(_STEP, n)
+    if n_windows < 1:
+        return
+    n_step = min(max(_STEP, n), n_windows)
     up, down = powers(n_step + n - 1)
     for start in range(0, n_windows, n_step):
         terms = mix(tokens[start : start + n_step + n - 1])

@@ -55,14 +55,19 @@ def search(
 
 
 def _pieces(continuations: Iterable[Continuation], n: int) -> Iterator[_Piece]:
-    """The same with the n - 1 tokens before each, so that every window of n tokens is in exactly one piece."""
-    ends: dict[int, np.ndarray] = {}  # the last n - 1 tokens of documents that go on
+    """The same in pieces that begin with the last n - 1 tokens of the one before: each window is in exactly one.
+
+    A piece that its document goes on after has 2 * n tokens or more, so that a token is in no more than two or three.
+    """
+    held: dict[int, np.ndarray] = {}  # of documents that go on, what comes before what is next
     for document, start, tokens, last in continuations:
-        end = ends.pop(document, tokens[:0])
-        joined = np.concatenate([end, tokens]) if len(end) else tokens
+        before = held.pop(document, tokens[:0])
+        joined = np.concatenate([before, tokens]) if len(before) else tokens
+        if last or len(joined) >= 2 * n:
+            yield _Piece(document, start - len(before), joined)
+            joined = joined[max(len(joined) - n + 1, 0) :]
         if not last:
-            ends[document] = joined[max(len(joined) - n + 1, 0) :].copy()
-        yield _Piece(document, start - len(end), joined)
+            held[document] = joined.copy()
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:

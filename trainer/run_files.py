@@ -26,8 +26,9 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     Raises ConfigError where there is none, or it is damaged.
     """
     file = run_dir / RECORD
+    content = _content(file)
     try:
-        record = json.loads(_content(file))
+        record = json.loads(content)
         if not (isinstance(record, dict) and isinstance(record.get("config"), dict)):
             raise ValueError("no object with a config")
     except ValueError as error:

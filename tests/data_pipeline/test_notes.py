@@ -17,6 +17,11 @@ def notes(folder: Path, **changes: object) -> tuple[str, ...]:
     return build(BuildSettings(**{**given, "seq_len": 48, **changes})).notes
 
 
+def save(folder: Path, *shapes: tuple[int, ...]) -> None:
+    for number, shape in enumerate(shapes):
+        np.save(folder / f"{number}.npy", np.ones(shape, np.uint8))
+
+
 @pytest.mark.parametrize(
     ("n_values", "marks", "advice"),
     [
@@ -53,9 +58,9 @@ def test_other_ways_to_pack_leave_nothing_over(tmp_path: Path, changes: dict) ->
     assert notes(tmp_path, eos=False, **changes) == ()
 
 
-def save(folder: Path, *shapes: tuple[int, ...]) -> None:
-    for number, shape in enumerate(shapes):
-        np.save(folder / f"{number}.npy", np.ones(shape, np.uint8))
+def test_a_document_shorter_than_a_row_whose_last_token_has_one_of_its_own(tmp_path: Path) -> None:
+    save(tmp_path, *[(3,)] * 5)  # with marks 5 tokens each, and 25 are three rows and one token
+    assert not any("one token to predict" in note for note in notes(tmp_path, packing="stream", seq_len=8))
 
 
 @pytest.mark.parametrize("shape", [(40, 40, 3), (8, 8)])

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from small_stores import write_store
 
-from data_pipeline import document_tokens, rolling, window_search
+from data_pipeline import document_tokens, longest_runs, rolling, window_search
 from data_pipeline.build import build
 from data_pipeline.cli import main
 from data_pipeline.config import BuildSettings
@@ -87,6 +88,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document_tokens, "_BATCH_TOKENS", 32)
     monkeypatch.setattr(window_search, "_BATCH_TOKENS", 24)
     monkeypatch.setattr(rolling, "_STEP", 7)
+    monkeypatch.setattr(longest_runs, "_PART_TOKENS", 3)
 
 
 @pytest.mark.parametrize("settings", PACKINGS, ids=lambda settings: " ".join(map(str, settings.values())) or "bestfit")
@@ -171,6 +173,35 @@ def test_many_documents_with_one_preamble(tmp_path: Path) -> None:
     overlaps = find_overlap(store, ["val"], [store])
     assert {one.overlapping for one in overlaps} == {80}
     assert sum(one.longest is not None for one in overlaps) == 10
+
+
+def test_parts_are_compared_until_no_run_can_be_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long stretch that holds no more of a text than its first part does, and of many stretches that are alike."""
+    read_part = Mock(side_effect=longest_runs.read_part)
+    monkeypatch.setattr(longest_runs, "read_part", read_part)
+    monkeypatch.setattr(longest_runs, "_PART_TOKENS", 100)
+    one, two, three = text_of(1, 60), text_of(2, 60), text_of(3, 60)
+    contents = {"train": b"N" * 10_000, "val": b"ACGT" + b"N" * 60 + b"ACGT"}
+    contents |= {f"{i}": one + two + three + bytes([i]) for i in range(100)}
+    contents["val 2"] = one + two + b"..." + two + three
+    write_store(tmp_path / "s", contents, val=["val", "val 2"], seq_len=4096)
+    store = Store.open(tmp_path / "s")
+    longest = {overlap.name: overlap.longest for overlap in find_overlap(store, ["val"], [store])}
+    assert {name: run and run.tokens for name, run in longest.items()} == {"val": 60, "val 2": 120}
+    assert read_part.call_count == 2
+
+
+def test_windows_longer_than_rows_are_not_hashed_again_for_each(tmp_path: Path) -> None:
+    write_store(tmp_path / "s", {"a": text_of(1, 10_000), "b": text_of(2, 7)}, val=[], seq_len=16)
+    continuations = document_tokens.read_documents(Store.open(tmp_path / "s"), "train", "read")
+    assert 10_000 < sum(len(piece.tokens) for piece in window_search._pieces(continuations, 1_000)) < 25_000
+
+
+@pytest.mark.parametrize("n", [81, 10**9, 10**23])
+def test_windows_longer_than_all_documents(tmp_path: Path, n: int) -> None:
+    write_store(tmp_path / "s", {"a": text_of(1, 80), "b": text_of(1, 80)}, val=["b"])
+    store = Store.open(tmp_path / "s")
+    assert find_overlap(store, ["val"], [store], n) == [DocumentOverlap("b", "val", 80, 0)]
 
 
 def test_a_stretch_whose_windows_come_from_several_places(tmp_path: Path) -> None:
