@@ -9,8 +9,9 @@ A run of N or more is shared if and only if each of its windows of N tokens is. 
 are indexed, and those of all training documents are looked up by their hashes; what is found is compared by its tokens.
 
 Memory: 100 bytes for each held-out token, the tables of segments, and of each training document that goes on in a later
-row up to 2 N of its tokens. Training rows are read once, in order, a million tokens at a time. Time grows with the tokens
-alone, for repetitive data too (the runs of N in a genome, silence): equal windows are one, looked up and found once.
+row up to 2 N of its tokens. Training rows are read once, in order, a million tokens at a time. Time grows with the
+tokens alone, for repetitive data too (the runs of N in a genome, silence): equal windows are one, looked up and found
+once.
 """
 
 from collections.abc import Sequence
