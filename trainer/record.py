@@ -94,11 +94,11 @@ def environment() -> dict[str, Any]:
     """Versions and git commit, for run.json."""
     # torch's with the CUDA that it was built for, which its package may leave out.
     versions: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions |= {package: _version(package) for package in PACKAGES}
+    versions |= {package: installed_version(package) for package in PACKAGES}
     return {"versions": versions, "git_commit": _git_commit()}
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     """None where it is not installed, as Longhand is not where PYTHONPATH names a clone of it."""
     try:
         return version(package)

@@ -17,7 +17,6 @@ import json
 import shlex
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from bench_pipeline.common import ROOT, Bench, FailedError, Result, texts_of
 from bench_pipeline.figures import FIGURES, lines_of
 from bench_pipeline.parts import PARTS
 from data_pipeline.errors import DataError
+from trainer.record import installed_version
 
 PACKAGES = ("datatrove", "fsspec", "longhand", "mpi4py", "numpy", "sentencepiece", "tokenizers", "zarr", "zstandard")
 
@@ -77,11 +77,7 @@ def add_command(commands: Any) -> None:
 def new_record(arguments: argparse.Namespace, results: list[Result]) -> Result:
     """The record of a run that was asked for by these arguments; its results and figures grow."""
     about = machine()
-    for package in PACKAGES:
-        try:
-            about["versions"][package] = version(package)
-        except PackageNotFoundError:
-            continue
+    about["versions"] |= {package: found for package in PACKAGES if (found := installed_version(package))}
     command = shlex.join(["python", "launch/benchmark.py", *sys.argv[1:]])
     return {"command": command, "what": "pipeline", **about, "figures": {}, "results": results}
 
