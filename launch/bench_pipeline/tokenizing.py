@@ -140,7 +140,9 @@ def build(bench: Bench, model: Path, corpus: Path, workers: int, under_mpirun: b
     if "tokenize" not in found:
         raise FailedError("the build's log has no line `tokenize: … bytes, … tokens, … s`")
     del done["out"]
-    return {**done, "stage_s": found["tokenize"]["seconds"], "tokens": found["tokenize"]["tokens"], "stages": found}
+    # The log has tenths of a second.
+    stage_s = max(found["tokenize"]["seconds"], 0.05)
+    return {**done, "stage_s": stage_s, "tokens": found["tokenize"]["tokens"], "stages": found}
 
 
 # datatrove.

@@ -21,7 +21,7 @@ from distributed.conftest import LAUNCHER_VARIABLES, ROOT, Train, script
 
 from trainer.distributed import free_port
 
-SETTINGS = ("run.steps=30", "run.save_every=1000", "run.eval_every=15", "run.sample_tokens=0", "run.ablation_rows=0")
+SETTINGS = ("run.steps=60", "run.save_every=1000", "run.eval_every=30", "run.sample_tokens=0", "run.ablation_rows=0")
 BIN = Path(sys.executable).parent
 TAGS = ("train/loss", "train/lr", "train/grad_norm", "eval/loss")
 BLOCKED = ("env", "--block-signal=USR1,USR2,TERM")
@@ -42,7 +42,7 @@ def undisturbed(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Curve
     result = train(2, tmp_path_factory.mktemp("undisturbed") / "run", *SETTINGS)
     assert result.code == 0, result.errors
     found = curves(result.dir)
-    assert [step for step, _ in found["train/loss"]] == list(range(1, 31))
+    assert [step for step, _ in found["train/loss"]] == list(range(1, 61))
     return found
 
 
@@ -101,64 +101,64 @@ def command(config: Path, tmp_path: Path) -> list[str]:
     return [*script(config, tmp_path / "run"), *SETTINGS]
 
 
-def test_deepspeed(tmp_path: Path, command: list[str], undisturbed: Curves) -> None:
-    hostfile = tmp_path / "hostfile"
+def test_from_launcher_to_launcher(tmp_path: Path, command: list[str], undisturbed: Curves) -> None:
+    stops_under_deepspeed(tmp_path, command)
+    stops_under_a_launcher_on_each_of_two_hosts(tmp_path, command)
+    stops_under_mpirun_and_torchrun(tmp_path, command)
+    with launched(tmp_path, "rest", *deepspeed("--num_accelerators", "2"), *command) as run:
+        assert run.ends() == 0, run.said()
+    assert curves(tmp_path / "run") == undisturbed
+
+
+def stops_under_deepspeed(folder: Path, command: list[str]) -> None:
+    hostfile = folder / "hostfile"
     hostfile.write_text("localhost slots=2\n")
     two = deepspeed("--num_accelerators", "2")
     by_hostfile = deepspeed("--hostfile", hostfile, "--no_ssh_check", "--master_addr", "127.0.0.1")
-    with launched(tmp_path, "all", *BLOCKED, *two, *command) as run:
+    with launched(folder, "all", *BLOCKED, *two, *command) as run:
         run.wait_for_steps(3)
         os.killpg(run.process.pid, signal.SIGTERM)
         assert run.ends() == PREEMPTED, run.said()
+        assert "2 processes, 2 on this node at 127.0.0.1" in run.said()
         assert "SIGTERM after step" in run.said()
-    with launched(tmp_path, "rank", *by_hostfile, *command) as run:
+    with launched(folder, "rank", *by_hostfile, *command) as run:
         run.wait_for_steps(3)
         run.rank(1).send_signal(signal.SIGUSR2)
         assert run.ends() == PREEMPTED, run.said()
-    with launched(tmp_path, "launcher", *two, *command) as run:
+    with launched(folder, "launcher", *two, *command) as run:
         run.wait_for_steps(3)
         [launcher] = psutil.Process(run.process.pid).children()
         launcher.terminate()
         assert run.ends() == 1, "it passes TERM on and waits, but says 1, whatever they say"
         assert "SIGTERM after step" in run.said()
-    with launched(tmp_path, "rest", *two, *command) as run:
-        assert run.ends() == 0, run.said()
-        assert "2 processes, 2 on this node at 127.0.0.1" in run.said()
-    assert curves(tmp_path / "run") == undisturbed
 
 
-def test_a_launcher_on_each_of_two_hosts(tmp_path: Path, command: list[str], undisturbed: Curves) -> None:
+def stops_under_a_launcher_on_each_of_two_hosts(folder: Path, command: list[str]) -> None:
     """As `deepspeed --hostfile` has them started by ssh; both are here."""
-    hostfile = tmp_path / "hostfile"
+    hostfile = folder / "hostfile"
     hostfile.write_text("alpha slots=1\nbeta slots=1\n")
     place = deepspeed("--hostfile", hostfile, "--no_ssh", "--master_addr", "127.0.0.1")
-    for code in (PREEMPTED, 0):
-        alpha, beta = ([*place, "--node_rank", str(rank), *command] for rank in range(2))
-        with launched(tmp_path, f"alpha{code}", *alpha) as first, launched(tmp_path, f"beta{code}", *beta) as second:
-            if code == PREEMPTED:
-                first.wait_for_steps(3)
-                second.rank(1).terminate()
-            assert first.ends() == code, first.said()
-            assert second.ends() == code, second.said()
-            assert "2 processes, 1 on this node" in first.said()
-    assert curves(tmp_path / "run") == undisturbed
+    alpha, beta = ([*place, "--node_rank", str(rank), *command] for rank in range(2))
+    with launched(folder, "alpha", *alpha) as first, launched(folder, "beta", *beta) as second:
+        first.wait_for_steps(3)
+        second.rank(1).terminate()
+        assert first.ends() == PREEMPTED, first.said()
+        assert second.ends() == PREEMPTED, second.said()
+        assert "2 processes, 1 on this node" in first.said()
 
 
-def test_mpirun_and_torchrun(tmp_path: Path, command: list[str], undisturbed: Curves) -> None:
+def stops_under_mpirun_and_torchrun(folder: Path, command: list[str]) -> None:
     """mpirun passes USR1 and USR2 on, and the code; torchrun passes TERM on, and says 1 whatever the ranks say."""
     mpirun = [BIN / "mpirun", "--oversubscribe", "-n", "2", sys.executable, *command]
     torchrun = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", *command]
-    for number, signalled in enumerate((signal.SIGUSR1, signal.SIGUSR2)):
-        with launched(tmp_path, f"mpirun{number}", *mpirun) as run:
+    for signalled in (signal.SIGUSR1, signal.SIGUSR2):
+        with launched(folder, f"mpirun{signalled}", *mpirun) as run:
             run.wait_for_steps(3)
             run.process.send_signal(signalled)
             assert run.ends() == PREEMPTED, run.said()
             assert "mpirun: 2 processes, 2 on this node" in run.said()
-    with launched(tmp_path, "torchrun", *torchrun) as run:
+    with launched(folder, "torchrun", *torchrun) as run:
         run.wait_for_steps(3)
         run.process.terminate()
         assert run.ends() == 1, run.said()
         assert "SIGTERM after step" in run.said()
-    with launched(tmp_path, "rest", *mpirun) as run:
-        assert run.ends() == 0, run.said()
-    assert curves(tmp_path / "run") == undisturbed
