@@ -1,5 +1,6 @@
-"""What all commands share: how they end, with an exit code and a line on errors, and how they print a table."""
+"""What all commands share: numbers as arguments, how they end, with an exit code and a line on errors, and tables."""
 
+import argparse
 import os
 import select
 import sys
@@ -49,6 +50,13 @@ def exit_code(command: Callable[[], int | None], *errors: type[Exception]) -> in
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code or 0
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, out of an argument of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

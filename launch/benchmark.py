@@ -28,7 +28,7 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-from bench.peers import PEERS, Peer, Sizes, Step, positive, step_on
+from bench.peers import PEERS, Peer, Sizes, Step, step_on
 from bench.process import (
     Limits,
     Result,
@@ -50,7 +50,7 @@ from bench_faults import command as faults
 from bench_memory import command as memory
 from bench_pipeline import command as pipeline
 
-from data_pipeline.output import exit_code
+from data_pipeline.output import exit_code, positive
 from trainer.memory import peak_gib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -38,11 +38,12 @@ from typing import Any
 import torch
 
 try:
-    from bench.peers import Sizes, Step, config_of, positive
+    from bench.peers import Sizes, Step, config_of
     from bench_gpu.budget import Budget, expected_call_s, longest
     from bench_gpu.peers import ATTENTION, LONGEST, MODEL, OUR_MODEL, attention_step, disagreement, model_training_step
     from bench_gpu.roofline import backward_work, forward_work, peaks_of
 
+    from data_pipeline.output import positive
     from trainer.flops import training_flops
     from trainer.peaks import mfu
 except ModuleNotFoundError as error:

@@ -8,6 +8,9 @@
 Any value can be overridden on the command line: run.steps=100 deepspeed.zero_optimization.stage=3
 Everything is checked before the processes join each other, so a mistake ends all of them at once.
 
+Before it is queued, from any machine that sees the store: --check 64 checks the same as 64 processes would, and says
+what the run would be.
+
 The same command resumes from the newest sound checkpoint in run.dir, on any number of processes. SIGUSR1, SIGUSR2,
 SIGTERM and Ctrl-C stop the run after the current step, with a checkpoint; a second Ctrl-C stops it at once.
 
@@ -37,11 +40,13 @@ from pathlib import Path  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
+from data_pipeline.output import positive  # noqa: E402
 from trainer.config import ConfigError  # noqa: E402
-from trainer.continuation import refuse_another_run, refuse_other_files  # noqa: E402
-from trainer.distributed import detect  # noqa: E402
+from trainer.continuation import make_folders, refuse_another_run, refuse_other_files  # noqa: E402
+from trainer.distributed import Launch, detect  # noqa: E402
 from trainer.job import read_job  # noqa: E402
 from trainer.loop import train  # noqa: E402
+from trainer.outline import outline  # noqa: E402
 from trainer.presence import hold  # noqa: E402
 from trainer.template import template  # noqa: E402
 from trainer.terminal import show  # noqa: E402
@@ -64,6 +69,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--deepspeed_config", type=Path, metavar="FILE.json", help="in place of run.deepspeed_config")
     parser.add_argument("--new", action="store_true", help="refuse to continue: run.dir must not hold a run yet")
     parser.add_argument(
+        "--check",
+        type=positive,
+        metavar="RANKS",
+        help="check all that so many processes would, say what the run would be, and start nothing",
+    )
+    parser.add_argument(
         "--template", action=Template, nargs=0, help="print a FILE.toml with every key, and what it means"
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment rules
@@ -75,14 +86,19 @@ def main() -> int:
     arguments = parse_arguments()
     rank = 0
     try:
-        launch = detect(os.environ)
+        launch = Launch("--check", world_size=arguments.check) if arguments.check else detect(os.environ)
         rank = launch.rank
         job, notes = read_job(arguments.config, arguments.overrides, launch, arguments.deepspeed_config)
         for note in notes if rank == 0 else ():
             show(f"note: {note}")
         folder = job.config.run.dir
         refuse_other_files(folder)
+        if arguments.check:
+            refuse_another_run(folder, job.identity, arguments.new)
+            show(outline(job))
+            return 0
         with hold(folder) if rank == 0 else nullcontext():
+            make_folders(folder)
             # Not before: whoever held it until now may have begun another run.
             known = refuse_another_run(folder, job.identity, arguments.new)
             return train(replace(job, identity=known))

@@ -72,17 +72,21 @@ def refuse_other_files(run_dir: Path) -> None:
         )
 
 
+def make_folders(run_dir: Path) -> None:
+    """Raises ConfigError where they cannot be made."""
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
+
+
 def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> Mapping[str, Any]:
-    """Raise a ConfigError where `current` cannot be begun or continued in this folder; before any process joins.
+    """Raise a ConfigError where `current` cannot be begun or continued in this folder; nothing is written.
 
     Returns what checkpoints of this run are to say about it: `current`, and what the run began with long ago.
 
     new: whether the run is to be a new one.
     """
-    try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
     found = published(run_dir)[::-1]
     if new and (found or any(path.stat().st_size for path in run_dir.glob("metrics.jsonl"))):
         reached = f"up to step {found[0].step}" if found else "without a checkpoint"

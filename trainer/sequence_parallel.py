@@ -73,6 +73,13 @@ def global_batch_size(deepspeed: Mapping[str, Any], world_size: int, n_parts: in
     return int(deepspeed.get(total, micro * accumulation * world_size // n_parts))
 
 
+def micro_batch_size(deepspeed: Mapping[str, Any], world_size: int, n_parts: int) -> int:
+    """Sequences that a rank, or each group that shares them, takes at a time: given, or what DeepSpeed takes it for."""
+    _, micro, accumulation = BATCH_KEYS
+    each = global_batch_size(deepspeed, world_size, n_parts) // (world_size // n_parts)
+    return int(deepspeed.get(micro, each // deepspeed.get(accumulation, 1)))
+
+
 def as_data_parallel(deepspeed: Mapping[str, Any], n_parts: int) -> dict[str, Any]:
     """The configuration as DeepSpeed is to see it, to which the holders of n_parts parts have a sequence each."""
     total = BATCH_KEYS[0]

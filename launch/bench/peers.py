@@ -16,7 +16,6 @@ LSH        Rounds, and chunks that see themselves and the one before. 2 * T / ch
            chunk's buckets for the backward of all of them, so that its gradients are those of another function.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,13 +66,6 @@ class Peer(Generic[Built]):
     """What has to be installed for that, besides this project's own requirements."""
     mixes_dtypes: bool = False
     """It fails with parameters that are not fp32: a lower precision is had by autocast."""
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, out of an argument of the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def config_of(sizes: Sizes) -> ReformerConfig:

@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench.peers import PEERS, Peer, Sizes, positive
-from data_pipeline.output import BAD_INPUT
+from bench.peers import PEERS, Peer, Sizes
+from data_pipeline.output import BAD_INPUT, positive
 from trainer.memory import peak_gib
 from trainer.record import environment
 

@@ -25,12 +25,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.peers import positive
 from bench.process import machine, n_cores, write
 
 from bench_faults import damage, kills, overhead, signals, worker
 from bench_faults.jobs import MODES, SBATCH, cluster_tools
 from bench_faults.runs import Bench, FailedError
+from data_pipeline.output import positive
 
 Result = dict[str, Any]
 ON_CLUSTER = {"srun", *SBATCH}

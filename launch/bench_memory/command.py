@@ -37,7 +37,7 @@ from typing import Any
 
 import benchmark_plot
 import torch
-from bench.peers import MODELS, Model, Peer, Sizes, ours_by_autograd, positive, random_tokens
+from bench.peers import MODELS, Model, Peer, Sizes, ours_by_autograd, random_tokens
 from bench.process import (
     DEPTH,
     LENGTH,
@@ -59,6 +59,7 @@ from bench.process import (
 )
 
 from bench_memory.figures import FIGURES, VARIED, activations_gib, state_gib
+from data_pipeline.output import positive
 from trainer.memory import peak_gib
 
 MEMORY_PEERS = MODELS | {"ours-autograd": Peer(ours_by_autograd)}

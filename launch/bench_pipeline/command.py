@@ -20,7 +20,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.peers import positive
 from bench.process import machine, n_cores, refuse, write
 from demo import write_standard_library
 
@@ -28,6 +27,7 @@ from bench_pipeline.common import ROOT, Bench, FailedError, Result, texts_of
 from bench_pipeline.figures import FIGURES, lines_of
 from bench_pipeline.parts import PARTS
 from data_pipeline.errors import DataError
+from data_pipeline.output import positive
 from trainer.record import installed_version
 
 PACKAGES = ("datatrove", "fsspec", "longhand", "mpi4py", "numpy", "sentencepiece", "tokenizers", "zarr", "zstandard")

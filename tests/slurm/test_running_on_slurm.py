@@ -88,7 +88,7 @@ def books(tmp_path: Path) -> Path:
 
 
 def test_the_page_is_true(cluster: Cluster, repository: Path, books: Path) -> None:
-    install, preprocess, train, queue, tail, status, tensorboard, *then = lines_of_the_page()
+    install, preprocess, check, train, queue, tail, status, tensorboard, *then = lines_of_the_page()
     signal, cancel, resubmit = then
     metrics = repository / "runs/books_64k/metrics.jsonl"
 
@@ -118,6 +118,7 @@ def test_the_page_is_true(cluster: Cluster, repository: Path, books: Path) -> No
     typed(install.replace("make", "make --dry-run"))
     assert cluster.wait(submitted(preprocess), 240) == ["COMPLETED"], logs()
 
+    assert "2 rows, 131,072 tokens" in typed(check.replace("--check 32", "--check 2"))
     job = submitted(train)
     wait(steps, "it trains")
     assert re.search(rf"^ *{job} .* R ", typed(queue), re.MULTILINE)

@@ -9,9 +9,11 @@ import pytest
 from small_checkpoints import DEEPSPEED, IDENTITY, config, publish
 
 from data_pipeline.errors import DataError
+from trainer.check_deepspeed import BATCH_KEYS
 from trainer.checkpoint import read_state
 from trainer.config import ConfigError
-from trainer.continuation import changes, identity, refuse_another_run, refuse_other_files
+from trainer.continuation import changes, identity, make_folders, refuse_another_run, refuse_other_files
+from trainer.sequence_parallel import micro_batch_size
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -184,9 +186,20 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, monkeypatch: py
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write to run.dir=.*file/run: Not a directory: choose another"):
-        refuse_another_run(tmp_path / "file" / "run", IDENTITY, new=False)
+        make_folders(tmp_path / "file" / "run")
 
 
 def test_the_global_batch_is_fixed_however_it_is_given() -> None:
     given = ({"train_batch_size": 4}, {"train_micro_batch_size_per_gpu": 2})
     assert [identity(config(Path("r")), one, "abc", world_size=2)["train_batch_size"] for one in given] == [4, 4]
+
+
+@pytest.mark.parametrize("n_parts", [1, 2])
+@pytest.mark.parametrize(
+    ("given", "at_once"),
+    [((64, 2, None), 2), ((64, None, 4), 4), ((64, None, None), 16), ((None, 3, 5), 3), ((None, 3, None), 3)],
+)
+def test_the_micro_batch_follows_from_what_is_given(given: tuple[int | None, ...], at_once: int, n_parts: int) -> None:
+    """On four ranks, or on four groups that share sequences."""
+    batch = {key: number for key, number in zip(BATCH_KEYS, given, strict=True) if number}
+    assert micro_batch_size(batch, 4 * n_parts, n_parts) == at_once

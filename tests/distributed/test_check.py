@@ -1,0 +1,54 @@
+"""launch/train.py --check: what a run would be, on ranks that are not there."""
+
+from pathlib import Path
+
+from distributed.conftest import Train
+
+RUN = """\
+model        49,794 parameters in 2 layers (1 local, 1 lsh), fp32
+data         14 rows of 256 tokens from train of {store}, 14.29 times in 50 steps
+step         4 rows, 1,024 tokens, 3.23e+08 FLOPs; of {step}
+checkpoints  up to 0.000556 GiB each, 9 of them at most
+run          {run}
+"""
+
+
+def test_it_says_what_the_run_would_be_and_writes_nothing(train: Train, store: Path, tmp_path: Path) -> None:
+    course = ("run.steps=50", "run.keep_every=10", "run.keep_best=true")
+    new = train(1, tmp_path / "run", "--check", "2", *course)
+    assert (new.code, new.errors) == (0, "")
+    each = "2 ranks each rank takes 1 row at a time, 2 times"
+    anew = f"begins anew in {tmp_path / 'run'} with untrained weights"
+    assert new.output == RUN.format(store=store, step=each, run=anew)
+    assert not (tmp_path / "run").exists()
+
+    assert train(1, tmp_path / "run").code == 0
+    before = sorted(tmp_path.rglob("*"))
+    shared = train(1, tmp_path / "run", "--check", "8", "run.sequence_parallel=2", *course)
+    each = "8 ranks each group of 2 takes 1 row at a time, 1 time"
+    goes_on = f"goes on from {tmp_path / 'run/checkpoints/step_00000004'}, if that is sound, to step 50"
+    assert shared.output == RUN.format(store=store, step=each, run=goes_on)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_start_would_refuse(train: Train, tmp_path: Path) -> None:
+    assert train(1, tmp_path / "run", "run.steps=1").code == 0
+    for changes, said in {
+        ("3",): "train_batch_size=4 is not divisible by train_micro_batch_size_per_gpu=1 times 3 ranks",
+        ("4", "run.seed=1"): "run.seed was 0 and is 1 now",
+        ("4", "--new"): "already holds a run up to step 1",
+        ("0",): "0 is not a whole number of at least 1",
+    }.items():
+        refused = train(1, tmp_path / "run", "--check", *changes)
+        assert refused.code == 2 and said in refused.errors and not refused.output
+
+
+def test_a_mixture(train: Train, store: Path, other_store: Path, tmp_path: Path) -> None:
+    stores = {"a": (store, 3), "b": (other_store, 1)}
+    mixture = [f"data.mixture.{name}.store={path}" for name, (path, _) in stores.items()]
+    mixture += [f"data.mixture.{name}.weight={weight}" for name, (_, weight) in stores.items()]
+    found = train(1, tmp_path / "run", "--check", "1", "run.steps=7", "deepspeed.train_batch_size=8", *mixture)
+    assert found.output.splitlines()[1:3] == [
+        f"data         75.0% of all samples: 14 rows of 256 tokens from train of {store}, 3.00 times in 7 steps",
+        f"data         25.0% of all samples: 14 rows of 256 tokens from train of {other_store}, 1.00 times in 7 steps",
+    ]

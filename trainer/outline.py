@@ -1,0 +1,79 @@
+"""What a run would be, in a few lines, for people who are about to queue it: `launch/train.py --check RANKS`."""
+
+from collections.abc import Iterator
+
+import torch
+
+from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
+from reformer import Reformer
+from trainer.check import StoreFacts
+from trainer.checkpoint import published
+from trainer.flops import training_flops
+from trainer.job import Job
+from trainer.sequence_parallel import global_batch_size, micro_batch_size
+from trainer.terminal import counted
+
+BYTES_SAVED = 12
+"""Of a parameter in a checkpoint: it and AdamW's two moments in fp32. (Adafactor has less.)"""
+
+
+def outline(job: Job) -> str:
+    """Its model, data, step and checkpoints in numbers, and where it would begin."""
+    return "\n".join([_model(job), *_data(job), _step(job), _checkpoints(job), _beginning(job)])
+
+
+def _n_parameters(job: Job) -> int:
+    with torch.device("meta"):  # where tensors take no memory
+        return sum(parameter.numel() for parameter in Reformer(job.config.model).parameters())
+
+
+def _batch_size(job: Job) -> int:
+    return global_batch_size(job.deepspeed, job.launch.world_size, job.config.run.sequence_parallel)
+
+
+def _model(job: Job) -> str:
+    model = job.config.model
+    kinds = [model.attention_kind(layer) for layer in range(model.n_layers)]
+    layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    n_layers = counted(len(kinds), "layer")
+    return f"model        {_n_parameters(job):,} parameters in {n_layers} ({layers}), {job.precision}"
+
+
+def _data(job: Job) -> Iterator[str]:
+    """A line for each store that is trained on."""
+    data, n_samples = job.config.data, job.config.run.steps * _batch_size(job)
+    counts = block_counts(data.weights) if data.mixture else {"": BLOCK_SAMPLES}
+    for name, count in counts.items():
+        store, split = (job.sources[name], data.train_splits[name]) if name else (job.store, data.train_split)
+        n_rows = StoreFacts.of(store).rows[split]
+        share = f"{count / BLOCK_SAMPLES:.1%} of all samples: " if name else ""
+        yield (
+            f"data         {share}{n_rows:,} rows of {store.seq_len:,} tokens from {split} of {store.path}, "
+            f"{n_samples * count / BLOCK_SAMPLES / n_rows:,.2f} times in {counted(job.config.run.steps, 'step')}"
+        )
+
+
+def _step(job: Job) -> str:
+    n_ranks, n_parts, size = job.launch.world_size, job.config.run.sequence_parallel, _batch_size(job)
+    at_once = micro_batch_size(job.deepspeed, n_ranks, n_parts)
+    times = size // (at_once * (n_ranks // n_parts))
+    who = "rank" if n_parts == 1 else f"group of {n_parts}"
+    flops = training_flops(job.config.model, job.store.seq_len) * size
+    return (
+        f"step         {counted(size, 'row')}, {size * job.store.seq_len:,} tokens, {flops:.2e} FLOPs; of "
+        f"{counted(n_ranks, 'rank')} each {who} takes {counted(at_once, 'row')} at a time, {counted(times, 'time')}"
+    )
+
+
+def _checkpoints(job: Job) -> str:
+    run = job.config.run
+    most = run.keep_last + 1 + run.keep_best + (run.steps // run.keep_every if run.keep_every else 0)
+    return f"checkpoints  up to {_n_parameters(job) * BYTES_SAVED / 2**30:.3g} GiB each, {most} of them at most"
+
+
+def _beginning(job: Job) -> str:
+    run, saved = job.config.run, published(job.config.run.dir)
+    if saved:
+        return f"run          goes on from {saved[-1].path}, if that is sound, to step {run.steps:,}"
+    weights = f"the weights of {run.init_from}" if run.init_from else "untrained weights"
+    return f"run          begins anew in {run.dir} with {weights}"
