@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from bench.process import AS_ROOT
 from on_disk import files_of
 from slurm.cluster import Cluster, wait_until
 
@@ -99,8 +100,7 @@ def test_one_node(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
 def test_two_nodes(launcher: str, cluster: Cluster, submit: Submit, undisturbed: Path, tmp_path: Path) -> None:
     if not (ROOT / ".venv/bin" / launcher).exists() and not shutil.which(launcher):
         pytest.skip(f"no {launcher}")
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    job = submit("preprocess_mpi.sbatch", *TWO_NODES, LAUNCHER=launcher, **root)
+    job = submit("preprocess_mpi.sbatch", *TWO_NODES, LAUNCHER=launcher, **AS_ROOT)
     wait_until(lambda: len(claims(tmp_path / "store")) == 2, "both nodes work", 60, cluster.show)
     assert cluster.wait(job) == ["COMPLETED"], (tmp_path / "log").read_text()
     assert differences(undisturbed, tmp_path / "store") == []

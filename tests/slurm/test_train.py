@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from bench.process import AS_ROOT
 from distributed.conftest import DEEPSPEED, TOML, build_store
 from slurm.cluster import Cluster, wait_until
 
@@ -213,12 +214,11 @@ def assert_nearly_equal(found: Curves, expected: Curves) -> None:
 
 def test_mpirun_in_a_job(training: Training, undisturbed: Curves) -> None:
     """A rank on each node, started by MPI, which uses srun for it."""
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     words = [str(ROOT / ".venv/bin" / name) for name in ("mpirun", "python")]
     words += ["launch/train.py", "--config", str(training.config), *training.settings()]
     output = f"--output={training.dir.with_suffix('.log')}"
     options = ("--chdir", str(ROOT), output, *TWO_NODES, "--wrap", shlex.join(words))
-    training.job = training.cluster.submit(*options, environment=root)
+    training.job = training.cluster.submit(*options, environment=AS_ROOT)
     training.ends()
     assert "mpirun: 2 processes, 1 on this node, 2 nodes in all" in training.log
     assert training.curves() == undisturbed
