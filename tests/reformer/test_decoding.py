@@ -171,6 +171,16 @@ def test_many_tokens_later_are_those_of_a_new_decoder(n_first: int) -> None:
         assert torch.equal(decoder(tokens[:, :t]), new(tokens[:, :t]))
 
 
+def test_two_tokens_of_a_short_sequence_are_those_of_a_new_decoder() -> None:
+    model, tokens = make(), draw(23)
+    decoder, one_by_one = Decoder(model), Decoder(model)
+    for t in (21, 22):
+        one_by_one(tokens[:, :t])
+    decoder(tokens[:, :21])
+    found = decoder(tokens)
+    assert torch.equal(found, Decoder(model)(tokens)) and not torch.equal(found, one_by_one(tokens))
+
+
 def test_it_continues_a_text() -> None:
     model, prompt = make(), draw(20)[0]
     state = torch.get_rng_state()

@@ -88,6 +88,10 @@ def test_a_token_of_no_probability_is_never_drawn() -> None:
     assert {choose(logits, seed, 1.0, 1.0) for seed in range(50)} == {17, 4999}
 
 
+def test_a_token_that_reaches_top_p_exactly_is_the_last_that_is_drawn() -> None:
+    assert {choose(torch.zeros(4), seed, 1.0, 0.5) for seed in range(50)} == {0, 1}
+
+
 def test_logits_that_are_no_numbers_give_no_token() -> None:
     for temperature in (0.0, 1.0):
         with pytest.raises(FloatingPointError, match=r"not numbers \(NaN\): its weights are damaged, or have diverged"):
@@ -107,6 +111,7 @@ def test_logits_that_are_no_numbers_give_no_token() -> None:
         ({"tokens": torch.tensor([4, -1])}, "the tokens are from -1 to 4, expected ids from 0 to 10"),
         ({"tokens": torch.tensor([4, 300]).to(torch.uint16)}, "the tokens are from 4 to 300"),
         ({"n_tokens": 24}, "1 tokens and 24 more are beyond max_seq_len=24: add at most 23"),
+        ({"tokens": torch.ones(24).long()}, "24 tokens and 2 more are beyond max_seq_len=24: add at most 0"),
         ({"tokens": torch.ones(25).long()}, "25 tokens and 2 more are beyond max_seq_len=24: give at most 24"),
         ({"n_tokens": -1}, "n_tokens=-1 must be at least 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
