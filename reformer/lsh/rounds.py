@@ -293,7 +293,7 @@ class Run:
         """Whether queries of this tile may count for nothing."""
         layout = self.layout
         ends_in_padding = layout.n_places > layout.n_tokens
-        return self.n_heads > 1 or (ends_in_padding and (self.n_rounds > 1 or tile.places.stop > layout.n_tokens))
+        return self.n_heads > 1 or (ends_in_padding and tile.places.stop > layout.n_tokens)
 
     def visibility(self, tile: Tile, factor: Tensor, scratch: Tensor) -> Tensor:
         """How much each key counts for each query: 0 where it is not visible, 1 (or 1 / N_ij) elsewhere.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reformer.gradients import with_gradients
+from reformer.gradients import GradientSum, with_gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -15,3 +15,21 @@ def test_the_factor_is_not_rounded_to_the_gradients_dtype(dtype: torch.dtype) ->
     third = torch.tensor(1 / 3)
     expected = known * third if dtype == torch.float64 else (known.float() * third).to(dtype)
     assert torch.equal(x.grad, expected)
+
+
+def test_gradients_are_handed_over_once() -> None:
+    x = torch.zeros(3, requires_grad=True)
+    value = with_gradients(torch.zeros(()), [x], [torch.ones(3)])
+    value.backward()
+    with pytest.raises(RuntimeError, match="handed over already: run the forward again"):
+        value.backward()
+
+
+def test_sums_over_chunks_call_no_hook_of_the_parameters() -> None:
+    parameter, called = torch.ones(3, requires_grad=True), []
+    parameter.register_hook(called.append)
+    sums = GradientSum([parameter])
+    for _ in range(2):
+        x = torch.full((3,), 5.0, requires_grad=True)
+        sums.add((sums.aliases[0] * x).sum(), [x])
+    assert not called and sums.sums[0].tolist() == [10.0, 10.0, 10.0]

@@ -1,5 +1,6 @@
 """Buckets by their definition, and the sort."""
 
+import pytest
 import torch
 
 from reformer.lsh.hashing import (
@@ -22,6 +23,18 @@ def test_bucket_is_the_largest_of_xr_and_minus_xr() -> None:
         assert buckets[b, h, r, t] == candidates.index(max(candidates))
 
 
+def test_of_equal_directions_the_first_is_taken() -> None:
+    qk = torch.tensor([[0.0, 0.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0], [-2.0, 1.0]])
+    buckets = hash_to_buckets(qk[None, None], torch.eye(2)[None, :, None], (4,))
+    assert buckets.flatten().tolist() == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_hashed_in_fp32(dtype: torch.dtype) -> None:
+    qk, rotations = torch.randn(1, 1, 2000, 16).to(dtype), draw_rotations(1, 16, 1, (64,), 0, 0, 0)
+    assert torch.equal(hash_to_buckets(qk, rotations, (64,)), hash_to_buckets(qk.float(), rotations, (64,)))
+
+
 def test_factors_combine_as_digits() -> None:
     qk, rotations = torch.randn(1, 1, 50, 8), torch.randn(1, 8, 1, 5)
     buckets = hash_to_buckets(qk, rotations, (4, 6))
@@ -34,9 +47,11 @@ def test_default_number_of_buckets() -> None:
     assert default_buckets(65_536, 64) == (32, 64)
     assert default_buckets(1_048_576, 64) == (128, 256)
     assert default_buckets(4096, 64) == (128,)
+    assert default_buckets(6144, 64) == (16, 16)  # 256 are the nearest to 192
     assert default_buckets(1, 64) == (2,)
     assert bucket_factors(None, 65_536, 64) == (32, 64)
     assert bucket_factors((4, 8), 10, 64) == (4, 8)
+    assert bucket_factors(2**24, 10, 64) == (2**24,)  # the most
     for n_tokens in range(1, 20_000, 97):
         assert all(factor % 2 == 0 for factor in default_buckets(n_tokens, 16))
 

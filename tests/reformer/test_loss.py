@@ -89,7 +89,8 @@ def test_the_loss_of_each_token(tied: bool, chunk_tokens: int) -> None:
         losses = half(tokens, labels, per_token=True)
         assert losses.dtype == torch.float32
         assert torch.equal(mean_loss(losses, labels, chunk_tokens), half(tokens, labels))
-        assert not half(tokens, torch.full_like(labels, -100), per_token=True).any()
+        nothing = torch.full_like(labels, -100)
+        assert not half(tokens, nothing, per_token=True).any() and half(tokens, nothing) == 0
 
 
 def test_the_loss_of_each_token_is_without_gradients() -> None:
@@ -206,6 +207,21 @@ def test_errors_are_those_of_the_products_dtype(
     errors = {name: relative_error(tensor.double(), exact[name]) for name, tensor in actual.items()}
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) < largest and min(errors["y1"], errors["weight"]) >= smallest
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_autocast_leaves_float64_alone(tied: bool) -> None:
+    head, streams = make_head(20, torch.float64, vocab_size=7, d_model=8, tie_embeddings=tied)
+    labels = torch.randint(0, 7, (1, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = differentiated(head, streams, head(*streams, labels))
+    assert_parity(actual, differentiated(head, streams, plain_head_loss(head, streams, labels)), 1e-12)
+
+
+def test_the_loss_of_streams_in_half_precision_is_fp32() -> None:
+    head, streams = make_head(20, torch.bfloat16, vocab_size=7, d_model=8)
+    halves, labels = [y.bfloat16() for y in streams], torch.randint(0, 7, (1, 20))
+    assert head(*halves, labels).dtype == head(*halves, labels, per_token=True).dtype == torch.float32
 
 
 def test_large_logits_neither_overflow_nor_lose_the_loss() -> None:

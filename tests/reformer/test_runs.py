@@ -17,7 +17,9 @@ BATCH, HEADS, TOKENS, WIDTH, CHUNK = 2, 3, 37, 8, 8  # 5 chunks a round, the las
 ROUNDS = 3
 
 
-def results(kind: str, causal: bool, scale: float, tokens: int, **options: object) -> dict[str, Tensor]:
+def results(
+    kind: str, causal: bool, scale: float, tokens: int, n_rounds: int = ROUNDS, **options: object
+) -> dict[str, Tensor]:
     """Output and gradients of LSH or local attention in float64, from inputs that are always the same."""
     generator = torch.Generator().manual_seed(0)
 
@@ -32,9 +34,9 @@ def results(kind: str, causal: bool, scale: float, tokens: int, **options: objec
     if kind == "local":
         out = local_attention(*inputs, **options)
     else:
-        buckets = torch.randint(0, 3, (BATCH, HEADS, ROUNDS, tokens), generator=generator)
+        buckets = torch.randint(0, 3, (BATCH, HEADS, n_rounds, tokens), generator=generator)
         inputs = [inputs[0], inputs[2]]
-        out, _ = lsh_attention(*inputs, buckets, n_hashes=ROUNDS, backend="chunked", **options)
+        out, _ = lsh_attention(*inputs, buckets, n_hashes=n_rounds, backend="chunked", **options)
     grads = torch.autograd.grad(out, inputs, normal())
     return {"out": out.detach(), **{f"d{i}": grad for i, grad in enumerate(grads)}}
 
@@ -71,6 +73,16 @@ def test_runs_do_not_change_the_result(
         for most in (2 * places, 3 * places, 2 * (3 * places + 2 * CHUNK), 4 * (3 * places + 2 * CHUNK), 2**13):
             monkeypatch.setattr(rounds, "RUN_PLACES", most)
             assert_parity(results(kind, causal, scale, tokens, **options, **more), alone, 1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0], ids=["bounded", "unbounded"])
+def test_later_runs_of_several_rounds_are_added_too(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Of five rounds two, two, and one."""
+    found = []
+    for most in (1, 2 * 5 * CHUNK):
+        monkeypatch.setattr(rounds, "RUN_PLACES", most)
+        found.append(results("lsh", True, scale, TOKENS, n_rounds=5))
+    assert_parity(found[1], found[0], 1e-9)
 
 
 def test_a_head_of_long_keys_next_to_one_of_long_queries(monkeypatch: pytest.MonkeyPatch) -> None:
