@@ -354,6 +354,8 @@ def test_given_buckets_are_used_and_returned() -> None:
         ({"v": torch.zeros(1, 1, 4, 3)}, "qk and v"),
         ({"buckets": torch.zeros(1, 1, 1, 4, dtype=torch.int64)}, "buckets must be integers"),
         ({"buckets": torch.zeros(1, 1, 2, 4)}, "buckets must be integers"),
+        ({"buckets": torch.zeros(1, 1, 2, 4, dtype=torch.bool)}, "buckets must be integers"),
+        ({"n_hashes": 0}, "n_hashes=0 must be an int of at least 1"),
         ({"n_buckets": 3}, "even"),
         ({"n_buckets": 4.0}, "even"),
         ({"chunk_len": 0}, "at least 1"),
