@@ -20,6 +20,7 @@ from torch import nn
 from trainer.checkpoint import (
     Checkpoint,
     SaveError,
+    checked,
     load,
     problems,
     published,
@@ -177,7 +178,7 @@ def test_a_damaged_one_is_put_aside_and_the_one_before_is_continued(
         assert f"damaged checkpoint {newest}: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("before", "after"), [(b"state.json\n", b"state.json"), (b"s\n", b"s\x0b")])
+@pytest.mark.parametrize(("before", "after"), [(b"n\n", b"n"), (b"s\n", b"s\x0b"), (b"n\n", b"n\n#")])
 def test_not_even_a_line_break_goes_unnoticed(tmp_path: Path, before: bytes, after: bytes) -> None:
     path = publish(tmp_path, 50)
     sums = path / "SHA256SUMS"
@@ -203,6 +204,25 @@ def test_a_file_that_does_not_belong_there_is_damage(tmp_path: Path) -> None:
     assert problems(path) == ["rank_00001.safetensors does not belong there"]
 
 
+def test_sums_that_do_not_name_the_weights_are_damage(tmp_path: Path) -> None:
+    path = publish(tmp_path, 50)
+    _, line = (path / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (path / "SHA256SUMS").write_text(line)
+    (path / "rank_00000.safetensors").unlink()
+    assert problems(path) == ["SHA256SUMS does not name what every checkpoint has"]
+
+
+def test_one_that_a_run_removes_while_it_is_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, newest = publish(tmp_path, 50), publish(tmp_path, 100)
+
+    def remove(path: Path) -> list[str]:
+        shutil.rmtree(newest, ignore_errors=True)
+        return problems(path)
+
+    monkeypatch.setattr("trainer.checkpoint.problems", remove)
+    assert list(checked(tmp_path)) == [(Checkpoint(before, 50), [])]
+
+
 def test_each_rank_reads_its_share(tmp_path: Path) -> None:
     path = publish(tmp_path, 50)
     flip_any(path / "rank_00000.safetensors")
@@ -222,6 +242,27 @@ def test_saved_again_after_damage_it_is_sound(tmp_path: Path) -> None:
     flip_any(publish(tmp_path, 100) / "state.json")
     assert start(tmp_path) is not None
     assert problems(publish(tmp_path, 100)) == []
+
+
+def test_damaged_again_it_is_put_aside_again(tmp_path: Path) -> None:
+    before = publish(tmp_path, 50)
+    for _ in range(2):
+        flip_any(publish(tmp_path, 100) / "state.json")
+        assert start(tmp_path) == Checkpoint(before, 50)
+
+
+def test_what_an_interrupted_save_left_is_no_part_of_the_next(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / ".partial-step_00000050"
+    left.mkdir(parents=True)
+    (left / "rank_00001.safetensors").write_bytes(b"")
+    assert problems(publish(tmp_path, 50)) == []
+
+
+def test_a_rank_with_nothing_to_write_has_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.state.local_slices", lambda engine: {})
+    path = publish(tmp_path, 50)
+    assert names(path) == ["SHA256SUMS", "state.json"]
+    assert "rank_00000" not in (path / "SHA256SUMS").read_text()
 
 
 def test_what_a_node_does_not_see_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,12 +321,14 @@ def test_of_a_link_to_another_disk_the_link_is_removed(tmp_path: Path) -> None:
     assert problems(tmp_path / "elsewhere") == []
 
 
+@pytest.mark.parametrize("free", [1000, 500_000], ids=["not for the tensors", "for them alone"])
 def test_without_room_nothing_is_written_and_the_message_says_how_much_is_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
     publish(tmp_path, 50)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(SaveError, match=r"step_00000060, of [\d,]+ bytes: .* has 1,000 bytes left, and .* are needed"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    says = rf"step_00000060, of [\d,]+ bytes: .* has {free:,} bytes left, and .* are needed"
+    with pytest.raises(SaveError, match=says):
         publish(tmp_path, 60)
     assert names(tmp_path / "checkpoints") == ["step_00000050"]
 

@@ -175,11 +175,12 @@ def test_checkpoints_of_an_older_version_are_named(tmp_path: Path) -> None:
         refuse_another_run(tmp_path, IDENTITY, new=False)
 
 
-def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.checkpoint.FORMAT", 3)
+@pytest.mark.parametrize("other", [1, 3])
+def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: int) -> None:
+    monkeypatch.setattr("trainer.checkpoint.FORMAT", other)
     publish(tmp_path, 50)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="step_00000050 is of format 3, and this version reads 2"):
+    with pytest.raises(ConfigError, match=f"step_00000050 is of format {other}, and this version reads 2"):
         refuse_another_run(tmp_path, IDENTITY, new=False)
 
 
