@@ -14,7 +14,7 @@ def lr_factor(step: int, plan: LoopConfig) -> float:
     warmup_steps, final_ratio = plan.warmup_steps, plan.final_lr_ratio
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = min(1.0, (step - warmup_steps) / max(1, plan.steps - warmup_steps))
+    done = (step - warmup_steps) / max(1, plan.steps - warmup_steps)
     match plan.decay:
         case "cosine":
             return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))

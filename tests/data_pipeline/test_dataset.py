@@ -82,9 +82,11 @@ def test_positions_go_through_epochs(make_store: Callable[..., Store]) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 10_000])
-def test_outside_is_an_error(make_store: Callable[..., Store], index: int) -> None:
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_outside_is_an_error(make_store: Callable[..., Store], split: str, index: int) -> None:
+    """Before the first row of a split that is held out is one that is trained on."""
     with pytest.raises(IndexError):
-        RowDataset(make_store())[index]
+        RowDataset(make_store(), split)[index]
 
 
 def test_rows_by_numbers_of_other_types(make_store: Callable[..., Store]) -> None:

@@ -287,9 +287,10 @@ def test_a_truncated_file_is_kept_up_to_its_last_whole_character(tmp_path: Path,
     assert read_one(file, reading("bytes", {"truncated": "replace"}))[0] == text.encode()[:length]
 
 
-def test_a_truncated_file_of_another_encoding_is_kept_likewise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [10, 11])
+def test_a_truncated_file_of_another_encoding_is_kept_likewise(tmp_path: Path, length: int) -> None:
     compressor = zstandard.ZstdCompressor().compressobj()
-    content = KOREAN.encode("cp949")[:11]
+    content = KOREAN.encode("cp949")[:length]
     started = compressor.compress(content) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     file = save(tmp_path / "a.txt.zst", started)
     result, found = read_one(file, reading(encoding="cp949", policies={"truncated": "replace"}))

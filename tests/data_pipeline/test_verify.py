@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,19 @@ def test_a_document_table_that_does_not_fit(tmp_path: Path, old: str, new: str, 
     sign(tmp_path / "s", Manifest.read(tmp_path / "s"))
     problems = verify(tmp_path / "s")
     assert any(message in problem for problem in problems) if message else problems == []
+
+
+def test_a_document_table_of_another_length(tmp_path: Path) -> None:
+    write_store(tmp_path / "s", DOCUMENTS)
+    table = tmp_path / "s" / "documents.jsonl"
+    lines = table.read_text().splitlines(keepends=True)
+    for other, message in (
+        (lines[:-1], f"{tmp_path}/s lists 5 documents, and its manifest counts 6"),
+        ([*lines, lines[-1].replace('"id": 5', '"id": 6')], "document 'a_row.txt' of .* is not one that its manifest"),
+    ):
+        table.write_text("".join(other))
+        sign(tmp_path / "s", Manifest.read(tmp_path / "s"))
+        assert re.match(message, verify(tmp_path / "s")[0])
 
 
 def test_problems_that_the_manifest_does_not_count(tmp_path: Path) -> None:

@@ -151,6 +151,15 @@ def test_sources_that_are_new_or_gone_are_named_once(tmp_path: Path) -> None:
         refuse_another_run(tmp_path, run(books="b", wiki="x"), new=False)
 
 
+def test_a_mixture_in_the_place_of_a_store_is_another_store(tmp_path: Path) -> None:
+    mixture = {"mixture": {"books": {"store": "b", "weight": 1.0}}}
+    now = {"store_fingerprint": {"books.store": "b"}, "data": {**IDENTITY["data"], **mixture}}
+    publish(tmp_path, 50)
+    with pytest.raises(ConfigError, match="books.store was None and is 'b' now: it is another store") as raised:
+        refuse_another_run(tmp_path, {**IDENTITY, **now}, new=False)
+    assert "is new" not in str(raised.value)
+
+
 def test_weights_that_a_run_began_with_may_be_named_otherwise_or_not_at_all(tmp_path: Path) -> None:
     begun = {**IDENTITY, "run": {**IDENTITY["run"], "init_from": "weights"}}
     publish(tmp_path, 50, begun)

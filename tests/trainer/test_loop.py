@@ -169,6 +169,7 @@ def test_the_best_checkpoint_is_one_that_was_evaluated_at_its_step() -> None:
     assert best.saved(6, Reported(6, 2.0, 1.0)) == best, "of two equal ones it is the first"
     assert best.saved(6, Reported(6, 1.9, 1.0)).best_step == 6
     assert best.of(rows, 5) == best.of({}, 5) == best
+    assert best.of({**rows, "web": "8 rows"}, 5).best_step == 4, "other scores beside it change nothing"
     other = best.of(others, 5)
     assert (other.best_step, other.best_loss, other.n_tokens) == (0, None, 3.0)
     assert other.of(others, 7).saved(8, Reported(8, 9.0, 1.0)).best_step == 8, "though it is a larger loss"

@@ -47,7 +47,7 @@ def fp32(number: float) -> float:
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     write(tmp_path, 0, 7)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('\0\0\0\n{"step": 4, "train/lo')  # by a power cut, and by a kill
+        file.write('\0\0\0\n{"step": 3, "train\n{"step": 4, "train/lo')  # by power cuts, and by a kill
     write(tmp_path, 5, 9)
     assert steps(tmp_path) == list(range(10))
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == list(range(10))
@@ -65,6 +65,13 @@ def test_a_run_begun_anew_forgets_the_one_before(tmp_path: Path) -> None:
     found = events(tmp_path)
     assert [step for step, _ in curves(found)["train/loss"]] == [0, 1, 2]
     assert list(found.AllSummaryMetadata()) == ["train/loss"]
+
+
+def test_a_run_that_goes_on_is_a_row_of_the_table_already(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 5)
+    metrics.hparams({"model.d_model": 8})
+    metrics.close()
+    assert list(events(tmp_path).AllSummaryMetadata()) == []
 
 
 def test_numbers_in_full_precision_and_null_for_what_is_none(tmp_path: Path) -> None:
