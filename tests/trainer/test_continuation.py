@@ -155,7 +155,7 @@ def test_a_mixture_in_the_place_of_a_store_is_another_store(tmp_path: Path) -> N
     mixture = {"mixture": {"books": {"store": "b", "weight": 1.0}}}
     now = {"store_fingerprint": {"books.store": "b"}, "data": {**IDENTITY["data"], **mixture}}
     publish(tmp_path, 50)
-    with pytest.raises(ConfigError, match="books.store was None and is 'b' now: it is another store") as raised:
+    with pytest.raises(ConfigError, match=r"books\.store was None and is 'b' now: it is another store") as raised:
         refuse_another_run(tmp_path, {**IDENTITY, **now}, new=False)
     assert "is new" not in str(raised.value)
 
