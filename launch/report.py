@@ -21,7 +21,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.output import exit_code, reader_may_leave, table
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
-from trainer.config import ConfigError, RunConfig
+from trainer.config import ConfigError
 from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, unlike
 from trainer.scoring import source_tag
 from trainer.terminal import see_curves
@@ -37,10 +37,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def unigram(config: RunConfig, width: int) -> str:
+def unigram(run: Curves, width: int) -> str:
     """What a unigram model says of the held-out rows, or why that is not known: the rest of a report needs no store."""
+    data = run.config.data
     try:
-        score = unigram_score(Store.open(config.data.store), config.data, config.run.eval_rows)
+        for path, fingerprint in run.fingerprints():
+            if Store.open(path).manifest.fingerprint != fingerprint:
+                raise DataError(f"{path} is not the store that it was: it was built anew, or added to")
+        score = unigram_score(Store.open(data.store), data, run.config.run.eval_rows)
     except DataError as error:
         return f"unigram model, held out: not known, since {error}"
     return f"{row(width, 'unigram model, held out:', last=f'{score.bits_per_byte:.4f}')} bits per byte"
@@ -56,7 +60,7 @@ def report(run: Curves) -> str:
         lines.append(row(width, "held out, best, bits per byte", "", "", *cells(best)))
     is_evaluated = bool(run.column("eval/loss") and config.run.eval_every)  # by what is configured now
     if is_evaluated:
-        lines.append(unigram(config, width))
+        lines.append(unigram(run, width))
     if since := run.since(HELD_OUT):
         lines.append(f"evaluations before step {since} were of other rows, or by other rounds, and are left out")
     if config.data.mixture and is_evaluated:
@@ -129,8 +133,8 @@ def comparison(runs: Sequence[Curves]) -> str:
         scores = " and ".join(f"{name!r}" for name in different_rows)
         lines.append(f"note: not all were scored on the same rows, so what stands below {scores} may not compare")
     if different := differences(runs):
-        named = [[name, *(shortened(value) for value in values)] for name, values in different.items()]
-        lines += ["", table([["what differs", *(f"[{i}]" for i in range(1, len(runs) + 1))], *named])]
+        width = max(map(len, different))
+        lines += ["", "what differs:", *(f"{name:<{width}}  {by_value(each)}" for name, each in different.items())]
     return "\n".join(lines)
 
 
@@ -147,6 +151,14 @@ def numbers(run: Curves, at: int | None, sources: Sequence[str]) -> list[str]:
         f"{median_high(run.column('speed/tokens_per_s')):,.0f}",
         f"{max(run.column('memory/peak_gib')):.2f}",
     ]
+
+
+def by_value(values: Sequence[str]) -> str:
+    """Which runs have which value of a setting."""
+    numbers: dict[str, list[str]] = {}
+    for number, value in enumerate(values, start=1):
+        numbers.setdefault(shortened(value), []).append(f"[{number}]")
+    return "; ".join(f"{value} in {' '.join(runs)}" for value, runs in numbers.items())
 
 
 def shortened(value: str) -> str:

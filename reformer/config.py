@@ -4,6 +4,7 @@ Every field says what it means in one sentence; every relation between fields is
 `ReformerConfig` that exists can be built. Errors name the value, what was expected and a way out.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -48,7 +49,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         elif problem["type"] == "missing":
             lines.append(f"'{name}' is missing: give it a value")
         elif problem["type"] == "tuple_type":
-            lines.append(f"'{name}': input should be a list, such as {[given]!r} (got {given!r})")
+            lines.append(f"'{name}': input should be a list, such as {_listed(given)} (got {given!r})")
         elif problem["type"] in ("dict_type", "model_type"):
             lines.append(f"'{name}': input should be a table of keys and values (got {given!r})")
         elif problem["type"] == "value_error":
@@ -58,6 +59,12 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             message = problem["msg"][0].lower() + problem["msg"][1:]
             lines.append(f"'{name}': {message} (got {given!r})")
     return "\n".join(lines)
+
+
+def _listed(given: Any) -> str:
+    """What somebody may have meant by what is no list, as TOML and JSON write it."""
+    words = given.strip("[]() ").split(",") if isinstance(given, str) else [given]
+    return json.dumps([word.strip() if isinstance(word, str) else word for word in words])
 
 
 def _known(name: str, model: type[BaseModel]) -> str:

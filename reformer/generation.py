@@ -70,7 +70,8 @@ def check_continuation(
     check_tokens(tokens.cpu(), config.vocab_size)
     room = config.max_seq_len - len(tokens)
     if n_tokens > room:
-        way_out = f"add at most {room}" if room >= 0 else f"give at most {config.max_seq_len}"
+        fewer = config.max_seq_len - n_tokens
+        way_out = f"add at most {room}" if room > 0 else f"give at most {fewer}" if fewer > 0 else "give and add fewer"
         raise ValueError(
             f"{len(tokens)} tokens and {n_tokens} more are beyond max_seq_len={config.max_seq_len}: {way_out}"
         )

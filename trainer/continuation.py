@@ -14,6 +14,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.kinds import is_document
 from data_pipeline.manifest import MANIFEST_NAME
 from reformer.config import ConfigError, ReformerConfig
+from reformer.weights import CONFIG_FILE, WEIGHTS_FILE
 from trainer.checkpoint import published, read_state
 from trainer.config import RunConfig, flatten
 from trainer.sequence_parallel import global_batch_size
@@ -37,6 +38,9 @@ EVAL_STORE = "eval_store_fingerprint"
 RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
 """What tells a run's folder from others."""
 
+OTHERS = {MANIFEST_NAME, CONFIG_FILE, WEIGHTS_FILE}
+"""What tells a store's folder, and a model's."""
+
 FREE = ("deepspeed.optimizer.params.lr", "model.ff_chunk_tokens", "model.loss_chunk_tokens", "model.keep_ends")
 """What need not be, of these: the course of the learning rate may be changed, as by run.steps and run.decay; and what
 decides about memory changes the numbers by rounding only."""
@@ -58,17 +62,17 @@ def identity(
 
 
 def refuse_other_files(run_dir: Path) -> None:
-    """Raise ConfigError where the folder is a corpus or a store and no run's: what is written there would be taken for
-    a part of it."""
+    """Raise ConfigError where the folder is a corpus, a store or a model's and no run's: what is written there would be
+    taken for a part of it."""
     try:
         names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
     except OSError as error:
         raise ConfigError(f"cannot read run.dir={run_dir}: {error.strerror}: choose another folder") from None
     if names & RUN_FILES:
         return
-    if data := sorted(name for name in names if is_document(name) or name == MANIFEST_NAME):
+    if data := sorted(name for name in names if is_document(name) or name in OTHERS):
         raise ConfigError(
-            f"run.dir={run_dir} has data in it ({data[0]}, for one) and no run: give the run a folder of its own"
+            f"run.dir={run_dir} has something else in it ({data[0]}, for one) and no run: give it a folder of its own"
         )
 
 
@@ -145,16 +149,26 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, s
         saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
     return {
-        name: f"was {before.get(name)!r} and is {now.get(name)!r} now{_evaluated_otherwise(name, before.get(name))}"
+        name: f"was {_spelled(before.get(name))} and is {_spelled(now.get(name))} now"
+        + _evaluated_otherwise(name, before.get(name), bool(now.get("run.keep_best")))
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name) and not (name == EVAL_STORE and name not in before)
     }
 
 
-def _evaluated_otherwise(name: str, before: Any) -> str:
+def _spelled(value: Any) -> str:
+    """As TOML and JSON write it, which have nothing for what is left out."""
+    if value is None:
+        return "not given"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _evaluated_otherwise(name: str, before: Any, keeps_best: bool) -> str:
     """What a setting that was another one before means for the curves of evaluations."""
     if name in (EVAL_STORE, "data.eval_split", "run.eval_rows", "run.eval_n_hashes"):
-        return ": evaluations may differ from here on, so that eval/* before it does not compare"
+        best = ", and run.keep_best begins anew: the best checkpoint until now is removed in its turn"
+        begins = best if keeps_best else ""
+        return f": evaluations may differ from here on, so that eval/* before it does not compare{begins}"
     source = re.fullmatch(r"data\.mixture\.(.*)\.eval_split", name)
     return f": eval/source/{source[1]}/* before it does not compare" if source and before is not None else ""
 

@@ -48,6 +48,13 @@ class Curves:
         rows = self._evaluated(name, "rows", None)
         return rows and rows.split(", n_hashes=")[0]
 
+    def fingerprints(self) -> list[tuple[Path, str]]:
+        """The stores that it read, and the fingerprint of each, as far as run.json says."""
+        data, samples = self.config.data, self.record.get("samples") or {}
+        said = [(data.store, (self.record.get("store") or {}).get("fingerprint"))]
+        said += [(source.store, samples.get(f"{name}.store")) for name, source in data.mixture.items()]
+        return [(path, fingerprint) for path, fingerprint in said if fingerprint]
+
     def _evaluated(self, name: str, key: str, default: Any) -> Any:
         return (self.record.get("evaluated") or {}).get(name, {}).get(key, default)
 
@@ -101,7 +108,9 @@ def differences(runs: Sequence[Curves]) -> dict[str, list[str]]:
 def _settings(run: Curves) -> dict[str, Any]:
     """All that may make a difference for a run's numbers, by dotted name; of hashes the beginning."""
     record, launch = run.record, run.record.get("launch") or {}
-    said = {name: record.get(name) or {} for name in ("deepspeed", "versions", "samples")}
+    said = {name: record.get(name) or {} for name in ("deepspeed", "versions")}
+    if run.config.data.mixture:  # of a single store, other settings say the same
+        said["samples"] = record.get("samples") or {}
     place = {"device": launch.get("device"), "ranks": launch.get("world_size"), "git_commit": record.get("git_commit")}
     evaluated = {"data.store.fingerprint": (record.get("store") or {}).get("fingerprint")}
     settings = flatten({**run.config.model_dump(mode="json"), **said, **place, **evaluated})

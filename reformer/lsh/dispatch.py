@@ -181,7 +181,9 @@ def _takes_dense(
         return False
     if not dense_is_less(qk.shape[2], qk.shape[3], n_hashes, chunk_len, causal):
         return False
-    _announce("LSH", "dense", f"for so few tokens it is less work than {n_hashes} rounds are")
+    _announce(
+        "LSH", "dense", f"of {qk.shape[2]} tokens the same {n_hashes} rounds are less work in one softmax over all"
+    )
     return True
 
 

@@ -232,7 +232,9 @@ def test_what_is_printed(exported: Path, store: Store, call) -> None:
 def test_of_one_document_nothing_is_said_about_others(exported: Path, call, tmp_path: Path) -> None:
     write_store(tmp_path / "store", {"a": b"abc", "b": b"some more text"}, val=["b"], seq_len=256)
     code, out, _ = call(exported, tmp_path / "store")
-    assert code == 0 and "in 1 documents, 14 bytes" in out and "±" not in out
+    assert (
+        code == 0 and "in 1 documents (of a single one there is no standard error), 14 bytes" in out and "±" not in out
+    )
     write_store(tmp_path / "empty", {"a": b"abc", "b": b""}, val=["b"], seq_len=256, bos=False)
     code, out, errors = call(exported, tmp_path / "empty")
     assert (code, out) == (2, "") and "the rows of val in" in errors and "have no token to predict" in errors

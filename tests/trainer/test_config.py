@@ -60,10 +60,17 @@ def test_override_values(text: str, value: object) -> None:
     assert parse_override(text) == (["a", "b"], value)
 
 
-@pytest.mark.parametrize("text", ["steps=3", "run.steps", "run..steps=3", "=3", "run.=3"])
+@pytest.mark.parametrize("text", ["stops=3", "steps", "run.steps", "run..steps=3", "=3", "run.=3"])
 def test_what_is_no_override(text: str) -> None:
     with pytest.raises(ConfigError, match=r"an override looks like run.steps=100"):
         parse_override(text)
+
+
+def test_an_override_without_its_section() -> None:
+    with pytest.raises(ConfigError, match=r"cannot read 'steps=3': did you mean run.steps=3\?"):
+        parse_override("steps=3")
+    with pytest.raises(ConfigError, match=r"cannot read 'seed=3': did you mean model.seed=3 or run.seed=3\?"):
+        parse_override("seed=3")
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ def test_nor_among_other_files(tmp_path: Path) -> None:
     for name in ("longhand-train-7.log", "books.toml", ".hidden"):  # a job's log is there before its run
         (tmp_path / name).write_text("")
     refuse_other_files(tmp_path)
-    for name in ("emma.TXT", "pages.jsonl.gz", "manifest.json"):
+    for name in ("emma.TXT", "pages.jsonl.gz", "manifest.json", "config.json", "model.safetensors"):
         (tmp_path / name).write_text("a book")
-        with pytest.raises(ConfigError, match=rf"has data in it \({name}, for one\) and no run: give the run a folder"):
+        with pytest.raises(ConfigError, match=rf"has something else in it \({name}, for one\) and no run: "):
             refuse_other_files(tmp_path)
         (tmp_path / name).unlink()
     (tmp_path / "emma.txt").write_text("a book")
@@ -60,9 +60,12 @@ def test_what_older_runs_do_not_say_is_no_change() -> None:
     before, now = ({**IDENTITY, "data": {"mixture": {"web": {"eval_split": split}}}} for split in ("val", "test"))
     name = "data.mixture.web.eval_split"
     assert changes(before, now) == {name: "was 'val' and is 'test' now: eval/source/web/* before it does not compare"}
-    assert changes(IDENTITY, now)[name] == "was None and is 'test' now"
+    assert changes(IDENTITY, now)[name] == "was not given and is 'test' now"
     of_more_rows = {**IDENTITY, "run": {**IDENTITY["run"], "eval_rows": 99}}
     assert "and is 99 now: evaluations may differ from here on" in changes(IDENTITY, of_more_rows)["run.eval_rows"]
+    of_more_rows["run"]["keep_best"] = True
+    assert changes(IDENTITY, of_more_rows)["run.keep_best"] == "was false and is true now"
+    assert "the best checkpoint until now is removed" in changes(IDENTITY, of_more_rows)["run.eval_rows"]
 
 
 def test_nor_over_one_that_has_not_saved_yet(tmp_path: Path) -> None:
@@ -92,9 +95,9 @@ def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
     assert changes(old, changed) == {
         "data.store": "was 's' and is 'b' now",
         "run.steps": "was 9 and is 20 now",
-        "deepspeed.optimizer.params.lr": "was None and is 2.0 now",
+        "deepspeed.optimizer.params.lr": "was not given and is 2.0 now",
         "deepspeed.zero_optimization.stage": "was 2 and is 3 now",
-        "deepspeed.zero_optimization.overlap_comm": "was False and is True now",
+        "deepspeed.zero_optimization.overlap_comm": "was false and is true now",
     }
     assert changes(old, IDENTITY) == {}
 
@@ -106,9 +109,9 @@ def test_what_decides_about_memory_only_may_change_and_is_told(tmp_path: Path) -
     publish(tmp_path, 50, old)
     refuse_another_run(tmp_path, IDENTITY, new=False)
     assert changes(old, IDENTITY) == {
-        "model.ff_chunk_tokens": "was 4096 and is None now",
-        "model.loss_chunk_tokens": "was 2048 and is None now",
-        "model.keep_ends": "was False and is True now",
+        "model.ff_chunk_tokens": "was 4096 and is not given now",
+        "model.loss_chunk_tokens": "was 2048 and is not given now",
+        "model.keep_ends": "was false and is true now",
     }
 
 
@@ -116,16 +119,22 @@ def test_what_decides_about_memory_only_may_change_and_is_told(tmp_path: Path) -
     ("changed", "message"),
     [
         ({"store_fingerprint": "xyz"}, r"'abc' and is 'xyz' now: it is another store, or was added to \(--append\)"),
-        ({"store_fingerprint": {"books.store": "xyz"}}, r"books.store was None and is 'xyz' now: it is another store"),
+        (
+            {"store_fingerprint": {"books.store": "xyz"}},
+            r"books.store was not given and is 'xyz' now: it is another store",
+        ),
         (
             {"store_fingerprint": {"books.per_thousand": 1000}},
-            "store_fingerprint.books.per_thousand was None and is 1000",
+            "store_fingerprint.books.per_thousand was not given and is 1000",
         ),
         ({"train_batch_size": 8}, "train_batch_size was 4 and is 8 now"),
         ({"model": {**IDENTITY["model"], "n_layers": 3}}, "model.n_layers was 2 and is 3 now"),
         ({"run": {**IDENTITY["run"], "seed": 1}}, "run.seed was 0 and is 1 now"),
-        ({"run": {**IDENTITY["run"], "init_from": "w"}}, "run.init_from was None and is 'w' now: set it back, or"),
-        ({"deepspeed": {**DEEPSPEED, "bf16": {"enabled": True}}}, "deepspeed.bf16.enabled was None and is True now"),
+        ({"run": {**IDENTITY["run"], "init_from": "w"}}, "run.init_from was not given and is 'w' now: set it back, or"),
+        (
+            {"deepspeed": {**DEEPSPEED, "bf16": {"enabled": True}}},
+            "deepspeed.bf16.enabled was not given and is true now",
+        ),
     ],
 )
 def test_what_decides_them_may_not(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -155,7 +164,7 @@ def test_a_mixture_in_the_place_of_a_store_is_another_store(tmp_path: Path) -> N
     mixture = {"mixture": {"books": {"store": "b", "weight": 1.0}}}
     now = {"store_fingerprint": {"books.store": "b"}, "data": {**IDENTITY["data"], **mixture}}
     publish(tmp_path, 50)
-    with pytest.raises(ConfigError, match=r"books\.store was None and is 'b' now: it is another store") as raised:
+    with pytest.raises(ConfigError, match=r"books\.store was not given and is 'b' now: it is another store") as raised:
         refuse_another_run(tmp_path, {**IDENTITY, **now}, new=False)
     assert "is new" not in str(raised.value)
 
