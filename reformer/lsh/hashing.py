@@ -91,7 +91,7 @@ def draw_rotations(
 
 
 def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """Buckets [B, H, R, T] (int16, or int32 above 32,767 buckets) of the vectors qk [B, H, T, D].
+    """Buckets [B, H, R, T] (int16, or int32 above 32,768 buckets) of the vectors qk [B, H, T, D].
 
     With factors (f1, f2, …) the columns of the rotation are split into f_i / 2 each, every part is hashed by
     argmax([xR; -xR]), and bucket = b1 + f1 * (b2 + f2 * …). Half precision inputs are hashed in fp32.
@@ -120,7 +120,7 @@ def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int,
 
 
 def bucket_dtype(factors: tuple[int, ...]) -> torch.dtype:
-    """int16, or int32 above 32,767 buckets."""
+    """int16, or int32 above 32,768 buckets."""
     return torch.int16 if math.prod(factors) <= 2**15 else torch.int32
 
 

@@ -14,8 +14,8 @@ from parity import gradients, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reformer import ConfigError, ReformerConfig
-from reformer.hf import config_from_hf, config_to_hf, load_hf, save_hf, state_from_hf, state_to_hf
+from reformer import ConfigError, Reformer, ReformerConfig
+from reformer.hf import config_from_hf, config_to_hf, fold_head_bias, load_hf, save_hf, state_from_hf, state_to_hf
 from reformer.hf_names import DEFAULTS, tensor_names
 
 
@@ -211,4 +211,44 @@ def test_the_documented_example_runs(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/library.md").read_text(encoding="utf-8")
     (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "load_hf" in block)
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", example], check=True, cwd=tmp_path)
-    assert load_hf(tmp_path / "exported").config.vocab_size == 256
+    assert load_hf(tmp_path / "exported_hf").config.vocab_size == 256
+
+
+@pytest.mark.parametrize(
+    ("max_seq_len", "said"),
+    [
+        (30, "max_seq_len=30 is no multiple of 12, .* refuses those of more than 24 tokens"),
+        (10, "max_seq_len=10 is no multiple of 12, .* refuses those of more than 4 tokens"),
+    ],
+)
+def test_lengths_that_transformers_refuses_are_told(max_seq_len: int, said: str, tmp_path: Path) -> None:
+    kinds = {"attn_pattern": ("local", "lsh"), "local_chunk_len": 4, "lsh_chunk_len": 6, "n_buckets": 2}
+    model = Reformer(ReformerConfig(vocab_size=8, n_layers=2, d_model=8, n_heads=1, max_seq_len=max_seq_len, **kinds))
+    with pytest.warns(UserWarning, match=said):
+        save_hf(model, tmp_path / "hf")
+
+
+def test_of_buckets_nothing_is_said_without_lsh_layers(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    size = {"vocab_size": 8, "n_layers": 1, "d_model": 8, "n_heads": 1, "max_seq_len": 64}
+    save_hf(Reformer(ReformerConfig(**size, attn_pattern=("local",))), tmp_path / "hf")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"n_buckets=None: .* \(model.n_buckets=\[2\] is ours"):
+        save_hf(Reformer(ReformerConfig(**size, attn_pattern=("lsh",))), tmp_path / "lsh")
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_bias_is_folded_whatever_the_norm_adds_up_to(sign: float) -> None:
+    """Where sum(s/g) is n or -n, one of the two signs of c divides by zero."""
+    torch.manual_seed(0)
+    gain = torch.rand(6) + 0.5
+    state = {"weight": torch.randn(5, 6), "bias": torch.randn(5), "norm_weight": gain, "norm_bias": sign * gain}
+    folded = fold_head_bias({f"head.{name}": tensor for name, tensor in state.items()})
+    z = torch.randn(3, 6)
+    z = z - z.mean(dim=1, keepdim=True)
+
+    def head(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        return (norm_weight * z + norm_bias) @ weight.T + bias
+
+    found = head(**{name: folded[f"head.{name}"] for name in state})
+    assert not folded["head.bias"].any()
+    assert torch.allclose(found, head(**state), atol=1e-5)
