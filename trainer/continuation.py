@@ -14,7 +14,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.kinds import is_document
 from data_pipeline.manifest import MANIFEST_NAME
 from reformer.config import ConfigError, ReformerConfig
-from reformer.weights import CONFIG_FILE, WEIGHTS_FILE
+from reformer.weights import WEIGHTS_FILE
 from trainer.checkpoint import published, read_state
 from trainer.config import RunConfig, flatten
 from trainer.sequence_parallel import global_batch_size
@@ -38,7 +38,7 @@ EVAL_STORE = "eval_store_fingerprint"
 RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
 """What tells a run's folder from others."""
 
-OTHERS = {MANIFEST_NAME, CONFIG_FILE, WEIGHTS_FILE}
+OTHERS = {MANIFEST_NAME, WEIGHTS_FILE}
 """What tells a store's folder, and a model's."""
 
 FREE = ("deepspeed.optimizer.params.lr", "model.ff_chunk_tokens", "model.loss_chunk_tokens", "model.keep_ends")

@@ -28,10 +28,10 @@ def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
 def test_nor_among_other_files(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         refuse_other_files(path)
-    for name in ("longhand-train-7.log", "books.toml", ".hidden"):  # a job's log is there before its run
+    for name in ("longhand-train-7.log", "books.toml", "config.json", ".hidden"):  # a job's log is there before its run
         (tmp_path / name).write_text("")
     refuse_other_files(tmp_path)
-    for name in ("emma.TXT", "pages.jsonl.gz", "manifest.json", "config.json", "model.safetensors"):
+    for name in ("emma.TXT", "pages.jsonl.gz", "manifest.json", "model.safetensors"):
         (tmp_path / name).write_text("a book")
         with pytest.raises(ConfigError, match=rf"has something else in it \({name}, for one\) and no run: "):
             refuse_other_files(tmp_path)
