@@ -86,7 +86,10 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
     is_longer = n_own_rows > n_rows and own_shapes[ROWS][1:] == shapes[ROWS][1:]
     fits = own_shapes == shapes | ({ROWS: own_shapes[ROWS]} if is_longer else {})
     if not fits or any(there[name] != getattr(config, name) for name in SAME):
-        keep = " (longer sequences are possible with as many columns in axial_shape as there)"
+        assert model.config.axial_shape is not None  # filled in by the config
+        columns = model.config.axial_shape[1]
+        such_as = f": [{config.max_seq_len // columns}, {columns}]" if config.max_seq_len % columns == 0 else ""
+        keep = f" (longer sequences are possible with as many columns in axial_shape as there{such_as})"
         raise ConfigError(
             f"run.init_from={folder} holds another model than [model]: {'; '.join(changed)}. Set [model] to that "
             f"model{keep if config.max_seq_len > model.config.max_seq_len else ''}, or give another folder"

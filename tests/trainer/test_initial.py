@@ -102,13 +102,13 @@ def test_a_model_of_shorter_sequences(tmp_path: Path) -> None:
     assert not torch.equal(rows, read_initial(folder, longer, seed=6)[ROWS])
     assert rows.shape == (12, 4) and 0.01 < rows[4:].std() < 0.03
 
-    for other in (
-        model_config(axial_shape=(8, 24), max_seq_len=192),
-        model_config(axial_shape=(8, 16), max_seq_len=128, d_ff=7),
+    for other, such_as in (
+        (model_config(axial_shape=(8, 24), max_seq_len=192), r": \[12, 16\]\)"),
+        (model_config(axial_shape=(8, 16), max_seq_len=128, d_ff=7), r": \[8, 16\]\)"),
+        (model_config(axial_shape=(10, 10), max_seq_len=100), r"\)"),
     ):
-        with pytest.raises(
-            ConfigError, match=r"\(longer sequences are possible with as many columns in axial_shape as"
-        ):
+        said = r"\(longer sequences are possible with as many columns in axial_shape as there"
+        with pytest.raises(ConfigError, match=said + such_as):
             check_initial(folder, other, STORE, OURS)
     with pytest.raises(
         ConfigError, match=r"axial_shape is \(2, 16\), and \(4, 16\) there. Set \[model\] to that model, or"
