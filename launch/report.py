@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median_high
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError
 from data_pipeline.output import exit_code, reader_may_leave, table
@@ -25,6 +25,8 @@ from trainer.config import ConfigError
 from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, unlike
 from trainer.scoring import source_tag
 from trainer.terminal import see_curves
+
+Value = TypeVar("Value", bound=str | None)
 
 LONGEST = 40
 """Characters of a setting that are shown, where runs are compared."""
@@ -129,9 +131,9 @@ def comparison(runs: Sequence[Curves]) -> str:
     lines += ["", f"held out: bits per byte, at each run's last evaluation{common}, and at its best"]
     if at is None:
         lines.append("there is no step, but for the beginning, at which all were evaluated")
-    if different_rows := unlike(runs, sources):
-        scores = " and ".join(f"{name!r}" for name in different_rows)
-        lines.append(f"note: not all were scored on the same rows, so what stands below {scores} may not compare")
+    for score, of_rows in unlike(runs, sources).items():
+        alike = ", ".join(numbered(of_rows).values())
+        lines.append(f"note: not all were scored on the same rows: what stands below {score!r} compares within {alike}")
     if different := differences(runs):
         width = max(map(len, different))
         lines += ["", "what differs:", *(f"{name:<{width}}  {by_value(each)}" for name, each in different.items())]
@@ -153,12 +155,17 @@ def numbers(run: Curves, at: int | None, sources: Sequence[str]) -> list[str]:
     ]
 
 
+def numbered(values: Sequence[Value]) -> dict[Value, str]:
+    """The numbers of the runs that have each value."""
+    return {
+        value: " ".join(f"[{number}]" for number, other in enumerate(values, start=1) if other == value)
+        for value in dict.fromkeys(values)
+    }
+
+
 def by_value(values: Sequence[str]) -> str:
     """Which runs have which value of a setting."""
-    numbers: dict[str, list[str]] = {}
-    for number, value in enumerate(values, start=1):
-        numbers.setdefault(shortened(value), []).append(f"[{number}]")
-    return "; ".join(f"{value} in {' '.join(runs)}" for value, runs in numbers.items())
+    return "; ".join(f"{shortened(value)} in {runs}" for value, runs in numbered(values).items())
 
 
 def shortened(value: str) -> str:

@@ -118,8 +118,9 @@ def _settings(run: Curves) -> dict[str, Any]:
     return {name: re.sub(HASH, r"\1", value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
-def unlike(runs: Sequence[Curves], sources: Sequence[str]) -> list[str]:
-    """Of "held out" and of these stores of the mixture, those that are not scored on the same rows in all runs."""
+def unlike(runs: Sequence[Curves], sources: Sequence[str]) -> dict[str, list[str | None]]:
+    """Of "held out" and of these stores of the mixture, those that are not scored on the same rows in all runs: of each
+    run on which; None where that is not known."""
     rows = {name: [run.rows(name) for run in runs] for name in ("", *sources)}
     if None in rows[""]:  # of an older version: by what is configured
         rows[""] = [
@@ -127,4 +128,4 @@ def unlike(runs: Sequence[Curves], sources: Sequence[str]) -> list[str]:
             f"{run.config.run.eval_rows}"
             for run in runs
         ]
-    return [f"of {name}" if name else "held out" for name, each in rows.items() if len({*each} - {None}) > 1]
+    return {f"of {name}" if name else "held out": each for name, each in rows.items() if len({*each} - {None}) > 1}

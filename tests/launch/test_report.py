@@ -272,7 +272,10 @@ def test_scores_of_other_rows_are_told_and_a_run_without_any_is_compared(tmp_pat
     (tmp_path / "never" / "metrics.jsonl").write_text("".join(line for line in lines if "eval/loss" not in line))
     done = report(tmp_path / "never", tmp_path / "often")
     assert done.returncode == 0, done.stderr
-    assert "note: not all were scored on the same rows, so what stands below 'held out'" in done.stdout
+    assert (
+        "note: not all were scored on the same rows: what stands below 'held out' compares within [1], [2]\n"
+        in done.stdout
+    )
     assert re.search(r"/never +2 +100 +1\.25$", done.stdout, re.MULTILINE), done.stdout
 
 
@@ -291,7 +294,10 @@ def test_evaluations_of_other_rows_are_left_out(tmp_path: Path, store: Path) -> 
         "at step" not in done.stdout
         and "there is no step, but for the beginning, at which all were evaluated" in done.stdout
     )
-    assert "note: not all were scored on the same rows, so what stands below 'held out' may not" in done.stdout
+    assert (
+        "note: not all were scored on the same rows: what stands below 'held out' compares within [1], [2]\n"
+        in done.stdout
+    )
     assert re.search("/one +2 +4\\.0625 +4\\.0625 +2 +100", done.stdout), done.stdout
     assert re.search("/two +2 +100", done.stdout), done.stdout
 
@@ -320,7 +326,10 @@ def test_scores_of_a_source_are_of_the_same_rows_too(tmp_path: Path, store: Path
         evaluated = {"": {"rows": "a, n_hashes=1", "since": 0}, "web": {"rows": rows, "since": 2}}
         (tmp_path / name / "run.json").write_text(json.dumps({**record, "evaluated": evaluated}))
     done = report(tmp_path / "one", tmp_path / "two")
-    assert "note: not all were scored on the same rows, so what stands below 'of web' may not compare" in done.stdout
+    assert (
+        "note: not all were scored on the same rows: what stands below 'of web' compares within [1], [2]\n"
+        in done.stdout
+    )
     record = json.loads((tmp_path / "one" / "run.json").read_text())
     record["evaluated"]["web"]["rows"] = "5 rows of test"
     record["evaluated"][""]["rows"] = "a, n_hashes=None"  # of as many rows, by other rounds
