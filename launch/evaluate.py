@@ -151,8 +151,9 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         if first:
             n_tokens, n_bytes, n_documents = first.all.n_tokens, first.all.n_bytes, len(first.by_document)
-            few = " (of so few, standard errors say little)" if n_documents < FEWEST_DOCUMENTS else ""
-            few = " (of a single one there is no standard error)" if n_documents == 1 else few
+            few = "" if n_documents >= FEWEST_DOCUMENTS else " (of so few, standard errors say little)"
+            if n_documents == 1:
+                few = " (of a single one there is no standard error)"
             predicted = f"{n_tokens:,.0f} tokens to predict in {n_documents:,} documents{few}, {n_bytes:,.0f} bytes"
             print(f"{arguments.folder} on {len(numbers)} rows of {arguments.split} in {store.path}: {predicted}\n")
             print(tables(record["settings"]))

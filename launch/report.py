@@ -165,7 +165,9 @@ def numbered(values: Sequence[Value]) -> dict[Value, str]:
 
 def by_value(values: Sequence[str]) -> str:
     """Which runs have which value of a setting."""
-    return "; ".join(f"{shortened(value)} in {runs}" for value, runs in numbered(values).items())
+    # Whole where their beginnings are alike.
+    say = shortened if len({*map(shortened, values)}) == len({*values}) else str
+    return "; ".join(f"{say(value)} in {runs}" for value, runs in numbered(values).items())
 
 
 def shortened(value: str) -> str:

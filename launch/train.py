@@ -42,7 +42,12 @@ import torch.distributed as dist  # noqa: E402
 from data_pipeline.errors import DataError  # noqa: E402
 from data_pipeline.output import positive  # noqa: E402
 from trainer.config import ConfigError  # noqa: E402
-from trainer.continuation import make_folders, refuse_another_run, refuse_other_files  # noqa: E402
+from trainer.continuation import (  # noqa: E402
+    make_folders,
+    refuse_another_run,
+    refuse_other_files,
+    refuse_unwritable,
+)
 from trainer.distributed import Launch, detect  # noqa: E402
 from trainer.job import read_job  # noqa: E402
 from trainer.loop import train  # noqa: E402
@@ -86,6 +91,8 @@ def main() -> int:
     arguments = parse_arguments()
     rank = 0
     try:
+        if arguments.check:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # there is nothing to save
         launch = Launch("--check", world_size=arguments.check) if arguments.check else detect(os.environ)
         rank = launch.rank
         job, notes = read_job(arguments.config, arguments.overrides, launch, arguments.deepspeed_config)
@@ -94,6 +101,7 @@ def main() -> int:
         folder = job.config.run.dir
         refuse_other_files(folder)
         if arguments.check:
+            refuse_unwritable(folder)
             refuse_another_run(folder, job.identity, arguments.new)
             show(outline(job))
             return 0

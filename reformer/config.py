@@ -6,6 +6,7 @@ Every field says what it means in one sentence; every relation between fields is
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -49,7 +50,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         elif problem["type"] == "missing":
             lines.append(f"'{name}' is missing: give it a value")
         elif problem["type"] == "tuple_type":
-            lines.append(f"'{name}': input should be a list, such as {_listed(given)} (got {given!r})")
+            lines.append(f"'{name}': input should be a list{_listed(given)} (got {given!r})")
         elif problem["type"] in ("dict_type", "model_type"):
             lines.append(f"'{name}': input should be a table of keys and values (got {given!r})")
         elif problem["type"] == "value_error":
@@ -62,9 +63,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _listed(given: Any) -> str:
-    """What somebody may have meant by what is no list, as TOML and JSON write it."""
-    words = given.strip("[]() ").split(",") if isinstance(given, str) else [given]
-    return json.dumps([word.strip() if isinstance(word, str) else word for word in words])
+    """The list that somebody may have meant by a text or a number, as TOML and JSON write it."""
+    words = [word.strip("'\"") for word in re.split(r"[\s,]+", str(given).strip("[]() ")) if word]
+    return f", such as {json.dumps([int(word) if word.isdecimal() else word for word in words])}" if words else ""
 
 
 def _known(name: str, model: type[BaseModel]) -> str:

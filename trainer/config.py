@@ -236,9 +236,9 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     keys = name.split(".")
     if not equals or len(keys) < 2 or not all(keys):
         sections: dict[str, type[StrictConfig]] = {"model": ReformerConfig, "data": DataConfig, "run": LoopConfig}
-        meant = [f"{table}.{text}" for table, kind in sections.items() if equals and name in kind.model_fields]
+        meant = [f"'{table}.{text}'" for table, kind in sections.items() if equals and name in kind.model_fields]
         way_out = f"did you mean {' or '.join(meant)}?" if meant else "an override looks like run.steps=100"
-        raise ConfigError(f"cannot read '{text}': {way_out}")
+        raise ConfigError(f"cannot read '{text}': {_OF_DEEPSPEED.get(name, way_out)}")
     try:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:

@@ -3,7 +3,9 @@
 Settings that determine the numbers (FIXED) must not change; other changes are only reported.
 """
 
+import errno
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -82,6 +84,15 @@ def make_folders(run_dir: Path) -> None:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
+
+
+def refuse_unwritable(run_dir: Path) -> None:
+    """Raise ConfigError where `make_folders` is not going to work, as far as that is seen without trying."""
+    folder = (run_dir / "checkpoints").absolute()
+    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        reason = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
+        raise ConfigError(f"cannot write to run.dir={run_dir}: {there}: {reason}: choose another folder")
 
 
 def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> Mapping[str, Any]:
@@ -166,7 +177,7 @@ def _spelled(value: Any) -> str:
 def _evaluated_otherwise(name: str, before: Any, keeps_best: bool) -> str:
     """What a setting that was another one before means for the curves of evaluations."""
     if name in (EVAL_STORE, "data.eval_split", "run.eval_rows", "run.eval_n_hashes"):
-        best = ", and run.keep_best begins anew: the best checkpoint until now is removed in its turn"
+        best = ", and run.keep_best may begin anew: the best checkpoint until now would be removed in its turn"
         begins = best if keeps_best else ""
         return f": evaluations may differ from here on, so that eval/* before it does not compare{begins}"
     source = re.fullmatch(r"data\.mixture\.(.*)\.eval_split", name)

@@ -1,42 +1,36 @@
 """What a run would be, in a few lines, for people who are about to queue it: `launch/train.py --check RANKS`."""
 
+import math
 from collections.abc import Iterator
 
-import torch
-
 from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
-from reformer import Reformer
+from reformer.weights import skeleton
 from trainer.check import StoreFacts
 from trainer.checkpoint import published
 from trainer.flops import training_flops
 from trainer.job import Job
+from trainer.presence import holder
 from trainer.sequence_parallel import global_batch_size, micro_batch_size
 from trainer.terminal import counted
-
-BYTES_SAVED = 12
-"""Of a parameter in a checkpoint: it and AdamW's two moments in fp32. (Adafactor has less.)"""
 
 
 def outline(job: Job) -> str:
     """Its model, data, step and checkpoints in numbers, and where it would begin."""
-    return "\n".join([_model(job), *_data(job), _step(job), _checkpoints(job), _beginning(job)])
-
-
-def _n_parameters(job: Job) -> int:
-    with torch.device("meta"):  # where tensors take no memory
-        return sum(parameter.numel() for parameter in Reformer(job.config.model).parameters())
+    n_parameters = sum(parameter.numel() for parameter in skeleton(job.config.model).parameters())
+    lines = [_model(job, n_parameters), *_data(job), _step(job), _checkpoints(job, n_parameters), _beginning(job)]
+    return "\n".join(lines)
 
 
 def _batch_size(job: Job) -> int:
     return global_batch_size(job.deepspeed, job.launch.world_size, job.config.run.sequence_parallel)
 
 
-def _model(job: Job) -> str:
+def _model(job: Job, n_parameters: int) -> str:
     model = job.config.model
     kinds = [model.attention_kind(layer) for layer in range(model.n_layers)]
     layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     n_layers = counted(len(kinds), "layer")
-    return f"model        {_n_parameters(job):,} parameters in {n_layers} ({layers}), {job.precision}"
+    return f"model        {n_parameters:,} parameters in {n_layers} ({layers}), {job.precision}"
 
 
 def _data(job: Job) -> Iterator[str]:
@@ -65,15 +59,24 @@ def _step(job: Job) -> str:
     )
 
 
-def _checkpoints(job: Job) -> str:
-    run = job.config.run
-    most = run.keep_last + 1 + run.keep_best + (run.steps // run.keep_every if run.keep_every else 0)
-    return f"checkpoints  up to {_n_parameters(job) * BYTES_SAVED / 2**30:.3g} GiB each, {most} of them at most"
+def _checkpoints(job: Job, n_parameters: int) -> str:
+    """Weights and moments are saved in fp32; of Adafactor's there are few. Signals may add to the number."""
+    run, optimizer = job.config.run, job.deepspeed["optimizer"]
+    n_moments = 0 if optimizer["type"] == "Adafactor" else 3 if optimizer.get("params", {}).get("amsgrad") else 2
+    n_saves = -(-run.steps // run.save_every) if run.save_every else 1
+    often = math.lcm(run.save_every or run.steps, run.keep_every)
+    n_kept = run.keep_last + 1 + run.keep_best + (run.steps // often if often else 0)
+    size = f"{n_parameters * 4 * (1 + n_moments) / 2**30:.3g} GiB"
+    return f"checkpoints  about {size} each, {min(n_saves, n_kept)} of them at most"
 
 
 def _beginning(job: Job) -> str:
     run, saved = job.config.run, published(job.config.run.dir)
+    who = holder(run.dir)
+    at_work = f"; at this moment it is trained by {who}" if who else ""
+    if saved and saved[-1].step >= run.steps:
+        return f"run          nothing to do: {run.dir} is at step {saved[-1].step}, run.steps={run.steps}{at_work}"
     if saved:
-        return f"run          goes on from {saved[-1].path}, if that is sound, to step {run.steps:,}"
+        return f"run          goes on from {saved[-1].path}, if that is sound, to step {run.steps:,}{at_work}"
     weights = f"the weights of {run.init_from}" if run.init_from else "untrained weights"
-    return f"run          begins anew in {run.dir} with {weights}"
+    return f"run          begins anew in {run.dir} with {weights}{at_work}"

@@ -181,9 +181,7 @@ def _takes_dense(
         return False
     if not dense_is_less(qk.shape[2], qk.shape[3], n_hashes, chunk_len, causal):
         return False
-    _announce(
-        "LSH", "dense", f"of {qk.shape[2]} tokens the same {n_hashes} rounds are less work in one softmax over all"
-    )
+    _announce("LSH", "dense", f"of so few tokens the same {n_hashes} rounds are less work in one softmax over all")
     return True
 
 

@@ -290,7 +290,8 @@ class Run:
         return of_queries, key_words(key_CL1[:, :1], round_CL1[:, :1], self._of_keys(key_token))
 
     def has_padding(self, tile: Tile) -> bool:
-        """Whether queries of this tile may count for nothing."""
+        """Whether queries of this tile may count for nothing: of one head, the first at place n_tokens, where the first
+        of its rounds ends."""
         layout = self.layout
         ends_in_padding = layout.n_places > layout.n_tokens
         return self.n_heads > 1 or (ends_in_padding and tile.places.stop > layout.n_tokens)

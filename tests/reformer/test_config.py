@@ -1,5 +1,7 @@
 """Every error of the configuration names the value and the way out."""
 
+from datetime import date
+
 import pytest
 
 from reformer import ConfigError, ReformerConfig
@@ -56,6 +58,9 @@ def test_errors(values: dict[str, object], message: str) -> None:
         ({"attn_pattern": "lsh"}, r"'attn_pattern': input should be a list, such as \[\"lsh\"\]"),
         ({"attn_pattern": "[local, lsh]"}, r"input should be a list, such as \[\"local\", \"lsh\"\] \(got '\[local, "),
         ({"axial_shape": 64}, r"'axial_shape': input should be a list, such as \[64\] \(got 64\)"),
+        ({"axial_shape": "(16, 4)"}, r"'axial_shape': input should be a list, such as \[16, 4\] \(got '\(16, 4\)'\)"),
+        ({"axial_shape": ""}, r"'axial_shape': input should be a list \(got ''\)"),
+        ({"axial_shape": date(2020, 1, 1)}, r"input should be a list, such as \[\"2020-01-01\"\] \(got datetime"),
         ({"axial_shape": [256]}, "'axial_shape.1' is missing"),
         ({"axial_shape": [256, True]}, "'axial_shape.1': input should be a valid integer"),
         ({"n_buckets": "8"}, "'n_buckets.int': input should be a valid integer"),

@@ -67,10 +67,12 @@ def test_what_is_no_override(text: str) -> None:
 
 
 def test_an_override_without_its_section() -> None:
-    with pytest.raises(ConfigError, match=r"cannot read 'steps=3': did you mean run.steps=3\?"):
+    with pytest.raises(ConfigError, match=r"cannot read 'steps=3': did you mean 'run.steps=3'\?"):
         parse_override("steps=3")
-    with pytest.raises(ConfigError, match=r"cannot read 'seed=3': did you mean model.seed=3 or run.seed=3\?"):
+    with pytest.raises(ConfigError, match=r"cannot read 'seed=3': did you mean 'model.seed=3' or 'run.seed=3'\?"):
         parse_override("seed=3")
+    with pytest.raises(ConfigError, match=r"on the command line: deepspeed.optimizer.params.lr="):
+        parse_override("lr=3")
 
 
 @pytest.mark.parametrize(

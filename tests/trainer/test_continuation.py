@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from data_pipeline.errors import DataError
 from trainer.check_deepspeed import BATCH_KEYS
 from trainer.checkpoint import read_state
 from trainer.config import ConfigError
-from trainer.continuation import changes, identity, make_folders, refuse_another_run, refuse_other_files
+from trainer.continuation import (
+    changes,
+    identity,
+    make_folders,
+    refuse_another_run,
+    refuse_other_files,
+    refuse_unwritable,
+)
 from trainer.sequence_parallel import micro_batch_size
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -65,7 +73,7 @@ def test_what_older_runs_do_not_say_is_no_change() -> None:
     assert "and is 99 now: evaluations may differ from here on" in changes(IDENTITY, of_more_rows)["run.eval_rows"]
     of_more_rows["run"]["keep_best"] = True
     assert changes(IDENTITY, of_more_rows)["run.keep_best"] == "was false and is true now"
-    assert "the best checkpoint until now is removed" in changes(IDENTITY, of_more_rows)["run.eval_rows"]
+    assert "the best checkpoint until now would be removed" in changes(IDENTITY, of_more_rows)["run.eval_rows"]
 
 
 def test_nor_over_one_that_has_not_saved_yet(tmp_path: Path) -> None:
@@ -202,10 +210,18 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, monkeypatch: py
         refuse_another_run(tmp_path, IDENTITY, new=False)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write to run.dir=.*file/run: Not a directory: choose another"):
         make_folders(tmp_path / "file" / "run")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=rf"run.dir={run_dir}: {tmp_path}/file: Not a directory: choose another"):
+            refuse_unwritable(run_dir)
+    refuse_unwritable(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=rf"run.dir={tmp_path}/new: {tmp_path}: Permission denied: choose another"):
+        refuse_unwritable(tmp_path / "new")
 
 
 def test_the_global_batch_is_fixed_however_it_is_given() -> None:
