@@ -62,7 +62,9 @@ def _step(job: Job) -> str:
 def _checkpoints(job: Job, n_parameters: int) -> str:
     """Weights and moments are saved in fp32; of Adafactor's there are few. Signals may add to the number."""
     run, optimizer = job.config.run, job.deepspeed["optimizer"]
-    n_moments = 0 if optimizer["type"] == "Adafactor" else 3 if optimizer.get("params", {}).get("amsgrad") else 2
+    n_moments = (
+        0 if optimizer["type"].lower() == "adafactor" else 3 if optimizer.get("params", {}).get("amsgrad") else 2
+    )
     n_saves = -(-run.steps // run.save_every) if run.save_every else 1
     often = math.lcm(run.save_every or run.steps, run.keep_every)
     n_kept = run.keep_last + 1 + run.keep_best + (run.steps // often if often else 0)
