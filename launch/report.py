@@ -132,7 +132,7 @@ def comparison(runs: Sequence[Curves]) -> str:
     if at is None:
         lines.append("there is no step, but for the beginning, at which all were evaluated")
     for score, of_rows in unlike(runs, sources).items():
-        alike = ", ".join(numbered(of_rows).values())
+        alike = ", ".join(runs for rows, runs in numbered(of_rows).items() if rows)  # where there are any
         lines.append(f"note: not all were scored on the same rows: what stands below {score!r} compares within {alike}")
     if different := differences(runs):
         width = max(map(len, different))

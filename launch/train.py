@@ -93,7 +93,9 @@ def main() -> int:
     try:
         if arguments.check:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # there is nothing to save
-        launch = Launch("--check", world_size=arguments.check) if arguments.check else detect(os.environ)
+            launch = Launch("--check", world_size=arguments.check)
+        else:
+            launch = detect(os.environ)
         rank = launch.rank
         job, notes = read_job(arguments.config, arguments.overrides, launch, arguments.deepspeed_config)
         for note in notes if rank == 0 else ():

@@ -177,9 +177,9 @@ def _spelled(value: Any) -> str:
 def _evaluated_otherwise(name: str, before: Any, keeps_best: bool) -> str:
     """What a setting that was another one before means for the curves of evaluations."""
     if name in (EVAL_STORE, "data.eval_split", "run.eval_rows", "run.eval_n_hashes"):
+        differ = ": evaluations may differ from here on, so that eval/* before it does not compare"
         best = ", and run.keep_best may begin anew: the best checkpoint until now would be removed in its turn"
-        begins = best if keeps_best else ""
-        return f": evaluations may differ from here on, so that eval/* before it does not compare{begins}"
+        return differ + best * keeps_best
     source = re.fullmatch(r"data\.mixture\.(.*)\.eval_split", name)
     return f": eval/source/{source[1]}/* before it does not compare" if source and before is not None else ""
 

@@ -336,6 +336,9 @@ def test_scores_of_a_source_are_of_the_same_rows_too(tmp_path: Path, store: Path
         "note: not all were scored on the same rows: what stands below 'of web' compares within [1], [2]\n"
         in done.stdout
     )
+    make_run(tmp_path / "without", store)
+    done = report(tmp_path / "one", tmp_path / "two", tmp_path / "without")
+    assert re.search(r"below 'of web' compares within \[\d\], \[\d\]\n", done.stdout), done.stdout
     record = json.loads((tmp_path / "one" / "run.json").read_text())
     record["evaluated"]["web"]["rows"] = "5 rows of test"
     record["evaluated"][""]["rows"] = "a, n_hashes=None"  # of as many rows, by other rounds
