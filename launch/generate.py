@@ -15,7 +15,8 @@ With --output nothing is printed: the seeds --seed, --seed + 1, … write a file
 (.txt) or the integers as an array (.npy).
 
 The prompt takes one forward pass, for all samples. What attention needs of it is kept (reformer/decoding.py), so that
-no token after it takes another; seconds are in benchmarks/LOG.md.
+no token after it takes another; seconds are in benchmarks/LOG.md. Samples are drawn side by side, up to 16 that fit
+into 2 GiB.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from data_pipeline.tokenizer_folder import Ends, read_tokenizer
 from reformer import ConfigError, Reformer, ReformerConfig
 from reformer.generation import check_continuation
 from trainer.exported import choose_device, read_model
-from trainer.sampling import Continuations, encode, spelling, values
+from trainer.sampling import Continuations, at_once, encode, spelling, values
 
 MOST_SAMPLES = 1_000_000
 """Far more than are of use: a typing error does not fill memory with names of files."""
@@ -92,15 +93,15 @@ def check_draws(config: ReformerConfig, tokens: Tensor, n_tokens: int, draws: Ma
         raise ConfigError(str(error)) from None
 
 
-def print_text(tokenizer: Tokenizer, tokens: Tensor, added: Iterable[Tensor]) -> None:
+def print_text(tokenizer: Tokenizer, tokens: Tensor, added: Iterable[int]) -> None:
     """The text of tokens [T], and then of each that is added; a character of several tokens comes with the last."""
     spelled, n_to_end = spelling(tokenizer), None
     print(spelled(tokens), end="", flush=True)
     for n_before, token in enumerate(added):
-        if int(token) == tokenizer.eos_id:
+        if token == tokenizer.eos_id:
             n_to_end = n_before
         else:
-            print(spelled(token), end="", flush=True)
+            print(spelled(torch.tensor([token])), end="", flush=True)
     print(spelled(tokens[:0]))
     if n_to_end is not None:
         print(f"note: the model ended the document after {n_to_end} tokens", file=sys.stderr)
@@ -113,6 +114,22 @@ def write_sample(file: Path, tokenizer: Tokenizer, tokens: np.ndarray) -> None:
             np.save(stream, values(tokenizer, tokens))
         else:
             stream.write(tokenizer.decode(tokens))
+
+
+def write_samples(files: Mapping[int, Path], continuations: Continuations, n_tokens: int, **draws: float) -> None:
+    """A file for each seed, of the prompt and up to n_tokens tokens that are added to it."""
+    prompt, seeds = continuations.prompt_T.tolist(), list(files)
+    side_by_side = at_once(continuations.model.config, len(prompt) + n_tokens)
+    with tqdm(total=len(seeds) * n_tokens, unit="token", disable=None) as progress:
+        for start in range(0, len(seeds), side_by_side):
+            added: dict[int, list[int]] = {seed: [] for seed in seeds[start : start + side_by_side]}
+            for step in continuations.draw(n_tokens, seeds=list(added), **draws):
+                for seed, token in step.items():
+                    added[seed].append(token)
+                progress.update(len(step))
+            for seed, tokens in added.items():
+                write_sample(files[seed], continuations.tokenizer, np.array([*prompt, *tokens]))
+                progress.update(n_tokens - len(tokens))  # of a document that ended
 
 
 def sample_files(folder: Path, tokenizer: Tokenizer, seeds: range) -> dict[int, Path]:
@@ -142,14 +159,12 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
     check_draws(model.config, tokens, arguments.tokens, draws)  # before anything is printed
     continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos, arguments.samples)
-    draw = partial(continuations.draw, arguments.tokens, **draws)
+    seeds = range(arguments.seed, arguments.seed + arguments.samples)
     if arguments.output is None:
-        print_text(tokenizer, tokens, draw(seed=arguments.seed))
+        steps = continuations.draw(arguments.tokens, seeds=seeds, **draws)
+        print_text(tokenizer, tokens, (step[arguments.seed] for step in steps))
     else:
-        seeds = range(arguments.seed, arguments.seed + arguments.samples)
-        files = sample_files(arguments.output, tokenizer, seeds)
-        for seed, file in tqdm(files.items(), unit="sample", disable=None):
-            write_sample(file, tokenizer, torch.cat([tokens, *draw(seed=seed)]).cpu().numpy())
+        write_samples(sample_files(arguments.output, tokenizer, seeds), continuations, arguments.tokens, **draws)
 
 
 def main() -> int:

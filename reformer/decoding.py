@@ -7,15 +7,18 @@ sequence's last token sees there: its chunk of the sorted sequence and the one b
 A pass over the whole sequence, as in training, is not quite the same function: there a new token also moves earlier
 ones to other chunks, and so changes what comes out of them. Without LSH layers both are the same.
 
-Axes: H heads, T tokens so far, n new ones, D head dim, M model, V vocabulary, R hash rounds, L chunk length, W = R*2L
-places that a token looks at.
+Several sequences of one length are continued side by side, which takes little longer than one of them.
+
+Axes: B sequences, H heads, T tokens so far, n new ones, D head dim, M model, V vocabulary, R hash rounds, L chunk
+length, W = R*2L places that a token looks at.
 """
 
 from collections.abc import Sequence
-from copy import copy, deepcopy
-from typing import Protocol, cast
+from copy import copy
+from typing import Protocol, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reformer.attention import LocalSelfAttention, LSHSelfAttention
@@ -24,7 +27,7 @@ from reformer.dense import dense_attention
 from reformer.heads import check_tokens
 from reformer.local import local_attention
 from reformer.lsh.dispatch import lsh_attention
-from reformer.lsh.hashing import bucket_factors, draw_rotations, hash_to_buckets, stable_order
+from reformer.lsh.hashing import bucket_dtype, bucket_factors, draw_rotations, hash_to_buckets, stable_order
 from reformer.model import Reformer
 from reformer.reversible import ReversibleBlock
 
@@ -33,9 +36,12 @@ ANEW = 64
 models of 2 layers of width 64 and of 6 of width 256 and 512; a smaller share for longer sequences and smaller models).
 Where more than T / 64 are new, it is made."""
 
+MOST_LATE = 128
+"""Tokens added one by one until all are sorted again: a sort of 65,536 tokens takes as long as some 60 of them."""
+
 
 class Decoder:
-    """A model that remembers a sequence: called with all of it, it computes what is new.
+    """A model that remembers sequences: called with all of them, it computes what is new.
 
     The first call takes any number of tokens at once, and is a forward pass of the model. Later ones take a token or a
     few one by one. Where there are so many that a pass over all is less work (two or more, and more than one in 64 of
@@ -49,68 +55,88 @@ class Decoder:
         """Raises ValueError for a model that is not causal."""
         if not model.config.causal:
             raise ValueError("a model with causal=False computes every token again when one is added: call the model")
-        self.model, self.seen_T, self.is_sound = model, torch.zeros(0, dtype=torch.int64), True
+        self.model, self.seen_BT, self.is_sound = model, torch.zeros(0, 0, dtype=torch.int64), True
         self.blocks = cast(Sequence[ReversibleBlock], model.blocks)
         self.caches = self._empty()
 
     @torch.no_grad()
-    def __call__(self, tokens_1T: Tensor) -> Tensor:
-        """The logits [1, 1, V] of what follows tokens [1, T], which begin with those of the call before.
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        """The logits [B, 1, V] of what follows tokens [B, T], which begin with those of the call before.
 
         Raises ValueError where they do not, nothing is new, or they are more than max_seq_len; RuntimeError where an
         earlier call was interrupted.
         """
-        self._check(tokens_1T)
+        self._check(tokens_BT)
         self.is_sound = False  # until all layers have taken the tokens in
-        tokens_1T = tokens_1T.long()
-        done, n_tokens = len(self.seen_T), tokens_1T.shape[1]
+        tokens_BT = tokens_BT.long()
+        done, n_tokens = self.seen_BT.shape[1], tokens_BT.shape[1]
         if done and n_tokens - done > max(1, n_tokens // ANEW):
             self.caches, done = self._empty(), 0
         for stop in range(done + 1, n_tokens + 1) if done else (n_tokens,):
-            streams = self._added(tokens_1T[:, done:stop], done)
+            streams = self._added(tokens_BT[:, done:stop], done)
             done = stop
-        self.seen_T, self.is_sound = tokens_1T[0].clone(), True
+        self.seen_BT, self.is_sound = tokens_BT.clone(), True
         return self.model.head(*(x[:, -1:] for x in streams))
 
-    def copy(self) -> "Decoder":
-        """Another one that has seen the same tokens, so that a sequence can be continued in several ways."""
+    def select(self, rows: Sequence[int]) -> "Decoder":
+        """Another one that has seen these of the sequences, by their numbers.
+
+        [0, 0, 0] continues the first in three ways, [0, 2] leaves out the second of three.
+        """
+        row_b = torch.tensor(rows, dtype=torch.int64)
         other = copy(self)
-        other.caches = deepcopy(self.caches)
+        other.seen_BT = self.seen_BT.index_select(0, row_b.to(self.seen_BT.device))
+        other.caches = [cache.select(row_b) for cache in self.caches]
         return other
 
     def _empty(self) -> list["_Cache"]:
         return [_cache(block.attention) for block in self.blocks]
 
-    def _check(self, tokens_1T: Tensor) -> None:
+    def _check(self, tokens_BT: Tensor) -> None:
         if not self.is_sound:
             raise RuntimeError("this decoder was interrupted while it took tokens in: make another one")
-        done, most = len(self.seen_T), self.model.config.max_seq_len
-        if tokens_1T.ndim != 2 or len(tokens_1T) != 1 or not done < tokens_1T.shape[1] <= most:
+        (n_rows, done), most = self.seen_BT.shape, self.model.config.max_seq_len
+        is_batch = tokens_BT.ndim == 2 and (len(tokens_BT) == n_rows if done else len(tokens_BT) > 0)
+        if not is_batch or not done < tokens_BT.shape[1] <= most:
             raise ValueError(
-                f"tokens are {list(tokens_1T.shape)}, expected [1, T] with T above the {done} that this decoder has "
-                f"seen and at most max_seq_len={most}; another sequence takes another decoder"
+                f"tokens are {list(tokens_BT.shape)}, expected [{n_rows if done else 'B'}, T] with T above the {done} "
+                f"that this decoder has seen and at most max_seq_len={most}; other sequences take another decoder"
             )
         self.model.check_parameters()
-        check_tokens(tokens_1T, self.model.config.vocab_size)
-        if done and not torch.equal(tokens_1T[0, :done].long(), self.seen_T):
+        check_tokens(tokens_BT, self.model.config.vocab_size)
+        if done and not torch.equal(tokens_BT[:, :done].long(), self.seen_BT):
             raise ValueError("the tokens do not begin with those that this decoder has seen: make another one for them")
 
-    def _added(self, tokens_1n: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """The two streams [1, n, M] after the stack, of tokens from position `start` on."""
-        x = self.model.embedding(tokens_1n, start)
+    def _added(self, tokens_Bn: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The two streams [B, n, M] after the stack, of tokens from position `start` on."""
+        x = self.model.embedding(tokens_Bn, start)
         x1 = x2 = x.to(torch.promote_types(x.dtype, torch.float32))
         for block, cache in zip(self.blocks, self.caches, strict=True):
-            projected = [x_1HnD[0] for x_1HnD in block.attention.project(x2)]
+            projected = block.attention.project(x2)
             with torch.autocast(x.device.type, enabled=False):  # rounded products would change buckets
-                out_HnD = cache.extend(projected)
-            x1 = x1 + block.attention.merged(out_HnD[None])
+                out_BHnD = cache.extend(projected)
+            x1 = x1 + block.attention.merged(out_BHnD)
             x2 = x2 + block.feed_forward(x1)[0]
         return x1, x2
 
 
+def memory_per_token(config: ReformerConfig) -> int:
+    """Bytes that a Decoder keeps, at most, for each token of a sequence in fp32, besides two chunks in local layers."""
+    assert config.d_head is not None
+    bucket_bytes = bucket_dtype(bucket_factors(config.n_buckets, config.max_seq_len, config.lsh_chunk_len)).itemsize
+    shared = config.n_heads * config.d_head * 2 * 4 * 3 // 2  # with the room that is made for more
+    order = config.n_heads * config.n_hashes * (4 + bucket_bytes + bucket_bytes * 3 // 2)
+    by_kind = {"local": 0, "dense": shared, "lsh": shared + order}
+    return sum(by_kind[config.attention_kind(layer)] for layer in range(config.n_layers))
+
+
 class _Cache(Protocol):
     def extend(self, projected: list[Tensor]) -> Tensor:
-        """The attention's output [H, n, D] of new tokens, whose projections these are: several at first, then one."""
+        """The attention's output [B, H, n, D] of new tokens with these projections: several at first, then one."""
+        ...
+
+    def select(self, row_b: Tensor) -> Self:
+        """Another one, of these of the sequences."""
         ...
 
 
@@ -129,20 +155,25 @@ class _LocalCache:
         self.chunk_len, self.n_tokens = config.local_chunk_len, 0
 
     def extend(self, projected: list[Tensor]) -> Tensor:
-        q_HnD, k_HnD, v_HnD = projected
-        n_tokens = self.n_tokens + q_HnD.shape[1]
+        q_BHnD, k_BHnD, v_BHnD = projected
+        n_tokens = self.n_tokens + q_BHnD.shape[2]
         # Of what is kept, as much as the newest token sees.
         n_seen = min(n_tokens, (n_tokens - 1) % self.chunk_len + 1 + self.chunk_len)
         if not self.n_tokens:
-            out_HnD = local_attention(q_HnD[None], k_HnD[None], v_HnD[None], chunk_len=self.chunk_len)[0]
-            self.k, self.v = k_HnD, v_HnD
+            out_BHnD = local_attention(q_BHnD, k_BHnD, v_BHnD, chunk_len=self.chunk_len)
+            self.k, self.v = k_BHnD, v_BHnD
         else:
-            self.k, self.v = torch.cat([self.k, k_HnD], dim=1), torch.cat([self.v, v_HnD], dim=1)
+            self.k, self.v = torch.cat([self.k, k_BHnD], dim=2), torch.cat([self.v, v_BHnD], dim=2)
         # Copies: a view would keep all of a prompt.
-        self.k, self.v, self.n_tokens = self.k[:, -n_seen:].clone(), self.v[:, -n_seen:].clone(), n_tokens
-        if n_tokens == q_HnD.shape[1]:
-            return out_HnD
-        return _attended(q_HnD * q_HnD.shape[-1] ** -0.5, self.k, self.v)
+        self.k, self.v, self.n_tokens = self.k[:, :, -n_seen:].clone(), self.v[:, :, -n_seen:].clone(), n_tokens
+        if n_tokens == q_BHnD.shape[2]:
+            return out_BHnD
+        return _attended(q_BHnD * q_BHnD.shape[-1] ** -0.5, self.k, self.v)
+
+    def select(self, row_b: Tensor) -> Self:
+        other, row_b = copy(self), row_b.to(self.k.device)
+        other.k, other.v = self.k.index_select(0, row_b), self.v.index_select(0, row_b)
+        return other
 
 
 class _Growing:
@@ -166,42 +197,117 @@ class _Growing:
     def tensor(self) -> Tensor:
         return self.memory.narrow(self.dim, 0, self.length)
 
+    def rows(self, token_BHW: Tensor) -> Tensor:
+        """Of a tensor [B, H, T, D] the rows [B, H, W, D] at these places: several times as fast as `gather`."""
+        batch, n_heads, room = self.memory.shape[:3]
+        first_BH1 = torch.arange(0, batch * n_heads * room, room, device=token_BHW.device).view(batch, n_heads, 1)
+        return F.embedding(first_BH1 + token_BHW, self.memory.flatten(0, 2))
+
+    def select(self, row_b: Tensor) -> Self:
+        other = copy(self)
+        other.memory = self.memory.index_select(0, row_b.to(self.memory.device))
+        return other
+
 
 class _SharedKeys:
     """Keys, which are queries of length 1, and values of all tokens."""
 
     def __init__(self) -> None:
-        self.keys, self.values = _Growing(dim=1), _Growing(dim=1)
+        self.keys, self.values = _Growing(dim=2), _Growing(dim=2)
 
     @property
     def n_tokens(self) -> int:
         return self.keys.length
 
-    def put(self, qk_HnD: Tensor, v_HnD: Tensor) -> tuple[Tensor, Tensor]:
-        """Take new tokens in; keys and values [H, T, D] of all."""
-        qk_HnD = qk_HnD.to(_exact(qk_HnD.dtype))
-        norm_Hn1 = qk_HnD.norm(dim=-1, keepdim=True)
-        self.keys.add(qk_HnD / norm_Hn1.masked_fill(norm_Hn1 == 0, torch.inf))  # the key of a zero vector is zero
-        self.values.add(v_HnD)
-        return self.keys.tensor, self.values.tensor
+    def put(self, qk_BHnD: Tensor, v_BHnD: Tensor) -> None:
+        """Take new tokens in."""
+        qk_BHnD = qk_BHnD.to(_exact(qk_BHnD.dtype))
+        norm_BHn1 = qk_BHnD.norm(dim=-1, keepdim=True)
+        self.keys.add(qk_BHnD / norm_BHn1.masked_fill(norm_BHn1 == 0, torch.inf))  # the key of a zero vector is zero
+        self.values.add(v_BHnD)
+
+    def select(self, row_b: Tensor) -> Self:
+        other = copy(self)
+        other.keys, other.values = self.keys.select(row_b), self.values.select(row_b)
+        return other
 
 
 class _DenseCache(_SharedKeys):
     def extend(self, projected: list[Tensor]) -> Tensor:
-        qk_HnD, v_HnD = projected
-        k_HTD, v_HTD = self.put(qk_HnD, v_HnD)
-        if self.n_tokens == qk_HnD.shape[1]:
-            return dense_attention(qk_HnD[None], v_HnD[None])[0]
+        qk_BHnD, v_BHnD = projected
+        self.put(qk_BHnD, v_BHnD)
+        if self.n_tokens == qk_BHnD.shape[2]:
+            return dense_attention(qk_BHnD, v_BHnD)
         # A token sees itself only if it sees nothing else.
-        return _attended(qk_HnD, k_HTD[:, :-1], v_HTD[:, :-1])
+        return _attended(qk_BHnD, self.keys.tensor[:, :, :-1], self.values.tensor[:, :, :-1])
+
+
+class _Order:
+    """Tokens sorted by (bucket, position), in each head and round; of the newest ones only their places are known.
+
+    So a token that comes in moves at most MOST_LATE others, however many there are.
+    """
+
+    def __init__(self, bucket_BHRT: Tensor) -> None:
+        self.buckets = _Growing(dim=3)
+        self.buckets.add(bucket_BHRT)
+        self._sort()
+
+    def _sort(self) -> None:
+        order_BHRT = stable_order(self.buckets.tensor)
+        self.n_sorted = order_BHRT.shape[-1]
+        self.token_BHRT = order_BHRT.to(torch.int32)
+        self.bucket_BHRT = self.buckets.tensor.gather(-1, order_BHRT)
+        self.late_BHRn = order_BHRT[..., :0].clone()
+
+    def add(self, bucket_BHR1: Tensor) -> Tensor:
+        """Take the newest token in; its place [B, H, R, 1] is behind its bucket and those before that."""
+        if self.late_BHRn.shape[-1] == MOST_LATE:
+            self._sort()
+        n_late_BHR1 = (self.buckets.tensor[..., self.n_sorted :] <= bucket_BHR1).sum(dim=-1, keepdim=True)
+        place_BHR1 = torch.searchsorted(self.bucket_BHRT, bucket_BHR1, right=True) + n_late_BHR1
+        self.late_BHRn = torch.cat([self.late_BHRn + (self.late_BHRn >= place_BHR1), place_BHR1], dim=-1)
+        self.buckets.add(bucket_BHR1)
+        return place_BHR1
+
+    def tokens(self, round_BHR2: Tensor, place_BHR2L: Tensor) -> Tensor:
+        """The tokens [B, H, R, 2, L] at places of two rounds, once a token has been added."""
+        row_BHR2 = self._row(round_BHR2)
+        late_BHRn, which_BHRn = self.late_BHRn.sort(dim=-1)
+        late_BHR2n, which_BHR2n = (F.embedding(row_BHR2, x.flatten(0, 2)) for x in (late_BHRn, which_BHRn))
+        n_BHR2L = torch.searchsorted(late_BHR2n, place_BHR2L, right=True)  # how many of the newest are up to there
+        last_BHR2L = (n_BHR2L - 1).clamp(min=0)
+        earlier = row_BHR2[..., None] * self.n_sorted + (place_BHR2L - n_BHR2L).clamp(min=0)
+        return torch.where(
+            late_BHR2n.gather(-1, last_BHR2L) == place_BHR2L,
+            which_BHR2n.gather(-1, last_BHR2L) + self.n_sorted,
+            self.token_BHRT.flatten().take(earlier),
+        )
+
+    def buckets_of(self, round_BHR2: Tensor, token_BHR2L: Tensor) -> Tensor:
+        """The buckets [B, H, R, 2, L] of tokens in two rounds."""
+        memory = self.buckets.memory
+        return memory.flatten().take(self._row(round_BHR2)[..., None] * memory.shape[-1] + token_BHR2L)
+
+    def _row(self, round_BHR2: Tensor) -> Tensor:
+        """The numbers of these heads and rounds among those of the batch."""
+        batch, n_heads, n_rounds = self.token_BHRT.shape[:3]
+        first_BH = torch.arange(0, batch * n_heads * n_rounds, n_rounds, device=round_BHR2.device)
+        return first_BH.view(batch, n_heads, 1, 1) + round_BHR2
+
+    def select(self, row_b: Tensor) -> Self:
+        other, row_b = copy(self), row_b.to(self.token_BHRT.device)
+        other.buckets = self.buckets.select(row_b)
+        other.token_BHRT, other.bucket_BHRT = (x.index_select(0, row_b) for x in (self.token_BHRT, self.bucket_BHRT))
+        other.late_BHRn = self.late_BHRn.index_select(0, row_b)
+        return other
 
 
 class _LSHCache(_SharedKeys):
-    """With the buckets, and the tokens sorted by (bucket, position), of each head and round."""
+    """With the order of the tokens in each head and round."""
 
     def __init__(self, attention: LSHSelfAttention) -> None:
         super().__init__()
-        self.buckets, self.order_HRT = _Growing(dim=2), torch.zeros(0)
         self.config = config = attention.config
         assert config.d_head is not None
         self.factors = bucket_factors(config.n_buckets, config.max_seq_len, config.lsh_chunk_len)
@@ -210,25 +316,29 @@ class _LSHCache(_SharedKeys):
         )
 
     def extend(self, projected: list[Tensor]) -> Tensor:
-        qk_HnD, v_HnD = projected
-        k_HTD, v_HTD = self.put(qk_HnD, v_HnD)
-        if self.n_tokens == qk_HnD.shape[1]:
-            return self._first(qk_HnD, v_HnD)
-        bucket_HR1 = hash_to_buckets(qk_HnD[None], self.rotations, self.factors)[0]
-        place_HR1 = self._insert(bucket_HR1)
-        token_HW, is_seen_HW = self._seen(place_HR1, bucket_HR1)
-        k_HWD, v_HWD = (x.gather(1, token_HW[..., None].expand(-1, -1, x.shape[-1])) for x in (k_HTD, v_HTD))
-        weight_HW = (
-            self._share(token_HW, is_seen_HW) if self.config.duplicate_correction else is_seen_HW.to(k_HWD.dtype)
+        qk_BHnD, v_BHnD = projected
+        self.put(qk_BHnD, v_BHnD)
+        if self.n_tokens == qk_BHnD.shape[2]:
+            return self._first(qk_BHnD, v_BHnD)
+        bucket_BHR1 = hash_to_buckets(qk_BHnD, self.rotations, self.factors)
+        token_BHW, is_seen_BHW = self._seen(self.order.add(bucket_BHR1), bucket_BHR1)
+        k_BHWD, v_BHWD = self.keys.rows(token_BHW), self.values.rows(token_BHW)
+        weight_BHW = (
+            self._share(token_BHW, is_seen_BHW) if self.config.duplicate_correction else is_seen_BHW.to(k_BHWD.dtype)
         )
-        out_H1D = _attended(qk_HnD, k_HWD, v_HWD, weight_HW)
-        return torch.where(is_seen_HW.any(dim=1)[:, None, None], out_H1D, v_HnD)
+        out_BH1D = _attended(qk_BHnD, k_BHWD, v_BHWD, weight_BHW)
+        return torch.where(is_seen_BHW.any(dim=-1)[..., None, None], out_BH1D, v_BHnD)
 
-    def _first(self, qk_HnD: Tensor, v_HnD: Tensor) -> Tensor:
+    def select(self, row_b: Tensor) -> Self:
+        other = super().select(row_b)
+        other.order = self.order.select(row_b)
+        return other
+
+    def _first(self, qk_BHnD: Tensor, v_BHnD: Tensor) -> Tensor:
         config = self.config
         out, buckets = lsh_attention(
-            qk_HnD[None],
-            v_HnD[None],
+            qk_BHnD,
+            v_BHnD,
             n_hashes=config.n_hashes,
             chunk_len=config.lsh_chunk_len,
             n_buckets=self.factors,
@@ -236,54 +346,42 @@ class _LSHCache(_SharedKeys):
             duplicate_correction=config.duplicate_correction,
             rotations=self.rotations,
         )
-        self.buckets.add(buckets[0])
-        self.order_HRT = stable_order(buckets[0]).to(torch.int32)
-        return out[0]
+        self.order = _Order(buckets)
+        return out
 
-    def _insert(self, bucket_HR1: Tensor) -> Tensor:
-        """Take the newest token into the orders; its place [H, R, 1] is behind its bucket and those before that."""
-        place_HR1 = (self.buckets.tensor <= bucket_HR1).sum(dim=-1, keepdim=True)
-        self.buckets.add(bucket_HR1)
-        index_T = torch.arange(self.n_tokens, dtype=torch.int32, device=place_HR1.device)
-        same, later = (torch.nn.functional.pad(self.order_HRT, ends) for ends in ((0, 1), (1, 0)))
-        self.order_HRT = torch.where(index_T > place_HR1, later, same).scatter_(-1, place_HR1, self.n_tokens - 1)
-        return place_HR1
-
-    def _seen(self, place_HR1: Tensor, bucket_HR1: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens [H, W] at the places that the newest one looks at, and which of them it sees.
+    def _seen(self, place_BHR1: Tensor, bucket_BHR1: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens [B, H, W] at the places that the newest one looks at, and which of them it sees.
 
         Rounds stand in a circle, each filled up to whole chunks: before the first chunk of one is the last of another.
         """
-        n_rounds, length = self.config.n_hashes, self.config.lsh_chunk_len
-        n_places = -(-self.n_tokens // length) * length
-        device = place_HR1.device
+        n_rounds, length, device = self.config.n_hashes, self.config.lsh_chunk_len, place_BHR1.device
+        n_chunks = -(-self.n_tokens // length)
         round_R1 = torch.arange(n_rounds, device=device)[:, None]
-        first_HR1 = round_R1 * n_places + place_HR1 // length * length - length
-        circle_HRw = (first_HR1 + torch.arange(2 * length, device=device)) % (n_rounds * n_places)
-        round_HRw, place_HRw = circle_HRw // n_places, circle_HRw % n_places
-        is_seen = place_HRw < self.n_tokens
-        at_HW = (round_HRw * self.n_tokens + place_HRw.clamp(max=self.n_tokens - 1)).flatten(1)
-        token_HW = self.order_HRT.flatten(1).gather(1, at_HW).long()
+        own_BHR1 = round_R1 * n_chunks + place_BHR1 // length
+        chunk_BHR2 = torch.cat([own_BHR1 - 1, own_BHR1], dim=-1) % (n_rounds * n_chunks)
+        round_BHR2 = chunk_BHR2 // n_chunks
+        place_BHR2L = (chunk_BHR2 % n_chunks * length)[..., None] + torch.arange(length, device=device)
+        is_seen = place_BHR2L < self.n_tokens
+        token_BHR2L = self.order.tokens(round_BHR2, place_BHR2L.clamp(max=self.n_tokens - 1))
         if not self.config.attend_across_buckets:
-            of_round_HW = (round_HRw * self.n_tokens).flatten(1) + token_HW
-            bucket_HRw = self.buckets.tensor.flatten(1).gather(1, of_round_HW).view_as(is_seen)
-            is_seen &= (bucket_HRw == bucket_HR1) & (round_HRw == round_R1)
-        return token_HW, is_seen.flatten(1) & (token_HW != self.n_tokens - 1)
+            is_alike = self.order.buckets_of(round_BHR2, token_BHR2L) == bucket_BHR1[..., None]
+            is_seen &= is_alike & (round_BHR2 == round_R1)[..., None]
+        return token_BHR2L.flatten(2), (is_seen & (token_BHR2L != self.n_tokens - 1)).flatten(2)
 
-    def _share(self, token_HW: Tensor, is_seen_HW: Tensor) -> Tensor:
+    def _share(self, token_BHW: Tensor, is_seen_BHW: Tensor) -> Tensor:
         """1 / N_ij for a key that is seen N_ij times (eq. 16), 0 for what is not seen."""
-        seen_HW = is_seen_HW.to(self.keys.memory.dtype)
-        n_HT = seen_HW.new_zeros(len(seen_HW), self.n_tokens).scatter_add_(1, token_HW, seen_HW)
-        return seen_HW / n_HT.gather(1, token_HW).clamp(min=1)
+        seen_BHW = is_seen_BHW.to(self.keys.memory.dtype)
+        n_BHT = seen_BHW.new_zeros(*seen_BHW.shape[:2], self.n_tokens).scatter_add_(2, token_BHW, seen_BHW)
+        return seen_BHW / n_BHT.gather(2, token_BHW).clamp(min=1)
 
 
-def _attended(q_H1D: Tensor, k_HWD: Tensor, v_HWD: Tensor, weight_HW: Tensor | None = None) -> Tensor:
-    """Softmax attention [H, 1, D] of one query to keys that count `weight` times; NaN where none counts."""
-    dtype = _exact(q_H1D.dtype)
-    scores_H1W = q_H1D.to(dtype) @ k_HWD.to(dtype).mT
-    if weight_HW is not None:
-        scores_H1W = scores_H1W + weight_HW[:, None].log()
-    return (scores_H1W.softmax(dim=-1) @ v_HWD.to(dtype)).to(v_HWD.dtype)
+def _attended(q_BH1D: Tensor, k_BHWD: Tensor, v_BHWD: Tensor, weight_BHW: Tensor | None = None) -> Tensor:
+    """Softmax attention [B, H, 1, D] of one query to keys that count `weight` times; NaN where none counts."""
+    dtype = _exact(q_BH1D.dtype)
+    scores_BH1W = q_BH1D.to(dtype) @ k_BHWD.to(dtype).mT
+    if weight_BHW is not None:
+        scores_BH1W = scores_BH1W + weight_BHW[:, :, None].log()
+    return (scores_BH1W.softmax(dim=-1) @ v_BHWD.to(dtype)).to(v_BHWD.dtype)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ function of its logits, the seed and its place. The model itself therefore gives
 and on any rank (a Decoder of LSH layers remembers where its first call ended).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,55 +25,65 @@ def continue_tokens(
     *,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Tensor:
-    """The `n_tokens` tokens that follow tokens [T], int64 [n_tokens] on their device.
+    """The `n_tokens` tokens that follow tokens [T], int64 [n_tokens] on their device; [B, n_tokens] of tokens [B, T].
 
     Args:
-        forward: tokens [1, T] -> logits [1, T, V], or those of the last place alone [1, 1, V]: a Decoder of the model,
+        forward: tokens [B, T] -> logits [B, T, V], or those of the last place alone [B, 1, V]: a Decoder of the model,
             or the model or a wrapper of it, in evaluation mode, without dropout.
         config: the model's.
-        tokens: integers [T] of any type, at least one.
+        tokens: integers [T] of any type, at least one, or [B, T] of several sequences of one length.
         n_tokens: how many to add; as many calls are made, whatever comes out of them.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draws from the fewest tokens that have this share of the probability.
-        seed: of the draws.
+        seed: of the draws; of several sequences, B of them.
 
     Raises:
         ValueError: as `check_continuation` does, before anything is computed.
         FloatingPointError: the logits are NaN, as those of a model that has diverged.
     """
     check_continuation(config, tokens, n_tokens, temperature, top_p)
-    window = tokens.long()
-    for place in range(len(tokens), len(tokens) + n_tokens):
-        token = choose(forward(window[None])[0, -1], derive_seed(seed, place), temperature, top_p)
-        window = torch.cat([window, window.new_tensor([token])])
-    return window[len(tokens) :]
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    window_BT = (tokens if tokens.ndim == 2 else tokens[None]).long()
+    if len(seeds) != len(window_BT):
+        raise ValueError(f"{len(seeds)} seeds for {len(window_BT)} sequences: give seed=[…] with one for each")
+    n_before = window_BT.shape[1]
+    for place in range(n_before, n_before + n_tokens):
+        logits_BV = forward(window_BT)[:, -1].cpu()
+        added = [
+            choose(logits_V, derive_seed(own, place), temperature, top_p)
+            for logits_V, own in zip(logits_BV, seeds, strict=True)
+        ]
+        window_BT = torch.cat([window_BT, window_BT.new_tensor(added)[:, None]], dim=1)
+    return window_BT[:, n_before:].view(*tokens.shape[:-1], n_tokens)
 
 
 def check_continuation(
     config: ReformerConfig, tokens: Tensor, n_tokens: int, temperature: float = 1.0, top_p: float = 1.0
 ) -> None:
-    """Raise a ValueError where tokens [T] cannot be continued so.
+    """Raise a ValueError where tokens [T] or [B, T] cannot be continued so.
 
-    That is for a model that is not causal, tokens that are no row of ids below vocab_size or too few to begin with, a
+    That is for a model that is not causal, tokens that are no rows of ids below vocab_size or too few to begin with, a
     result longer than max_seq_len, and an n_tokens, temperature or top_p that is none.
     """
     if not config.causal:
         raise ValueError("a model with causal=False saw the following tokens in training: it cannot continue a text")
-    if tokens.ndim != 1 or tokens.dtype not in INTEGERS:
+    if tokens.ndim not in (1, 2) or tokens.dtype not in INTEGERS:
         raise ValueError(
-            f"the tokens are {tokens.dtype} {list(tokens.shape)}, expected integers [T]: give the ids of one sequence"
+            f"the tokens are {tokens.dtype} {list(tokens.shape)}, expected integers [T], or [B, T] of several "
+            "sequences of one length"
         )
-    if not len(tokens):
+    if not tokens.numel():
         raise ValueError("there is no token to begin with: give at least one, such as BOS")
     check_tokens(tokens.cpu(), config.vocab_size)
-    room = config.max_seq_len - len(tokens)
+    n_before = tokens.shape[-1]
+    room = config.max_seq_len - n_before
     if n_tokens > room:
         fewer = config.max_seq_len - n_tokens
         way_out = f"add at most {room}" if room > 0 else f"give at most {fewer}" if fewer > 0 else "give and add fewer"
         raise ValueError(
-            f"{len(tokens)} tokens and {n_tokens} more are beyond max_seq_len={config.max_seq_len}: {way_out}"
+            f"{n_before} tokens and {n_tokens} more are beyond max_seq_len={config.max_seq_len}: {way_out}"
         )
     for name, value in (("n_tokens", n_tokens), ("temperature", temperature)):
         if not value >= 0:

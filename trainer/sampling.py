@@ -4,7 +4,7 @@ launch/generate.py continues a prompt with an exported model; samples.py shows a
 """
 
 import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer, value_dtype
-from reformer import ConfigError, Reformer
-from reformer.decoding import Decoder
+from reformer import ConfigError, Reformer, ReformerConfig
+from reformer.decoding import Decoder, memory_per_token
 from reformer.generation import continue_tokens
 
 Forward = Callable[[Tensor], Tensor]
-"""Tokens [1, T] -> logits [1, T, V], or those of the last place alone [1, 1, V]."""
+"""Tokens [B, T] -> logits [B, T, V], or those of the last place alone [B, 1, V]."""
+AT_ONCE = 16
+"""Sequences that are continued side by side: a CPU gains little by more (benchmarks/LOG.md)."""
+MEMORY = 2**31
+"""Bytes that they may keep, all of them together; one alone may keep any number."""
 
 
 def encode(text: bytes, tokenizer: Tokenizer, bos: bool) -> Tensor:
@@ -64,12 +68,17 @@ def within_documents(forward: Forward, tokenizer: Tokenizer, eos: bool) -> Forwa
     """`forward` without what a model has never been taught to predict: BOS, and EOS where no document had one."""
     never = [tokenizer.bos_id] if eos else [tokenizer.bos_id, tokenizer.eos_id]
 
-    def masked(tokens_1T: Tensor) -> Tensor:
-        logits = forward(tokens_1T).clone()
+    def masked(tokens_BT: Tensor) -> Tensor:
+        logits = forward(tokens_BT).clone()
         logits[..., never] = -torch.inf
         return logits
 
     return masked
+
+
+def at_once(config: ReformerConfig, n_tokens: int) -> int:
+    """How many sequences of n_tokens are continued side by side."""
+    return max(1, min(AT_ONCE, MEMORY // max(1, n_tokens * memory_per_token(config))))
 
 
 class Continuations:
@@ -80,35 +89,40 @@ class Continuations:
         self.model, self.tokenizer, self.prompt_T, self.eos = model, tokenizer, prompt_T, eos
         self.n_left = n_draws
 
-    def draw(self, n_tokens: int, *, temperature: float, top_p: float, seed: int) -> Iterator[Tensor]:
-        """The tokens [1] that the model adds, one by one: n_tokens of them, or up to EOS, which is the last."""
-        tokens, forward = self.prompt_T, within_documents(self._forward(), self.tokenizer, self.eos)
+    def draw(
+        self, n_tokens: int, *, temperature: float, top_p: float, seeds: Sequence[int]
+    ) -> Iterator[dict[int, int]]:
+        """The tokens that the model adds by each seed, one after another, side by side.
+
+        n_tokens times those of all seeds, without the ones that have come to EOS, which is the last of a sequence.
+        """
+        self.n_left -= len(seeds)
+        going_on, tokens_BT = list(seeds), self.prompt_T.repeat(len(seeds), 1)
+        prompted, logits_11V = self._prompted
+        decoder: Decoder | None = None
+
+        def forward(tokens_BT: Tensor) -> Tensor:
+            return logits_11V.expand(len(tokens_BT), -1, -1) if decoder is None else decoder(tokens_BT)
+
+        masked = within_documents(forward, self.tokenizer, self.eos)
         for _ in range(n_tokens):  # one at a time, which gives the same tokens as all at once
-            added = continue_tokens(
-                forward, self.model.config, tokens, 1, temperature=temperature, top_p=top_p, seed=seed
+            added_B1 = continue_tokens(
+                masked, self.model.config, tokens_BT, 1, temperature=temperature, top_p=top_p, seed=going_on
             )
-            yield added
-            if int(added) == self.tokenizer.eos_id:
+            added = added_B1[:, 0].tolist()
+            yield dict(zip(going_on, added, strict=True))
+            rows = [row for row, token in enumerate(added) if token != self.tokenizer.eos_id]
+            if not rows:
                 return
-            tokens = torch.cat([tokens, added])
+            if decoder is None:
+                # What a long prompt keeps may be gigabytes: the last draw needs no copy.
+                decoder = prompted if len(rows) == 1 and not self.n_left else prompted.select([0] * len(rows))
+            elif len(rows) < len(added):
+                decoder = decoder.select(rows)
+            going_on, tokens_BT = [going_on[row] for row in rows], torch.cat([tokens_BT, added_B1], dim=1)[rows]
 
     @cached_property
     def _prompted(self) -> tuple[Decoder, Tensor]:
         """A decoder that has seen the prompt, and the logits of what follows."""
         decoder = Decoder(self.model)
         return decoder, decoder(self.prompt_T[None])
-
-    def _forward(self) -> Forward:
-        self.n_left -= 1
-        is_last = not self.n_left
-        own: list[Decoder] = []
-
-        def forward(tokens_1T: Tensor) -> Tensor:
-            decoder, logits = self._prompted
-            if tokens_1T.shape[1] == len(self.prompt_T):
-                return logits
-            if not own:  # what a long prompt keeps may be gigabytes: the last draw needs no copy
-                own.append(decoder if is_last else decoder.copy())
-            return own[0](tokens_1T)
-
-        return forward

@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.tokenizer import ByteTokenizer, IntegerTokenizer, load_tokenizer
 from reformer import Reformer, ReformerConfig, load_model, save_model
-from reformer.decoding import Decoder
+from reformer.decoding import Decoder, memory_per_token
 from reformer.generation import continue_tokens
 from reformer.hf import save_hf
 from trainer import sampling
@@ -119,7 +119,7 @@ def test_sentencepiece(pieces: Path, call) -> None:
 def test_a_character_of_several_tokens_is_whole(exported: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token is printed when it is drawn; a half character is replaced at the end of the text only."""
     said = iter([*"é가".encode(), 0xC3])
-    monkeypatch.setattr(sampling, "continue_tokens", lambda *_, **__: torch.tensor([next(said)]))
+    monkeypatch.setattr(sampling, "continue_tokens", lambda *_, **__: torch.tensor([[next(said)]]))
     assert call(exported, "x", "--tokens", "6")[1] == "xé가\ufffd\n"
 
 
@@ -294,7 +294,7 @@ def test_a_prompt_is_read_once_for_all_samples(exported: Path, tmp_path: Path, c
     monkeypatch.setattr(Decoder, "_added", lambda *of: (read.append(of[1].shape[1]), added(*of))[1])
     options = ("--tokens", "4", "--samples", "3", "--output", str(tmp_path / "new"))
     assert call(exported, "prompt", *options)[0] == 0
-    assert read == [1 + len("prompt"), *[1] * (3 * 3)]
+    assert read == [1 + len("prompt"), 1, 1, 1]
 
 
 def test_samples_of_integers_are_arrays(tmp_path: Path, call) -> None:
@@ -311,6 +311,30 @@ def test_a_sample_ends_where_the_document_does(tmp_path: Path, call) -> None:
     folder = write(tmp_path / "ends", 258, record(), biases=(NEVER, 100.0))
     assert call(folder, "all", "--tokens", "9", "--output", str(tmp_path / "new"))[0] == 0
     assert (tmp_path / "new" / "seed0000.txt").read_bytes() == b"all"
+
+
+def test_samples_that_end_at_other_places_are_as_each_alone(tmp_path: Path, call, monkeypatch) -> None:
+    """Side by side in twos: each that ends leaves the other alone."""
+    folder = write(tmp_path / "ends", 258, record(), biases=(NEVER, 4.0))
+    options = ("all", "--tokens", "20")
+    monkeypatch.setattr(generate, "at_once", lambda *_: 2)
+    assert call(folder, *options, "--samples", "9", "--output", str(tmp_path / "new"))[0] == 0
+    lengths = []
+    for seed in range(9):
+        text = call(folder, *options, "--seed", str(seed))[1].encode()[:-1]
+        sample = (tmp_path / "new" / f"seed{seed:04d}.txt").read_bytes()
+        assert sample.decode(errors="replace").encode() == text
+        lengths.append(len(sample))
+    assert min(lengths) < 10 < 20 < max(lengths) and len({*lengths}) > 4, lengths
+
+
+@pytest.mark.parametrize(("n_tokens", "memory", "expected"), [(100, 2**40, 16), (100, 10**6, 5), (1000, 10**6, 1)])
+def test_as_many_are_drawn_side_by_side_as_fit(n_tokens: int, memory: int, expected: int, monkeypatch) -> None:
+    config = ReformerConfig(vocab_size=258, max_seq_len=1024, d_model=64, n_layers=2, n_heads=2, attn_pattern=["lsh"])
+    monkeypatch.setattr(sampling, "MEMORY", memory)
+    assert memory_per_token(config) == 2 * (64 * 2 * 4 * 1.5 + 2 * 4 * (4 + 2 + 3))
+    assert sampling.at_once(config, n_tokens) == expected
+    assert sampling.at_once(config.model_copy(update={"attn_pattern": ("local",)}), n_tokens) == 16
 
 
 @pytest.mark.parametrize("samples", ["0", "2"])

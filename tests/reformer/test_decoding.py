@@ -1,12 +1,22 @@
 """Tokens that are added one by one, against a twin that attends by the oracles to all tokens, every time again."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from parity import relative_error
 from torch import Tensor
 
 from reformer import Reformer, ReformerConfig
-from reformer.decoding import Decoder, _LocalCache, _LSHCache
+from reformer.decoding import (
+    MOST_LATE,
+    Decoder,
+    _Growing,
+    _LocalCache,
+    _LSHCache,
+    _Order,
+    memory_per_token,
+)
 from reformer.generation import continue_tokens
 from reformer.local import local_attention_reference
 from reformer.lsh.hashing import bucket_factors, draw_rotations, hash_to_buckets
@@ -36,8 +46,8 @@ def make(dtype: torch.dtype = torch.float64, **changes: object) -> Reformer:
     return model.to(dtype).eval()
 
 
-def draw(n_tokens: int = LENGTH) -> Tensor:
-    return torch.randint(0, 13, (1, n_tokens), generator=torch.Generator().manual_seed(5))
+def draw(n_tokens: int = LENGTH, n_rows: int = 1) -> Tensor:
+    return torch.randint(0, 13, (n_rows, n_tokens), generator=torch.Generator().manual_seed(5))
 
 
 class Slow:
@@ -50,8 +60,8 @@ class Slow:
 
     def extend(self, projected: list[Tensor]) -> Tensor:
         self.parts.append(projected)
-        tensors = [torch.cat(each, dim=1)[None] for each in zip(*self.parts, strict=True)]
-        return self.attend(*tensors)[0, :, -projected[0].shape[1] :]
+        tensors = [torch.cat(each, dim=2) for each in zip(*self.parts, strict=True)]
+        return self.attend(*tensors)[:, :, -projected[0].shape[2] :]
 
     def attend(self, *tensors: Tensor) -> Tensor:
         config = self.config
@@ -94,8 +104,12 @@ def slow_decoder(model: Reformer) -> Decoder:
     ],
     ids=str,
 )
-def test_every_token_is_attended_to_as_by_the_oracle(mode: dict[str, object], n_first: int) -> None:
-    model, tokens = make(attn_pattern=["lsh", "local"], **mode), draw()
+def test_every_token_is_attended_to_as_by_the_oracle(
+    mode: dict[str, object], n_first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two sequences, whose tokens are sorted again after each five."""
+    monkeypatch.setattr("reformer.decoding.MOST_LATE", 5)
+    model, tokens = make(attn_pattern=["lsh", "local"], **mode), draw(n_rows=2)
     fast, slow = Decoder(model), slow_decoder(model)
     worst = max(relative_error(fast(tokens[:, :t]), slow(tokens[:, :t])) for t in range(n_first, LENGTH + 1))
     print(f"largest relative error of the logits {worst:.1e}")
@@ -153,12 +167,42 @@ def test_a_copy_goes_its_own_way(pattern: list[str]) -> None:
     first = Decoder(model)
     first(tokens[:, :20])
     first(tokens[:, :21])
-    decoders, alone = [first, first.copy()], [Decoder(model), Decoder(model)]
+    decoders, alone = [first, first.select([0])], [Decoder(model), Decoder(model)]
     for t in range(20, LENGTH + 1):
         for decoder, by_itself, way in zip(decoders, alone, ways, strict=True):
             expected = by_itself(way[:, :t])
             if t > 21:
                 assert torch.equal(decoder(way[:, :t]), expected)
+
+
+def test_sequences_that_are_selected_are_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reformer.decoding.MOST_LATE", 4)
+    model, tokens = make(attn_pattern=["local", "lsh", "dense"], n_layers=3), draw(n_rows=3)
+    decoder = Decoder(model)
+    for t in range(10, 20):
+        decoder(tokens[:, :t])
+    rows = [2, 0, 0]
+    ways = tokens[rows]
+    ways[2, 19:] = (ways[2, 19:] + 1) % 13
+    decoder, alone = decoder.select(rows), [Decoder(model) for _ in rows]
+    for t in range(10, LENGTH + 1):
+        expected = torch.cat([by_itself(way[None, :t]) for by_itself, way in zip(alone, ways, strict=True)])
+        if t >= 20:
+            assert relative_error(decoder(ways[:, :t]), expected) < ROUNDING
+
+
+def test_what_a_token_costs_does_not_grow_with_the_sequence() -> None:
+    """Of those sorted before, none is moved: only the newest are."""
+    decoder, tokens = Decoder(make(max_seq_len=512)), draw(420)
+    decoder(tokens[:, :150])
+    orders = [cache.order for cache in decoder.caches if isinstance(cache, _LSHCache)]
+    assert orders
+    before = [order.token_BHRT for order in orders]
+    for t in range(151, 421):
+        decoder(tokens[:, :t])
+        if t == 150 + MOST_LATE:
+            assert all(order.token_BHRT is same for order, same in zip(orders, before, strict=True))
+    assert [order.n_sorted for order in orders] == [150 + 2 * MOST_LATE] * len(orders)
 
 
 @pytest.mark.parametrize("n_first", [1, 3, 188])
@@ -248,9 +292,9 @@ def test_under_autocast_buckets_are_those_of_the_projections() -> None:
             slow(tokens[:, :t])
     (fast,), (slow_cache,) = decoder.caches, slow.caches
     assert isinstance(fast, _LSHCache) and isinstance(slow_cache, Slow)
-    qk = torch.cat([part[0] for part in slow_cache.parts], dim=1)
+    qk = torch.cat([part[0] for part in slow_cache.parts], dim=2)
     assert qk.dtype == torch.bfloat16
-    assert torch.equal(fast.buckets.tensor, hash_to_buckets(qk[None], fast.rotations, fast.factors)[0])
+    assert torch.equal(fast.order.buckets.tensor, hash_to_buckets(qk, fast.rotations, fast.factors))
 
 
 def test_an_interrupted_call_is_not_taken_for_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +307,26 @@ def test_an_interrupted_call_is_not_taken_for_a_whole_one(monkeypatch: pytest.Mo
         decoder(tokens[:, :6])
 
 
+@pytest.mark.parametrize("pattern", [["lsh"], ["local", "dense", "lsh"]], ids=str)
+def test_memory_per_token_is_the_most_that_is_kept(pattern: list[str]) -> None:
+    model = make(torch.float32, max_seq_len=4096, n_layers=3, n_hashes=4, attn_pattern=pattern)
+    decoder, tokens = Decoder(model), draw(2100, n_rows=3)
+    most, local = memory_per_token(model.config), 3 * 3 * 2 * 16 * 10 * 4
+    used = []
+    for t in (2000, *range(2001, 2020), 2099):
+        decoder(tokens[:, :t])
+        used.append(sum(kept.nbytes() for cache in decoder.caches for kept in tensors(cache)) / (3 * t * most))
+    assert max(used) < 1 + local / (3 * 2000 * most) and max(used) > 0.9, used
+
+
+def tensors(kept: object) -> Iterator[torch.UntypedStorage]:
+    for value in vars(kept).values():
+        if isinstance(value, Tensor) and len(value) == 3:
+            yield value.untyped_storage()
+        elif isinstance(value, _Order | _Growing):
+            yield from tensors(value)
+
+
 def test_local_layers_keep_two_chunks() -> None:
     decoder = Decoder(make(attn_pattern=["local"]))
     for t in (28, 29, 35):
@@ -270,7 +334,7 @@ def test_local_layers_keep_two_chunks() -> None:
         for cache in decoder.caches:
             assert isinstance(cache, _LocalCache)
             for kept in (cache.k, cache.v):
-                assert kept.shape[1] <= 10 and kept.untyped_storage().nbytes() == kept.numel() * 8
+                assert kept.shape[2] <= 10 and kept.untyped_storage().nbytes() == kept.numel() * 8
 
 
 @pytest.mark.parametrize(
@@ -278,7 +342,7 @@ def test_local_layers_keep_two_chunks() -> None:
     [
         (
             draw(7),
-            r"tokens are \[1, 7\], expected \[1, T\] with T above the 7 that this decoder has seen and at most",
+            r"tokens are \[1, 7\], expected \[1, T\] with T above the 7 that this decoder has seen and at",
         ),
         (
             draw(65),
@@ -286,6 +350,7 @@ def test_local_layers_keep_two_chunks() -> None:
         ),
         (draw(8)[0], r"tokens are \[8\], expected \[1, T\]"),
         (draw(8).expand(2, -1), r"tokens are \[2, 8\], expected \[1, T\]"),
+        (draw(8)[:0], r"tokens are \[0, 8\], expected \[1, T\]"),
         ((draw(8) + 1) % 13, "the tokens do not begin with those that this decoder has seen: make another one"),
         (torch.cat([draw(7), torch.tensor([[13]])], dim=1), "expected ids from 0 to 12"),
     ],
@@ -296,6 +361,8 @@ def test_what_is_no_continuation_is_refused(tokens: Tensor, message: str) -> Non
     with pytest.raises(ValueError, match=message):
         decoder(tokens)
     assert torch.isfinite(decoder(draw(8))).all()
+    with pytest.raises(ValueError, match=r"tokens are \[0, 8\], expected \[B, T\] with T above the 0 that"):
+        Decoder(make())(draw(8)[:0])
 
 
 def test_what_cannot_be_decoded_is_refused() -> None:

@@ -42,6 +42,16 @@ def test_a_text_is_the_same_in_two_goes_and_by_another_window(model: Reformer) -
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_several_sequences_are_continued_as_each_alone(model: Reformer) -> None:
+    tokens, options = torch.tensor([[3, 1, 4], [3, 1, 4], [0, 10, 2]]), {"temperature": 3.0, "top_p": 0.9}
+    found = continue_tokens(model, CONFIG, tokens, 12, seed=[7, 8, 7], **options)
+    for row, seed in enumerate((7, 8, 7)):
+        assert torch.equal(found[row], continue_tokens(model, CONFIG, tokens[row], 12, seed=seed, **options))
+    assert len({tuple(row) for row in found.tolist()}) == 3
+    assert continue_tokens(model, CONFIG, tokens, 0, seed=[7, 8, 7]).shape == (3, 0)
+    assert continue_tokens(model, CONFIG, tokens[:1], 12, seed=7, **options).tolist() == found[:1].tolist()
+
+
 def test_passes_are_as_many_as_tokens(model: Reformer) -> None:
     lengths: list[int] = []
 
@@ -106,7 +116,11 @@ def test_logits_that_are_no_numbers_give_no_token() -> None:
         ({"tokens": torch.zeros(0, dtype=torch.int64)}, "give at least one, such as BOS"),
         ({"tokens": torch.tensor([1.0])}, r"the tokens are torch.float32 \[1\], expected integers"),
         ({"tokens": torch.tensor([True])}, r"the tokens are torch.bool \[1\], expected integers"),
-        ({"tokens": torch.tensor([[1, 2]])}, r"the tokens are torch.int64 \[1, 2\], expected integers \[T\]"),
+        ({"tokens": torch.tensor([[[1]]])}, r"torch.int64 \[1, 1, 1\], expected integers \[T\], or \[B, T\] of"),
+        ({"tokens": torch.ones(2, 0).long(), "seed": [0, 1]}, "give at least one, such as BOS"),
+        ({"tokens": torch.ones(2, 1).long()}, r"1 seeds for 2 sequences: give seed=\[…\] with one for each"),
+        ({"seed": [0, 1]}, "2 seeds for 1 sequences"),
+        ({"tokens": torch.ones(2, 23).long(), "seed": [0, 1]}, "23 tokens and 2 more are beyond max_seq_len=24: add"),
         ({"tokens": torch.tensor([4, 11])}, "the tokens are from 4 to 11, expected ids from 0 to 10 .vocab_size=11"),
         ({"tokens": torch.tensor([4, -1])}, "the tokens are from -1 to 4, expected ids from 0 to 10"),
         ({"tokens": torch.tensor([4, 300]).to(torch.uint16)}, "the tokens are from 4 to 300"),
