@@ -57,35 +57,43 @@ class Decoder:
             raise ValueError("a model with causal=False computes every token again when one is added: call the model")
         self.model, self.seen_BT, self.is_sound = model, torch.zeros(0, 0, dtype=torch.int64), True
         self.blocks = cast(Sequence[ReversibleBlock], model.blocks)
-        self.caches = self._empty()
+        self.caches, self.logits_B1V = self._empty(), torch.zeros(0)
 
     @torch.no_grad()
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """The logits [B, 1, V] of what follows tokens [B, T], which begin with those of the call before.
 
-        Raises ValueError where they do not, nothing is new, or they are more than max_seq_len; RuntimeError where an
-        earlier call was interrupted.
+        Where nothing is new, they are those of the call before. Raises ValueError where the tokens begin otherwise, or
+        are more than max_seq_len; RuntimeError where an earlier call was interrupted.
         """
         self._check(tokens_BT)
+        done, n_tokens = self.seen_BT.shape[1], tokens_BT.shape[1]
+        if done == n_tokens:
+            return self.logits_B1V.clone()
         self.is_sound = False  # until all layers have taken the tokens in
         tokens_BT = tokens_BT.long()
-        done, n_tokens = self.seen_BT.shape[1], tokens_BT.shape[1]
         if done and n_tokens - done > max(1, n_tokens // ANEW):
             self.caches, done = self._empty(), 0
         for stop in range(done + 1, n_tokens + 1) if done else (n_tokens,):
             streams = self._added(tokens_BT[:, done:stop], done)
             done = stop
+        self.logits_B1V = self.model.head(*(x[:, -1:] for x in streams))
         self.seen_BT, self.is_sound = tokens_BT.clone(), True
-        return self.model.head(*(x[:, -1:] for x in streams))
+        return self.logits_B1V.clone()
 
     def select(self, rows: Sequence[int]) -> "Decoder":
         """Another one that has seen these of the sequences, by their numbers.
 
-        [0, 0, 0] continues the first in three ways, [0, 2] leaves out the second of three.
+        [0, 0, 0] continues the first in three ways, [0, 2] leaves out the second of three. Raises ValueError where one
+        is none of them.
         """
+        if not rows or not 0 <= min(rows) <= max(rows) < len(self.seen_BT):
+            raise ValueError(f"rows={list(rows)}: this decoder has seen {len(self.seen_BT)} sequences, counted from 0")
         row_b = torch.tensor(rows, dtype=torch.int64)
         other = copy(self)
-        other.seen_BT = self.seen_BT.index_select(0, row_b.to(self.seen_BT.device))
+        other.seen_BT, other.logits_B1V = (
+            x.index_select(0, row_b.to(x.device)) for x in (self.seen_BT, self.logits_B1V)
+        )
         other.caches = [cache.select(row_b) for cache in self.caches]
         return other
 
@@ -97,10 +105,11 @@ class Decoder:
             raise RuntimeError("this decoder was interrupted while it took tokens in: make another one")
         (n_rows, done), most = self.seen_BT.shape, self.model.config.max_seq_len
         is_batch = tokens_BT.ndim == 2 and (len(tokens_BT) == n_rows if done else len(tokens_BT) > 0)
-        if not is_batch or not done < tokens_BT.shape[1] <= most:
+        least = max(1, done)
+        if not is_batch or not least <= tokens_BT.shape[1] <= most:
             raise ValueError(
-                f"tokens are {list(tokens_BT.shape)}, expected [{n_rows if done else 'B'}, T] with T above the {done} "
-                f"that this decoder has seen and at most max_seq_len={most}; other sequences take another decoder"
+                f"tokens are {list(tokens_BT.shape)}, expected [{n_rows if done else 'B'}, T] with T from {least}, as "
+                f"this decoder has seen {done}, to max_seq_len={most}; other sequences take another decoder"
             )
         self.model.check_parameters()
         check_tokens(tokens_BT, self.model.config.vocab_size)

@@ -98,31 +98,26 @@ class Continuations:
         """
         self.n_left -= len(seeds)
         going_on, tokens_BT = list(seeds), self.prompt_T.repeat(len(seeds), 1)
-        prompted, logits_11V = self._prompted
-        decoder: Decoder | None = None
-
-        def forward(tokens_BT: Tensor) -> Tensor:
-            return logits_11V.expand(len(tokens_BT), -1, -1) if decoder is None else decoder(tokens_BT)
-
-        masked = within_documents(forward, self.tokenizer, self.eos)
+        # What a long prompt keeps may be gigabytes: the last draw needs no copy.
+        is_last = not self.n_left and len(seeds) == 1
+        decoder = self._prompted if is_last else self._prompted.select([0] * len(seeds))
         for _ in range(n_tokens):  # one at a time, which gives the same tokens as all at once
+            forward = within_documents(decoder, self.tokenizer, self.eos)
             added_B1 = continue_tokens(
-                masked, self.model.config, tokens_BT, 1, temperature=temperature, top_p=top_p, seed=going_on
+                forward, self.model.config, tokens_BT, 1, temperature=temperature, top_p=top_p, seed=going_on
             )
             added = added_B1[:, 0].tolist()
             yield dict(zip(going_on, added, strict=True))
             rows = [row for row, token in enumerate(added) if token != self.tokenizer.eos_id]
             if not rows:
                 return
-            if decoder is None:
-                # What a long prompt keeps may be gigabytes: the last draw needs no copy.
-                decoder = prompted if len(rows) == 1 and not self.n_left else prompted.select([0] * len(rows))
-            elif len(rows) < len(added):
+            if len(rows) < len(added):
                 decoder = decoder.select(rows)
             going_on, tokens_BT = [going_on[row] for row in rows], torch.cat([tokens_BT, added_B1], dim=1)[rows]
 
     @cached_property
-    def _prompted(self) -> tuple[Decoder, Tensor]:
-        """A decoder that has seen the prompt, and the logits of what follows."""
+    def _prompted(self) -> Decoder:
+        """That has seen the prompt."""
         decoder = Decoder(self.model)
-        return decoder, decoder(self.prompt_T[None])
+        decoder(self.prompt_T[None])
+        return decoder

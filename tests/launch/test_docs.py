@@ -111,6 +111,19 @@ torch.testing.assert_close(score(exact, text)[:200], score(exact, text[:200] + b
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
 
 
+def test_the_examples_of_generating_run(tmp_path: Path) -> None:
+    config = ReformerConfig(vocab_size=258, max_seq_len=512, d_model=16, n_layers=2, n_heads=2, lsh_chunk_len=8)
+    save_model(tmp_path / "exported", config, Reformer(config).state_dict(), {})
+    first, second = (block for language, block in BLOCKS if language == "python" and "Decoder(model)" in block)
+    check = """
+assert added.shape == (200,) and samples.shape == (16, 100) and len(samples.unique(dim=0)) == 16
+alone = Decoder(model)
+assert torch.equal(samples[3], continue_tokens(alone, model.config, prompt, 100, seed=3))
+"""
+    program = (first + second + check).replace('load_tokenizer("exported/tokenizer.model")', 'load_tokenizer("bytes")')
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+
+
 def test_linked_files_exist() -> None:
     for page, text in PAGES.items():
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", text):

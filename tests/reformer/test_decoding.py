@@ -341,13 +341,10 @@ def test_local_layers_keep_two_chunks() -> None:
     ("tokens", "message"),
     [
         (
-            draw(7),
-            r"tokens are \[1, 7\], expected \[1, T\] with T above the 7 that this decoder has seen and at",
+            draw(6),
+            r"tokens are \[1, 6\], expected \[1, T\] with T from 7, as this decoder has seen 7, to max_seq_len=64",
         ),
-        (
-            draw(65),
-            r"tokens are \[1, 65\], expected \[1, T\] with T above the 7 that this decoder has seen",
-        ),
+        (draw(65), r"tokens are \[1, 65\], expected \[1, T\] with T from 7, as this"),
         (draw(8)[0], r"tokens are \[8\], expected \[1, T\]"),
         (draw(8).expand(2, -1), r"tokens are \[2, 8\], expected \[1, T\]"),
         (draw(8)[:0], r"tokens are \[0, 8\], expected \[1, T\]"),
@@ -361,8 +358,30 @@ def test_what_is_no_continuation_is_refused(tokens: Tensor, message: str) -> Non
     with pytest.raises(ValueError, match=message):
         decoder(tokens)
     assert torch.isfinite(decoder(draw(8))).all()
-    with pytest.raises(ValueError, match=r"tokens are \[0, 8\], expected \[B, T\] with T above the 0 that"):
-        Decoder(make())(draw(8)[:0])
+    for nothing in (draw(8)[:0], draw(8)[:, :0]):
+        with pytest.raises(ValueError, match=r"expected \[B, T\] with T from 1, as this decoder has seen 0, to max"):
+            Decoder(make())(nothing)
+
+
+@pytest.mark.parametrize("rows", [[], [0, 2], [-1]])
+def test_sequences_that_a_decoder_has_not_seen_are_none_to_select(rows: list[int]) -> None:
+    decoder = Decoder(make())
+    with pytest.raises(ValueError, match=r"rows=\[0\]: this decoder has seen 0 sequences"):
+        decoder.select([0])
+    decoder(draw(8, n_rows=2))
+    with pytest.raises(ValueError, match=r"rows=\[.*\]: this decoder has seen 2 sequences, counted from 0"):
+        decoder.select(rows)
+
+
+def test_the_same_tokens_again_give_the_same_logits() -> None:
+    model, tokens = make(), draw(n_rows=2)
+    decoder = Decoder(model)
+    expected = decoder(tokens[:, :9])
+    decoder(tokens[:, :9]).zero_()
+    assert torch.equal(decoder(tokens[:, :9]), expected)
+    assert torch.equal(decoder.select([1])(tokens[1:, :9]), expected[1:])
+    with pytest.raises(ValueError, match="do not begin with those"):
+        decoder((tokens[:, :9] + 1) % 13)
 
 
 def test_what_cannot_be_decoded_is_refused() -> None:
