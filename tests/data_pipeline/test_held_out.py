@@ -149,6 +149,22 @@ def test_a_test_split_of_files_that_are_named(folder: Path) -> None:
     assert "val" in split_of(mixed).values()
 
 
+@pytest.mark.parametrize("others", [(), ("more",)], ids=["nothing new", "with new files"])
+def test_what_is_appended_moves_no_document_to_another_split(folder: Path, others: tuple[str, ...]) -> None:
+    write(folder / "more/more.txt")
+    store = make(folder)
+    inputs = tuple(str(folder / name) for name in others) or (str(folder / "train"),)
+    again = {"append": True, "inputs": inputs, "val_inputs": (str(folder / "val"),)}
+    assert build(settings(folder, **again)).already_built is not bool(others)
+    held = min(name for name, split in split_of(store).items() if split == "val")
+    moved = {**again, "val_inputs": (), "test_inputs": (str(folder / "val"),)}
+    message = (
+        f"{held} is in the store already, and its document '{held}' in the split 'val': --append moves none to 'test'"
+    )
+    with pytest.raises(DataError, match=message):
+        build(settings(folder, **moved))
+
+
 def test_splits_that_are_far_off_by_tokens_and_padding_are_told(tmp_path: Path) -> None:
     """A share is one of documents; of few that differ in length it may be hardly any of the tokens, or most."""
     for number in range(20):
