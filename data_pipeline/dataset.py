@@ -59,6 +59,8 @@ class RowDataset(Dataset[Sample]):
     """
 
     def __init__(self, store: Store, split: str = "train", seed: int = 0) -> None:
+        if not isinstance(store, Store):
+            raise TypeError(f"store is {store!r}: give Store.open(path)")
         self.store = store
         self.split = split
         self.seed = operator.index(seed)

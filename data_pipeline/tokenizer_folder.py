@@ -40,7 +40,12 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, Ends]:
     if not record:
         raise DataError(
             f"{folder} has no tokenizer ({TOKENIZER_RECORD} is missing): export it again where the run's store is "
-            "(launch/export.py --store, and without --hf)"
+            "(launch/export.py --store, and without --hf). A folder of save_hf or save_pretrained has none of ours: "
+            "continue its tokens in Python (docs/library.md)"
+        )
+    if "added_tokens" in record:
+        raise DataError(
+            f"{path} is Hugging Face's, which is not read here: continue the model's tokens in Python (docs/library.md)"
         )
     try:
         kind, sha256, n_values = record["kind"], record["sha256"], operator.index(record["vocab_size"]) - N_ENDS

@@ -17,6 +17,7 @@ the standard error does not include.
 
 import argparse
 import io
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -157,6 +158,13 @@ def run(arguments: argparse.Namespace) -> None:
             predicted = f"{n_tokens:,.0f} tokens to predict in {n_documents:,} documents{few}, {n_bytes:,.0f} bytes"
             print(f"{arguments.folder} on {len(numbers)} rows of {arguments.split} in {store.path}: {predicted}\n")
             print(tables(record["settings"]))
+            guess, nats = math.log(model.config.vocab_size), record["settings"][0]["nats_per_token"]
+            if nats > guess:
+                print(
+                    f"note: {nats:.4f} nats are more than a guess among all {model.config.vocab_size} tokens takes, "
+                    f"{guess:.4f}: are the store's token ids those that the model was trained with?",
+                    file=sys.stderr,
+                )
 
 
 def main() -> int:

@@ -63,8 +63,11 @@ PATIENCE_S = 10
 class Template(argparse.Action):
     """Prints a file to begin with, as --help prints what to type."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(template(), end="")
+    def __call__(self, parser: argparse.ArgumentParser, _: object, folder: object, option: object = None) -> None:
+        try:
+            print(template(Path(folder) if isinstance(folder, str) else None), end="")
+        except ConfigError as error:
+            parser.exit(2, f"error: {error}\n")
         parser.exit()
 
 
@@ -80,7 +83,12 @@ def parse_arguments() -> argparse.Namespace:
         help="check all that so many processes would, say what the run would be, and start nothing",
     )
     parser.add_argument(
-        "--template", action=Template, nargs=0, help="print a FILE.toml with every key, and what it means"
+        "--template",
+        action=Template,
+        nargs="?",
+        metavar="FOLDER",
+        help="print a FILE.toml with every key, and what it means; with a FOLDER that run.init_from takes, one that "
+        "begins with the model in it",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment rules
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the files")

@@ -247,6 +247,8 @@ _TRAINED_WITH = "the weights were trained with another attention; change the val
 
 
 def _check_expressible(hf: Mapping[str, Any]) -> None:
+    if "attn_pattern" in hf:
+        raise ConfigError("this config.json is one of launch/export.py or save_model: read the folder with load_model")
     layers, shape, causal = hf["attn_layers"], hf["axial_pos_shape"], hf["is_decoder"]
     if not isinstance(layers, list | tuple) or not layers or any(kind not in list(KIND_TENSORS) for kind in layers):
         raise ConfigError(f"attn_layers={layers!r}: expected a list of 'local' and 'lsh', one for each layer")

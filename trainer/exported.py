@@ -24,7 +24,7 @@ def read_model(folder: Path, name: str) -> Reformer:
     name: what the folder is called in errors.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{name} is not a folder: give one that launch/export.py wrote")
+        raise ConfigError(f"{name} is not a folder: give one that launch/export.py or save_pretrained wrote")
     if (folder / "checkpoints").is_dir() or (folder / "SHA256SUMS").is_file():
         raise ConfigError(
             f"{name} is a run or a checkpoint of one: export its model first, python launch/export.py {folder} "

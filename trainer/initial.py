@@ -25,23 +25,35 @@ WITHOUT_EFFECT = ("dropout", "attn_dropout", "ff_chunk_tokens", "loss_chunk_toke
 """Those that may change without being remarked on: they are about training, or memory."""
 ROWS = "embedding.positions.rows"
 """The only tensor that grows with max_seq_len, if axial_shape keeps its number of columns."""
+TOKENS = ("embedding.tokens.weight", "head.weight", "head.bias")
+"""Those that grow with vocab_size; with tied embeddings there is no second one."""
 
 
 def read_initial(folder: Path, config: ReformerConfig, seed: int) -> dict[str, Tensor]:
     """The parameters, by name, with which a run of this model begins; the folder is one that `check_initial` passes.
 
-    Rows of positions that the folder does not have are drawn by the seed.
+    Positions and tokens that the folder does not have are drawn by the seed: tokens around the mean of those that it
+    has, as far from it as they are.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `check_initial` has said it
         parameters = _parameters(read_model(folder, f"run.init_from={folder}"))
-    rows, shapes = parameters[ROWS], _shapes(_parameters(skeleton(config)))
-    drawn = torch.randn(shapes[ROWS], generator=torch.Generator().manual_seed(seed)) * POSITION_STD
-    if {**_shapes(parameters), ROWS: rows.shape[1:]} != {**shapes, ROWS: drawn.shape[1:]}:
+    shapes = _shapes(_parameters(skeleton(config)))
+    grown = _grown(shapes, _shapes(parameters))
+    if {**_shapes(parameters), **grown} != shapes:
         raise ConfigError(
             f"run.init_from={folder} is not what it was when it was checked: keep it until the first step"
         )
-    return {**parameters, ROWS: torch.cat([rows, drawn[len(rows) :].to(rows.dtype)])}
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in grown.items():
+        there, drawn = parameters[name].float(), torch.randn(shape, generator=generator)
+        if name == ROWS:
+            drawn = drawn * POSITION_STD
+        else:
+            mean = there.mean(dim=0)
+            drawn = mean + drawn * (there - mean).std()
+        parameters[name] = torch.cat([parameters[name], drawn[len(there) :].to(parameters[name].dtype)])
+    return parameters
 
 
 def agreed_weights(
@@ -76,16 +88,17 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
         warnings.simplefilter("always")
         model = read_model(folder, f"run.init_from={folder}")
     there = model.config.model_dump()
+    own_kinds, kinds = (
+        [each.attention_kind(layer) for layer in range(each.n_layers)] for each in (config, model.config)
+    )
     changed = [
         f"model.{name} is {own!r}, and {there[name]!r} there"
         for name, own in config.model_dump().items()
-        if own != there[name] and name not in WITHOUT_EFFECT
+        if own != there[name] and name not in WITHOUT_EFFECT and not (name == "attn_pattern" and own_kinds == kinds)
     ]
     own_shapes, shapes = _shapes(_parameters(skeleton(config))), _shapes(_parameters(model))
-    n_rows, n_own_rows = shapes[ROWS][0], own_shapes[ROWS][0]
-    is_longer = n_own_rows > n_rows and own_shapes[ROWS][1:] == shapes[ROWS][1:]
-    fits = own_shapes == shapes | ({ROWS: own_shapes[ROWS]} if is_longer else {})
-    if not fits or any(there[name] != getattr(config, name) for name in SAME):
+    grown = _grown(own_shapes, shapes)
+    if own_shapes != shapes | grown or any(there[name] != getattr(config, name) for name in SAME):
         assert model.config.axial_shape is not None  # filled in by the config
         columns = model.config.axial_shape[1]
         such_as = f": [{config.max_seq_len // columns}, {columns}]" if config.max_seq_len % columns == 0 else ""
@@ -96,9 +109,21 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
         )
     is_known = knows_tokenizer(folder, f"run.init_from={folder}", store, tokenizer_sha256)
     unknown = f"{folder} does not say which tokenizer its model was trained with: it must be that of {store}"
-    drawn = f"positions from {model.config.max_seq_len} on are not in {folder}: they begin as random ones"
     notes = [f"{line} (run.init_from)" for line in changed] + [str(each.message) for each in caught]
-    return notes + [drawn] * is_longer + [unknown] * (not is_known)
+    first_new = {"positions": model.config.max_seq_len} if ROWS in grown else {}
+    first_new |= {"tokens": model.config.vocab_size} if grown.keys() & {*TOKENS} else {}
+    drawn = "{} from {} on are not in {}: they begin as random ones"
+    return [
+        *notes,
+        *(drawn.format(name, first, folder) for name, first in first_new.items()),
+        *[unknown] * (not is_known),
+    ]
+
+
+def _grown(own: Mapping[str, torch.Size], there: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    """The shapes of those parameters that may have more rows than there, and have."""
+    both = [name for name in (ROWS, *TOKENS) if name in own and name in there]
+    return {name: own[name] for name in both if own[name][0] > there[name][0] and own[name][1:] == there[name][1:]}
 
 
 def _parameters(model: Reformer) -> dict[str, Tensor]:

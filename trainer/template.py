@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from reformer.config import ReformerConfig, StrictConfig
 from trainer.config import DataConfig, LoopConfig, SourceConfig
+from trainer.exported import read_model
 
 WIDTH = 100
 TABLES: dict[str, type[StrictConfig]] = {
@@ -27,22 +28,45 @@ HEAD = """\
 """
 
 
-def template() -> str:
-    """A TOML file in which every key is a comment, below what it means."""
-    return "\n".join([HEAD, *(line for name, model in TABLES.items() for line in _table(name, model))])
+def template(init_from: Path | None = None) -> str:
+    """A TOML file in which every key is a comment, below what it means.
+
+    init_from: a folder as of run.init_from, which is given then, as are the values of [model] that it needs. Raises
+    ConfigError where there is no model in it.
+    """
+    given: dict[str, dict[str, Any]] = {}
+    if init_from is not None:
+        model = read_model(init_from, str(init_from)).config.model_dump(mode="json")
+        defaults = {name: _default(field) for name, field in ReformerConfig.model_fields.items()}
+        changed = {name: value for name, value in model.items() if value != _plain(defaults[name])}
+        given = {"model": changed, "run": {"init_from": str(init_from)}}
+    tables = (_table(name, model, given.get(name, {})) for name, model in TABLES.items())
+    return "\n".join([HEAD, *(line for table in tables for line in table)])
 
 
-def _table(name: str, model: type[StrictConfig]) -> Iterator[str]:
+def _table(name: str, model: type[StrictConfig], given: Mapping[str, Any]) -> Iterator[str]:
     yield f"# [{name}]" if "NAME" in name else f"[{name}]"
     for key, field in model.model_fields.items():
         if key == "mixture":  # has tables of its own
             continue
         text = f"{' '.join((field.description or '').split())} ({_expected(field)})"
         yield from textwrap.wrap(text, WIDTH, initial_indent="## ", subsequent_indent="## ")
-        default = field.get_default(call_default_factory=True)
+        default = _default(field)
         # Numbers, texts, truth values and lists of them are the same in JSON and TOML.
-        yield f"# {key} =" if default in (None, PydanticUndefined) else f"# {key} = {json.dumps(default)}"
+        if key in given:
+            yield f"{key} = {json.dumps(given[key])}"
+        else:
+            yield f"# {key} =" if default in (None, PydanticUndefined) else f"# {key} = {json.dumps(default)}"
         yield ""
+
+
+def _default(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _expected(field: FieldInfo) -> str:

@@ -174,6 +174,11 @@ def test_identity_is_what_the_order_follows_from(make_store: Callable[..., Store
     }
 
 
+def test_a_path_is_no_store() -> None:
+    with pytest.raises(TypeError, match=r"store is 'data/own': give Store.open\(path\)"):
+        RowDataset("data/own")  # type: ignore[arg-type]
+
+
 def test_unknown_split(make_store: Callable[..., Store]) -> None:
     with pytest.raises(DataError, match="has no split 'test', only train, val"):
         RowDataset(make_store(), "test")

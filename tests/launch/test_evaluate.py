@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -53,6 +54,7 @@ def write(folder: Path, sha256: str = ByteTokenizer.sha256, **changes: object) -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
+        model.head.weight.mul_(0.1)  # no surer than a guess
     save_model(folder, config, model.state_dict(), {"tokenizer.json": json.dumps({**BYTES, "sha256": sha256}).encode()})
     return folder
 
@@ -227,6 +229,24 @@ def test_what_is_printed(exported: Path, store: Store, call) -> None:
     assert columns.split("  ")[0] == "LSH layers" and f"{nats / n_tokens:.4f} ± " in as_trained
     assert as_trained.startswith("2 rounds ") and dense.startswith("dense ") and "+" not in as_trained
     assert rest[2].split() == ["LSH", "layers", "4", "16", "64", "256"] and len(rest) == 5
+
+
+def test_tokens_that_are_those_of_another_model_are_noted(store: Store, call, tmp_path: Path) -> None:
+    """A new model is as good as a guess; one that is sure of something else is worse."""
+    sure = write(tmp_path / "sure", n_layers=1)
+    model = load_model(sure)
+    with torch.no_grad():
+        model.head.bias[7] = 30.0
+    save_model(tmp_path / "of_others", model.config, model.state_dict(), {})
+    said = (
+        r"note: \d\d\.\d{4} nats are more than a guess among all 258 tokens takes, 5\.5530: are the store's token ids"
+    )
+    assert re.search(said, call(tmp_path / "of_others", store.path)[2])
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.zero_()
+    save_model(tmp_path / "guess", model.config, model.state_dict(), {})
+    assert "a guess among" not in call(tmp_path / "guess", store.path)[2]
 
 
 def test_of_one_document_nothing_is_said_about_others(exported: Path, call, tmp_path: Path) -> None:

@@ -223,13 +223,17 @@ def test_folders_that_are_no_export(tmp_path: Path, call) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "SHA256SUMS").touch()
-    save_hf(Reformer(ReformerConfig(vocab_size=258, max_seq_len=64, d_model=16, n_heads=2)), tmp_path / "hf")
+    model = Reformer(ReformerConfig(vocab_size=258, max_seq_len=64, d_model=16, n_heads=2, n_buckets=4))
+    for name in ("hf", "theirs"):
+        save_hf(model, tmp_path / name)
+    (tmp_path / "theirs" / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": []}')
     messages = {
-        "nowhere": "nowhere is not a folder: give one that launch/export.py wrote",
+        "nowhere": "nowhere is not a folder: give one that launch/export.py or save_pretrained wrote",
         "empty": "empty/config.json is missing: give a folder that launch/export.py or save_model wrote",
         "run": "export its model first, python launch/export.py",
         "checkpoint": "export its model first, python launch/export.py",
         "hf": "has no tokenizer (tokenizer.json is missing)",
+        "theirs": "theirs/tokenizer.json is Hugging Face's, which is not read here: continue the model's tokens in",
     }
     for name, message in messages.items():
         code, out, error = call(tmp_path / name, "abc")

@@ -58,6 +58,7 @@ def test_tensor_names_cover_the_state_exactly_once() -> None:
     ("changes", "message"),
     [
         ({"model_type": "bert"}, "model_type='bert'.*folder of a Reformer"),
+        ({"attn_pattern": ["lsh"]}, "is one of launch/export.py or save_model: read the folder with load_model"),
         ({"attn_layers": ["local", "global"]}, r"attn_layers=\['local', 'global'\]: expected a list"),
         ({"attn_layers": []}, r"attn_layers=\[\]"),
         ({"attn_layers": 4}, "attn_layers=4"),

@@ -116,6 +116,37 @@ def test_a_model_of_shorter_sequences(tmp_path: Path) -> None:
         check_initial(folder, model_config(axial_shape=(2, 16), max_seq_len=32, n_buckets=8), STORE, OURS)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_of_fewer_tokens(tmp_path: Path, tied: bool) -> None:
+    """Hugging Face's have no BOS and EOS of ours: these are new, and what it says of the others is what it said."""
+    model = Reformer(model_config(tie_embeddings=tied)).eval()
+    with torch.no_grad():
+        model.head.bias.uniform_(-3, -1)
+    folder = write(tmp_path / "model", model)
+    larger = model_config(vocab_size=2020, tie_embeddings=tied)
+    assert check_initial(folder, larger, STORE, OURS) == [
+        "model.vocab_size is 2020, and 20 there (run.init_from)",
+        f"tokens from 20 on are not in {folder}: they begin as random ones",
+        f"{folder} {UNKNOWN}",
+    ]
+    read = read_initial(folder, larger, seed=5)
+    grown, tokens = assemble(larger, read).eval(), torch.randint(0, 20, (2, 64))
+    with torch.no_grad():
+        assert torch.equal(grown(tokens)[..., :20], model(tokens))
+    for name in initial.TOKENS[:: 2 if tied else 1]:
+        old, new = read[name][:20], read[name][20:]
+        assert len(new) == 2000 and not torch.equal(new, read_initial(folder, larger, seed=6)[name][20:])
+        torch.testing.assert_close(new.mean(dim=0), old.mean(dim=0), atol=0.12 * float(old.std()), rtol=0)
+        assert float(new.std() / old.std()) == pytest.approx(1, abs=0.1)
+    with pytest.raises(ConfigError, match="vocab_size is 18, and 20 there"):
+        check_initial(folder, model_config(vocab_size=18, tie_embeddings=tied), STORE, OURS)
+
+
+def test_layers_of_the_same_kinds_are_no_difference(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", kind="bytes", sha256=OURS)
+    assert check_initial(folder, model_config(attn_pattern=["local", "lsh"] * 2), STORE, OURS) == []
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", kind="bytes", sha256=OURS)
     with pytest.raises(ConfigError) as error:
@@ -153,7 +184,8 @@ def test_another_tokenizer_is_refused(tmp_path: Path, record: dict[str, str], wa
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "nowhere", write(tmp_path / "model") / "config.json"):
         with pytest.raises(
-            ConfigError, match=f"init_from={folder} is not a folder: give one that launch/export.py wrote"
+            ConfigError,
+            match=f"init_from={folder} is not a folder: give one that launch/export.py or save_pretrained wrote",
         ):
             read_initial(folder, model_config(), 0)
     with pytest.raises(ConfigError, match=r"config\.json is missing: give a folder that launch/export\.py"):

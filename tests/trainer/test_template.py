@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from reformer import Reformer, ReformerConfig, save_model
+from reformer.hf import save_hf
 from trainer.config import RunConfig, load
 from trainer.template import TABLES, template
 
@@ -53,6 +55,25 @@ def test_what_is_said_of_values() -> None:
         "(path; needed) # dir =",
     ):
         assert said in text
+
+
+def test_with_a_folder_it_is_of_the_model_there(tmp_path: Path) -> None:
+    config = ReformerConfig(vocab_size=300, max_seq_len=96, d_model=16, n_heads=2, n_buckets=(4, 2), activation="gelu")
+    save_model(tmp_path / "own", config, Reformer(config).state_dict(), {})
+    save_hf(Reformer(config), tmp_path / "theirs")
+    for name in ("own", "theirs"):
+        printed = template(tmp_path / name)
+        tables = tomllib.loads(printed)
+        assert ReformerConfig(**tables["model"]) == config
+        assert tables["run"] == {"init_from": str(tmp_path / name)} and tables["data"] == {}
+        assert uncommented(printed).keys() == uncommented(template()).keys()
+
+
+def test_a_folder_without_a_model_has_no_template(tmp_path: Path) -> None:
+    command = [sys.executable, "launch/train.py", "--template", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "config.json is missing: give a folder that" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_command_prints_a_file_that_only_lacks_what_is_needed(tmp_path: Path) -> None:
