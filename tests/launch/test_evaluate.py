@@ -54,7 +54,7 @@ def write(folder: Path, sha256: str = ByteTokenizer.sha256, **changes: object) -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-        model.head.weight.mul_(0.1)  # no surer than a guess
+        model.head.weight.mul_(0.01)  # no surer than a guess
     save_model(folder, config, model.state_dict(), {"tokenizer.json": json.dumps({**BYTES, "sha256": sha256}).encode()})
     return folder
 
