@@ -41,6 +41,8 @@ MOST_ROUNDS = 1024
 """Far more than are of use: a typing error is not computed for hours."""
 FEWEST_DOCUMENTS = 10
 """A standard deviation of fewer is mostly chance."""
+NO_BETTER = 0.6
+"""Nats above those of a guess among all tokens: a model that has not been trained has half of one."""
 
 
 def attention(word: str) -> Attention:
@@ -159,10 +161,10 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{arguments.folder} on {len(numbers)} rows of {arguments.split} in {store.path}: {predicted}\n")
             print(tables(record["settings"]))
             guess, nats = math.log(model.config.vocab_size), record["settings"][0]["nats_per_token"]
-            if nats > guess:
+            if nats > guess + NO_BETTER:
                 print(
-                    f"note: {nats:.4f} nats are more than a guess among all {model.config.vocab_size} tokens takes, "
-                    f"{guess:.4f}: are the store's token ids those that the model was trained with?",
+                    f"note: {nats:.4f} nats are more than the {guess:.4f} of a guess among {model.config.vocab_size} "
+                    f"tokens: are the store's token ids those that the model was trained with?",
                     file=sys.stderr,
                 )
 
