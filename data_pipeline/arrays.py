@@ -172,8 +172,11 @@ def _open_array(stream: BinaryIO, label: str, others: Sequence[str]) -> Array | 
         dtype = np.dtype(np.uint8)  # as which it is stored
     if dtype.kind not in "iu":
         named = " or ".join([*others[:_MOST_NAMED], *["another"] * (len(others) > _MOST_NAMED)])
-        way_out = f"name the one to read, --field {named}" if others else "convert it to integers"
-        return BadDocument("unreadable", f"its {label} holds {_describe(dtype)}, not integers: {way_out}")
+        way_out = "save each piece as an array of its own, numpy.savez(file, *pieces)"
+        if not dtype.hasobject:
+            way_out = f"name the one to read, --field {named}" if others else "convert it to integers"
+        where = "" if label == _ONLY else f" in its {label}"
+        return BadDocument("unreadable", f"holds {_describe(dtype)}{where}, not integers: {way_out}")
     if fortran_order and len(shape) > 1:
         return BadDocument(
             "unreadable", f"its {label} is in Fortran order: save numpy.ascontiguousarray(array) instead"

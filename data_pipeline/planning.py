@@ -171,8 +171,9 @@ def notes_on_items(documents: Documents, kept: np.ndarray, files: Sequence[Input
     if len(kept) < 2 or (typical := int(np.median(n_tokens))) > _FEW_TOKENS:
         return []
     return [
-        f"{len(kept):,} items of arrays are a document each, of {typical} tokens (the median): if such an array is "
-        "one piece, save it flat, or with a leading dimension of 1"
+        f"{len(kept):,} documents out of arrays have {typical} tokens (the median). An array of more than one "
+        "dimension is a document for each item of the first: if such an array is one piece, save it flat, or with a "
+        "leading dimension of 1"
     ]
 
 

@@ -230,7 +230,7 @@ class _PartWriter:
 def _ways_out(problem: str, kind: str) -> str:
     """What can be done about a problem that is to stop the build, given the kind of tokenizer."""
     if problem == "encoding" and kind == "integers":
-        change, others = "give a larger --vocab-size unless it is negative, ", "encoding=skip"
+        change, others = "give a larger --vocab-size (add a constant where values are negative), ", "encoding=skip"
     else:
         change = "name its --encoding, " if problem == "encoding" and kind == "sentencepiece" else ""
         change = "raise --max-record-bytes, " if problem == "oversized" else change

@@ -137,13 +137,26 @@ class IntegerTokenizer:
         sizes[[self.bos_id, self.eos_id]] = 0
         return sizes
 
-    def encode(self, data: bytes) -> np.ndarray:
-        """The values, checked: raises DataError for one outside the vocabulary, which would read as BOS or EOS."""
-        values = np.frombuffer(data, self._value_dtype)
-        if values.size and values.max() >= self.bos_id:
-            raise DataError(
-                f"the value {values.max()} is outside the vocabulary of --vocab-size {self.bos_id}: give a larger one"
-            )
+    def encode(self, data: bytes | np.ndarray) -> np.ndarray:
+        """The ids [n] of the bytes of a document, or of an array of values of any integer type, flattened.
+
+        Raises DataError for a value outside the vocabulary, which would read as BOS or EOS, and for what is no whole
+        number of values.
+        """
+        if isinstance(data, np.ndarray):
+            values = data.ravel()
+            if values.dtype.kind not in "iu":
+                raise DataError(f"an array of {values.dtype} holds no integers: convert it")
+        elif len(data) % self._value_dtype.itemsize:
+            raise DataError(f"{len(data)} bytes are no values of {self._value_dtype.itemsize} bytes each")
+        else:
+            values = np.frombuffer(data, self._value_dtype)
+        for value in (values.min(), values.max()) if values.size else ():
+            if not 0 <= value < self.bos_id:
+                raise DataError(
+                    f"the value {value} is outside the vocabulary of --vocab-size {self.bos_id}: expected 0 to "
+                    f"{self.bos_id - 1}"
+                )
         return values.astype(token_dtype(self.vocab_size))
 
     def decode(self, ids: np.ndarray) -> bytes:

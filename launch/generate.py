@@ -85,12 +85,13 @@ def read_prompt(argument: str) -> bytes:
     return sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
 
 
-def check_draws(config: ReformerConfig, tokens: Tensor, n_tokens: int, draws: Mapping[str, float]) -> None:
-    """Raises ConfigError where the tokens [T] cannot be continued so."""
+def check_draws(config: ReformerConfig, tokens: Tensor, n_tokens: int, draws: Mapping[str, float], bos: bool) -> None:
+    """Raises ConfigError where the tokens [T], the first of which may be BOS, cannot be continued so."""
     try:
         check_continuation(config, tokens, n_tokens, **draws)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        counted = " (BOS, which the prompt begins with, is one of them)"
+        raise ConfigError(f"{error}{counted if bos and 'max_seq_len' in str(error) else ''}") from None
 
 
 def print_text(tokenizer: Tokenizer, tokens: Tensor, added: Iterable[int]) -> None:
@@ -157,7 +158,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     model, tokenizer, ends = read_folder(arguments.folder)
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
-    check_draws(model.config, tokens, arguments.tokens, draws)  # before anything is printed
+    check_draws(model.config, tokens, arguments.tokens, draws, ends.bos)  # before anything is printed
     continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos, arguments.samples)
     seeds = range(arguments.seed, arguments.seed + arguments.samples)
     if arguments.output is None:

@@ -63,7 +63,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _listed(given: Any) -> str:
-    """The list that somebody may have meant by a text or a number, as TOML and JSON write it."""
+    """The list that somebody may have meant by a text, as TOML and JSON write it."""
+    if isinstance(given, int | float):
+        return ""
     words = [word.strip("'\"") for word in re.split(r"[\s,]+", str(given).strip("[]() ")) if word]
     return f", such as {json.dumps([int(word) if word.isdecimal() else word for word in words])}" if words else ""
 

@@ -35,13 +35,17 @@ class StoreFacts:
     tokenizer_sha256: str
     fingerprint: str
     """Of its content, wherever it lies."""
+    bos: bool = True
+    eos: bool = True
+    """Whether documents begin with BOS and end with EOS."""
 
     @classmethod
     def of(cls, store: Store) -> Self:
         """The facts of a store on disk."""
         rows = {name: sum(stop - start for start, stop in store.split_rows(name)) for name in store.manifest.splits}
         manifest = store.manifest
-        return cls(store.seq_len, store.vocab_size, rows, manifest.tokenizer_sha256, manifest.fingerprint)
+        place = (manifest.tokenizer_sha256, manifest.fingerprint)
+        return cls(store.seq_len, store.vocab_size, rows, *place, manifest.bos, manifest.eos)
 
 
 def check(
@@ -80,7 +84,9 @@ def _tiny_weights(data: DataConfig) -> list[str]:
     ]
 
 
-def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
+def remarks(
+    config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts] = MappingProxyType({})
+) -> list[str]:
     """What is no contradiction, and may yet not be meant."""
     model, run, notes = config.model, config.run, []
     if model.max_seq_len != store.seq_len:
@@ -96,6 +102,12 @@ def remarks(config: RunConfig, store: StoreFacts) -> list[str]:
                 f"(run.eval_every={run.eval_every}, run.save_every={run.save_every}); the best of these is kept"
             )
     notes += _tiny_weights(config.data)
+    for name, facts in sources.items():
+        if other := [mark.upper() for mark in ("bos", "eos") if getattr(facts, mark) != getattr(store, mark)]:
+            notes.append(
+                f"data.mixture.{name}: documents of {config.data.mixture[name].store} differ from those of "
+                f"{config.data.store} in whether they have {' and '.join(other)}"
+            )
     rows, columns = sorted(model.axial_shape or (1, 1))
     if columns > UNEVEN * rows:
         better = next(n for n in count(model.max_seq_len) if max(near_square(n)) <= 2 * min(near_square(n)))
@@ -181,8 +193,9 @@ def _splits(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFac
     problems = []
     for one in trained + evaluated:
         if not one.store.rows.get(one.name):
+            way_out = "; build it with --split, or set run.eval_every=0" if one in evaluated else ""
             full = ", ".join(f"'{known}'" for known, rows in one.store.rows.items() if rows)
-            problems.append(f"{one.key}='{one.name}' has no rows in {one.path}: its splits are {full}")
+            problems.append(f"{one.key}='{one.name}' has no rows in {one.path}: its splits are {full}{way_out}")
     for one in trained:
         same = [each for each in evaluated if (each.name, each.store.fingerprint) == (one.name, one.store.fingerprint)]
         if same:

@@ -49,8 +49,9 @@ def read_job(
     config, deepspeed = load(path, overrides, deepspeed_path)
     store, sources = Store.open(config.data.store), open_sources(config.data)
     facts = StoreFacts.of(store)
-    check(config, deepspeed, facts, launch.world_size, {name: StoreFacts.of(each) for name, each in sources.items()})
-    notes = remarks(config, facts)
+    of_sources = {name: StoreFacts.of(each) for name, each in sources.items()}
+    check(config, deepspeed, facts, launch.world_size, of_sources)
+    notes = remarks(config, facts, of_sources)
     is_new = not published(config.run.dir)
     if config.run.init_from and is_new:  # a run that goes on has weights of its own
         notes += check_initial(config.run.init_from, config.model, store.path, facts.tokenizer_sha256)

@@ -118,7 +118,8 @@ def test_a_piece_that_was_read_as_many_documents_is_told(tmp_path: Path) -> None
     np.save(tmp_path / "chorale.npy", np.ones((50, 4), np.uint8))
     settings = BuildSettings((str(tmp_path),), "integers", tmp_path / "store", vocab_size=100, seq_len=64)
     assert build(settings).notes == (
-        "50 items of arrays are a document each, of 6 tokens (the median): if such an array is one piece, save it "
+        "50 documents out of arrays have 6 tokens (the median). An array of more than one dimension is a document for "
+        "each item of the first: if such an array is one piece, save it "
         "flat, or with a leading dimension of 1",
     )
     np.save(tmp_path / "chorale.npy", np.ones((1, 50, 4), np.uint8))
@@ -137,7 +138,7 @@ def test_integer_arrays(tmp_path: Path) -> None:
     assert texts["melody.npy/0"] == melody.astype(np.uint8).tobytes()
     assert verify(store.path) == []
     message = (
-        r"has the value 100 at place 100: expected 0 to 99: mend it, leave it out, give a larger --vocab-size unless"
+        r"has the value 100 at place 100: expected 0 to 99: mend it, leave it out, give a larger --vocab-size .add a"
     )
     way_out = r"or build with --on-bad encoding=skip; skip leaves the whole document out\. What"
     with pytest.raises(DataError, match=rf"melody.npy.*{message} .* {way_out}"):

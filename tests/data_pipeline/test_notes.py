@@ -93,7 +93,7 @@ def test_items_that_were_left_out_do_not_count(tmp_path: Path) -> None:
     chorale[:20] = 999
     np.save(tmp_path / "chorale.npy", chorale)
     (note,) = notes(tmp_path, policies={"encoding": "skip"})
-    assert note.startswith("30 items of arrays are a document each, of 6 tokens")
+    assert note.startswith("30 documents out of arrays have 6 tokens (the median). An array of more than")
     chorale[:49] = 999
     np.save(tmp_path / "chorale.npy", chorale)
     assert notes(tmp_path, policies={"encoding": "skip"}, output=tmp_path / "one") == ()

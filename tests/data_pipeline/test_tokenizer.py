@@ -66,8 +66,29 @@ def test_the_most_integers_fit_their_type() -> None:
 
 
 def test_a_value_outside_the_vocabulary_is_no_special_id() -> None:
-    with pytest.raises(DataError, match=r"value 11 is outside the vocabulary of --vocab-size 10: give a larger one"):
+    with pytest.raises(DataError, match=r"value 11 is outside the vocabulary of --vocab-size 10: expected 0 to 9"):
         load_tokenizer("integers", 10).encode(bytes([9, 11]))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i8", ">u2", "<u4", "i2"])
+def test_arrays_of_any_integer_type_are_their_values(dtype: str) -> None:
+    values = np.array([[9, 0, 3], [1, 2, 50]], dtype)
+    for n_values in (51, 1000, 2**20):
+        tokenizer = load_tokenizer("integers", n_values)
+        assert tokenizer.encode(values).tolist() == tokenizer.encode(values[:, ::-1][:, ::-1]).tolist()
+        assert tokenizer.encode(values).tolist() == [9, 0, 3, 1, 2, 50]
+    with pytest.raises(DataError, match="the value 50 is outside the vocabulary of --vocab-size 50: expected 0 to 49"):
+        load_tokenizer("integers", 50).encode(values)
+
+
+def test_what_is_no_array_of_values_is_refused() -> None:
+    tokenizer = load_tokenizer("integers", 1000)
+    with pytest.raises(DataError, match="the value -1 is outside the vocabulary"):
+        tokenizer.encode(np.array([3, -1]))
+    with pytest.raises(DataError, match="an array of float64 holds no integers: convert it"):
+        tokenizer.encode(np.array([3.0]))
+    with pytest.raises(DataError, match="3 bytes are no values of 2 bytes each"):
+        tokenizer.encode(bytes(3))
 
 
 def test_tokenizers_of_integers_are_told_apart() -> None:

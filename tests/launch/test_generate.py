@@ -208,7 +208,10 @@ def test_a_prompt_that_is_no_text(exported: Path, pieces: Path, call) -> None:
         (("--tokens", "-1"), "n_tokens=-1 must be at least 0"),
         (("--tokens", "5", "--temperature", "-1"), "temperature=-1.0 must be at least 0"),
         (("--tokens", "5", "--top-p", "0"), "top_p=0.0 must be above 0 and at most 1"),
-        (("--tokens", "61"), "4 tokens and 61 more are beyond max_seq_len=64: add at most 60"),
+        (
+            ("--tokens", "61"),
+            "4 tokens and 61 more are beyond max_seq_len=64: add at most 60 (BOS, which the prompt begins with, is one",
+        ),
     ],
 )
 def test_what_is_asked_for_is_checked_before_anything_is_printed(

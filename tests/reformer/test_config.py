@@ -57,7 +57,7 @@ def test_errors(values: dict[str, object], message: str) -> None:
         ({"dropout": "0.1"}, "'dropout': input should be a valid number"),
         ({"attn_pattern": "lsh"}, r"'attn_pattern': input should be a list, such as \[\"lsh\"\]"),
         ({"attn_pattern": "[local, lsh]"}, r"input should be a list, such as \[\"local\", \"lsh\"\] \(got '\[local, "),
-        ({"axial_shape": 64}, r"'axial_shape': input should be a list, such as \[64\] \(got 64\)"),
+        ({"axial_shape": 64}, r"'axial_shape': input should be a list \(got 64\)"),
         ({"axial_shape": "(16, 4)"}, r"'axial_shape': input should be a list, such as \[16, 4\] \(got '\(16, 4\)'\)"),
         ({"axial_shape": ""}, r"'axial_shape': input should be a list \(got ''\)"),
         ({"axial_shape": date(2020, 1, 1)}, r"input should be a list, such as \[\"2020-01-01\"\] \(got datetime"),

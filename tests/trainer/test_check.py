@@ -143,7 +143,10 @@ def test_what_is_switched_off_is_no_contradiction(harmless: dict[str, Any]) -> N
         ({"model_vocab_size": 300}, "model.vocab_size=300, but .* has 258 tokens: set model.vocab_size=258"),
         ({"model_vocab_size": 257}, "model.vocab_size=257, but .* has 258 tokens: set model.vocab_size=258"),
         ({"model_max_seq_len": 128}, "model.max_seq_len=128, but .* 256 tokens: set model.max_seq_len=256"),
-        ({"data_eval_split": "test"}, "data.eval_split='test' has no rows in .*: its splits are 'train', 'val'"),
+        (
+            {"data_eval_split": "test"},
+            "data.eval_split='test' has no rows in .*: its splits are 'train', 'val'; build it with --split, or",
+        ),
         ({"data_train_split": "empty"}, "data.train_split='empty' has no rows"),
         ({"model_causal": False}, "model.causal=False: the trainer predicts the next token"),
     ],
@@ -190,6 +193,14 @@ def test_a_weight_below_the_least_share_is_remarked_on() -> None:
 
 def test_positions_that_no_row_has_are_remarked_on() -> None:
     assert remarks(make_config(), STORE) == []
+    sources = {"wiki": {"store": "data/wiki", "weight": 1.0}, "books": {"store": "data/books", "weight": 1.0}}
+    facts = {"wiki": replace(STORE, eos=not STORE.eos, bos=not STORE.bos), "books": STORE}
+    mixed = make_config(data_mixture=sources)
+    (line,) = remarks(mixed, STORE, facts)
+    assert line == (
+        f"data.mixture.wiki: documents of data/wiki differ from those of {mixed.data.store} in whether they have BOS "
+        "and EOS"
+    )
     (line,) = remarks(make_config(model_max_seq_len=512), STORE)
     assert line.startswith("model.max_seq_len=512, and the rows of ")
     assert line.endswith(" have 256 tokens: positions after them are not trained")
