@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,6 +70,29 @@ def test_other_files_lie_beside_the_model(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("folder", ["new/deeper/model", "."])
+def test_any_folder_that_is_not_there_or_empty_will_do(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    save_model(folder, CONFIG, parameters(CONFIG))
+    assert load_model(tmp_path / "empty" / folder).config == CONFIG
+
+
+def test_weights_in_another_order_of_memory_are_saved_as_they_are(tmp_path: Path) -> None:
+    weights = {name: x.T.contiguous().T if x.ndim == 2 else x for name, x in parameters(CONFIG).items()}
+    assert not all(x.is_contiguous() for x in weights.values())
+    save_model(tmp_path / "model", CONFIG, weights)
+    loaded = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(loaded[name], x) for name, x in weights.items())
+
+
+def test_the_file_says_that_it_is_of_torch(saved: Path) -> None:
+    with safe_open(saved / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
 def test_others_may_read_the_weights_as_they_may_any_file(saved: Path) -> None:
     modes = {file.name: file.stat().st_mode for file in saved.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
@@ -100,6 +124,22 @@ def test_files_that_are_missing_or_damaged(saved: Path, tmp_path: Path) -> None:
         load_model(saved)
     (saved / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"model/config.json is not JSON"):
+        load_model(saved)
+
+
+def test_a_folder_in_the_place_of_a_file_and_a_file_in_that_of_the_folder(saved: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.safetensors/config.json is not JSON \(.*Not a directory"):
+        load_model(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    (saved / "model.safetensors").mkdir()
+    with pytest.raises(ConfigError, match=r"model/model.safetensors is damaged"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"reformer"', "7"])
+def test_a_configuration_that_is_no_table(saved: Path, content: str) -> None:
+    (saved / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"model/config.json does not say {'format'"):
         load_model(saved)
 
 
@@ -158,6 +198,12 @@ def test_what_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="model exists and is not an empty folder: remove it"):
         save_model(tmp_path / "model", CONFIG, parameters(CONFIG))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_existing_folder_is_refused_before_anything_is_written(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reformer.weights.save_file", lambda *_, **__: pytest.fail("written"))
+    with pytest.raises(FileExistsError):
+        save_model(saved, CONFIG, parameters(CONFIG))
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
