@@ -337,6 +337,29 @@ def test_dense_never_has_all_scores_at_once() -> None:
     assert 64 * n_tokens <= largest.numel <= dense_module.BLOCK_SCORES["cpu"] < n_tokens**2
 
 
+@pytest.mark.parametrize(
+    ("device", "n_heads", "n_tokens", "heads_of_block", "queries_of_block"),
+    [
+        ("cpu", 200, 100, 52, 100),
+        ("cpu", 3, 1024, 2, 256),
+        ("cpu", 3, 4096, 1, 128),
+        ("cpu", 3, 2**20, 1, 64),
+        ("meta", 100, 1000, 67, 1000),
+        ("meta", 3, 2**15, 1, 2048),
+        ("meta", 3, 2**21, 1, 64),
+    ],
+)
+def test_blocks_of_dense_attention_are_as_large_as_memory_allows(
+    device: str, n_heads: int, n_tokens: int, heads_of_block: int, queries_of_block: int
+) -> None:
+    """ "meta" stands for whatever is no CPU."""
+    like = torch.empty(1, device=device).expand(n_heads, n_tokens, 8)
+    view = dense_module._View(True, None, None, None, dropout=0.0, dropout_keys_G=None)
+    first = next(view.blocks(like))
+    assert (first.heads, first.queries) == (slice(0, heads_of_block), slice(0, queries_of_block))
+    assert first.keys == first.queries
+
+
 def test_zero_vectors_have_zero_keys_without_gradient() -> None:
     """A key of norm 1 does not exist for them; dividing by a tiny norm gave gradients of 1e38."""
     qk, v, d_out = random_inputs(40)
@@ -362,6 +385,20 @@ def test_zero_vectors_have_zero_keys_without_gradient() -> None:
 def test_dense_errors_name_what_was_expected(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dense_attention(**{"qk": torch.zeros(1, 1, 4, 2), "v": torch.zeros(1, 1, 4, 2), **changes})
+
+
+@pytest.mark.parametrize("kind", ["lsh", "local", "dense"])
+def test_a_padding_mask_of_integers_is_one_of_what_is_not_zero(kind: str) -> None:
+    qk, v, _ = random_inputs(40)
+    seen = make_masks(("padding",), 40)["key_padding_mask"]
+    attend = {
+        "lsh": lambda mask: lsh_attention(
+            qk, v, torch.zeros(2, 2, 1, 40).long(), n_hashes=1, chunk_len=8, key_padding_mask=mask
+        )[0],
+        "local": lambda mask: local_attention(qk, qk, v, chunk_len=8, key_padding_mask=mask),
+        "dense": lambda mask: dense_attention(qk, v, key_padding_mask=mask),
+    }[kind]
+    assert torch.equal(attend(2 * seen.int()), attend(seen)) and not torch.equal(attend(seen), attend(None))
 
 
 @pytest.mark.parametrize("kind", ["lsh", "local"])
