@@ -158,6 +158,15 @@ def test_results_of_chunks_are_put_together_with_gradients_and_without(chunk_tok
         assert torch.equal(one, other)
 
 
+@torch.no_grad()
+def test_a_chunk_that_is_all_tokens_is_the_result_without_a_copy() -> None:
+    x_BTM = torch.randn(2, 7, 6)
+    doubled = x_BTM * 2
+    for chunk_tokens in (7, 8):
+        (result,) = map_chunks(lambda x: (doubled,), x_BTM, chunk_tokens)
+        assert result.data_ptr() == doubled.data_ptr()
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "on_cpu", "on_gpu"),
     [
@@ -183,6 +192,7 @@ def test_chunks_of_layers_are_larger_on_a_gpu() -> None:
         (ReformerConfig(vocab_size=9, d_model=1024), 1, 4096, 32_768),
         (ReformerConfig(vocab_size=9, d_model=1024), 4, 4096, 8192),
         (ReformerConfig(vocab_size=9, d_ff=8), 2, 4096, 262_144),
+        (ReformerConfig(vocab_size=9, d_ff=2**28), 1, 4096, 1),
         (ReformerConfig(vocab_size=9, ff_chunk_tokens=5), 3, 5, 5),
     ):
         for device, expected in (("cpu", on_cpu), ("meta", on_gpu)):

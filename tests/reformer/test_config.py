@@ -3,6 +3,7 @@
 from datetime import date
 
 import pytest
+from pydantic import ValidationError
 
 from reformer import ConfigError, ReformerConfig
 
@@ -19,22 +20,47 @@ def test_attention_pattern_repeats() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "n_layers", "has_lsh"),
+    [(("local", "lsh"), 1, False), (("local", "lsh"), 2, True), (("dense",), 3, False), (("lsh", "local"), 1, True)],
+)
+def test_a_model_has_lsh_if_one_of_its_layers_is(pattern: tuple[str, ...], n_layers: int, has_lsh: bool) -> None:
+    assert ReformerConfig(vocab_size=10, n_layers=n_layers, attn_pattern=pattern).has_lsh == has_lsh
+
+
+def test_a_configuration_does_not_change() -> None:
+    config = ReformerConfig(vocab_size=10)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.d_model = 64
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"n_hash": 2}, "unknown key 'n_hash': did you mean 'n_hashes'"),
+        ({"heads": 2}, "unknown key 'heads': did you mean 'n_heads'"),
         ({"zzzzzzzz": 2}, "the known keys are vocab_size"),
         ({"d_model": "wide"}, "'d_model': input should be a valid integer.*got 'wide'"),
         ({"d_model": 30}, "d_model=30 is not divisible by n_heads=4"),
         ({"n_layers": 0}, "'n_layers'"),
+        ({"n_heads": 0}, "'n_heads'.*greater than or equal to 1"),
+        ({"max_seq_len": 0}, "'max_seq_len'.*greater than or equal to 1"),
+        ({"d_model": 0}, "'d_model'.*greater than or equal to 1"),
         ({"n_buckets": (4, 3)}, "must be even"),
         ({"n_buckets": ()}, "must be even"),
         ({"attn_pattern": ()}, "attn_pattern is empty"),
         ({"axial_shape": (3, 4)}, r"axial_shape=\(3, 4\) covers 12 positions, but max_seq_len=65536.*\(256, 256\)"),
         ({"axial_dims": (3, 4)}, "must sum to d_model=256"),
+        ({"axial_dims": (-4, 260)}, "must sum to d_model=256"),
         ({"attn_pattern": ["global"]}, "'attn_pattern.0'"),
         ({"n_buckets": 0}, "n_buckets=0: each factor must be even and at least 2"),
         ({"n_buckets": (2**13, 2**12)}, "there can be up to 16,777,216 buckets"),
         ({"dropout": 1.0}, "'dropout'"),
+        ({"attn_dropout": 1.0}, "'attn_dropout'.*less than 1"),
+        ({"attn_dropout": -0.1}, "'attn_dropout'.*greater than or equal to 0"),
+        ({"norm_eps": 0.0}, "'norm_eps'.*greater than 0"),
+        ({"seed": 2**63}, "'seed'.*less than 9223372036854775808"),
+        ({"seed": -1}, "'seed'.*greater than or equal to 0"),
+        ({"vocab_size": 1}, "'vocab_size'.*greater than or equal to 2"),
         ({"vocab_size": None}, "'vocab_size'"),
         ({"vocab_size": 0}, "'vocab_size'.*greater than or equal to 2"),
         ({"loss_chunk_tokens": 0}, "'loss_chunk_tokens'.*greater than or equal to 1"),
