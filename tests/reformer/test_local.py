@@ -37,6 +37,8 @@ def test_equals_dense(n_tokens: int, chunk_len: int, causal: bool, masked: bool)
     [
         ({"v": torch.zeros(1, 2, 5, 8)}, r"q and k and v must all be \[B, H, T, D\]"),
         ({"k": torch.zeros(1, 2, 6, 4)}, "q and k and v must all be"),
+        (dict.fromkeys("qkv", torch.zeros(1, 2, 0, 4)), r"each at least 1, got \[1, 2, 0, 4\]"),
+        (dict.fromkeys("qkv", torch.zeros(1, 2, 5, 0)), r"each at least 1, got \[1, 2, 5, 0\]"),
         ({"k": torch.zeros(1, 2, 5, 4, dtype=torch.float64)}, "one floating-point dtype"),
         ({"key_padding_mask": torch.ones(1, 6)}, r"key_padding_mask must be \[B, T\] = \[1, 5\]"),
         ({"chunk_len": 0}, "chunk_len=0 must be an int"),
