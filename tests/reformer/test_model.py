@@ -6,6 +6,7 @@ from parity import gradients
 from torch.nn import functional as F
 
 from reformer import Reformer, ReformerConfig
+from reformer.heads import check_tokens
 from reformer.positions import AxialPositions
 
 SMALL = {"vocab_size": 20, "max_seq_len": 64, "d_model": 16, "n_layers": 2, "n_heads": 2, "lsh_chunk_len": 8}
@@ -33,6 +34,16 @@ def test_tokens_are_rows(shape: tuple[int, ...]) -> None:
     model = Reformer(ReformerConfig(vocab_size=20, max_seq_len=64, d_model=16, n_heads=2))
     with pytest.raises(ValueError, match=r"tokens must be \[B, T\], each at least 1"):
         model(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_an_array_of_tokens_is_told_how_to_become_a_tensor() -> None:
+    with pytest.raises(ValueError, match=r"must be a torch tensor of integers, got ndarray: use torch.as_tensor"):
+        Reformer(ReformerConfig(**SMALL))(torch.ones(1, 5, dtype=torch.int64).numpy())
+
+
+def test_tokens_that_are_not_on_the_cpu_are_not_waited_for() -> None:
+    """ "meta" stands for whatever is no CPU: there is no value to look at."""
+    check_tokens(torch.zeros(1, 5, dtype=torch.int64, device="meta"), 20)
 
 
 def test_backward_twice_is_refused() -> None:
