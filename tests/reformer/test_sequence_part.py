@@ -271,3 +271,11 @@ def test_parts_that_do_not_divide_the_heads_are_refused() -> None:
 def test_a_part_past_the_table_of_positions_is_refused() -> None:
     with pytest.raises(ValueError, match="the sequence has 88 tokens but the position table covers 12 x 7 = 84"):
         make_model()(torch.zeros(1, 44, dtype=torch.long), part=SequencePart(1, 2, torch.clone))
+
+
+def test_a_penalty_on_gradients_through_an_exchange_is_refused() -> None:
+    """Whoever exchanges does so past autograd: second derivatives would be left out without a word."""
+    x = torch.randn(1, 2, 3, 4, requires_grad=True)
+    (out,) = SequencePart(0, 2, lambda sent: sent).to_heads([x])
+    with pytest.raises(RuntimeError, match=r"second derivatives .* not available through an exchange"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
