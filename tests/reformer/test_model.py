@@ -54,6 +54,20 @@ def test_backward_twice_is_refused() -> None:
         loss.backward()
 
 
+def test_a_new_model_starts_as_glorot_has_it_with_norms_that_change_nothing() -> None:
+    torch.manual_seed(0)
+    model = Reformer(ReformerConfig(**SMALL))
+    for name, parameter in model.blocks.named_parameters():
+        if parameter.ndim == 2:
+            bound = (6 / sum(parameter.shape)) ** 0.5
+            assert 0.95 * bound < parameter.abs().max() <= bound, name
+        else:
+            assert (parameter == ("norm_weight" in name)).all(), name
+    config = ReformerConfig(vocab_size=2, d_model=128, max_seq_len=10_000)
+    for table in AxialPositions(config).parameters():
+        assert 0.019 < table.std() < 0.021
+
+
 def test_axial_positions_concatenate_row_and_column() -> None:
     config = ReformerConfig(vocab_size=2, d_model=6, n_heads=1, max_seq_len=12, axial_shape=(3, 4), axial_dims=(2, 4))
     positions = AxialPositions(config)
