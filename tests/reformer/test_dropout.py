@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reformer.lsh.dropout import check_dropout, keep_factor, mix
+from reformer.lsh.dropout import check_dropout, keep_factor, keep_factor_of_words, keep_threshold, mix
 
 N = 1024
 """Queries and keys of a mask: statistics over N * N weights have a standard error of 1 / N."""
@@ -98,6 +98,15 @@ def test_equals_the_definition_in_unsigned_arithmetic(key: int) -> None:
             assert factors[i, j] == (2.0 if signed >= 0 else 0.0)
 
 
+def test_a_hash_at_the_threshold_is_kept_and_one_below_is_dropped() -> None:
+    """Two words whose xor is 1 hash to 1."""
+    one, none = torch.ones(1, 1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    for threshold, is_kept in ((1, True), (2, False)):
+        dropout = (threshold + 2**31) / 2**32
+        assert keep_threshold(dropout) == threshold
+        assert bool(keep_factor_of_words(one, none, dropout, torch.float32)) == is_kept
+
+
 def test_mix_is_a_bijection_of_the_words_it_is_given() -> None:
     word = torch.arange(-(2**17), 2**17, dtype=torch.int32) * 16411
     assert mix(word).unique().numel() == word.unique().numel()
@@ -110,6 +119,7 @@ def test_mix_is_a_bijection_of_the_words_it_is_given() -> None:
         (1.0, None, "dropout=1.0 must be at least 0 and less than 1"),
         (0.1, None, r"dropout=0.1 needs dropout_keys, one integer per sample and head \[2, 3\]"),
         (0.1, torch.zeros(3, 2, dtype=torch.int32), r"\[2, 3\] = \[B, H\], got torch.int32 \[3, 2\]"),
+        (0.1, torch.zeros(2, 3, dtype=torch.int16), r"must be int32 or int64 .* got torch.int16"),
         (0.1, torch.zeros(2, 3), r"must be int32 or int64 .* got torch.float32"),
     ],
 )

@@ -214,6 +214,22 @@ def test_a_part_drops_what_the_whole_does(n_tokens: int, n_parts: int) -> None:
         assert not any(torch.equal(a, b) for a, b in pairwise(blocks) if a.shape == b.shape)
 
 
+def test_a_part_draws_no_masks_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rand, drawn = torch.rand, []
+
+    def recording(*size: int, **options: Any) -> Tensor:
+        drawn.append(size[0])
+        return rand(*size, **options)
+
+    monkeypatch.setattr(torch, "rand", recording)
+    for n_parts in (1, 4):
+        for index in range(n_parts):
+            part = SequencePart(index, n_parts, torch.clone)
+            Call(1, 2, (3,), dropout=0.4, part=part).dropout_scale(torch.empty(1, 64 // n_parts, 6), 0, "attention")
+            assert sum(drawn) == 64 // n_parts
+            drawn.clear()
+
+
 @contextmanager
 def counted(model: Reformer) -> Iterator[list[tuple[int, int]]]:
     """Heads and tokens of each call of an inner attention."""
