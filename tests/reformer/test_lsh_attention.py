@@ -13,6 +13,7 @@ from reformer import dense, lsh_attention
 from reformer.lsh import dispatch, rounds
 from reformer.lsh.counts import Counts
 from reformer.lsh.reference import reach_counts
+from reformer.lsh.shared_keys import key_scale_and_bound
 
 LENGTHS = [1, 5, 16, 17, 63, 100]
 
@@ -92,11 +93,14 @@ def test_queries_of_any_length_equal_oracle(scale: float, causal: bool, backend:
 
 
 @pytest.mark.parametrize("backend", ["chunked", "dense"])
-def test_keys_opposite_to_long_queries_leave_room_for_large_gradients(backend: str) -> None:
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 40.0), (torch.float64, 350.0)])
+def test_keys_opposite_to_long_queries_leave_room_for_large_gradients(
+    dtype: torch.dtype, length: float, backend: str
+) -> None:
     """There the sum of weights is as small as can be, and its inverse meets the gradient (of a scaled loss)."""
-    qk, v = random_inputs(16, torch.float32)
+    qk, v = random_inputs(16, dtype)
     with torch.no_grad():
-        qk.zero_()[..., 0] = 40.0
+        qk.zero_()[..., 0] = length
         qk[:, :, 8:] *= -1  # all that a later token sees before it is opposite, or itself
     buckets = torch.cat([torch.zeros(2, 2, 1, 8), torch.ones(2, 2, 1, 8)], dim=-1).long()
     out, _ = lsh_attention(qk, v, buckets, n_hashes=1, chunk_len=1, backend=backend)
@@ -279,6 +283,11 @@ def test_zero_vectors_have_no_key_and_no_gradient_through_it(dtype: torch.dtype,
     exact, _ = run(double_qk, double_v, buckets, backend="reference", **options)
     tolerance = 1e-9 if dtype is torch.float64 else 16 * torch.finfo(dtype).eps
     assert_parity({name: x.double() for name, x in fast.items()}, exact, tolerance)
+
+
+def test_the_key_of_a_vector_whose_inverse_norm_would_overflow_is_zero() -> None:
+    scale, _ = key_scale_and_bound(torch.tensor([[0.0], [1e-39], [1e-30]]))
+    assert scale[:2].tolist() == [[0.0], [0.0]] and 0 < scale[2].item() < torch.inf
 
 
 def test_first_token_attends_to_itself() -> None:

@@ -75,6 +75,10 @@ def test_axial_positions_concatenate_row_and_column() -> None:
     assert table.shape == (10, 6)
     for t in range(10):
         assert torch.equal(table[t], torch.cat([positions.rows[t // 4], positions.columns[t % 4]]))
+    for start, n_tokens, n_rows in ((0, 5, 2), (5, 3, 1), (7, 2, 2)):
+        some = positions(n_tokens, start)
+        assert torch.equal(some, positions(12)[start : start + n_tokens])
+        assert some.untyped_storage().nbytes() == 4 * n_rows * 4 * 6, "of the rows that they are in, no more"
     with pytest.raises(ValueError, match="13 tokens but the position table covers 3 x 4 = 12"):
         positions(13)
 
