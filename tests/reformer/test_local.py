@@ -42,6 +42,7 @@ def test_equals_dense(n_tokens: int, chunk_len: int, causal: bool, masked: bool)
         ({"k": torch.zeros(1, 2, 5, 4, dtype=torch.float64)}, "one floating-point dtype"),
         ({"key_padding_mask": torch.ones(1, 6)}, r"key_padding_mask must be \[B, T\] = \[1, 5\]"),
         ({"chunk_len": 0}, "chunk_len=0 must be an int"),
+        ({"backend": "dense"}, "backend='dense': choose 'auto', 'triton' or 'chunked'"),
     ],
 )
 def test_bad_arguments_name_what_was_expected(changes: dict[str, object], message: str) -> None:
@@ -50,7 +51,20 @@ def test_bad_arguments_name_what_was_expected(changes: dict[str, object], messag
         local_attention(**{**heads, "chunk_len": 2, **changes})
 
 
-@pytest.mark.parametrize(("n_tokens", "chunk_len", "expected"), [(5, 256, 16), (150, 256, 256), (70, 100, 100)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("dtype", "first"), [(torch.int64, 2**62), (torch.uint16, 0), (torch.uint8, 254)])
+def test_segments_are_any_integers(dtype: torch.dtype, first: int, causal: bool) -> None:
+    q, k, v = torch.randn(3, 1, 2, 40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    segments = (torch.arange(40) >= 13)[None].long()
+    options = {"chunk_len": 8, "causal": causal}
+    found = local_attention(q, k, v, segment_ids=(first + segments).to(dtype), **options)
+    assert torch.equal(found, local_attention(q, k, v, segment_ids=segments, **options))
+    assert not torch.equal(found, local_attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "chunk_len", "expected"), [(5, 256, 16), (16, 256, 16), (150, 256, 256), (70, 100, 100)]
+)
 def test_a_chunk_that_is_longer_than_the_sequence_is_one_that_kernels_know(
     n_tokens: int, chunk_len: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
