@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +230,40 @@ def test_what_cannot_run_says_why(q: Tensor, layout: Layout, reason: str) -> Non
     assert reason in (triton_attention.why_not(q.to(DEVICE), None, layout) or "")
     with pytest.raises(ValueError, match=f"cannot run: .*{reason}"):
         dispatch.attention_in_chunks(q.to(DEVICE), None, q.to(DEVICE), layout, "triton")
+
+
+def test_a_head_may_be_128_wide_and_no_wider() -> None:
+    reasons = [triton_attention.why_no_kernel(torch.zeros(1, 64, width, device=DEVICE)) for width in (128, 129)]
+    assert reasons == [None, "its head dims go up to 128, not to 129"]
+
+
+def test_keys_of_their_own_go_with_one_local_round() -> None:
+    q = torch.zeros(1, 32, 16, device=DEVICE)
+    order = torch.arange(32, dtype=torch.int32).expand(1, 1, -1)
+    for n_rounds, is_refused in ((1, False), (2, True)):
+        rounds = order.expand(1, n_rounds, -1)
+        reason = triton_attention.why_not(q, q, Layout(rounds, rounds, 16, causal=True, is_lsh=False))
+        assert (reason is not None) == is_refused
+
+
+@pytest.mark.parametrize(("capability", "is_refused"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_gpus_of_which_generations_run_it(
+    capability: tuple[int, int], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, dtype=torch.float32, shape=(1, 64, 16))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this one")
+    monkeypatch.setattr(torch.version, "hip", None)
+    expected = "this one is older than compute capability 8.0" if is_refused else None
+    assert triton_attention.why_no_kernel(gpu) == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("True", True), ("ON", True), ("0", False), ("", False)])
+def test_the_interpreter_is_on_where_triton_takes_it_to_be(
+    value: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert triton_attention.interpreting() == expected
 
 
 def test_on_the_cpu_it_runs_in_the_interpreter_only(monkeypatch: pytest.MonkeyPatch) -> None:
