@@ -159,6 +159,12 @@ def test_half_precision_is_finite_and_near(dtype: torch.dtype) -> None:
     assert_lsh_equals_oracle(63, 2, 16, 32, True, 16 * torch.finfo(dtype).eps, dtype=dtype)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies in half precision, which is as coarse")
+def test_rounds_are_added_up_in_fp32() -> None:
+    """Added up in bf16, eight rounds are off by two units in the last place."""
+    assert_lsh_equals_oracle(32, 8, 16, 16, True, 1.25 * torch.finfo(torch.bfloat16).eps, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 300.0])
 def test_large_and_small_queries_equal_oracle(scale: float) -> None:
     """Scores in the hundreds: their sum of weights would be lost in a logsumexp."""
