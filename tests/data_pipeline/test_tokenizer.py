@@ -65,9 +65,11 @@ def test_the_most_integers_fit_their_type() -> None:
     assert tokenizer.decode(np.append(ids, ids.dtype.type(tokenizer.eos_id))) == data
 
 
-def test_a_value_outside_the_vocabulary_is_no_special_id() -> None:
-    with pytest.raises(DataError, match=r"value 11 is outside the vocabulary of --vocab-size 10: expected 0 to 9"):
-        load_tokenizer("integers", 10).encode(bytes([9, 11]))
+@pytest.mark.parametrize("value", [10, 11])
+def test_a_value_outside_the_vocabulary_is_no_special_id(value: int) -> None:
+    message = f"value {value} is outside the vocabulary of --vocab-size 10: expected 0 to 9"
+    with pytest.raises(DataError, match=message):
+        load_tokenizer("integers", 10).encode(bytes([9, value]))
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i8", ">u2", "<u4", "i2"])
@@ -184,6 +186,13 @@ def test_pieces_are_the_text_and_end_at_newlines() -> None:
     assert pieces[0].endswith("\n")
 
 
+def test_a_text_of_one_piece_is_not_cut_and_a_newline_in_front_is_one_to_cut_after() -> None:
+    limit = tokenizer_module.PIECE_CHARS
+    whole = "x\n" * (limit // 2)
+    assert list(cut_pieces(whole)) == [whole]
+    assert list(cut_pieces("\n" + "x" * limit)) == ["\n", "x" * limit]
+
+
 @pytest.mark.parametrize("text", ["word word\n", "word " * 9, "가나다 "])
 def test_spans_give_the_ids_of_the_whole(text: str, tmp_path: Path, tokenizer_file: Path) -> None:
     content = (text * (BLOCK_BYTES * 5 // 4 // len(text.encode()))).encode()
@@ -218,6 +227,7 @@ def lossy_model(**changes: object) -> bytes:
         ({"vocab_size": 40}, "does not keep text exactly"),
         ({"vocab_size": 300, "byte_fallback": True}, "does not keep text exactly"),
         ({"vocab_size": 300, "byte_fallback": True, "bos_id": -1}, "has no BOS or no EOS"),
+        ({"vocab_size": 300, "byte_fallback": True, "eos_id": -1}, "has no BOS or no EOS"),
     ],
 )
 def test_a_model_that_loses_text_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -243,3 +253,13 @@ def test_a_model_that_lowers_capitals_is_refused(tmp_path: Path) -> None:
     path.write_bytes(lossy_model(vocab_size=300, byte_fallback=True, remove_extra_whitespaces=False, **rules))
     with pytest.raises(DataError, match="does not keep text exactly"):
         load_tokenizer(str(path))
+
+
+def test_text_that_a_model_changes_where_the_probe_does_not_look_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rules.tsv").write_text("1D400\t41\n")  # a bold A becomes a plain one
+    path = tmp_path / "lossy.model"
+    rules = {"normalization_rule_tsv": str(tmp_path / "rules.tsv"), "add_dummy_prefix": False}
+    path.write_bytes(lossy_model(vocab_size=300, byte_fallback=True, remove_extra_whitespaces=False, **rules))
+    tokenizer = load_tokenizer(str(path))
+    with pytest.raises(DataError, match="does not keep text exactly"):
+        tokenizer.encode("\U0001d400".encode())
