@@ -63,6 +63,25 @@ def test_a_document_shorter_than_a_row_whose_last_token_has_one_of_its_own(tmp_p
     assert not any("one token to predict" in note for note in notes(tmp_path, packing="stream", seq_len=8))
 
 
+def test_documents_of_next_to_nothing_are_not_what_a_row_left_over(tmp_path: Path) -> None:
+    save(tmp_path, *[(1,)] * 5)
+    assert not any("one token to predict" in note for note in notes(tmp_path, packing="book", eos=False))
+
+
+@pytest.mark.parametrize(("n_documents", "told"), [(15, 0), (16, 1)])
+def test_much_padding_is_told_where_there_are_rows_enough(tmp_path: Path, n_documents: int, told: int) -> None:
+    save(tmp_path, *[(40,)] * n_documents)
+    found = notes(tmp_path, packing="book", seq_len=100)
+    assert [note.partition(",")[0] for note in found] == ["58% of the rows is padding"] * told
+
+
+@pytest.mark.parametrize(("n_values", "told"), [(30, 1), (31, 0)])
+def test_items_of_more_than_a_few_tokens_are_not_told(tmp_path: Path, n_values: int, told: int) -> None:
+    np.save(tmp_path / "a.npy", np.ones((20, n_values), np.uint8))
+    found = notes(tmp_path)
+    assert [note.partition(" are")[0] for note in found] == ["20 items of arrays"] * told
+
+
 @pytest.mark.parametrize("shape", [(40, 40, 3), (8, 8)])
 def test_files_of_one_image_each_that_were_cut_are_told(tmp_path: Path, shape: tuple[int, ...]) -> None:
     save(tmp_path, shape, shape, shape)
@@ -94,6 +113,10 @@ def test_items_that_were_left_out_do_not_count(tmp_path: Path) -> None:
     np.save(tmp_path / "chorale.npy", chorale)
     (note,) = notes(tmp_path, policies={"encoding": "skip"})
     assert note.startswith("30 documents out of arrays have 6 tokens (the median). An array of more than")
+    chorale[:48] = 999
+    np.save(tmp_path / "chorale.npy", chorale)
+    (note,) = notes(tmp_path, policies={"encoding": "skip"}, output=tmp_path / "two")
+    assert note.startswith("2 documents out of arrays have")
     chorale[:49] = 999
     np.save(tmp_path / "chorale.npy", chorale)
     assert notes(tmp_path, policies={"encoding": "skip"}, output=tmp_path / "one") == ()
