@@ -12,7 +12,7 @@ from small_stores import write_store
 
 from data_pipeline.decode import decode_all, decode_document
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.manifest import MANIFEST_NAME, Manifest, merge
 from data_pipeline.store import Store, list_part, part_path
 from data_pipeline.verify import verify
 
@@ -66,8 +66,9 @@ def test_segments_and_valid_tokens_are_numbered_on(root: Path) -> None:
     for row in range(store.n_rows):
         of_row = store.segments.row == row
         assert np.array_equal(store.segments_of(row), np.stack([c[of_row] for c in store.segments[1:]], axis=1))
-    with pytest.raises(IndexError, match="outside a store of"):
-        store.read_row(store.n_rows)
+    for row in (-1, store.n_rows):
+        with pytest.raises(IndexError, match=f"row {row} is outside a store of {store.n_rows} rows"):
+            store.read_row(row)
 
 
 def test_a_reader_keeps_what_there_was(root: Path) -> None:
@@ -103,6 +104,17 @@ def test_the_fingerprint_covers_all_parts_and_no_library(root: Path, tmp_path: P
     list_part(copy, "0001")
     append(copy, "0002", LAST)
     assert Store.open(root).manifest.fingerprint == Store.open(copy).manifest.fingerprint
+
+
+def test_splits_and_problems_of_all_parts_are_in_their_order(root: Path) -> None:
+    """Whichever part has them."""
+    whole = Manifest.read(root)
+    train, val = whole.splits.values()
+    first = whole.model_copy(update={"splits": {"val": val}, "problems": {"empty/kept": 1}})
+    second = whole.model_copy(update={"splits": {"train": train, "test": val}, "problems": {"duplicate/kept": 2}})
+    merged = merge({".": first, "parts/0001": second})
+    assert list(merged.splits) == ["train", "test", "val"]
+    assert list(merged.problems.items()) == [("duplicate/kept", 2), ("empty/kept", 1)]
 
 
 def test_listing_twice_changes_nothing(root: Path) -> None:

@@ -212,6 +212,7 @@ def put(place: tuple[int, ...] | int, value: int) -> Callable[[np.ndarray], None
         ("segments/document_start", put(0, 9), "is not covered exactly once"),
         ("segments/document", lambda values: np.add.at(values, 0, 1), "is not covered exactly once"),
         ("segments/document", put(0, 999), "documents that are not in its table"),
+        ("segments/row_offsets", put(0, 1), "row_offsets does not fit"),
         ("segments/row_offsets", put(1, 0), "the segments of row"),
         ("segments/row_offsets", put(2, 0), "row_offsets does not fit"),
         ("segments/row_offsets", put(-1, 1), "row_offsets does not fit"),

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from data_pipeline import duplicates
 from data_pipeline.duplicates import Signature, exact, near
 from data_pipeline.errors import DataError
+from data_pipeline.planning import merge_parts
+from data_pipeline.scratch import Columns
 
 UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 
@@ -161,6 +163,13 @@ def test_parts_merge_by_minimum() -> None:
     words = novel(1, 1000)
     parts = np.minimum(signature(" ".join(words[:500])), signature(" ".join(words[500:])))
     assert (parts == signature(" ".join(words))).mean() > 0.95
+
+
+def test_a_document_in_parts_has_the_smallest_numbers_of_all_of_them() -> None:
+    signatures = np.stack([signature(" ".join(novel(seed, 300))) for seed in range(3)])
+    n = np.zeros(3, np.int64)
+    parts = Columns(n, np.array([True, False, True]), n - 1, n + 9, n + 5, n, n, n, digests([b""] * 3), signatures)
+    assert np.array_equal(merge_parts(parts).minhash, [np.minimum(*signatures[:2]), signatures[2]])
 
 
 # Near copies
