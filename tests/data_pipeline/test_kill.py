@@ -1,5 +1,6 @@
 """A build that is killed leaves nothing that is taken for whole, and the same command finishes its work."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 import pytest
@@ -91,4 +93,45 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
         partial.mkdir()
         output.write_text("someone else's")
     assert output.read_text() == "someone else's"
+    assert list(tmp_path.iterdir()) == [output]
+    output.unlink()
+    with pytest.raises(DataError, match="appeared while"), staged(output) as partial:
+        partial.mkdir()
+        output.mkdir()
+        (output / "file").write_text("someone else's")
+    assert (output / "file").read_text() == "someone else's"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_lock_whose_holder_removed_it_meanwhile_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    output, real = tmp_path / "output", fcntl.flock
+    lock = partial_path(output) / "lock"
+
+    def flock(file: BinaryIO, kind: int) -> None:
+        real(file, kind)
+        lock.unlink()
+        if anew:  # by one who came later, and has a lock of its own
+            lock.touch()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(DataError, match="was just written by another process: run the command again"), staged(output):
+        pass
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path, is_folder: bool) -> None:
+    output = tmp_path / "output"
+    left = partial_path(output) / "content"
+    left.parent.mkdir()
+    if is_folder:
+        left.mkdir()
+        (left / "half").touch()
+    else:
+        left.touch()
+    with staged(output) as partial:
+        assert not partial.exists()
+        partial.write_text("whole")
     assert list(tmp_path.iterdir()) == [output]

@@ -183,7 +183,8 @@ def test_the_plan_may_change_until_it_is_made(
 
     with pytest.raises(DataError, match="from other settings: duplicates: keep -> near"):
         make(duplicates="near")
-    changes = {"seq_len": 1 << 14, "packing": "stream", "rows_per_shard": 8, "duplicates": "drop"}
+    changes = {"seq_len": 1 << 14, "packing": "book", "stride": 1 << 13, "rows_per_shard": 4, "duplicates": "drop"}
+    changes |= {"split": {"val": 0.5}, "near_threshold": 0.9}
     with monkeypatch.context() as patch:
         patch.setattr(stages, "tokenize", fail)
         changed = make(**changes)
@@ -234,6 +235,25 @@ def test_leftovers_of_a_build_that_was_killed_after_its_last_step(make: Callable
     (work / "tokens" / "00000000.npz").touch()
     assert files_of(make().path) == built
     assert not work.exists()
+
+
+def test_a_folder_that_appears_in_the_place_of_the_store_is_kept(
+    make: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, real = tmp_path / "store", stages.finish
+
+    def late(work: stages.Work, number: int) -> None:
+        store.mkdir()
+        (store / "mine").write_text("precious")
+        real(work, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "finish", late)
+        with pytest.raises(DataError, match=r"store appeared while it was being written here: remove it and run again"):
+            make()
+    assert [path.read_text() for path in store.iterdir()] == ["precious"]
+    shutil.rmtree(store)
+    assert verify(make().path) == []
 
 
 def test_an_append_that_was_killed(
