@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import status
 
+import trainer.status
 from trainer import ranks, run_files
 from trainer.presence import LOCK
 from trainer.ranks import RankState
@@ -111,6 +112,9 @@ def test_a_run_that_goes_on_and_has_not_come_to_a_step_yet(run: Path) -> None:
         lines = lines_of(run)
     assert lines["state"] == "starting: no step is done since it began"
     assert lines["step"] == "6 of 100 (6.0%)"
+    say(run, replace(STATE, rank=0, step=7, phase="forward"))
+    with held(run):
+        assert status.facts(run)["state"] == "starting", "rank 1 is loading yet"
 
 
 def test_a_run_that_has_just_begun(run: Path) -> None:
@@ -138,6 +142,23 @@ def test_a_rank_of_which_nothing_is_heard_any_more(run: Path) -> None:
     os.utime(path, (path.stat().st_mtime - 100,) * 2)
     with held(run):
         assert lines_of(run)["quiet"].startswith("no sign of life from rank 1 for 30 s")
+    assert status.facts(run)["sign_of_life_s"] < 50, "of whoever was heard last"
+    path = ranks.state_path(run, 0)
+    os.utime(path, (path.stat().st_mtime - 100,) * 2)
+    found = status.facts(run)
+    assert found["quiet"] == [] and found["sign_of_life_s"] > 50, "it is long ago for both"
+
+
+def test_a_rank_whose_file_a_new_start_removes_meanwhile(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [STATE, replace(STATE, rank=9)]
+    monkeypatch.setattr(trainer.status, "rank_states", lambda _: said)
+    assert [state["rank"] for state in status.facts(run)["ranks"]] == [0, 9]
+
+
+def test_ranks_are_in_their_order(run: Path) -> None:
+    for rank in range(24, 1, -1):
+        say(run, replace(STATE, rank=rank))
+    assert [state["rank"] for state in status.facts(run)["ranks"]] == list(range(25))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +167,8 @@ def test_a_rank_of_which_nothing_is_heard_any_more(run: Path) -> None:
         (["finished", "finished"], "finished", "ranks 0, 1: finished"),
         (["preempted", "preempted"], "preempted", "ranks 0, 1: preempted"),
         (["failed: exit code 2", "failed: DataError: no"], "failed", "rank 1: failed: DataError: no"),
+        (["finished", "failed: DataError: no"], "failed", "rank 1: failed: DataError: no"),
+        (["preempted", None], "killed", "rank 1: ended without a word"),
         (["finished", None], "killed", "rank 1: ended without a word in 'backward' of step 7"),
         (["finished", None], "killed", "rank 0: finished\n"),
     ],
@@ -160,10 +183,18 @@ def test_what_became_of_a_run(run: Path, endings: list[str | None], state: str, 
 def test_what_the_watchdog_ended(run: Path) -> None:
     verdict = "the run hangs: the others wait for rank 1\n  rank 1 gives no sign of life"
     (run / "ranks" / "hang.json").write_text(json.dumps({"rank": 0, "verdict": verdict}))
+    end(run, "failed: exit code 1", None)
     found = status.facts(run)
     assert found["state"] == "hung" and found["hang"]["verdict"] == verdict
     assert found["stacks"] == str(run / "stacks")
     assert "hang        the run hangs: the others wait for rank 1\n              rank 1 gives no" in status.text(found)
+
+
+@pytest.mark.parametrize("content", ["", '{"rank": 0, "verd', "[1]"])
+def test_what_the_watchdog_is_just_writing_is_not_there_yet(run: Path, content: str) -> None:
+    (run / "ranks" / "hang.json").write_text(content)
+    found = status.facts(run)
+    assert (found["state"], found["hang"]) == ("killed", None)
 
 
 def test_damaged_checkpoints_are_named_and_the_newest_sound_one_is_found(run: Path) -> None:
@@ -185,6 +216,14 @@ def test_only_the_end_of_long_metrics_is_read(run: Path) -> None:
     line = json.dumps({"step": 6, "train/loss": 2.0, **SPEED})
     (run / "metrics.jsonl").write_text(f"{line}\n" * 1000)
     assert len(run_files.read_metrics_tail(run, 10 * len(line))) == 9
+
+
+def test_of_many_losses_the_last_are_told(run: Path) -> None:
+    lines = [json.dumps({"step": step, "train/loss": 2.0}) for step in range(1, 101)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = status.facts(run)
+    assert [step for step, _ in found["recent"]["train/loss"]] == list(range(41, 101))
+    assert found["newest"] == {"train/loss": 2.0}
 
 
 def test_json_is_what_programs_get(run: Path) -> None:
@@ -210,6 +249,16 @@ def test_a_reader_who_leaves_is_no_error(run: Path, options: list[str]) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "ranks", "checkpoints"])
+def test_whatever_is_left_of_a_run_is_enough(run: Path, tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    checkpoint(run, 8)
+    alone = tmp_path_factory.mktemp("alone")
+    (run / name).rename(alone / name)
+    found = status.facts(alone)
+    step = {"metrics.jsonl": 6, "checkpoints": 8}.get(name, 0)
+    assert (found["step"], found["state"]) == (step, "killed" if name == "ranks" else "idle")
 
 
 @pytest.mark.parametrize("folder", ["nothing", "empty", "a file"])

@@ -18,6 +18,8 @@ def test_a_line_counts_once_its_end_is_there(tmp_path: Path) -> None:
     file.write_text(TEXT)
     assert read_metrics(tmp_path) == read_metrics_tail(tmp_path) == WHOLE
     assert read_metrics_tail(tmp_path, len(TEXT) - 1) == WHOLE[1:]
+    file.write_text(TEXT.rpartition("\n")[0])
+    assert read_metrics(tmp_path) == read_metrics_tail(tmp_path) == WHOLE[:1]
     file.write_text("")
     assert read_metrics(tmp_path) == read_metrics_tail(tmp_path) == []
 
