@@ -22,7 +22,7 @@ from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.batches import drawn
 from trainer.config import DataConfig
-from trainer.curves import read_curves
+from trainer.curves import differences, read_curves
 
 ROOT = Path(__file__).parents[2]
 TRAIN, HELD_OUT = b"abracadabra" * 7, b"cabbage"
@@ -308,6 +308,26 @@ def test_evaluations_of_other_rows_are_left_out(tmp_path: Path, store: Path) -> 
     assert re.search("/two +2 +100", done.stdout), done.stdout
 
 
+def test_of_what_differs_hashes_are_shortened_and_nothing_else_is(tmp_path: Path, store: Path) -> None:
+    for digit in "12":
+        make_run(tmp_path / digit, store)
+        file = tmp_path / digit / "run.json"
+        record = json.loads(file.read_text()) | {"git_commit": digit * 40}
+        record["config"]["data"]["store"] = f"a_folder_of_stores/{digit}"
+        file.write_text(json.dumps(record))
+    assert differences([read_curves(tmp_path / digit) for digit in "12"]) == {
+        "data.store": ['"a_folder_of_stores/1"', '"a_folder_of_stores/2"'],
+        "git_commit": ['"111111111111"', '"222222222222"'],
+    }
+
+
+def test_of_equal_scores_the_first_is_the_best(tmp_path: Path, store: Path) -> None:
+    make_run(tmp_path / "run", store)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('ss": 1.0}\n{"step": 3, "eval/loss": 2.75, "eval/bits_per_byte": 4.0625}\n')
+    assert read_curves(tmp_path / "run").best() == (2, 4.0625)
+
+
 def test_a_run_without_evaluations_is_not_said_to_have_some(tmp_path: Path, store: Path) -> None:
     make_run(tmp_path / "run", store)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -339,6 +359,7 @@ def test_scores_of_a_source_are_of_the_same_rows_too(tmp_path: Path, store: Path
     make_run(tmp_path / "without", store)
     done = report(tmp_path / "one", tmp_path / "two", tmp_path / "without")
     assert re.search(r"below 'of web' compares within \[\d\], \[\d\]\n", done.stdout), done.stdout
+    assert "note:" not in report(tmp_path / "one", tmp_path / "without").stdout, "nothing is known of the other's rows"
     record = json.loads((tmp_path / "one" / "run.json").read_text())
     record["evaluated"]["web"]["rows"] = "5 rows of test"
     record["evaluated"][""]["rows"] = "a, n_hashes=None"  # of as many rows, by other rounds

@@ -23,6 +23,7 @@ def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Say:
 
     def call(rank: int, other: dict[str, Any], trace: str | None) -> None:
         def gather(found: list[Any], own: tuple[str, dict[str, Any]]) -> None:
+            assert own[0].startswith(".partial-"), "as `remove_leftovers` removes"
             found[rank], found[1 - rank] = own, (trace or own[0], agreement.flatten(other))
 
         monkeypatch.setattr(agreement.dist, "all_gather_object", gather)
@@ -60,6 +61,8 @@ def test_another_run(say: Say) -> None:
     )
     with pytest.raises(ConfigError, match=message):
         say(0, other, None)
+    with pytest.raises(ConfigError, match=r"than rank 0 on alpha: b.c is None and not 3. Have all nodes"):
+        say(0, {"a": [1, 2]}, None)
 
 
 def test_another_folder(say: Say, tmp_path: Path) -> None:

@@ -9,7 +9,17 @@ import torch
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
 from data_pipeline.errors import DataError
-from trainer.batches import HeldOutRows, blank, collate, drawn, evaluation_shares, open_sources, training_samples
+from trainer.batches import (
+    HeldOutRows,
+    blank,
+    collate,
+    drawn,
+    evaluation_shares,
+    held_out_of_sources,
+    held_out_rows,
+    open_sources,
+    training_samples,
+)
 from trainer.config import DataConfig
 
 
@@ -44,6 +54,19 @@ def test_evaluations_do_not_read_the_beginning_of_a_split_only(monkeypatch: pyte
     read = [rows[index] for index in range(len(rows))]
     assert read == drawn(1000, 64)
     assert min(read) < 100 and max(read) > 900 and len(set(read)) == 64
+
+
+def test_what_is_evaluated_and_that_nothing_is_without_evaluations() -> None:
+    sources = {"books": fake_store("b"), "web": fake_store("w")}
+    mixture = {"books": {"store": "b", "weight": 3, "eval_split": "val"}, "web": {"store": "w", "weight": 1}}
+    data = DataConfig(store="a", mixture=mixture, eval_split="test")
+    run = SimpleNamespace(eval_every=5, eval_rows=3)
+    config: Any = SimpleNamespace(data=data, run=run)
+    rows, of_sources = held_out_rows(fake_store("a"), config), held_out_of_sources(sources, config)
+    assert rows is not None and rows.identity == "3 rows drawn from test of hash of a"
+    assert {name: own.identity for name, own in of_sources.items()} == {"books": "3 rows drawn from val of hash of b"}
+    run.eval_every = 0
+    assert held_out_rows(fake_store("a"), config) is None and held_out_of_sources(sources, config) == {}
 
 
 def test_one_store_is_trained_on_as_it_is() -> None:

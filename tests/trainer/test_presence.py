@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,20 @@ def test_a_folder_that_nobody_trains_in(tmp_path: Path) -> None:
         assert f"pid {os.getpid()} on " in (holder(tmp_path / "new" / "run") or "")
 
 
+def test_one_who_asks_is_not_taken_for_one_who_trains(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    with (tmp_path / LOCK).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert holder(tmp_path) is None
+
+
+def test_since_when_is_told_in_a_time_that_is_the_same_everywhere(tmp_path: Path) -> None:
+    with hold(tmp_path):
+        started = datetime.fromisoformat(json.loads((tmp_path / LOCK).read_text())["started"])
+    assert started.utcoffset() == timedelta(0)
+    assert abs(datetime.now(UTC) - started) < timedelta(minutes=1)
+
+
 def test_it_ends_with_an_error_too(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), hold(tmp_path):
         raise RuntimeError
@@ -115,7 +130,7 @@ def test_a_child_that_is_forked_and_ends_takes_nothing_along(tmp_path: Path) -> 
         assert holder(tmp_path) is not None
 
 
-@pytest.mark.parametrize("content", ["", '{"host": "n1", "pi', "[]", "null"])
+@pytest.mark.parametrize("content", ["", '{"host": "n1", "pi', '{"host": "n1"}', "[]", "null"])
 def test_a_holder_that_has_not_introduced_itself_yet(tmp_path: Path, content: str) -> None:
     with (tmp_path / LOCK).open("w") as file:
         file.write(content)
