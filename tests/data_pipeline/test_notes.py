@@ -52,7 +52,9 @@ def test_a_document_that_happens_to_end_after_a_row_is_not_told(tmp_path: Path) 
     assert note.startswith("2 of 154 rows have one token to predict, or none")
 
 
-@pytest.mark.parametrize("changes", [{"packing": "stream"}, {"packing": "book", "stride": 20}])
+@pytest.mark.parametrize(
+    "changes", [{"packing": "stream"}, {"packing": "book", "stride": 20}, {"packing": "book", "stride": 47}]
+)
 def test_other_ways_to_pack_leave_nothing_over(tmp_path: Path, changes: dict) -> None:
     np.save(tmp_path / "images.npy", np.ones((200, 48), np.uint8))
     assert notes(tmp_path, eos=False, **changes) == ()
