@@ -94,6 +94,8 @@ def test_a_pickled_store_has_its_parts(root: Path) -> None:
 
 def test_the_fingerprint_covers_all_parts_and_no_library(root: Path, tmp_path: Path) -> None:
     append(root, "0001", MORE)
+    alone = Manifest.read(root)
+    assert alone.model_copy(update={"library_versions": {"zarr": "9"}}).fingerprint == alone.fingerprint
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     append(root, "0002", LAST)
