@@ -6,6 +6,7 @@ from one token more than a part has, so the parts end to end are the whole row, 
 """
 
 import operator
+import os
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -59,7 +60,7 @@ class RowDataset(Dataset[Sample]):
     """
 
     def __init__(self, store: Store, split: str = "train", seed: int = 0) -> None:
-        if not isinstance(store, Store):
+        if isinstance(store, str | os.PathLike):
             raise TypeError(f"store is {store!r}: give Store.open(path)")
         self.store = store
         self.split = split

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from reformer.attention import LocalSelfAttention, LSHSelfAttention
 from reformer.config import ReformerConfig
 from reformer.dense import dense_attention
-from reformer.heads import check_tokens
+from reformer.heads import check_is_tensor, check_tokens
 from reformer.local import local_attention
 from reformer.lsh.dispatch import lsh_attention
 from reformer.lsh.hashing import bucket_dtype, bucket_factors, draw_rotations, hash_to_buckets, stable_order
@@ -103,6 +103,7 @@ class Decoder:
     def _check(self, tokens_BT: Tensor) -> None:
         if not self.is_sound:
             raise RuntimeError("this decoder was interrupted while it took tokens in: make another one")
+        check_is_tensor(tokens_BT)
         (n_rows, done), most = self.seen_BT.shape, self.model.config.max_seq_len
         is_batch = tokens_BT.ndim == 2 and (len(tokens_BT) == n_rows if done else len(tokens_BT) > 0)
         least = max(1, done)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reformer.config import ReformerConfig
-from reformer.heads import INTEGERS, check_tokens
+from reformer.heads import INTEGERS, check_is_tensor, check_tokens
 from reformer.lsh.hashing import derive_seed
 
 
@@ -69,6 +69,7 @@ def check_continuation(
     """
     if not config.causal:
         raise ValueError("a model with causal=False saw the following tokens in training: it cannot continue a text")
+    check_is_tensor(tokens)
     if tokens.ndim not in (1, 2) or tokens.dtype not in INTEGERS:
         raise ValueError(
             f"the tokens are {tokens.dtype} {list(tokens.shape)}, expected integers [T], or [B, T] of several "

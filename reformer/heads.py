@@ -30,13 +30,18 @@ def check_heads(heads: Mapping[str, Tensor], key_padding_mask: Tensor | None, se
             raise ValueError(f"{name} must be {kinds}, got {mask.dtype}")
 
 
+def check_is_tensor(tokens: Tensor) -> None:
+    """Raises ValueError for a list, or an array of numpy's."""
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be a torch tensor of integers, got {type(tokens).__name__}: use torch.as_tensor")
+
+
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
     """Raises ValueError unless they are integers and, on a CPU, ids below vocab_size.
 
     A GPU would have to be waited for; its kernels stop at others.
     """
-    if not isinstance(tokens, Tensor):
-        raise ValueError(f"tokens must be a torch tensor of integers, got {type(tokens).__name__}: use torch.as_tensor")
+    check_is_tensor(tokens)
     if tokens.dtype not in INTEGERS:
         raise ValueError(f"tokens must be integers, got {tokens.dtype}")
     if tokens.device.type != "cpu":

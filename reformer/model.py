@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reformer.call import Call
 from reformer.config import ReformerConfig
-from reformer.heads import INTEGERS, check_tokens
+from reformer.heads import INTEGERS, check_is_tensor, check_tokens
 from reformer.loss import EMBEDDING_STD, OutputHead
 from reformer.positions import AxialPositions
 from reformer.reversible import ReversibleBlock, reversible_stack
@@ -152,6 +152,7 @@ class Reformer(nn.Module):
                 f"n_hashes={n_hashes} must be at least 1, and some layer must use LSH attention "
                 f"(attn_pattern is {self.config.attn_pattern}); leave it out to keep the model's {self.config.n_hashes}"
             )
+        check_is_tensor(tokens)
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be [B, T], each at least 1, got {list(tokens.shape)}")
         check_tokens(tokens, self.config.vocab_size)

@@ -81,7 +81,7 @@ def test_much_padding_is_told_where_there_are_rows_enough(tmp_path: Path, n_docu
 def test_items_of_more_than_a_few_tokens_are_not_told(tmp_path: Path, n_values: int, told: int) -> None:
     np.save(tmp_path / "a.npy", np.ones((20, n_values), np.uint8))
     found = notes(tmp_path)
-    assert [note.partition(" are")[0] for note in found] == ["20 items of arrays"] * told
+    assert [note.partition(" have")[0] for note in found] == ["20 documents out of arrays"] * told
 
 
 @pytest.mark.parametrize("shape", [(40, 40, 3), (8, 8)])

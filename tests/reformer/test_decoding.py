@@ -384,6 +384,14 @@ def test_the_same_tokens_again_give_the_same_logits() -> None:
         decoder((tokens[:, :9] + 1) % 13)
 
 
+def test_lists_are_no_tokens() -> None:
+    tokens, said = draw().tolist(), "tokens must be a torch tensor of integers, got list: use torch.as_tensor"
+    model = make()
+    for use in (model, Decoder(model), lambda tokens: continue_tokens(Decoder(model), model.config, tokens[0], 2)):
+        with pytest.raises(ValueError, match=said):
+            use(tokens)
+
+
 def test_what_cannot_be_decoded_is_refused() -> None:
     with pytest.raises(ValueError, match="causal=False computes every token again when one is added: call the model"):
         Decoder(make(causal=False, attn_pattern=["lsh"]))
