@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from small_stores import write_store
 
 from data_pipeline.cli import make_parser
+from data_pipeline.tokenizer import ByteTokenizer
+from data_pipeline.tokenizer_folder import Ends, tokenizer_files
 from reformer import Reformer, ReformerConfig, save_model
 from trainer.config import load
 
@@ -46,7 +49,11 @@ def test_files_of_commands_exist_and_their_overrides_are_known(command: str) -> 
             assert (ROOT / word).is_file()
     configs = [word for word in words if word.endswith(".toml")]
     for config in configs:
-        load(ROOT / config, [word for word in words if re.match(r"\w+\.\w+.*=", word)])
+        of_user = config == "own.toml"  # which is as any other
+        load(
+            ROOT / ("launch/configs/books_cpu.toml" if of_user else config),
+            [word for word in words if re.match(r"\w+\.\w+.*=", word)],
+        )
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
@@ -95,33 +102,52 @@ assert all(p.grad is not None for p in (*model.blocks.parameters(), *model.embed
 def test_the_example_of_scores_runs_and_dense_scores_look_at_nothing_later(tmp_path: Path) -> None:
     """On what it names: an exported model of bytes, and a store."""
     write_store(tmp_path / "data" / "books_64k", {"a": b"text"}, val=["a"], seq_len=64)
-    config = ReformerConfig(vocab_size=258, max_seq_len=512, d_model=16, n_layers=2, n_heads=2, lsh_chunk_len=8)
-    save_model(tmp_path / "exported", config, Reformer(config).state_dict(), {})
+    export(tmp_path)
     first, second = (block for language, block in BLOCKS if language == "python" and "score(" in block)
     check = """
 text = bytes(range(97, 123)) * 10
-assert len(nats) == 31 and labels.shape == tokens.shape == segment_ids.shape == (64,)
+assert len(nats) == 31 and labels.shape == tokens.shape == segment_ids.shape == row_nats.shape == (1, 64)
+assert row_nats[0, :5].min() > 0 and not row_nats[0, 5:].any()
 with torch.no_grad():
     whole = torch.tensor([[256, *text, 257]])
     mean = model(whole, torch.cat([whole[:, 1:], torch.tensor([[-100]])], dim=1)).item()
 assert abs(score(model, text).mean().item() - mean) < 1e-5
 torch.testing.assert_close(score(exact, text)[:200], score(exact, text[:200] + b"another end")[:200])
 """
-    program = (first + second + check).replace('load_tokenizer("exported/tokenizer.model")', 'load_tokenizer("bytes")')
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", first + second + check], check=True, cwd=tmp_path)
 
 
 def test_the_examples_of_generating_run(tmp_path: Path) -> None:
-    config = ReformerConfig(vocab_size=258, max_seq_len=512, d_model=16, n_layers=2, n_heads=2, lsh_chunk_len=8)
-    save_model(tmp_path / "exported", config, Reformer(config).state_dict(), {})
+    export(tmp_path)
     first, second = (block for language, block in BLOCKS if language == "python" and "Decoder(model)" in block)
     check = """
+from trainer.sampling import within_documents
 assert added.shape == (200,) and samples.shape == (16, 100) and len(samples.unique(dim=0)) == 16
-alone = Decoder(model)
+alone = within_documents(Decoder(model), tokenizer, ends.eos)
 assert torch.equal(samples[3], continue_tokens(alone, model.config, prompt, 100, seed=3))
 """
-    program = (first + second + check).replace('load_tokenizer("exported/tokenizer.model")', 'load_tokenizer("bytes")')
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", first + second + check], check=True, cwd=tmp_path)
+
+
+def export(folder: Path) -> None:
+    """A model of bytes that draws neither BOS nor EOS, of which an example would end elsewhere."""
+    config = ReformerConfig(vocab_size=258, max_seq_len=512, d_model=16, n_layers=2, n_heads=2, lsh_chunk_len=8)
+    model = Reformer(config)
+    with torch.no_grad():
+        model.head.bias[256:] = -100
+    save_model(folder / "exported", config, model.state_dict(), tokenizer_files(ByteTokenizer(), Ends(True, True)))
+
+
+def test_the_example_of_a_training_loop_runs(tmp_path: Path) -> None:
+    write_store(tmp_path / "data" / "books_64k", {f"{i}": b"%d" % i * 20 for i in range(5)}, val=["1"], seq_len=64)
+    (example,) = (block for language, block in BLOCKS if language == "python" and "DataLoader(" in block)
+    check = """
+from reformer import load_model
+trained = load_model("trained")
+assert torch.equal(trained.head.weight, model.head.weight)
+assert ids == range(2, 4) and loss.isfinite()
+"""
+    subprocess.run([sys.executable, "-c", example + check], check=True, cwd=tmp_path)
 
 
 def test_linked_files_exist() -> None:
