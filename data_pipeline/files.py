@@ -108,8 +108,8 @@ def find_files(
     for option in {file.option for file in files}:
         if not any(file.n_bytes for file in files if file.option == option):
             raise DataError(f"every file of {option} is empty: there is nothing to read")
-    if notes is not None and (note := wanted.note(read=set(locations.values()))):
-        notes.append(note)
+    if notes is not None:
+        notes.extend(wanted.notes(read=set(locations.values())))
     return files
 
 

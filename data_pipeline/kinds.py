@@ -18,6 +18,11 @@ _KINDS = {
     ".npz": "array",
     **dict.fromkeys((".fa", ".fas", ".fasta", ".fna", ".faa", ".ffn", ".frn"), "fasta"),
 }
+_FORMATS = (
+    *(".json", ".csv", ".tsv", ".xml", ".html", ".htm", ".epub", ".pdf", ".docx"),
+    *(".arrow", ".feather", ".h5", ".hdf5", ".zip", ".tar", ".tgz", ".bz2", ".7z", ".rar"),
+)
+"""Suffixes of what is hardly meant to be read as it is."""
 _MOST_NAMED = 5
 """Suffixes of files that were left out, in the note that says so."""
 
@@ -63,11 +68,14 @@ class Wanted:
         self._others[location] = folder
         return False
 
-    def note(self, read: Collection[str]) -> str:
-        """What was left out, for the user; empty when nothing was.
+    def notes(self, read: Collection[str]) -> list[str]:
+        """For the user: what was left out, and what is read as text that is hardly any.
 
         read: the locations of all inputs, since a file of another kind may be named itself.
         """
+        return [note for note in (self._left_out(read), _formats_among(read)) if note]
+
+    def _left_out(self, read: Collection[str]) -> str:
         left_out = self._others.keys() - read
         if not left_out:
             return ""
@@ -82,3 +90,14 @@ class Wanted:
             f"left out {n_files:,} {'file' if n_files == 1 else 'files'} of other kinds in {first}"
             f"{f' and {len(others):,} more' if others else ''}: {', '.join(counts)}"
         )
+
+
+def _formats_among(read: Collection[str]) -> str:
+    found = sorted(location for location in read if _suffix(location) in _FORMATS)
+    if not found:
+        return ""
+    others = f" ({len(found) - 1:,} more likewise)" if len(found) > 1 else ""
+    return (
+        f"{found[0]} is one document, read as it is, {_suffix(found[0])} and all{others}: records are read out of "
+        ".jsonl and .parquet"
+    )

@@ -67,7 +67,7 @@ def test_what_is_left_out_of_folders_is_noted(tmp_path: Path, memory: fsspec.Abs
     for name in ("b.pdf", "deep/c.PDF", "d.tar.gz", "README"):
         write(one / name, b"x")
     assert notes(one) == [f"left out 4 files of other kinds in {one}: 2 .pdf, 1 .tar.gz, 1 without suffix"]
-    assert notes(one / "a.txt", f"{one}/*.pdf") == [], "files that were asked for one by one"
+    assert notes(one / "a.txt", f"{one}/READM*") == [], "files that were asked for one by one"
     for name in ("a.npy", "b.a", "c.b", "d.c"):
         write(other / name, b"x")
     assert notes(other, arrays=True) == [f"left out 3 files of other kinds in {other}: 1 .a, 1 .b, 1 .c"]
@@ -77,6 +77,19 @@ def test_what_is_left_out_of_folders_is_noted(tmp_path: Path, memory: fsspec.Abs
     ]
     memory.pipe({"/books/a.txt": b"text", "/books/.git/b.md": b"x", "/books/c.md": b"x"})
     assert notes("memory://books") == ["left out 1 file of other kinds in memory://books: 1 .md"]
+
+
+def test_formats_that_are_read_as_they_are_are_noted(tmp_path: Path) -> None:
+    for name in ("a.txt", "records.JSON", "b.tar.gz", "enwik8", "code.py"):
+        write(tmp_path / name, b"x")
+    noted: list[str] = []
+    find_files([f"{tmp_path}/*"], {}, False, noted)
+    told = "is one document, read as it is, .tar and all (1 more likewise): records are read out of .jsonl and .parquet"
+    assert noted == [f"{tmp_path / 'b.tar.gz'} {told}"]
+    noted.clear()
+    find_files([f"{tmp_path}/*.JSON"], {}, False, noted)
+    told = "is one document, read as it is, .json and all: records are read out of .jsonl and .parquet"
+    assert noted == [f"{tmp_path / 'records.JSON'} {told}"]
 
 
 def test_a_file_that_is_named_counts_whatever_its_suffix(tmp_path: Path) -> None:
