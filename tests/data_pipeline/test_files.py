@@ -357,4 +357,5 @@ def test_what_is_named_itself_is_not_left_out(tmp_path: Path) -> None:
     write(tmp_path / "in/c.pdf", b"c")
     notes: list[str] = []
     find_files([str(tmp_path / "in"), str(pdf)], {}, arrays=False, notes=notes)
-    assert notes == [f"left out 1 file of other kinds in {tmp_path / 'in'}: 1 .pdf"]
+    assert notes[0] == f"left out 1 file of other kinds in {tmp_path / 'in'}: 1 .pdf"
+    assert notes[1].startswith(f"{pdf} is one document, read as it is, .pdf and all: ") and len(notes) == 2
