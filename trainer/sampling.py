@@ -13,7 +13,8 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer, value_dtype
 from reformer import ConfigError, Reformer, ReformerConfig
-from reformer.decoding import Decoder, memory_per_token
+from reformer.decoding import Decoder
+from reformer.decoding_caches import memory_per_token
 from reformer.generation import continue_tokens
 
 Forward = Callable[[Tensor], Tensor]

@@ -14,7 +14,8 @@ import torch
 
 from data_pipeline.tokenizer import ByteTokenizer, IntegerTokenizer, load_tokenizer
 from reformer import Reformer, ReformerConfig, load_model, save_model
-from reformer.decoding import Decoder, memory_per_token
+from reformer.decoding import Decoder
+from reformer.decoding_caches import memory_per_token
 from reformer.generation import continue_tokens
 from reformer.hf import save_hf
 from trainer import sampling

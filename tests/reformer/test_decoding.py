@@ -8,15 +8,8 @@ from parity import relative_error
 from torch import Tensor
 
 from reformer import Reformer, ReformerConfig
-from reformer.decoding import (
-    MOST_LATE,
-    Decoder,
-    _Growing,
-    _LocalCache,
-    _LSHCache,
-    _Order,
-    memory_per_token,
-)
+from reformer.decoding import Decoder
+from reformer.decoding_caches import MOST_LATE, Growing, LocalCache, LSHCache, Order, memory_per_token
 from reformer.generation import continue_tokens
 from reformer.local import local_attention_reference
 from reformer.lsh.hashing import bucket_factors, draw_rotations, hash_to_buckets
@@ -108,7 +101,7 @@ def test_every_token_is_attended_to_as_by_the_oracle(
     mode: dict[str, object], n_first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In two sequences, whose tokens are sorted again after each five."""
-    monkeypatch.setattr("reformer.decoding.MOST_LATE", 5)
+    monkeypatch.setattr("reformer.decoding_caches.MOST_LATE", 5)
     model, tokens = make(attn_pattern=["lsh", "local"], **mode), draw(n_rows=2)
     fast, slow = Decoder(model), slow_decoder(model)
     worst = max(relative_error(fast(tokens[:, :t]), slow(tokens[:, :t])) for t in range(n_first, LENGTH + 1))
@@ -176,7 +169,7 @@ def test_a_copy_goes_its_own_way(pattern: list[str]) -> None:
 
 
 def test_sequences_that_are_selected_are_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reformer.decoding.MOST_LATE", 4)
+    monkeypatch.setattr("reformer.decoding_caches.MOST_LATE", 4)
     model, tokens = make(attn_pattern=["local", "lsh", "dense"], n_layers=3), draw(n_rows=3)
     decoder = Decoder(model)
     for t in range(10, 20):
@@ -195,7 +188,7 @@ def test_what_a_token_costs_does_not_grow_with_the_sequence() -> None:
     """Of those sorted before, none is moved: only the newest are."""
     decoder, tokens = Decoder(make(max_seq_len=512)), draw(420)
     decoder(tokens[:, :150])
-    orders = [cache.order for cache in decoder.caches if isinstance(cache, _LSHCache)]
+    orders = [cache.order for cache in decoder.caches if isinstance(cache, LSHCache)]
     assert orders
     before = [order.token_BHRT for order in orders]
     for t in range(151, 421):
@@ -291,7 +284,7 @@ def test_under_autocast_buckets_are_those_of_the_projections() -> None:
             decoder(tokens[:, :t])
             slow(tokens[:, :t])
     (fast,), (slow_cache,) = decoder.caches, slow.caches
-    assert isinstance(fast, _LSHCache) and isinstance(slow_cache, Slow)
+    assert isinstance(fast, LSHCache) and isinstance(slow_cache, Slow)
     qk = torch.cat([part[0] for part in slow_cache.parts], dim=2)
     assert qk.dtype == torch.bfloat16
     assert torch.equal(fast.order.buckets.tensor, hash_to_buckets(qk, fast.rotations, fast.factors))
@@ -323,7 +316,7 @@ def tensors(kept: object) -> Iterator[torch.UntypedStorage]:
     for value in vars(kept).values():
         if isinstance(value, Tensor) and len(value) == 3:
             yield value.untyped_storage()
-        elif isinstance(value, _Order | _Growing):
+        elif isinstance(value, Order | Growing):
             yield from tensors(value)
 
 
@@ -332,7 +325,7 @@ def test_local_layers_keep_two_chunks() -> None:
     for t in (28, 29, 35):
         decoder(draw()[:, :t])
         for cache in decoder.caches:
-            assert isinstance(cache, _LocalCache)
+            assert isinstance(cache, LocalCache)
             for kept in (cache.k, cache.v):
                 assert kept.shape[2] <= 10 and kept.untyped_storage().nbytes() == kept.numel() * 8
 
