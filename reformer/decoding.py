@@ -26,8 +26,8 @@ from reformer.reversible import ReversibleBlock
 
 ANEW = 64
 """A pass over T tokens takes as long as T / 126 to T / 29 tokens one by one (measured on a CPU: 1,024 to 65,536 tokens,
-models of 2 layers of width 64 and of 6 of width 256; a smaller share for smaller models). Where more than T / 64 are new,
-it is made."""
+models of 2 layers of width 64 and of 6 of width 256; a smaller share for smaller models). Where more than T / 64 are
+new, it is made."""
 
 
 class Decoder:

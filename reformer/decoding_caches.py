@@ -19,7 +19,7 @@ from reformer.lsh.dispatch import lsh_attention
 from reformer.lsh.hashing import bucket_dtype, bucket_factors, draw_rotations, hash_to_buckets, stable_order
 
 MOST_LATE = 128
-"""Tokens added one by one until all are sorted again; 64 to 512 take the same time (measured: 1,024 to 65,536 tokens)."""
+"""Tokens added one by one until all are sorted again; 64 to 512 take the same time (measured, up to 65,536 tokens)."""
 
 
 class Cache(Protocol):
