@@ -9,10 +9,11 @@
 In Python, `reformer.load_model("model")` is the model. A run may go on meanwhile; every byte of a checkpoint is checked
 before it is used. The weights are those that the optimizer updates, in fp32, whatever precision the model ran in.
 
-origin.json says of which checkpoint of which run they are. The tokenizer of the run's store comes with them (neither
-comes with --hf), checked to be the one of the training, so that launch/generate.py continues a text. Where the store is
-gone, damaged or another, the weights are written without it, and a note on standard error says so; --store says where
-the store is now, if not where the run found it.
+origin.json says of which checkpoint of which run they are (not with --hf). The tokenizer of the run's store comes with
+them, checked to be the one of the training, so that launch/generate.py continues a text; with --hf the ids of BOS and
+EOS alone, for transformers' generate() to end where a document does. Where the store is gone, damaged or another, the
+weights are written without it, and a note on standard error says so; --store says where the store is now, if not where
+the run found it.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.output import exit_code
 from data_pipeline.store import Store
+from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_folder import Ends, tokenizer_files
 from reformer import ReformerConfig, save_model
 from reformer.hf import save_hf
@@ -52,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tokenizer_of(run: Path, store: Path) -> dict[str, bytes]:
-    """The files of the tokenizer that a run was trained with: contents by name.
+def tokenizer_of(run: Path, store: Path) -> tuple[Tokenizer, Ends]:
+    """The tokenizer that a run was trained with, and what documents began and ended with.
 
     Raises DataError where `store` is gone, its tokenizer is damaged, or it is not known to be that of the run.
     """
@@ -62,7 +64,7 @@ def tokenizer_of(run: Path, store: Path) -> dict[str, bytes]:
     tokenizer = Store(store, manifest).tokenizer
     if tokenizer.sha256 != expected:
         raise DataError(f"the tokenizer of {store} is not the one that {run} was trained with: give that run's store")
-    return tokenizer_files(tokenizer, Ends(manifest.bos, manifest.eos))
+    return tokenizer, Ends(manifest.bos, manifest.eos)
 
 
 def recorded_tokenizer(run: Path) -> str:
@@ -82,15 +84,13 @@ def export(source: Path, step: int | None, output: Path, hf: bool, store: Path |
     store: where the store of the run is, if not where the run found it.
     """
     refuse_existing(output)
-    if hf and store:
-        raise ConfigError("--store is for the tokenizer, which --hf does not write: leave out one of them")
     path, state, weights = read_checkpoint(source, step)
     config = ReformerConfig(**state["run"]["model"])
+    found = tokenizer_or_note(path, state["run"], store)
     if hf:
-        save_hf(assemble(config, weights), output)
+        save_hf(assemble(config, weights), output, **(ids_of_ends(*found) if found else {}))
     else:
-        others = {ORIGIN: origin(path, state), **tokenizer_or_note(path, state["run"], store)}
-        save_model(output, config, weights, others)
+        save_model(output, config, weights, {ORIGIN: origin(path, state), **(tokenizer_files(*found) if found else {})})
     n_parameters = sum(weight.numel() for weight in weights.values())
     return f"wrote {output}: {n_parameters:,} parameters after {state['step']} steps, from {path}"
 
@@ -101,17 +101,25 @@ def origin(checkpoint: Path, state: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, indent=2) + "\n").encode()
 
 
-def tokenizer_or_note(checkpoint: Path, run: Mapping[str, Any], store: Path | None) -> dict[str, bytes]:
-    """The files of the tokenizer; none, and a note on standard error, where they cannot be had."""
+def ids_of_ends(tokenizer: Tokenizer, ends: Ends) -> dict[str, int | None]:
+    """What save_hf is to write of BOS and EOS."""
+    return {
+        "bos_token_id": tokenizer.bos_id if ends.bos else None,
+        "eos_token_id": tokenizer.eos_id if ends.eos else None,
+    }
+
+
+def tokenizer_or_note(checkpoint: Path, run: Mapping[str, Any], store: Path | None) -> tuple[Tokenizer, Ends] | None:
+    """The tokenizer; None, and a note on standard error, where it cannot be had."""
     try:
         return tokenizer_of(checkpoint.absolute().parent.parent, store or Path(run["data"]["store"]))
     except (DataError, OSError) as error:
         print(
-            f"note: without a tokenizer, which launch/generate.py needs: {error}. The weights are whole; to have both, "
+            f"note: without a tokenizer, which generating a text needs: {error}. The weights are whole; to have both, "
             "export again with --store, the folder of the run's store",
             file=sys.stderr,
         )
-        return {}
+        return None
 
 
 def run(arguments: argparse.Namespace) -> None:

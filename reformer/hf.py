@@ -71,13 +71,17 @@ def load_hf(folder: str | Path, attn_dropout: float | None = None) -> Reformer:
     return model.eval()
 
 
-def save_hf(model: Reformer, folder: str | Path) -> None:
+def save_hf(
+    model: Reformer, folder: str | Path, *, bos_token_id: int | None = None, eos_token_id: int | None = None
+) -> None:
     """Write a folder that transformers' `from_pretrained` and our `load_hf` read. It appears when it is complete.
 
     Since transformers 5 ignores the bias of the head, one that is not zero is written as an equal change of the
     head's norm and weight (`fold_head_bias`), and a tied head with a matrix of its own (`untied`). All else as it is.
     Warns where max_seq_len is no multiple of the chunks: transformers pads up to one, and has no positions for that;
     and where LSH layers have n_buckets=None, a number that transformers takes from the first sequence for all others.
+
+    bos_token_id, eos_token_id: what documents began and ended with, for transformers' `generate`; None: with nothing.
 
     Raises:
         ConfigError: the configuration has no counterpart, a parameter is not whole (partitioned by ZeRO-3), or shares
@@ -86,7 +90,7 @@ def save_hf(model: Reformer, folder: str | Path) -> None:
     """
     if not isinstance(model, Reformer):
         raise ConfigError(f"{type(model).__name__} is not a Reformer: give the Reformer itself, not a wrapper")
-    config = config_to_hf(model.config)
+    config = {**config_to_hf(model.config), "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     expected = skeleton(model.config).state_dict()
     way_out = "give the Reformer itself, not a wrapper, with its parameters gathered from all ranks"
@@ -155,7 +159,8 @@ def config_to_hf(config: ReformerConfig) -> dict[str, Any]:
         **dict.fromkeys(ATTN_DROPOUT.values(), config.attn_dropout),
         # Its cached decoding hashes each token with new rotations and looks it up among buckets of the old ones.
         "use_cache": False,
-        # Its default would be an ordinary token of our vocabulary.
+        # Their defaults would be ordinary tokens of our vocabulary.
+        "bos_token_id": None,
         "eos_token_id": None,
         "longhand": {name: plain[name] for name in CARRIED},
     }

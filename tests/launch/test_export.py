@@ -203,6 +203,23 @@ def test_tokenizers_without_a_model(tmp_path: Path, tokenizer: Tokenizer, monkey
     assert not (tmp_path / "model" / "tokenizer.model").exists()
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_transformers_is_told_where_documents_end(
+    tmp_path: Path, bos: bool, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = IntegerTokenizer(1000)
+    run_dir = run_on(tmp_path, tokenizer, np.arange(20, dtype="<u2").tobytes(), bos=bos)
+    shutil.move(tmp_path / "store", tmp_path / "moved")
+    for number, (store, ids) in enumerate({"store": (None, None), "moved": (1000 if bos else None, 1001)}.items()):
+        output = tmp_path / f"model_{number}"
+        assert call(monkeypatch, run_dir, "--hf", "--output", output, "--store", tmp_path / store) == 0
+        assert ("note: without a tokenizer" in capsys.readouterr().err) == (store == "store")
+        config = json.loads((output / "config.json").read_bytes())
+        assert (config["bos_token_id"], config["eos_token_id"]) == ids
+        assert transformers.ReformerModelWithLMHead.from_pretrained(output).generation_config.eos_token_id == ids[1]
+
+
 def test_weights_without_a_tokenizer_where_it_cannot_be_had(
     tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -225,7 +242,7 @@ def test_weights_without_a_tokenizer_where_it_cannot_be_had(
         output = tmp_path / f"model_{number}"
         assert call(monkeypatch, run_dir, "--output", output) == 0
         out, error = capsys.readouterr()
-        assert error.startswith("note: without a tokenizer, which launch/generate.py needs: ") and message in error
+        assert error.startswith("note: without a tokenizer, which generating a text needs: ") and message in error
         assert out.startswith("wrote ")
         assert sorted(file.name for file in output.iterdir()) == ["config.json", "model.safetensors", "origin.json"]
         shutil.rmtree(store, ignore_errors=True)
@@ -240,7 +257,6 @@ def test_weights_without_a_tokenizer_where_it_cannot_be_had(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--hf", "--store", "store"], "--store is for the tokenizer, which --hf does not write"),
         (["run", "--step", "3"], "run has no sound checkpoint of step 3: there are those of steps 1, 2, 30"),
         (["nowhere"], "nowhere does not exist: give the folder that was run.dir, or one of its"),
         ([".."], ".. is neither a run nor a checkpoint: give the folder that was run.dir"),
