@@ -9,12 +9,13 @@ python launch/report.py runs/one runs/two runs/three --plot losses.png        a 
 """
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median_high
+from statistics import mean, median_high, stdev
 from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError
@@ -22,7 +23,7 @@ from data_pipeline.output import exit_code, reader_may_leave, table
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError
-from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, unlike
+from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, repetitions, unlike
 from trainer.scoring import source_tag
 from trainer.terminal import see_curves
 
@@ -134,10 +135,22 @@ def comparison(runs: Sequence[Curves]) -> str:
     for score, of_rows in unlike(runs, sources).items():
         alike = ", ".join(runs for rows, runs in numbered(of_rows).items() if rows)  # where there are any
         lines.append(f"note: not all were scored on the same rows: what stands below {score!r} compares within {alike}")
+    lines += seeds(runs, [key(run) for run in runs], "at their best" if at is None else f"at step {at}")
     if different := differences(runs):
         width = max(map(len, different))
         lines += ["", "what differs:", *(f"{name:<{width}}  {by_value(each)}" for name, each in different.items())]
     return "\n".join(lines)
+
+
+def seeds(runs: Sequence[Curves], scores: Sequence[float], where: str) -> list[str]:
+    """What chance makes of a score: mean and standard deviation of runs that differ in their seeds alone."""
+    lines = []
+    for places in repetitions(runs):
+        found = [scores[place] for place in places]
+        if all(map(math.isfinite, found)):
+            named = " ".join(f"[{place + 1}]" for place in places)
+            lines.append(f"{named} differ in seeds alone: {mean(found):.4f} ± {stdev(found):.4f} bits per byte {where}")
+    return lines
 
 
 def numbers(run: Curves, at: int | None, sources: Sequence[str]) -> list[str]:
@@ -224,6 +237,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
     return exit_code(partial(run, parse_arguments()), ConfigError)
 
 

@@ -105,6 +105,15 @@ def differences(runs: Sequence[Curves]) -> dict[str, list[str]]:
     return {name: values for name, values in shown.items() if len(set(values)) > 1}
 
 
+def repetitions(runs: Sequence[Curves]) -> list[list[int]]:
+    """Runs that differ in nothing but seeds, by their places; those that no other is like are left out."""
+    alike: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        settings = {name: value for name, value in _settings(run).items() if name.rpartition(".")[2] != "seed"}
+        alike.setdefault(json.dumps(settings, sort_keys=True), []).append(place)
+    return [places for places in alike.values() if len(places) > 1]
+
+
 def _settings(run: Curves) -> dict[str, Any]:
     """All that may make a difference for a run's numbers, by dotted name; of hashes the beginning."""
     record, launch = run.record, run.record.get("launch") or {}

@@ -268,6 +268,32 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
     assert "what differs" not in done.stdout
 
 
+def test_of_runs_that_differ_in_seeds_alone_chance_is_told(tmp_path: Path, store: Path) -> None:
+    def change(name: str, score: str, **changes: dict[str, object]) -> None:
+        make_run(tmp_path / name, store)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        for table, values in changes.items():
+            record["config"][table] |= values
+        record["samples"] = {"seed": record["config"]["run"].get("seed", 0)}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        metrics = tmp_path / name / "metrics.jsonl"
+        metrics.write_text(
+            metrics.read_text().replace('"eval/bits_per_byte": 4.0625', f'"eval/bits_per_byte": {score}')
+        )
+
+    change("a0", "3.0")
+    change("a1", "3.5", run={"seed": 1})
+    change("a2", "4.0", run={"seed": 2}, model={"seed": 5})
+    change("b0", "3.25", model={"n_hashes": 8})
+    done = report(*(tmp_path / name for name in ("a0", "a1", "a2", "b0")))
+    assert done.returncode == 0, done.stderr
+    told = "[1] [3] [4] differ in seeds alone: 3.5000 ± 0.5000 bits per byte at step 2"
+    assert [line for line in done.stdout.splitlines() if "seeds alone" in line] == [told]
+    change("b1", "null", model={"n_hashes": 8}, run={"seed": 1})  # its best is the first, 8.125
+    done = report(*(tmp_path / name for name in ("b0", "b1")))
+    assert "[1] [2] differ in seeds alone: 5.6875 ± 3.4471 bits per byte at their best\n" in done.stdout
+
+
 def test_scores_of_other_rows_are_told_and_a_run_without_any_is_compared(tmp_path: Path, store: Path) -> None:
     for name in ("never", "often"):
         make_run(tmp_path / name, store)
