@@ -172,9 +172,10 @@ def _open_array(stream: BinaryIO, label: str, others: Sequence[str]) -> Array | 
         dtype = np.dtype(np.uint8)  # as which it is stored
     if dtype.kind not in "iu":
         named = " or ".join([*others[:_MOST_NAMED], *["another"] * (len(others) > _MOST_NAMED)])
-        way_out = "save each piece as an array of its own, numpy.savez(file, *pieces)"
-        if not dtype.hasobject:
-            way_out = f"name the one to read, --field {named}" if others else "convert it to integers"
+        convert = "save each piece as an array of its own, numpy.savez(file, *pieces)"
+        way_out = convert if dtype.hasobject else "convert it to integers"
+        if others:
+            way_out = f"name the one to read, --field {named}" + (f", or {convert}" if dtype.hasobject else "")
         where = "" if label == _ONLY else f" in its {label}"
         return BadDocument("unreadable", f"holds {_describe(dtype)}{where}, not integers: {way_out}")
     if fortran_order and len(shape) > 1:

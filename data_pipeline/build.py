@@ -26,7 +26,7 @@ from data_pipeline.config import BuildSettings
 from data_pipeline.documents import Reading
 from data_pipeline.errors import DataError, InputChanged
 from data_pipeline.files import find_files
-from data_pipeline.inputs import check_same_input, check_same_policies, check_unchanged, new_files
+from data_pipeline.inputs import check_same_input, check_same_policies, check_splits, check_unchanged, new_files
 from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, StoreSettings, settings_differences
 from data_pipeline.progress import Progress
 from data_pipeline.scratch import RECORD_SUFFIX
@@ -142,6 +142,7 @@ def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team, cont
         check_same_input(output, existing.parts[0], files, contents)
     elif not fresh and contents:  # otherwise by whoever begins to append
         check_unchanged(files, existing.parts)
+        check_splits(files, existing.parts)
     reading = Reading(settings.text, decisive.tokenizer_kind, settings.vocab_size or 0, settings.policies)
     for part in existing.parts:
         check_same_policies(output, part, files, reading)

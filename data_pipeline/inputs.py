@@ -126,18 +126,21 @@ def check_same_input(output: Path, part: StorePart, files: Sequence[InputFile], 
 def new_files(files: Sequence[InputFile], parts: Sequence[StorePart]) -> list[InputFile]:
     """The files that a store, all of its parts, does not have.
 
-    Raises DataError for one that would give two documents the same name, or that the store has in another split.
+    Raises DataError for one that would give two documents the same name.
     """
     recorded = {record.name for part in parts for record in part.inputs()}
-    _check_splits({file.name: file for file in files if file.split and file.name in recorded}, parts)
     fresh = {file.name: file.location for file in files if file.name not in recorded}
     if fresh:
         check_folders({name: f"{name} of the store" for name in recorded} | fresh, fresh)
     return [file for file in files if file.name in fresh]
 
 
-def _check_splits(held_out: Mapping[str, InputFile], parts: Sequence[StorePart]) -> None:
-    """Raises DataError for a document of these files that the store has in another split than theirs."""
+def check_splits(files: Sequence[InputFile], parts: Sequence[StorePart]) -> None:
+    """Raises DataError for a document of files to be held out that a store, one of its parts, has in another split.
+
+    Files of a name that it has are the same: see `check_unchanged`.
+    """
+    held_out = {file.name: file for file in files if file.split}
     for record in (record for part in parts for record in part.documents()) if held_out else ():
         file = held_out.get(record.name) or held_out.get(record.name.rpartition("/")[0])
         if file is not None and record.split != file.split:

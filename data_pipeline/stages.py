@@ -30,6 +30,7 @@ from data_pipeline.documents import Reading, Span, check_field, plan_tasks
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, check_held_out, find_files
 from data_pipeline.inputs import (
+    check_splits,
     check_unchanged,
     compare_with_others,
     compare_with_snapshot,
@@ -168,6 +169,7 @@ def start(work: Work, number: int) -> None:
     if work.append_to is not None:
         parts = store.Store.open(work.append_to).parts
         check_unchanged(found, parts)
+        check_splits(found, parts)
         files = new_files(found, parts)
     else:  # what is added must be read as the rest was
         check_field(files, work.reading)

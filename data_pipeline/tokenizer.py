@@ -138,14 +138,14 @@ class IntegerTokenizer:
         return sizes
 
     def encode(self, data: bytes | np.ndarray) -> np.ndarray:
-        """The ids [n] of the bytes of a document, or of an array of values of any integer type, flattened.
+        """The ids [n] of the bytes of a document, or of an array of values of any integer type, or bool, flattened.
 
         Raises DataError for a value outside the vocabulary, which would read as BOS or EOS, and for what is no whole
         number of values.
         """
         if isinstance(data, np.ndarray):
             values = data.ravel()
-            if values.dtype.kind not in "iu":
+            if values.dtype.kind not in "iub":
                 raise DataError(f"an array of {values.dtype} holds no integers: convert it")
         elif len(data) % self._value_dtype.itemsize:
             raise DataError(f"{len(data)} bytes are no values of {self._value_dtype.itemsize} bytes each")

@@ -41,8 +41,8 @@ MOST_ROUNDS = 1024
 """Far more than are of use: a typing error is not computed for hours."""
 FEWEST_DOCUMENTS = 10
 """A standard deviation of fewer is mostly chance."""
-NO_BETTER = 0.6
-"""Nats above those of a guess among all tokens: a model that has not been trained has half of one."""
+NO_BETTER = 0.75
+"""Nats above those of a guess among all tokens: a model that has not been trained has 0.5 to 0.7."""
 
 
 def attention(word: str) -> Attention:

@@ -16,7 +16,7 @@ With --output nothing is printed: the seeds --seed, --seed + 1, … write a file
 
 The prompt takes one forward pass, for all samples. What attention needs of it is kept (reformer/decoding.py), so that
 no token after it takes another; seconds are in benchmarks/LOG.md. Samples are drawn side by side, up to 16 that fit
-into 2 GiB.
+into 2 GiB, and written when all of these are drawn: who interrupts it loses them alone.
 """
 
 import argparse

@@ -7,12 +7,13 @@ sequence's last token sees there: its chunk of the sorted sequence and the one b
 A pass over the whole sequence, as in training, is not quite the same function: there a new token also moves earlier
 ones to other chunks, and so changes what comes out of them. Without LSH layers both are the same.
 
-Several sequences of one length are continued side by side, which takes little longer than one of them.
+Several sequences of one length are continued side by side, in less time than one after another.
 
 Axes: B sequences, H heads, T tokens so far, n new ones, D head dim, M model, V vocabulary.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import cast
 
@@ -71,21 +72,30 @@ class Decoder:
         self.seen_BT, self.is_sound = tokens_BT.clone(), True
         return self.logits_B1V.clone()
 
-    def select(self, rows: Sequence[int]) -> "Decoder":
+    def select(self, rows: Iterable[int]) -> "Decoder":
         """Another one that has seen these of the sequences, by their numbers.
 
-        [0, 0, 0] continues the first in three ways, [0, 2] leaves out the second of three. Raises ValueError where one
-        is none of them.
+        [0, 0, 0] continues the first in three ways. Raises ValueError where one is none of them.
         """
-        if not rows or not 0 <= min(rows) <= max(rows) < len(self.seen_BT):
-            raise ValueError(f"rows={list(rows)}: this decoder has seen {len(self.seen_BT)} sequences, counted from 0")
-        row_b = torch.tensor(rows, dtype=torch.int64)
         other = copy(self)
-        other.seen_BT, other.logits_B1V = (
-            x.index_select(0, row_b.to(x.device)) for x in (self.seen_BT, self.logits_B1V)
-        )
-        other.caches = [cache.select(row_b) for cache in self.caches]
+        other.caches = list(self.caches)
+        other.keep(rows)
         return other
+
+    def keep(self, rows: Iterable[int]) -> None:
+        """Go on with these of the sequences alone: [0, 2] leaves out the second of three. Raises what `select` does.
+
+        One layer after another, so that there is never much more memory than before.
+        """
+        numbers = [operator.index(row) for row in rows]
+        if not numbers or not 0 <= min(numbers) <= max(numbers) < len(self.seen_BT):
+            raise ValueError(f"rows={numbers}: this decoder has seen {len(self.seen_BT)} sequences, counted from 0")
+        row_b = torch.tensor(numbers)
+        was_sound, self.is_sound = self.is_sound, False
+        for layer, cache in enumerate(self.caches):
+            self.caches[layer] = cache.select(row_b)
+        self.seen_BT, self.logits_B1V = (x.index_select(0, row_b.to(x.device)) for x in (self.seen_BT, self.logits_B1V))
+        self.is_sound = was_sound
 
     def _empty(self) -> list["Cache"]:
         return [make_cache(block.attention) for block in self.blocks]

@@ -6,6 +6,7 @@ function of its logits, the seed and its place. The model itself therefore gives
 and on any rank (a Decoder of LSH layers remembers where its first call ended).
 """
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,7 +45,7 @@ def continue_tokens(
         FloatingPointError: the logits are NaN, as those of a model that has diverged.
     """
     check_continuation(config, tokens, n_tokens, temperature, top_p)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [operator.index(seed)]
     window_BT = (tokens if tokens.ndim == 2 else tokens[None]).long()
     if len(seeds) != len(window_BT):
         raise ValueError(f"{len(seeds)} seeds for {len(window_BT)} sequences: give seed=[…] with one for each")

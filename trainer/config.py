@@ -111,8 +111,8 @@ class LoopConfig(StrictConfig):
     """Seed of the initial weights and of the order of the samples."""
     init_from: Path | None = Field(default=None, strict=False)
     """Folder of the initial weights of a new run, instead of random ones, relative to the working directory: written by
-    launch/export.py or Hugging Face's save_pretrained, with the tensors of [model]. Its max_seq_len may be shorter if
-    its axial_shape has as many columns."""
+    launch/export.py or Hugging Face's save_pretrained, with the tensors of [model]. Its vocab_size may be smaller, and
+    its max_seq_len shorter if its axial_shape has as many columns."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Consecutive ranks that share each sequence, each with an equal part of its tokens; 1: no sharing. Must divide the
     number of ranks, model.n_heads and the row length; may change when a run resumes."""

@@ -20,9 +20,9 @@ from reformer.generation import continue_tokens
 Forward = Callable[[Tensor], Tensor]
 """Tokens [B, T] -> logits [B, T, V], or those of the last place alone [B, 1, V]."""
 AT_ONCE = 16
-"""Sequences that are continued side by side: a CPU gains little by more (benchmarks/LOG.md)."""
+"""Sequences that are continued side by side: a CPU gains nothing by more (benchmarks/LOG.md)."""
 MEMORY = 2**31
-"""Bytes that they may keep, all of them together; one alone may keep any number."""
+"""Bytes that they and the prompt may keep, all together; one alone may keep any number."""
 
 
 def encode(text: bytes, tokenizer: Tokenizer, bos: bool) -> Tensor:
@@ -79,7 +79,7 @@ def within_documents(forward: Forward, tokenizer: Tokenizer, eos: bool) -> Forwa
 
 def at_once(config: ReformerConfig, n_tokens: int) -> int:
     """How many sequences of n_tokens are continued side by side."""
-    return max(1, min(AT_ONCE, MEMORY // max(1, n_tokens * memory_per_token(config))))
+    return max(1, min(AT_ONCE, MEMORY // max(1, n_tokens * memory_per_token(config)) - 1))
 
 
 class Continuations:
@@ -113,7 +113,7 @@ class Continuations:
             if not rows:
                 return
             if len(rows) < len(added):
-                decoder = decoder.select(rows)
+                decoder.keep(rows)
             going_on, tokens_BT = [going_on[row] for row in rows], torch.cat([tokens_BT, added_B1], dim=1)[rows]
 
     @cached_property

@@ -54,7 +54,7 @@ def _table(name: str, model: type[StrictConfig], given: Mapping[str, Any]) -> It
         default = _default(field)
         # Numbers, texts, truth values and lists of them are the same in JSON and TOML.
         if key in given:
-            yield f"{key} = {json.dumps(given[key])}"
+            yield f"{key} = {json.dumps(given[key], ensure_ascii=False)}"  # TOML knows no pairs of surrogates
         else:
             yield f"# {key} =" if default in (None, PydanticUndefined) else f"# {key} = {json.dumps(default)}"
         yield ""

@@ -153,6 +153,10 @@ def test_arrays_that_are_not_read(tmp_path: Path) -> None:
     assert problems(objects, integers(10))[0][2] == (
         "holds Python objects, not integers: save each piece as an array of its own, numpy.savez(file, *pieces)"
     )
+    np.savez(tmp_path / "both.npz", a=np.array([None]), b=np.arange(5))
+    assert problems(only(tmp_path / "both.npz", arrays=True), integers(10))[0][2].startswith(
+        "holds Python objects in its array a, not integers: name the one to read, --field b, or save each piece as an"
+    )
     for name, content in (("c.npy", b"not an array"), ("d.npz", b"not an archive"), ("e.npy", b"\x93NUMPY\x01\x00")):
         (tmp_path / name).write_bytes(content)
         ((record, problem, _),) = problems(only(tmp_path / name, arrays=True), integers(10))

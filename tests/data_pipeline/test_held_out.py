@@ -165,6 +165,32 @@ def test_what_is_appended_moves_no_document_to_another_split(folder: Path, other
         build(settings(folder, **moved))
 
 
+def test_an_appended_file_of_another_name_s_content_is_told_as_that(folder: Path) -> None:
+    """It is not in the store: that it has a name which is there is what is wrong."""
+    store = make(folder)
+    name = min(name for name, split in split_of(store).items() if split == "train")
+    write(folder / "other" / name, "not what is there")
+    again = {"append": True, "inputs": (str(folder / "train"),), "val_inputs": (str(folder / "other"),)}
+    again["inputs"] = tuple(str(path) for path in (folder / "train").iterdir() if path.name != name)
+    with pytest.raises(
+        DataError, match=f"{name} is not what the store was built from under the name .*: rename the fil"
+    ):
+        build(settings(folder, **again))
+
+
+def test_records_that_are_held_out_later_are_told_too(tmp_path: Path) -> None:
+    write(tmp_path / "train/more.txt", "more")
+    write(tmp_path / "held.jsonl", '{"text": "one"}\n{"text": "two"}\n')
+    options = {"val_inputs": (), "inputs": (f"{tmp_path}/train", f"{tmp_path}/held.jsonl")}
+    build(settings(tmp_path, **options))
+    again = {**options, "append": True, "inputs": (f"{tmp_path}/train",), "test_inputs": (f"{tmp_path}/held.jsonl",)}
+    message = (
+        r"held.jsonl is in the store already, and its document 'held.jsonl/0' in the split 'train': --append moves"
+    )
+    with pytest.raises(DataError, match=message):
+        build(settings(tmp_path, **again))
+
+
 def test_splits_that_are_far_off_by_tokens_and_padding_are_told(tmp_path: Path) -> None:
     """A share is one of documents; of few that differ in length it may be hardly any of the tokens, or most."""
     for number in range(20):

@@ -79,6 +79,7 @@ def test_arrays_of_any_integer_type_are_their_values(dtype: str) -> None:
         tokenizer = load_tokenizer("integers", n_values)
         assert tokenizer.encode(values).tolist() == tokenizer.encode(values[:, ::-1][:, ::-1]).tolist()
         assert tokenizer.encode(values).tolist() == [9, 0, 3, 1, 2, 50]
+        assert tokenizer.encode(values == 9).tolist() == [1, 0, 0, 0, 0, 0]
     with pytest.raises(DataError, match="the value 50 is outside the vocabulary of --vocab-size 50: expected 0 to 49"):
         load_tokenizer("integers", 50).encode(values)
 

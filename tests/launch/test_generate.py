@@ -305,6 +305,19 @@ def test_a_prompt_is_read_once_for_all_samples(exported: Path, tmp_path: Path, c
     assert read == [1 + len("prompt"), 1, 1, 1]
 
 
+def test_neither_a_group_nor_the_last_one_keeps_more_than_it_needs(
+    exported: Path, tmp_path: Path, call, monkeypatch
+) -> None:
+    lengths: list[int] = []
+    selected: list[int] = []
+    select = Decoder.select
+    monkeypatch.setattr(generate, "at_once", lambda _, n_tokens: lengths.append(n_tokens) or 2)
+    monkeypatch.setattr(Decoder, "select", lambda self, rows: selected.append(len(rows)) or select(self, rows))
+    options = ("prompt", "--tokens", "4", "--output", str(tmp_path / "new"))
+    assert call(exported, *options, "--samples", "3")[0] == 0
+    assert lengths == [len("prompt") + 1 + 4] and selected == [2], "the last one goes on with the prompt's decoder"
+
+
 def test_samples_of_integers_are_arrays(tmp_path: Path, call) -> None:
     tokenizer = IntegerTokenizer(300)
     facts = record(kind="integers", vocab_size=302, sha256=tokenizer.sha256)
@@ -336,7 +349,9 @@ def test_samples_that_end_at_other_places_are_as_each_alone(tmp_path: Path, call
     assert min(lengths) < 10 < 20 < max(lengths) and len({*lengths}) > 4, lengths
 
 
-@pytest.mark.parametrize(("n_tokens", "memory", "expected"), [(100, 2**40, 16), (100, 10**6, 5), (1000, 10**6, 1)])
+@pytest.mark.parametrize(
+    ("n_tokens", "memory", "expected"), [(100, 2**40, 16), (100, 10**6, 4), (1000, 10**6, 1), (300, 10**6, 1)]
+)
 def test_as_many_are_drawn_side_by_side_as_fit(n_tokens: int, memory: int, expected: int, monkeypatch) -> None:
     config = ReformerConfig(vocab_size=258, max_seq_len=1024, d_model=64, n_layers=2, n_heads=2, attn_pattern=["lsh"])
     monkeypatch.setattr(sampling, "MEMORY", memory)

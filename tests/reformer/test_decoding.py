@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from parity import relative_error
@@ -364,6 +365,19 @@ def test_sequences_that_a_decoder_has_not_seen_are_none_to_select(rows: list[int
     decoder(draw(8, n_rows=2))
     with pytest.raises(ValueError, match=r"rows=\[.*\]: this decoder has seen 2 sequences, counted from 0"):
         decoder.select(rows)
+
+
+def test_rows_of_any_kind_of_integers() -> None:
+    decoder, tokens = Decoder(make()), draw(9, n_rows=2)
+    decoder(tokens[:, :8])
+    expected = decoder.select([1, 0])(tokens[[1, 0]])
+    for rows in (np.array([1, 0]), torch.tensor([1, 0]), (1, 0)):
+        assert torch.equal(decoder.select(rows)(tokens[[1, 0]]), expected)
+    assert decoder.select(np.array([0]))(tokens[:1]).shape == (1, 1, 13)
+    with pytest.raises(TypeError):
+        decoder.select([0.0])  # type: ignore[list-item]
+    decoder.keep([1, 0])
+    assert torch.equal(decoder(tokens[[1, 0]]), expected)
 
 
 def test_the_same_tokens_again_give_the_same_logits() -> None:

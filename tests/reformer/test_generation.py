@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def test_several_sequences_are_continued_as_each_alone(model: Reformer) -> None:
         assert torch.equal(found[row], continue_tokens(model, CONFIG, tokens[row], 12, seed=seed, **options))
     assert len({tuple(row) for row in found.tolist()}) == 3
     assert continue_tokens(model, CONFIG, tokens, 0, seed=[7, 8, 7]).shape == (3, 0)
-    assert continue_tokens(model, CONFIG, tokens[:1], 12, seed=7, **options).tolist() == found[:1].tolist()
+    for seed in (7, np.int64(7), torch.tensor(7)):
+        assert continue_tokens(model, CONFIG, tokens[:1], 12, seed=seed, **options).tolist() == found[:1].tolist()
 
 
 def test_passes_are_as_many_as_tokens(model: Reformer) -> None:

@@ -61,7 +61,8 @@ def test_with_a_folder_it_is_of_the_model_there(tmp_path: Path) -> None:
     config = ReformerConfig(vocab_size=300, max_seq_len=96, d_model=16, n_heads=2, n_buckets=(4, 2), activation="gelu")
     save_model(tmp_path / "own", config, Reformer(config).state_dict(), {})
     save_hf(Reformer(config), tmp_path / "theirs")
-    for name in ("own", "theirs"):
+    (tmp_path / "theirs").rename(tmp_path / '"\N{SLIGHTLY SMILING FACE}"')
+    for name in ("own", '"\N{SLIGHTLY SMILING FACE}"'):
         printed = template(tmp_path / name)
         tables = tomllib.loads(printed)
         assert ReformerConfig(**tables["model"]) == config
