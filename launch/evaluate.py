@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
             if nats > guess + NO_BETTER:
                 print(
                     f"note: {nats:.4f} nats are more than the {guess:.4f} of a guess among {model.config.vocab_size} "
-                    f"tokens: are the store's token ids those that the model was trained with?",
+                    "tokens: are the store's token ids those that the model was trained with?",
                     file=sys.stderr,
                 )
 
