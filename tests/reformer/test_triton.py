@@ -195,6 +195,37 @@ def test_local_equals_oracle(n_tokens: int, options: Options, causal: bool) -> N
     assert_parity({name: x.double() for name, x in fast.items()}, exact, 5e-6 if n_tokens > 1 else 1e-3)
 
 
+def columns(n: int, n_tokens: int, d_head: int) -> list[Tensor]:
+    """Leaves [1, 2, T, D] whose last stride is not 1."""
+    return [x.detach().mT.contiguous().mT.requires_grad_() for x in heads(n, n_tokens, d_head)]
+
+
+def sums(out: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a gradient of the output that is one number, expanded."""
+    grads = torch.autograd.grad(out.sum(), list(inputs.values()))
+    return {"out": out.detach(), **{f"d_{name}": grad for name, grad in zip(inputs, grads, strict=True)}}
+
+
+def test_heads_and_gradients_of_any_strides_equal_oracle() -> None:
+    inputs = dict(zip("qkv", columns(3, 20, 16), strict=True))
+    fast = sums(local_attention(**inputs, chunk_len=16, backend="triton"), inputs)
+    inputs = {name: exactly(x) for name, x in inputs.items()}
+    exact = sums(local_attention_reference(**inputs, chunk_len=16), inputs)
+    assert_parity({name: x.double() for name, x in fast.items()}, exact, 5e-6)
+
+
+def test_buckets_of_any_strides_equal_oracle() -> None:
+    """Of each token those of all rounds, as a caller may have them."""
+    qk, v = columns(2, 20, 16)
+    buckets = torch.randint(0, 3, (1, 2, 20, 2), generator=torch.Generator().manual_seed(1)).to(DEVICE).mT
+    options = {"n_hashes": 2, "chunk_len": 16, "attend_across_buckets": False, "duplicate_correction": True}
+    out, _ = lsh_attention(qk, v, buckets, backend="triton", **options)
+    fast = sums(out, {"qk": qk, "v": v})
+    qk, v = exactly(qk), exactly(v)
+    out, _ = lsh_attention(qk, v, buckets, backend="reference", **options)
+    assert_parity({name: x.double() for name, x in fast.items()}, sums(out, {"qk": qk, "v": v}), 5e-6)
+
+
 def test_zero_vectors_equal_oracle() -> None:
     qk, v = heads(2, 40, 16)
     with torch.no_grad():
