@@ -209,7 +209,7 @@ def test_autocast_is_restored_in_the_backward() -> None:
     assert dtypes == [torch.bfloat16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("forward_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("forward_dtype", [None, torch.bfloat16, torch.float16])
 def test_the_backward_is_the_same_under_any_autocast_and_leaves_it_as_it_was(forward_dtype: torch.dtype | None) -> None:
     model = make_model(n_layers=3, dropout=0.1).float()
     tokens, labels, _ = make_batch()
