@@ -209,6 +209,16 @@ def test_errors_are_those_of_the_products_dtype(
     assert max(errors.values()) < largest and min(errors["y1"], errors["weight"]) >= smallest
 
 
+def test_under_autocast_the_gradient_of_the_bias_is_not_rounded() -> None:
+    """Without weights each probability is a third, which bf16 has not."""
+    head, streams = make_head(2, vocab_size=3, d_model=4)
+    with torch.no_grad():
+        head.weight.zero_(), head.bias.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        head(*streams, torch.tensor([[0, 1]])).backward()
+    assert head.bias.grad.tolist() == pytest.approx([-1 / 6, -1 / 6, 1 / 3], rel=1e-5)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_autocast_leaves_float64_alone(tied: bool) -> None:
     head, streams = make_head(20, torch.float64, vocab_size=7, d_model=8, tie_embeddings=tied)
@@ -221,7 +231,9 @@ def test_autocast_leaves_float64_alone(tied: bool) -> None:
 def test_the_loss_of_streams_in_half_precision_is_fp32() -> None:
     head, streams = make_head(20, torch.bfloat16, vocab_size=7, d_model=8)
     halves, labels = [y.bfloat16() for y in streams], torch.randint(0, 7, (1, 20))
-    assert head(*halves, labels).dtype == head(*halves, labels, per_token=True).dtype == torch.float32
+    loss, losses = head(*halves, labels), head(*halves, labels, per_token=True)
+    assert loss.dtype == losses.dtype == torch.float32
+    assert loss.item() == pytest.approx(losses.mean().item(), rel=1e-6)
 
 
 def test_large_logits_neither_overflow_nor_lose_the_loss() -> None:
@@ -295,6 +307,14 @@ def test_the_head_holds_its_gradients_and_one_chunk_of_logits(tied: bool, dtype:
 def test_evaluation_holds_one_chunk_of_logits(tied: bool) -> None:
     _, meter = metered(tied, torch.float32, training=False)
     assert meter.largest == CHUNK * VOCAB and meter.peak < 4 * CHUNK * VOCAB * 1.05
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_few_tokens_hold_no_whole_chunk(training: bool) -> None:
+    head, streams = make_head(3, vocab_size=VOCAB, d_model=1, loss_chunk_tokens=CHUNK)
+    with Meter() as meter, torch.set_grad_enabled(training):
+        head(*streams, torch.zeros(1, 3, dtype=torch.int64))
+    assert meter.largest == 3 * VOCAB
 
 
 def test_the_meter_sees_what_whole_logits_take() -> None:
