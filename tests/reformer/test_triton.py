@@ -249,6 +249,13 @@ def test_two_runs_are_equal_to_the_bit() -> None:
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_a_penalty_on_gradients_is_refused() -> None:
+    qk, v = heads(2, 17, 16)
+    out, _ = lsh_attention(qk, v, n_hashes=1, chunk_len=16, backend="triton")
+    with pytest.raises(RuntimeError, match=r"second derivatives .* through the fused kernels of attention"):
+        torch.autograd.grad(out.sum(), qk, create_graph=True)
+
+
 def layout_of(n_tokens: int, chunk_len: int, **options: object) -> Layout:
     order = torch.arange(n_tokens, dtype=torch.int32).expand(1, 1, -1)
     return Layout(order, order, chunk_len, **{"causal": True, "is_lsh": True, **options})
