@@ -349,6 +349,21 @@ def test_samples_that_end_at_other_places_are_as_each_alone(tmp_path: Path, call
     assert min(lengths) < 10 < 20 < max(lengths) and len({*lengths}) > 4, lengths
 
 
+def test_of_samples_one_at_a_time_all_but_the_last_copy_the_prompt(
+    exported: Path, tmp_path: Path, call, monkeypatch
+) -> None:
+    selected: list[list[int]] = []
+    select = Decoder.select
+    monkeypatch.setattr(Decoder, "select", lambda *of: (selected.append(of[1]), select(*of))[1])
+    monkeypatch.setattr(generate, "at_once", lambda *_: 1)
+    options = ("my words", "--tokens", "9", "--samples", "3", "--output", str(tmp_path / "new"))
+    assert call(exported, *options)[0] == 0
+    assert selected == [[0], [0]]
+    for seed in range(3):
+        added = expected(exported, [256, *b"my words"], 9, top_p=0.95, seed=seed)
+        assert (tmp_path / "new" / f"seed{seed:04d}.txt").read_bytes() == b"my words" + added
+
+
 @pytest.mark.parametrize(
     ("n_tokens", "memory", "expected"), [(100, 2**40, 16), (100, 10**6, 4), (1000, 10**6, 1), (300, 10**6, 1)]
 )
