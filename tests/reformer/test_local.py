@@ -32,6 +32,16 @@ def test_equals_dense(n_tokens: int, chunk_len: int, causal: bool, masked: bool)
     assert_parity(*results, 1e-12)
 
 
+@pytest.mark.parametrize("length", [27.0, 39.0])
+def test_keys_opposite_to_long_queries_leave_room_for_large_gradients(length: float) -> None:
+    """There the sum of weights is as small as can be, and its inverse meets the gradient (of a scaled loss)."""
+    q, v = torch.full((1, 1, 16, 1), length), torch.randn(1, 1, 16, 1)
+    inputs = [x.requires_grad_() for x in (q, -torch.ones_like(q), v)]
+    out = local_attention(*inputs, chunk_len=8, backend="chunked")
+    gradients = torch.autograd.grad(out, inputs, torch.full_like(out, 2.0**40))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
