@@ -296,6 +296,12 @@ def test_samples_are_files_of_what_each_seed_gives(exported: Path, tmp_path: Pat
     assert len(list((tmp_path / "new" / "samples").iterdir())) == 3
 
 
+def test_a_link_to_nowhere_is_not_replaced(exported: Path, tmp_path: Path, call) -> None:
+    (tmp_path / "seed0000.txt").symlink_to("nowhere")
+    code, _, error = call(exported, "abc", "--tokens", "5", "--output", str(tmp_path))
+    assert code == 2 and "seed0000.txt exists: give another --output; or --seed 1" in error
+
+
 def test_a_prompt_is_read_once_for_all_samples(exported: Path, tmp_path: Path, call, monkeypatch) -> None:
     read: list[int] = []
     added = Decoder._added
