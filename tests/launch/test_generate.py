@@ -220,6 +220,7 @@ def test_what_is_asked_for_is_checked_before_anything_is_printed(
 ) -> None:
     code, out, error = call(exported, "abc", *arguments)
     assert code == 2 and out == "" and error.startswith("error: ") and message in error
+    assert ("BOS" in error) == ("max_seq_len" in error)
 
 
 def test_folders_that_are_no_export(tmp_path: Path, call) -> None:
@@ -292,7 +293,7 @@ def test_samples_are_files_of_what_each_seed_gives(exported: Path, tmp_path: Pat
     code, out, error = call(exported, *options, "--seed", "2", "--samples", "2")
     assert code == 2 and "seed0003.txt exists: give another --output; or --seed 4" in error
     code, out, error = call(exported, *options, "--seed", "2", "--samples", "9")
-    assert code == 2 and "or --seed 5 --samples 6 goes on behind it" in error
+    assert code == 2 and "seed0003.txt exists: give another --output; or --seed 5 --samples 6 goes on behind" in error
     assert len(list((tmp_path / "new" / "samples").iterdir())) == 3
 
 
@@ -361,7 +362,7 @@ def test_of_samples_one_at_a_time_all_but_the_last_copy_the_prompt(
     selected: list[list[int]] = []
     select = Decoder.select
     monkeypatch.setattr(Decoder, "select", lambda *of: (selected.append(of[1]), select(*of))[1])
-    monkeypatch.setattr(generate, "at_once", lambda *_: 1)
+    monkeypatch.setattr(generate, "at_once", lambda _, n_tokens: {1 + 8 + 9: 1}[n_tokens])
     options = ("my words", "--tokens", "9", "--samples", "3", "--output", str(tmp_path / "new"))
     assert call(exported, *options)[0] == 0
     assert selected == [[0], [0]]
@@ -385,6 +386,14 @@ def test_as_many_are_drawn_side_by_side_as_fit(n_tokens: int, memory: int, expec
 def test_several_samples_need_a_folder(exported: Path, call, samples: str) -> None:
     code, out, error = call(exported, "abc", "--tokens", "5", "--samples", samples)
     assert code == 2 and out == "" and f"--samples {samples}: give at least 1, and --output FOLDER for" in error
+
+
+def test_too_many_samples_are_refused(exported: Path, tmp_path: Path, call, monkeypatch) -> None:
+    monkeypatch.setattr(generate, "MOST_SAMPLES", 2)
+    options = ("abc", "--tokens", "0", "--output", str(tmp_path / "new"))
+    code, _, error = call(exported, *options, "--samples", "3")
+    assert code == 2 and "--samples 3 is more than 2: give fewer" in error and not (tmp_path / "new").exists()
+    assert call(exported, *options, "--samples", "2")[0] == 0
 
 
 def test_samples_that_would_all_be_the_same_are_refused(exported: Path, tmp_path: Path, call) -> None:
