@@ -158,6 +158,22 @@ def test_ctrl_c_is_no_traceback(exported: Path, call, monkeypatch: pytest.Monkey
     assert call(exported, "abc", "--tokens", "5") == (130, "abc", "error: interrupted\n")
 
 
+def test_weights_whose_logits_are_no_numbers_are_no_traceback(exported: Path, call, monkeypatch) -> None:
+    def diverge(*_: object, **__: object) -> None:
+        raise FloatingPointError("not numbers")
+
+    monkeypatch.setattr(sampling, "continue_tokens", diverge)
+    assert call(exported, "abc", "--tokens", "5") == (2, "abc", "error: not numbers\n")
+
+
+def test_text_is_utf_8_whatever_the_terminal_has(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(exported), "é", "--tokens", "0", "--device", "cpu"])
+    assert generate.main() == 0
+    assert written.getvalue().decode() == "é\n"
+
+
 def test_the_end_of_the_document_ends_the_text(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "ends", 258, record(), biases=(NEVER, 100.0))
     asked: list[int] = []
