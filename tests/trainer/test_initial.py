@@ -40,7 +40,14 @@ def test_an_exported_model_of_the_stores_tokenizer(tmp_path: Path) -> None:
     model = Reformer(model_config())
     folder = write(tmp_path / "model", model, kind="sentencepiece", sha256=OURS)
     assert check_initial(folder, model.config, STORE, OURS) == []
-    assert check_initial(folder, model_config(dropout=0.1, keep_ends=False), STORE, OURS) == []
+    without_effect = {
+        "dropout": 0.1,
+        "attn_dropout": 0.1,
+        "ff_chunk_tokens": 8,
+        "loss_chunk_tokens": 8,
+        "keep_ends": False,
+    }
+    assert check_initial(folder, model_config(**without_effect), STORE, OURS) == []
     read = read_initial(folder, model_config(), 0)
     assert list(read) == [name for name, _ in model.named_parameters()]
     assert all(torch.equal(read[name], parameter) for name, parameter in model.named_parameters())
@@ -58,6 +65,8 @@ def test_one_of_hugging_faces_and_one_in_half_precision(tmp_path: Path) -> None:
     folder = write(tmp_path / "half", half)
     assert check_initial(folder, half.config, STORE, OURS) == [f"{folder} {UNKNOWN}"]
     assert "head.weight" not in read_initial(folder, half.config, 0)
+    grown = read_initial(folder, model_config(tie_embeddings=True, vocab_size=30), 0)
+    assert {parameter.dtype for parameter in grown.values()} == {torch.bfloat16}
 
 
 def test_hugging_faces_two_kinds_of_attention_dropout_do_not_matter(tmp_path: Path) -> None:
