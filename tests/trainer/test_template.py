@@ -65,7 +65,7 @@ def test_with_a_folder_it_is_of_the_model_there(tmp_path: Path) -> None:
     for name in ("own", '"\N{SLIGHTLY SMILING FACE}"'):
         printed = template(tmp_path / name)
         tables = tomllib.loads(printed)
-        assert ReformerConfig(**tables["model"]) == config
+        assert ReformerConfig(**tables["model"]) == config and "attn_pattern" not in tables["model"]
         assert tables["run"] == {"init_from": str(tmp_path / name)} and tables["data"] == {}
         assert uncommented(printed).keys() == uncommented(template()).keys()
 
