@@ -51,6 +51,8 @@ def test_what_is_said_of_values() -> None:
         "(list of 2: whole number) # axial_shape =",
         "(number, at least 0, less than 1) # dropout = 0.0",
         "(whole number or list of whole number) # n_buckets =",
+        "(whole number, at least 0, less than 9,223,372,036,854,775,808) # seed = 0",
+        "(number, at least 0, at most 1) # final_lr_ratio =",
         '("stop" or "continue") # on_full_disk = "stop"',
         "(path; needed) # dir =",
     ):
