@@ -1,0 +1,51 @@
+"""What an outline says of checkpoints and of the beginning, in cases that no start of test_check.py shows."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from evaluation import config
+
+from trainer import outline
+
+ADAM = {"type": "AdamW"}
+
+
+def job(optimizer: dict[str, object] = ADAM, **run: object) -> SimpleNamespace:
+    return SimpleNamespace(config=config(run=run), deepspeed={"optimizer": optimizer})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [(ADAM, 3), ({"type": "Adam", "params": {"amsgrad": True}}, 4), ({"type": "Adafactor", "params": {}}, 1)],
+    ids=str,
+)
+def test_a_checkpoint_is_as_large_as_weights_and_moments_in_fp32(optimizer: dict[str, object], expected: int) -> None:
+    assert f"about {expected} GiB each" in outline._checkpoints(job(optimizer), 2**28)
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ({"save_every": 4, "keep_last": 9}, 3),
+        ({"save_every": 4, "keep_last": 1}, 2),
+        ({"save_every": 1, "keep_last": 1, "keep_best": True}, 3),
+        ({"save_every": 2, "keep_last": 1, "keep_every": 3}, 3),
+        ({"save_every": 0, "keep_last": 2}, 1),
+    ],
+    ids=str,
+)
+def test_as_many_are_there_at_most_as_are_saved_and_kept(run: dict[str, int], expected: int) -> None:
+    assert outline._checkpoints(job(steps=9, **run), 1).endswith(f", {expected} of them at most")
+
+
+def test_a_run_that_is_beyond_its_steps_has_nothing_to_do(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000009").mkdir(parents=True)
+    for steps, said in ((8, "nothing to do: "), (9, "nothing to do: "), (10, "goes on from ")):
+        assert outline._beginning(job(dir=tmp_path, steps=steps)).startswith(f"run          {said}")
+
+
+def test_a_new_run_says_whose_weights_it_begins_with(tmp_path: Path) -> None:
+    for weights, given in (("untrained weights", {}), ("the weights of other", {"init_from": "other"})):
+        expected = f"run          begins anew in {tmp_path} with {weights}"
+        assert outline._beginning(job(dir=tmp_path, **given)) == expected
