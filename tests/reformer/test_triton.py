@@ -159,6 +159,12 @@ def test_half_precision_is_finite_and_near(dtype: torch.dtype) -> None:
     assert_lsh_equals_oracle(63, 2, 16, 32, True, 16 * torch.finfo(dtype).eps, dtype=dtype)
 
 
+def test_norms_of_queries_in_half_precision_are_fp32() -> None:
+    q = torch.randn(1, 16, 16, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    *_, key_scale = triton_attention._forward(q, None, q, layout_of(16, 16))
+    torch.testing.assert_close(key_scale.double(), 1 / q.double().norm(dim=-1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies in half precision, which is as coarse")
 def test_rounds_are_added_up_in_fp32() -> None:
     """Added up in bf16, eight rounds are off by two units in the last place."""
@@ -257,7 +263,7 @@ def test_a_penalty_on_gradients_is_refused() -> None:
 
 
 def layout_of(n_tokens: int, chunk_len: int, **options: object) -> Layout:
-    order = torch.arange(n_tokens, dtype=torch.int32).expand(1, 1, -1)
+    order = torch.arange(n_tokens, dtype=torch.int32, device=DEVICE).expand(1, 1, -1)
     return Layout(order, order, chunk_len, **{"causal": True, "is_lsh": True, **options})
 
 
@@ -274,6 +280,8 @@ def test_what_cannot_run_says_why(q: Tensor, layout: Layout, reason: str) -> Non
     assert reason in (triton_attention.why_not(q.to(DEVICE), None, layout) or "")
     with pytest.raises(ValueError, match=f"cannot run: .*{reason}"):
         dispatch.attention_in_chunks(q.to(DEVICE), None, q.to(DEVICE), layout, "triton")
+    with pytest.raises(ValueError, match=f"the Triton path cannot run: .*{reason}.*; take backend='chunked' or 'auto'"):
+        triton_attention.triton_attention(q.to(DEVICE), None, q.to(DEVICE), layout)
 
 
 def test_a_head_may_be_128_wide_and_no_wider() -> None:
