@@ -126,9 +126,11 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
     assert call(monkeypatch, run_dir, "--output", tmp_path / "model") == 0
     assert f"{folder_of(run_dir, 30)} is damaged: rank_00000.safetensors is not what was" in capsys.readouterr().err
     assert torch.equal(logits_of(tmp_path / "model"), logits[2])
-    for arguments in ([run_dir, "--step", "30"], [folder_of(run_dir, 30)]):
+    way_out = "no sound checkpoint of step 30: there are those of steps 1, 2\n"
+    for arguments, said in (([run_dir, "--step", "30"], way_out), ([folder_of(run_dir, 30)], "")):
         assert call(monkeypatch, *arguments, "--output", tmp_path / "other") == 2
-        assert "rank_00000.safetensors is not what was written" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "rank_00000.safetensors is not what was written" in error and said in error
     assert not (tmp_path / "other").exists()
 
 
@@ -258,6 +260,7 @@ def test_weights_without_a_tokenizer_where_it_cannot_be_had(
     ("arguments", "message"),
     [
         (["run", "--step", "3"], "run has no sound checkpoint of step 3: there are those of steps 1, 2, 30"),
+        (["run", "--best"], "run has no checkpoint of a step that was evaluated: leave out --best, or give --step"),
         (["nowhere"], "nowhere does not exist: give the folder that was run.dir, or one of its"),
         ([".."], ".. is neither a run nor a checkpoint: give the folder that was run.dir"),
         (["nowhere", "--step", "3"], "--step 3 is for the folder of a run, and nowhere has no checkpoints in it"),
