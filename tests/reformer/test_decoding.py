@@ -121,10 +121,12 @@ def test_without_lsh_layers_it_is_a_pass_over_all_tokens(pattern: list[str], n_f
 
 
 def test_the_first_call_is_a_pass_and_chunks_that_hold_all_make_all_of_them_one() -> None:
-    model, tokens = make(max_seq_len=LENGTH), draw()
-    with torch.no_grad():
-        expected = model(tokens)
-    assert relative_error(Decoder(model)(tokens), expected[:, -1:]) < ROUNDING
+    tokens = draw()
+    for mode in ({}, {"attend_across_buckets": False}, {"duplicate_correction": True, "n_hashes": 4}):
+        model = make(max_seq_len=LENGTH, **mode)
+        with torch.no_grad():
+            expected = model(tokens)
+        assert relative_error(Decoder(model)(tokens), expected[:, -1:]) < ROUNDING
     # Every round sees everything, equally often.
     model = make(lsh_chunk_len=64)
     decoder = Decoder(model)
