@@ -62,6 +62,14 @@ def test_the_inner_attention_gets_so_many_heads(monkeypatch: pytest.MonkeyPatch,
     assert seen == groups * (4 + 3)  # the last block's attention is not computed again
 
 
+@pytest.mark.parametrize("needs_output", [True, False])
+def test_an_output_that_nobody_needs_is_not_made(needs_output: bool) -> None:
+    x = torch.randn(1, T, N_HEADS * D_HEAD, dtype=torch.float64).requires_grad_()
+    for block in make_model().blocks:
+        out, _ = block.attention(x, Call(0), d_out_BTM=torch.ones_like(x), needs_output=needs_output)
+        assert (out is not None) == needs_output
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_plain_autograd_by_groups(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """The blocks called one after the other, as the reference of other tests has it."""
