@@ -149,6 +149,24 @@ def test_the_peak_of_a_step_in_streams(
     assert all(peak <= limit for peak, limit in zip(peaks, limits, strict=True))
 
 
+@pytest.mark.parametrize("pattern", ["local", "lsh", "dense"])
+def test_a_forward_lets_go_of_heads_before_it_takes_others(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.setattr(attention, "GROUP_NUMBERS", LONG_TOKENS * 4)
+    model = make_model(max_seq_len=LONG_TOKENS, n_layers=1, n_heads=4, attn_pattern=(pattern,)).eval()
+    layer, made, alive = model.blocks[0].attention, [], []
+    group = attention.HeadGroup
+
+    def counted(*of: object) -> attention.HeadGroup:
+        made.append(weakref.ref(new := group(*of)))
+        alive.append(sum(each() is not None for each in made))
+        return new
+
+    monkeypatch.setattr(attention, "HeadGroup", counted)
+    with torch.no_grad():
+        layer(torch.randn(1, LONG_TOKENS, 16, dtype=torch.float64), Call(0))
+    assert alive == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(("pattern", "limit"), [("local", 10.4), ("lsh", 10.4)])
 def test_without_what_the_ends_keep_the_peak_is_lower(
     monkeypatch: pytest.MonkeyPatch, pattern: str, limit: float
