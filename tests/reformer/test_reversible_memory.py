@@ -167,6 +167,30 @@ def test_a_forward_lets_go_of_heads_before_it_takes_others(monkeypatch: pytest.M
     assert alive == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("pattern", ["local", "lsh", "dense"])
+def test_a_backward_lets_go_of_heads_before_their_projections_are_differentiated(
+    monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.setattr(attention, "GROUP_NUMBERS", LONG_TOKENS * 4)
+    model = make_model(max_seq_len=LONG_TOKENS, n_layers=1, n_heads=4, attn_pattern=(pattern,)).eval()
+    layer, projected, alive = model.blocks[0].attention, [], []
+    group, differentiate = attention.HeadGroup, layer._through_projections
+
+    def noted(columns: slice, tensors: list[Tensor], out: Tensor) -> attention.HeadGroup:
+        projected.extend(map(weakref.ref, tensors))
+        return group(columns, tensors, out)
+
+    def counted(*of: Any) -> None:
+        alive.append(sum(each() is not None for each in projected))
+        differentiate(*of)
+
+    monkeypatch.setattr(attention, "HeadGroup", noted)
+    monkeypatch.setattr(layer, "_through_projections", counted)
+    x = torch.randn(1, LONG_TOKENS, 16, dtype=torch.float64).requires_grad_()
+    layer(x, Call(0), d_out_BTM=torch.ones_like(x))
+    assert alive == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize(("pattern", "limit"), [("local", 10.4), ("lsh", 10.4)])
 def test_without_what_the_ends_keep_the_peak_is_lower(
     monkeypatch: pytest.MonkeyPatch, pattern: str, limit: float
