@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import layout
+from data_pipeline.cli import main as data_pipeline
 from data_pipeline.manifest import (
     MANIFEST_NAME,
     DocumentRecord,
@@ -21,6 +22,8 @@ from data_pipeline.packing import Segments, pack
 from data_pipeline.tokenizer import ByteTokenizer, Tokenizer, token_dtype
 
 SPLITS = ("train", "val")
+TRAIN, HELD_OUT = b"abracadabra" * 7, b"cabbage"
+"""What `cabbage_store` is built of."""
 
 
 def store_settings(tokenizer: Tokenizer, **changes: object) -> StoreSettings:
@@ -128,3 +131,14 @@ def _split_record(
         mixed_rows=sum(len(each) > 1 for each in together),
         byte_fallback_tokens=0,
     )
+
+
+def cabbage_store(folder: Path) -> Path:
+    """A store that is built, of a document to train on and one held out."""
+    for name, text in (("train", TRAIN), ("val", HELD_OUT)):
+        (folder / name).mkdir()
+        (folder / name / f"{name}.txt").write_bytes(text)
+    inputs = ["--input", str(folder / "train"), "--val-input", str(folder / "val")]
+    settings = ["--tokenizer", "bytes", "--seq-len", "100", "--workers", "1"]
+    assert data_pipeline(["build", *inputs, *settings, "--output", str(folder / "store")]) == 0
+    return folder / "store"

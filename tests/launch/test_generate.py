@@ -8,78 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import generate
-import numpy as np
 import pytest
 import torch
+from small_exports import NEVER, expected, tokenizer_record, write_export
 
-from data_pipeline.tokenizer import ByteTokenizer, IntegerTokenizer, load_tokenizer
-from reformer import Reformer, ReformerConfig, load_model, save_model
-from reformer.decoding import Decoder
-from reformer.decoding_caches import memory_per_token
+from data_pipeline.tokenizer import IntegerTokenizer, load_tokenizer
+from reformer import Reformer, ReformerConfig, load_model
 from reformer.generation import continue_tokens
 from reformer.hf import save_hf
 from trainer import sampling
 from trainer.exported import choose_device
-
-BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True}
-NEVER = -100.0
-"""A bias that keeps a token from being drawn."""
-
-
-def write(
-    folder: Path,
-    vocab_size: int,
-    others: dict[str, bytes],
-    ends: tuple[int, int] = (256, 257),
-    biases: tuple[float, float] = (NEVER, NEVER),
-) -> Path:
-    """An export of a model of random weights but for the biases of BOS and EOS, whose ids are `ends`."""
-    torch.manual_seed(0)
-    config = ReformerConfig(vocab_size=vocab_size, max_seq_len=64, d_model=16, n_layers=2, n_heads=2, dropout=0.5)
-    model = Reformer(config)
-    with torch.no_grad():
-        model.head.bias[list(ends)] = torch.tensor(biases)
-    save_model(folder, config, model.state_dict(), others)
-    return folder
-
-
-def record(**changes: object) -> dict[str, bytes]:
-    return {"tokenizer.json": json.dumps({**BYTES, **changes}).encode()}
-
-
-@pytest.fixture
-def exported(tmp_path: Path) -> Path:
-    return write(tmp_path / "exported", 258, record())
-
-
-@pytest.fixture
-def pieces(tmp_path: Path, tokenizer_file: Path) -> Path:
-    """An export of a model of SentencePiece tokens."""
-    tokenizer = load_tokenizer(str(tokenizer_file))
-    facts = record(kind="sentencepiece", vocab_size=tokenizer.vocab_size, sha256=tokenizer.sha256)
-    others = {**facts, "tokenizer.model": tokenizer_file.read_bytes()}
-    return write(tmp_path / "pieces", tokenizer.vocab_size, others, ends=(tokenizer.bos_id, tokenizer.eos_id))
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """The command: its exit code, standard output and standard error."""
-
-    def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["generate.py", str(folder), *arguments, "--device", "cpu"])
-        code = generate.main()
-        return (code, *capfd.readouterr())
-
-    return run
-
-
-def expected(folder: Path, ids: list[int], n_tokens: int, **draws: float) -> bytes:
-    """The bytes of the continuation, by the library."""
-    model = load_model(folder)
-    added = continue_tokens(model, model.config, torch.tensor(ids), n_tokens, **draws).tolist()
-    kind = json.loads((folder / "tokenizer.json").read_bytes())["kind"]
-    tokenizer = load_tokenizer("bytes" if kind == "bytes" else str(folder / "tokenizer.model"))
-    return tokenizer.decode(np.array(added))
 
 
 def test_the_prompt_and_what_the_library_adds_are_all_that_is_printed(exported: Path, call) -> None:
@@ -127,8 +65,8 @@ def test_a_character_of_several_tokens_is_whole(exported: Path, call, monkeypatc
 def test_integers(tmp_path: Path, call) -> None:
     """Values of a piece of music, say; what a byte of text would be is none of theirs."""
     tokenizer = IntegerTokenizer(300)
-    facts = record(kind="integers", vocab_size=302, sha256=tokenizer.sha256)
-    folder = write(tmp_path / "integers", 302, facts, ends=(tokenizer.bos_id, tokenizer.eos_id))
+    facts = tokenizer_record(kind="integers", vocab_size=302, sha256=tokenizer.sha256)
+    folder = write_export(tmp_path / "integers", 302, facts, ends=(tokenizer.bos_id, tokenizer.eos_id))
     model = load_model(folder)
     added = continue_tokens(model, model.config, torch.tensor([300, 67, 299, 0]), 20, temperature=0).tolist()
     values = [str(value) for value in (67, 299, 0, *added) if value < 300]
@@ -145,7 +83,7 @@ def test_integers(tmp_path: Path, call) -> None:
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, call) -> None:
-    folder = write(tmp_path / "ruined", 258, record(), biases=(NEVER, float("nan")))
+    folder = write_export(tmp_path / "ruined", 258, tokenizer_record(), biases=(NEVER, float("nan")))
     code, out, error = call(folder, "abc", "--tokens", "5")
     assert code == 2 and out == "" and "has weights that are not finite" in error
 
@@ -175,7 +113,7 @@ def test_text_is_utf_8_whatever_the_terminal_has(exported: Path, monkeypatch: py
 
 
 def test_the_end_of_the_document_ends_the_text(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write(tmp_path / "ends", 258, record(), biases=(NEVER, 100.0))
+    folder = write_export(tmp_path / "ends", 258, tokenizer_record(), biases=(NEVER, 100.0))
     asked: list[int] = []
 
     def counted(*arguments: object, **options: object) -> torch.Tensor:
@@ -190,15 +128,15 @@ def test_the_end_of_the_document_ends_the_text(tmp_path: Path, call, monkeypatch
 
 def test_what_no_document_had_in_training_is_never_drawn(tmp_path: Path, call) -> None:
     """EOS where documents ended without it, and BOS, which follows nothing."""
-    never = write(tmp_path / "never", 258, record())
-    likely = write(tmp_path / "likely", 258, record(eos=False), biases=(100.0, 101.0))
+    never = write_export(tmp_path / "never", 258, tokenizer_record())
+    likely = write_export(tmp_path / "likely", 258, tokenizer_record(eos=False), biases=(100.0, 101.0))
     added = expected(never, [256, *b"all"], 30, temperature=0).decode(errors="replace")
     assert call(likely, "all", "--tokens", "30", "--temperature", "0") == (0, f"all{added}\n", "")
 
 
 def test_bos_is_in_front_as_it_was_in_training(tmp_path: Path, call) -> None:
-    without = write(tmp_path / "without", 258, record(bos=False))
-    with_bos = write(tmp_path / "with", 258, record())
+    without = write_export(tmp_path / "without", 258, tokenizer_record(bos=False))
+    with_bos = write_export(tmp_path / "with", 258, tokenizer_record())
     for folder, ids in ((without, [*b"abc"]), (with_bos, [256, *b"abc"])):
         added = expected(folder, ids, 30, temperature=0).decode(errors="replace")
         assert call(folder, "abc", "--tokens", "30", "--temperature", "0")[1] == f"abc{added}\n"
@@ -267,23 +205,23 @@ def test_folders_that_are_no_export(tmp_path: Path, call) -> None:
         ({}, r"has no tokenizer (tokenizer.json is missing): export it again where the run's store is"),
         ({"tokenizer.json": b"{"}, "tokenizer.json cannot be read"),
         ({"tokenizer.json": b"[]"}, "tokenizer.json cannot be read"),
-        (record(kind="integers"), "is not what"),
+        (tokenizer_record(kind="integers"), "is not what"),
         (
             {"tokenizer.json": json.dumps({"kind": "bytes", "bos": True, "sha256": ""}).encode()},
             "does not name a tokenizer",
         ),
-        (record(kind="integers", vocab_size=258.5), "does not name a tokenizer"),
-        (record(sha256="0"), "is not what"),
-        (record(kind="sentencepiece"), "cannot read tokenizer"),
+        (tokenizer_record(kind="integers", vocab_size=258.5), "does not name a tokenizer"),
+        (tokenizer_record(sha256="0"), "is not what"),
+        (tokenizer_record(kind="sentencepiece"), "cannot read tokenizer"),
     ],
 )
 def test_tokenizers_that_are_missing_or_damaged(tmp_path: Path, call, others: dict[str, bytes], message: str) -> None:
-    code, out, error = call(write(tmp_path / "exported", 258, others), "abc", "--tokens", "5")
+    code, out, error = call(write_export(tmp_path / "exported", 258, others), "abc", "--tokens", "5")
     assert code == 2 and out == "" and message in error
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path, call) -> None:
-    code, _, error = call(write(tmp_path / "exported", 300, record()), "abc", "--tokens", "5")
+    code, _, error = call(write_export(tmp_path / "exported", 300, tokenizer_record()), "abc", "--tokens", "5")
     assert code == 2 and "has 258 tokens, and its model 300" in error
 
 
@@ -293,132 +231,3 @@ def test_a_device_that_is_not_there(exported: Path, monkeypatch: pytest.MonkeyPa
     assert generate.main() == 2
     assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
     assert choose_device(None) == torch.device("cpu")
-
-
-def test_samples_are_files_of_what_each_seed_gives(exported: Path, tmp_path: Path, call) -> None:
-    """Of the bytes as they are, which text on standard output need not be; files of other seeds stay."""
-    options = ("my words", "--tokens", "40", "--output", str(tmp_path / "new" / "samples"))
-    code, out, error = call(exported, *options, "--seed", "3", "--samples", "2")
-    assert (code, out) == (0, ""), error
-    assert call(exported, *options, "--seed", "12345")[0] == 0
-    written = {path.name: path.read_bytes() for path in (tmp_path / "new" / "samples").iterdir()}
-    assert written == {
-        f"seed{seed:04d}.txt": b"my words" + expected(exported, [256, *b"my words"], 40, top_p=0.95, seed=seed)
-        for seed in (3, 4, 12345)
-    }
-    code, out, error = call(exported, *options, "--seed", "2", "--samples", "2")
-    assert code == 2 and "seed0003.txt exists: give another --output; or --seed 4" in error
-    code, out, error = call(exported, *options, "--seed", "2", "--samples", "9")
-    assert code == 2 and "seed0003.txt exists: give another --output; or --seed 5 --samples 6 goes on behind" in error
-    assert len(list((tmp_path / "new" / "samples").iterdir())) == 3
-
-
-def test_a_link_to_nowhere_is_not_replaced(exported: Path, tmp_path: Path, call) -> None:
-    (tmp_path / "seed0000.txt").symlink_to("nowhere")
-    code, _, error = call(exported, "abc", "--tokens", "5", "--output", str(tmp_path))
-    assert code == 2 and "seed0000.txt exists: give another --output; or --seed 1" in error
-
-
-def test_a_prompt_is_read_once_for_all_samples(exported: Path, tmp_path: Path, call, monkeypatch) -> None:
-    read: list[int] = []
-    added = Decoder._added
-    monkeypatch.setattr(Decoder, "_added", lambda *of: (read.append(of[1].shape[1]), added(*of))[1])
-    options = ("--tokens", "4", "--samples", "3", "--output", str(tmp_path / "new"))
-    assert call(exported, "prompt", *options)[0] == 0
-    assert read == [1 + len("prompt"), 1, 1, 1]
-
-
-def test_neither_a_group_nor_the_last_one_keeps_more_than_it_needs(
-    exported: Path, tmp_path: Path, call, monkeypatch
-) -> None:
-    lengths: list[int] = []
-    selected: list[int] = []
-    select = Decoder.select
-    monkeypatch.setattr(generate, "at_once", lambda _, n_tokens: lengths.append(n_tokens) or 2)
-    monkeypatch.setattr(Decoder, "select", lambda self, rows: selected.append(len(rows)) or select(self, rows))
-    options = ("prompt", "--tokens", "4", "--output", str(tmp_path / "new"))
-    assert call(exported, *options, "--samples", "3")[0] == 0
-    assert lengths == [len("prompt") + 1 + 4] and selected == [2], "the last one goes on with the prompt's decoder"
-
-
-def test_samples_of_integers_are_arrays(tmp_path: Path, call) -> None:
-    tokenizer = IntegerTokenizer(300)
-    facts = record(kind="integers", vocab_size=302, sha256=tokenizer.sha256)
-    folder = write(tmp_path / "integers", 302, facts, ends=(300, 301))
-    assert call(folder, "299 5", "--tokens", "20", "--output", str(tmp_path / "new"))[0] == 0
-    values = np.load(tmp_path / "new" / "seed0000.npy", allow_pickle=False)
-    assert values.dtype == np.uint16
-    assert " ".join(map(str, values)) == call(folder, "299 5", "--tokens", "20")[1].strip()
-
-
-def test_a_sample_ends_where_the_document_does(tmp_path: Path, call) -> None:
-    folder = write(tmp_path / "ends", 258, record(), biases=(NEVER, 100.0))
-    assert call(folder, "all", "--tokens", "9", "--output", str(tmp_path / "new"))[0] == 0
-    assert (tmp_path / "new" / "seed0000.txt").read_bytes() == b"all"
-
-
-def test_samples_that_end_at_other_places_are_as_each_alone(tmp_path: Path, call, monkeypatch) -> None:
-    """Side by side in twos: each that ends leaves the other alone."""
-    folder = write(tmp_path / "ends", 258, record(), biases=(NEVER, 4.0))
-    options = ("all", "--tokens", "20")
-    monkeypatch.setattr(generate, "at_once", lambda *_: 2)
-    assert call(folder, *options, "--samples", "9", "--output", str(tmp_path / "new"))[0] == 0
-    lengths = []
-    for seed in range(9):
-        text = call(folder, *options, "--seed", str(seed))[1].encode()[:-1]
-        sample = (tmp_path / "new" / f"seed{seed:04d}.txt").read_bytes()
-        assert sample.decode(errors="replace").encode() == text
-        lengths.append(len(sample))
-    assert min(lengths) < 10 < 20 < max(lengths) and len({*lengths}) > 4, lengths
-
-
-def test_of_samples_one_at_a_time_all_but_the_last_copy_the_prompt(
-    exported: Path, tmp_path: Path, call, monkeypatch
-) -> None:
-    selected: list[list[int]] = []
-    select = Decoder.select
-    monkeypatch.setattr(Decoder, "select", lambda *of: (selected.append(of[1]), select(*of))[1])
-    monkeypatch.setattr(generate, "at_once", lambda _, n_tokens: {1 + 8 + 9: 1}[n_tokens])
-    options = ("my words", "--tokens", "9", "--samples", "3", "--output", str(tmp_path / "new"))
-    assert call(exported, *options)[0] == 0
-    assert selected == [[0], [0]]
-    for seed in range(3):
-        added = expected(exported, [256, *b"my words"], 9, top_p=0.95, seed=seed)
-        assert (tmp_path / "new" / f"seed{seed:04d}.txt").read_bytes() == b"my words" + added
-
-
-@pytest.mark.parametrize(
-    ("n_tokens", "memory", "expected"), [(100, 2**40, 16), (100, 10**6, 4), (1000, 10**6, 1), (300, 10**6, 1)]
-)
-def test_as_many_are_drawn_side_by_side_as_fit(n_tokens: int, memory: int, expected: int, monkeypatch) -> None:
-    config = ReformerConfig(vocab_size=258, max_seq_len=1024, d_model=64, n_layers=2, n_heads=2, attn_pattern=["lsh"])
-    monkeypatch.setattr(sampling, "MEMORY", memory)
-    assert memory_per_token(config) == 2 * (64 * 2 * 4 * 1.5 + 2 * 4 * (4 + 2 + 3))
-    assert sampling.at_once(config, n_tokens) == expected
-    assert sampling.at_once(config.model_copy(update={"attn_pattern": ("local",)}), n_tokens) == 16
-
-
-@pytest.mark.parametrize("samples", ["0", "2"])
-def test_several_samples_need_a_folder(exported: Path, call, samples: str) -> None:
-    code, out, error = call(exported, "abc", "--tokens", "5", "--samples", samples)
-    assert code == 2 and out == "" and f"--samples {samples}: give at least 1, and --output FOLDER for" in error
-
-
-def test_too_many_samples_are_refused(exported: Path, tmp_path: Path, call, monkeypatch) -> None:
-    monkeypatch.setattr(generate, "MOST_SAMPLES", 2)
-    options = ("abc", "--tokens", "0", "--output", str(tmp_path / "new"))
-    code, _, error = call(exported, *options, "--samples", "3")
-    assert code == 2 and "--samples 3 is more than 2: give fewer" in error and not (tmp_path / "new").exists()
-    assert call(exported, *options, "--samples", "2")[0] == 0
-
-
-def test_samples_that_would_all_be_the_same_are_refused(exported: Path, tmp_path: Path, call) -> None:
-    options = ("--tokens", "5", "--samples", "2", "--output", str(tmp_path / "new"), "--temperature", "0")
-    code, _, error = call(exported, "abc", *options)
-    assert code == 2 and "--samples 2 with --temperature 0 would all be the same" in error
-
-
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_drawn(exported: Path, tmp_path: Path, call) -> None:
-    (tmp_path / "file").touch()
-    code, out, error = call(exported, "abc", "--tokens", "5", "--output", str(tmp_path / "file" / "new"))
-    assert code == 2 and out == "" and "cannot write to --output" in error
