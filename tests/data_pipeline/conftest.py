@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
+from data_pipeline import stages
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings
 from data_pipeline.store import Store
@@ -81,3 +83,33 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
     system.store.clear()
     yield system
     system.store.clear()
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    """Three tasks: a good one, one with an invalid byte, a good one."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_bytes(f"line {number}\n".encode() * 150_000)
+    with (folder / "1.txt").open("ab") as file:
+        file.write(b"\xff\n")
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path: Path, books: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Store]:
+    monkeypatch.setattr(stages, "TASK_BYTES", (1 << 20, 1 << 20))
+    settings = {
+        "inputs": (str(books),),
+        "tokenizer": str(tokenizer_file),
+        "output": tmp_path / "store",
+        "seq_len": 1 << 15,
+        "rows_per_shard": 8,
+        "policies": {"encoding": "replace"},
+    }
+
+    def make_store(**changes: Any) -> Store:
+        return build(BuildSettings(**{**settings, **changes})).store
+
+    return make_store

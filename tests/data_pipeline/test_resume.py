@@ -5,7 +5,6 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,50 +12,16 @@ from typing import Any
 import pytest
 from on_disk import files_of
 
-from data_pipeline import build as build_module
 from data_pipeline import jobs, scratch, stages
-from data_pipeline.build import build
-from data_pipeline.config import BuildSettings
 from data_pipeline.errors import DataError
 from data_pipeline.jobs import membership
 from data_pipeline.staging import partial_path
 from data_pipeline.store import Store
-from data_pipeline.tokenizer import ByteTokenizer
 from data_pipeline.verify import verify
 
 
 class Interrupted(Exception):
     """In place of a SIGKILL."""
-
-
-@pytest.fixture
-def books(tmp_path: Path) -> Path:
-    """Three tasks: a good one, one with an invalid byte, a good one."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(3):
-        (folder / f"{number}.txt").write_bytes(f"line {number}\n".encode() * 150_000)
-    with (folder / "1.txt").open("ab") as file:
-        file.write(b"\xff\n")
-    return folder
-
-
-@pytest.fixture
-def make(tmp_path: Path, books: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Store]:
-    monkeypatch.setattr(stages, "TASK_BYTES", (1 << 20, 1 << 20))
-    settings = {
-        "inputs": (str(books),),
-        "tokenizer": str(tokenizer_file),
-        "output": tmp_path / "store",
-        "seq_len": 1 << 15,
-        "rows_per_shard": 8,
-        "policies": {"encoding": "replace"},
-    }
-
-    def make_store(**changes: Any) -> Store:
-        return build(BuildSettings(**{**settings, **changes})).store
-
-    return make_store
 
 
 @pytest.fixture
@@ -373,29 +338,6 @@ def test_processes_that_disagree_are_stopped(
     monkeypatch.setattr(stages, "start", start)
     with pytest.raises(DataError, match=rf"store disagree: {message}.*Start all of them by the same command"):
         make()
-
-
-def test_a_tokenizer_that_is_replaced_is_noticed(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker process reads the model anew, perhaps on another node."""
-    monkeypatch.setattr(stages, "load_tokenizer", lambda *_: ByteTokenizer())
-    with pytest.raises(DataError, match=r"store disagree: the file of the tokenizer is another"):
-        make()
-
-
-def test_workers_are_sent_only_what_was_asked_for(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the lists of files and tasks, which a thread of the main process may be making at that moment."""
-    sent = []
-
-    class Pool(ProcessPoolExecutor):
-        def submit(self, function: Any, /, *arguments: Any, **options: Any) -> Any:
-            sent.append(set(vars(arguments[0])))
-            return super().submit(function, *arguments, **options)
-
-    monkeypatch.setattr(build_module, "ProcessPoolExecutor", Pool)
-    real = stages.begin
-    monkeypatch.setattr(stages, "begin", lambda work: (real(work), work.files, work.tasks))
-    make(workers=3)
-    assert sent == [{field.name for field in dataclasses.fields(stages.Work)}] * 2
 
 
 def test_a_finished_store_leaves_the_work_of_an_unfinished_append_alone(
