@@ -185,7 +185,7 @@ def test_a_job_that_is_cancelled(training: Training, undisturbed: Curves) -> Non
     training.submit("--nodes=1")
     training.ends()
     assert f"after step {done}" in training.log
-    assert_nearly_equal(training.curves(), undisturbed)
+    assert_nearly_equal(training.curves(), undisturbed, same_until=done)
 
 
 def test_nodes_that_share_each_sequence(training: Training, undisturbed: Curves) -> None:
@@ -197,19 +197,22 @@ def test_nodes_that_share_each_sequence(training: Training, undisturbed: Curves)
     training.ends()
     assert "SIGUSR1 after step" in training.log and training.restarts() == 1
     assert training.log.count("2 ranks share each sequence") == 2
-    assert_nearly_equal(training.curves(), undisturbed)
+    assert_nearly_equal(training.curves(), undisturbed, same_until=-1)
 
 
-def assert_nearly_equal(found: Curves, expected: Curves) -> None:
-    """But for rounding, 1e-7, which in some runs sends a token to another bucket: then a loss differs by 1e-4 (seen).
+def assert_nearly_equal(found: Curves, expected: Curves, same_until: int) -> None:
+    """To the bit up to a step, and but for rounding after it.
 
-    Another order of samples, or another state, is seen at once, and by far more.
+    Rounding, 1e-7, sends a token to another bucket in some runs: then a loss differs by 1e-4 (seen), and a norm of
+    gradients by more. That is seldom so in the first steps, in which another order of samples, or another state, is seen
+    at once, and by far more.
     """
     for tag, points in expected.items():
         assert [step for step, _ in found[tag]] == [step for step, _ in points]
         for (step, value), (_, other) in zip(found[tag], points, strict=True):
-            room = 1e-5 if step <= 20 else 1e-2 if tag == "train/grad_norm" else 1e-3
-            assert value == pytest.approx(other, abs=room), f"{tag} of step {step}"
+            room = 0 if step <= same_until else 1e-5 if step <= same_until + 2 else 1e-3
+            room *= 10 if tag == "train/grad_norm" else 1
+            assert value == pytest.approx(other, abs=room, rel=0), f"{tag} of step {step}"
 
 
 def test_mpirun_in_a_job(training: Training, undisturbed: Curves) -> None:

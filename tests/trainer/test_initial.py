@@ -141,7 +141,7 @@ def test_a_model_of_fewer_tokens(tmp_path: Path, tied: bool) -> None:
     read = read_initial(folder, larger, seed=5)
     grown, tokens = assemble(larger, read).eval(), torch.randint(0, 20, (2, 64))
     with torch.no_grad():
-        assert torch.equal(grown(tokens)[..., :20], model(tokens))
+        torch.testing.assert_close(grown(tokens)[..., :20], model(tokens))
     for name in initial.TOKENS[:: 2 if tied else 1]:
         old, new = read[name][:20], read[name][20:]
         assert len(new) == 2000 and not torch.equal(new, read_initial(folder, larger, seed=6)[name][20:])
