@@ -204,8 +204,8 @@ def assert_nearly_equal(found: Curves, expected: Curves, same_until: int) -> Non
     """To the bit up to a step, and but for rounding after it.
 
     Rounding, 1e-7, sends a token to another bucket in some runs: then a loss differs by 1e-4 (seen), and a norm of
-    gradients by more. That is seldom so in the first steps, in which another order of samples, or another state, is seen
-    at once, and by far more.
+    gradients by more. That is seldom so in the first two steps, in which another order of samples, or another state, is
+    seen at once, and by far more.
     """
     for tag, points in expected.items():
         assert [step for step, _ in found[tag]] == [step for step, _ in points]
