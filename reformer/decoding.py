@@ -97,7 +97,7 @@ class Decoder:
         self.seen_BT, self.logits_B1V = (x.index_select(0, row_b.to(x.device)) for x in (self.seen_BT, self.logits_B1V))
         self.is_sound = was_sound
 
-    def _empty(self) -> list["Cache"]:
+    def _empty(self) -> list[Cache]:
         return [make_cache(block.attention) for block in self.blocks]
 
     def _check(self, tokens_BT: Tensor) -> None:

@@ -41,7 +41,7 @@ def continue_tokens(
         seed: of the draws; of several sequences, B of them.
 
     Raises:
-        ValueError: as `check_continuation` does, before anything is computed.
+        ValueError: as `check_continuation` does, or for another number of seeds, before anything is computed.
         FloatingPointError: the logits are NaN, as those of a model that has diverged.
     """
     check_continuation(config, tokens, n_tokens, temperature, top_p)

@@ -102,8 +102,8 @@ class Continuations:
         # What a long prompt keeps may be gigabytes: the last draw needs no copy.
         is_last = not self.n_left and len(seeds) == 1
         decoder = self._prompted if is_last else self._prompted.select([0] * len(seeds))
+        forward = within_documents(decoder, self.tokenizer, self.eos)
         for _ in range(n_tokens):  # one at a time, which gives the same tokens as all at once
-            forward = within_documents(decoder, self.tokenizer, self.eos)
             added_B1 = continue_tokens(
                 forward, self.model.config, tokens_BT, 1, temperature=temperature, top_p=top_p, seed=going_on
             )

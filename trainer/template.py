@@ -36,10 +36,8 @@ def template(init_from: Path | None = None) -> str:
     """
     given: dict[str, dict[str, Any]] = {}
     if init_from is not None:
-        model = read_model(init_from, str(init_from)).config.model_dump(mode="json")
-        defaults = {name: _default(field) for name, field in ReformerConfig.model_fields.items()}
-        changed = {name: value for name, value in model.items() if value != _plain(defaults[name])}
-        given = {"model": changed, "run": {"init_from": str(init_from)}}
+        model = read_model(init_from, str(init_from)).config.model_dump(mode="json", exclude_defaults=True)
+        given = {"model": model, "run": {"init_from": str(init_from)}}
     tables = (_table(name, model, given.get(name, {})) for name, model in TABLES.items())
     return "\n".join([HEAD, *(line for table in tables for line in table)])
 
@@ -51,22 +49,13 @@ def _table(name: str, model: type[StrictConfig], given: Mapping[str, Any]) -> It
             continue
         text = f"{' '.join((field.description or '').split())} ({_expected(field)})"
         yield from textwrap.wrap(text, WIDTH, initial_indent="## ", subsequent_indent="## ")
-        default = _default(field)
+        default = field.get_default(call_default_factory=True)
         # Numbers, texts, truth values and lists of them are the same in JSON and TOML.
         if key in given:
             yield f"{key} = {json.dumps(given[key], ensure_ascii=False)}"  # TOML knows no pairs of surrogates
         else:
             yield f"# {key} =" if default in (None, PydanticUndefined) else f"# {key} = {json.dumps(default)}"
         yield ""
-
-
-def _default(field: FieldInfo) -> Any:
-    return field.get_default(call_default_factory=True)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _expected(field: FieldInfo) -> str:
