@@ -1,6 +1,7 @@
 """What all commands share: numbers as arguments, how they end, with an exit code and a line on errors, and tables."""
 
 import argparse
+import io
 import os
 import select
 import sys
@@ -36,8 +37,11 @@ def _reader_has_left() -> bool:
 def exit_code(command: Callable[[], int | None], *errors: type[Exception]) -> int:
     """Of a command: what it returns, 2 where it is ended by DataError, OSError or one of `errors`, 130 by Ctrl-C.
 
-    OSError: a full disk, no permission; the system's words name the file.
+    OSError: a full disk, no permission; the system's words name the file. What is printed is UTF-8, whatever the
+    terminal's encoding is: texts and file names are to be had as they are.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     told: tuple[type[Exception], ...] = (DataError, OSError, *errors)
     code: int | None = 0
     try:

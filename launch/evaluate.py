@@ -16,7 +16,6 @@ the standard error does not include.
 """
 
 import argparse
-import io
 import math
 import sys
 import warnings
@@ -171,8 +170,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
     return exit_code(partial(run, arguments), ConfigError)
 
 

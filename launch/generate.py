@@ -20,7 +20,6 @@ into 2 GiB, and written when all of these are drawn: who interrupts it loses the
 """
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -146,8 +145,6 @@ def sample_files(folder: Path, tokenizer: Tokenizer, seeds: range) -> dict[int, 
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's is: the text is to be had as it is
     draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
     if arguments.samples > MOST_SAMPLES:
         raise ConfigError(f"--samples {arguments.samples} is more than {MOST_SAMPLES:,}: give fewer")

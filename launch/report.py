@@ -9,7 +9,6 @@ python launch/report.py runs/one runs/two runs/three --plot losses.png        a 
 """
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -237,8 +236,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
     return exit_code(partial(run, parse_arguments()), ConfigError)
 
 

@@ -17,8 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from reformer.config import explain
-
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+from trainer.deepspeed_settings import BATCH_KEYS, is_bf16, table
 
 ALLOWED = {
     *BATCH_KEYS,
@@ -44,7 +43,7 @@ TABLES: dict[str, set[str] | None] = {
     "zero_optimization": None,
     "bf16": None,
 }
-"""Those of them that hold keys and values of their own: which, where DeepSpeed would not mind others."""
+"""Which of ALLOWED are tables, with the keys allowed inside; None where DeepSpeed itself refuses unknown ones."""
 
 REFUSED = {
     "scheduler": "the learning-rate schedule is in [run]: run.warmup_steps, run.decay, run.final_lr_ratio",
@@ -137,7 +136,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 def precision(deepspeed: Mapping[str, Any]) -> list[str]:
     """Gradients and moments are of types that DeepSpeed has, for this ZeRO stage and on this device."""
     zero, bf16, types = (table(deepspeed, key) for key in ("zero_optimization", "bf16", "data_types"))
-    weights = "bf16" if bf16.get("enabled") else "fp32"
+    weights = "bf16" if is_bf16(deepspeed) else "fp32"
     accumulate = types.get("grad_accum_dtype", weights)
     quantized = [key for key in QUANTIZED if zero.get(key)]
     if quantized and get_accelerator().device_name() == "cpu":
@@ -192,12 +191,6 @@ def objections(deepspeed: Mapping[str, Any]) -> list[str]:
     except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
         return [f"deepspeed: {error}"]
     return []
-
-
-def table(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The table `key`; an empty one where there is none, or a value that keys() complains of."""
-    value = parent.get(key)
-    return value if isinstance(value, Mapping) else {}
 
 
 def nearest(key: str, known: set[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from trainer import extensions
-from trainer.check_deepspeed import table
+from trainer.deepspeed_settings import is_bf16, table
 
 OFFLOAD_STAGES: dict[str, dict[str, tuple[int, ...]]] = {
     "offload_optimizer": {"cpu": (1, 2, 3), "nvme": (3,)},
@@ -52,8 +52,7 @@ def offload(deepspeed: Mapping[str, Any]) -> list[str]:
             f"deepspeed.zero_optimization: offloading to nvme needs DeepSpeed's async_io, which needs {missing}: "
             "see to that, or set the device to 'cpu'"
         )
-    is_bf16 = table(deepspeed, "bf16").get("enabled")
-    if device_of(zero, "offload_param") == "nvme" and not (is_bf16 or get_accelerator().is_fp16_supported()):
+    if device_of(zero, "offload_param") == "nvme" and not (is_bf16(deepspeed) or get_accelerator().is_fp16_supported()):
         problems.append(
             "deepspeed.zero_optimization.offload_param.device='nvme' with weights in fp32: DeepSpeed writes them in "
             "bf16 where the device has no fp16; set deepspeed.bf16.enabled=true, or the device to 'cpu'"

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from trainer import extensions
-from trainer.check_deepspeed import nearest, table
+from trainer.check_deepspeed import nearest
 from trainer.check_offload import device_of
+from trainer.deepspeed_settings import table
 
 ADAM, ADAFACTOR = ("adam", "adamw"), "Adafactor"
-"""DeepSpeed knows the former in any case, and looks the latter up in torch.optim."""
+"""DeepSpeed takes the former in upper or lower case; the latter must be spelled as in torch.optim."""
 
 DEEPSPEED_ADAM = {"torch_adam", "adam_w_mode"}
 """Settings that DeepSpeed adds to those of torch's AdamW."""

@@ -19,7 +19,7 @@ from reformer.config import ConfigError, ReformerConfig
 from reformer.weights import WEIGHTS_FILE
 from trainer.checkpoint import published, read_state
 from trainer.config import RunConfig, flatten
-from trainer.sequence_parallel import global_batch_size
+from trainer.deepspeed_settings import global_batch_size
 
 FIXED = (
     "store_fingerprint",

@@ -20,7 +20,7 @@ from torch import nn
 from reformer import Reformer
 from trainer.batches import Batch
 from trainer.config import RunConfig
-from trainer.sequence_parallel import as_data_parallel
+from trainer.deepspeed_settings import as_data_parallel
 
 
 def build_engine(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> deepspeed.DeepSpeedEngine:

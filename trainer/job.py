@@ -12,6 +12,7 @@ from trainer.check import StoreFacts, check, remarks
 from trainer.checkpoint import published
 from trainer.config import RunConfig, load
 from trainer.continuation import EVAL_STORE, identity
+from trainer.deepspeed_settings import is_bf16
 from trainer.distributed import Launch
 from trainer.initial import check_initial
 from trainer.leakage import leaks
@@ -36,7 +37,7 @@ class Job:
     @property
     def precision(self) -> str:
         """What the model computes in, as peaks.py calls it."""
-        return "bf16" if self.deepspeed.get("bf16", {}).get("enabled") else "fp32"
+        return "bf16" if is_bf16(self.deepspeed) else "fp32"
 
 
 def read_job(

@@ -20,6 +20,7 @@ from trainer.batches import Batch, collate, held_out_of_sources, held_out_rows
 from trainer.checkpoint import SaveError
 from trainer.config import ConfigError
 from trainer.continuation import changes
+from trainer.deepspeed_settings import peak_lr
 from trainer.distributed import all_gather, all_max, all_sum, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
 from trainer.faults import lost_ranks
@@ -215,7 +216,7 @@ class Trainer:
     def train_step(self, step: int) -> None:
         """A step, and what is due after it; `step` counts those before it."""
         plan, done = self.plan, step + 1
-        lr = self.job.deepspeed["optimizer"]["params"]["lr"] * lr_factor(step, plan)
+        lr = peak_lr(self.job.deepspeed) * lr_factor(step, plan)
         set_learning_rate(self.engine, lr)
         with self.profiler.step(done):
             begun = time.perf_counter()

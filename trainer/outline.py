@@ -7,10 +7,10 @@ from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from reformer.weights import skeleton
 from trainer.check import StoreFacts
 from trainer.checkpoint import published
+from trainer.deepspeed_settings import global_batch_size, micro_batch_size
 from trainer.flops import training_flops
 from trainer.job import Job
 from trainer.presence import holder
-from trainer.sequence_parallel import global_batch_size, micro_batch_size
 from trainer.terminal import counted
 
 

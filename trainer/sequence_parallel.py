@@ -6,16 +6,15 @@ what it has to predict (`engine.backward`), the gradient is that of the mean ove
 under ZeRO 0 to 3 alike, its norm and clipping included.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from reformer.sequence_part import WHOLE, SequencePart
-from trainer.check_deepspeed import BATCH_KEYS
 from trainer.distributed import COLLECTIVE_TIMEOUT
 from trainer.timing import Stopwatch
 
@@ -64,23 +63,3 @@ def timed(part: SequencePart, stopwatch: Stopwatch) -> SequencePart:
             return part.all_to_all(x_P)
 
     return replace(part, all_to_all=all_to_all)
-
-
-def global_batch_size(deepspeed: Mapping[str, Any], world_size: int, n_parts: int) -> int:
-    """Sequences in a step, from a DeepSpeed configuration that gives their number or what it follows from."""
-    total, *factors = BATCH_KEYS
-    micro, accumulation = (deepspeed.get(key, 1) for key in factors)
-    return int(deepspeed.get(total, micro * accumulation * world_size // n_parts))
-
-
-def micro_batch_size(deepspeed: Mapping[str, Any], world_size: int, n_parts: int) -> int:
-    """Sequences that a rank, or each group that shares them, takes at a time: given, or what DeepSpeed takes it for."""
-    _, micro, accumulation = BATCH_KEYS
-    each = global_batch_size(deepspeed, world_size, n_parts) // (world_size // n_parts)
-    return int(deepspeed.get(micro, each // deepspeed.get(accumulation, 1)))
-
-
-def as_data_parallel(deepspeed: Mapping[str, Any], n_parts: int) -> dict[str, Any]:
-    """The configuration as DeepSpeed is to see it, to which the holders of n_parts parts have a sequence each."""
-    total = BATCH_KEYS[0]
-    return {**deepspeed, total: deepspeed[total] * n_parts} if total in deepspeed else dict(deepspeed)

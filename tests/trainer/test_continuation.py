@@ -10,7 +10,6 @@ import pytest
 from small_checkpoints import DEEPSPEED, IDENTITY, config, publish
 
 from data_pipeline.errors import DataError
-from trainer.check_deepspeed import BATCH_KEYS
 from trainer.checkpoint import read_state
 from trainer.config import ConfigError
 from trainer.continuation import (
@@ -21,7 +20,6 @@ from trainer.continuation import (
     refuse_other_files,
     refuse_unwritable,
 )
-from trainer.sequence_parallel import micro_batch_size
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -227,14 +225,3 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
 def test_the_global_batch_is_fixed_however_it_is_given() -> None:
     given = ({"train_batch_size": 4}, {"train_micro_batch_size_per_gpu": 2})
     assert [identity(config(Path("r")), one, "abc", world_size=2)["train_batch_size"] for one in given] == [4, 4]
-
-
-@pytest.mark.parametrize("n_parts", [1, 2])
-@pytest.mark.parametrize(
-    ("given", "at_once"),
-    [((64, 2, None), 2), ((64, None, 4), 4), ((64, None, None), 16), ((None, 3, 5), 3), ((None, 3, None), 3)],
-)
-def test_the_micro_batch_follows_from_what_is_given(given: tuple[int | None, ...], at_once: int, n_parts: int) -> None:
-    """On four ranks, or on four groups that share sequences."""
-    batch = {key: number for key, number in zip(BATCH_KEYS, given, strict=True) if number}
-    assert micro_batch_size(batch, 4 * n_parts, n_parts) == at_once

@@ -3,7 +3,7 @@
 import pytest
 
 from reformer.sequence_part import WHOLE
-from trainer.sequence_parallel import Place, as_data_parallel, global_batch_size
+from trainer.sequence_parallel import Place
 
 
 @pytest.mark.parametrize(("world_size", "n_parts"), [(1, 1), (4, 1), (4, 2), (4, 4), (12, 3)])
@@ -23,18 +23,3 @@ def test_rows_that_ranks_share_are_counted_once() -> None:
 def test_a_rank_that_shares_nothing_joins_nobody() -> None:
     place = Place.of(1, 2, n_parts=1)
     assert place.joined() is place and place.sequence is WHOLE
-
-
-@pytest.mark.parametrize(
-    ("deepspeed", "sequences"),
-    [
-        ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}, 8),
-        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 12),
-        ({"train_micro_batch_size_per_gpu": 2}, 4),
-    ],
-)
-def test_deepspeed_counts_parts_and_the_trainer_sequences(deepspeed: dict[str, int], sequences: int) -> None:
-    assert global_batch_size(deepspeed, world_size=4, n_parts=2) == sequences
-    seen = as_data_parallel(deepspeed, n_parts=2)
-    assert seen == {**deepspeed, **({"train_batch_size": 16} if "train_batch_size" in deepspeed else {})}
-    assert global_batch_size(seen, world_size=4, n_parts=1) == 2 * sequences
