@@ -31,7 +31,7 @@ from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Stor
 from data_pipeline.progress import Progress
 from data_pipeline.scratch import RECORD_SUFFIX
 from data_pipeline.stages import Work
-from data_pipeline.staging import check_writable, partial_path
+from data_pipeline.staging import check_writable, partial_path, read_json
 from data_pipeline.store import Store, part_path
 from data_pipeline.team import Team, find_team
 from data_pipeline.tokenizer import PIECE_CHARS, Tokenizer, load_tokenizer
@@ -83,7 +83,7 @@ def build(settings: BuildSettings) -> BuildResult:
         work = _describe(settings, decisive, folder)
         with Progress(work, shown=team.rank == 0):
             _go_through(work, team)
-        notes = jobs.read_json(folder / "plan" / f"{jobs.record_name(0)}.json")["notes"]
+        notes = read_json(folder / "plan" / f"{jobs.record_name(0)}.json")["notes"]
         published = True
     return BuildResult(Store.open(settings.output), False, tuple(notes), team)
 
@@ -152,7 +152,7 @@ def _finished(settings: BuildSettings, decisive: StoreSettings, team: Team, cont
 def _holds(store: Store, folder: Path) -> bool:
     """Whether what a work directory was to make is in the store: not where it is of an append that is unfinished."""
     job = folder / "job.json"
-    files = jobs.read_json(job)["files"] if job.exists() else {}
+    files = read_json(job)["files"] if job.exists() else {}
     return files.keys() <= {record.name for record in store.inputs}
 
 
@@ -187,7 +187,7 @@ def _explained(folder: Path, keep: Callable[[], bool]) -> Iterator[None]:
 def _go_through(work: Work, team: Team) -> None:
     stages.begin(work)  # here, so that what is wrong with the input is known before processes start
     if team.rank == 0:
-        for note in jobs.read_json(work.folder / "start" / f"{jobs.record_name(0)}.json")["notes"]:
+        for note in read_json(work.folder / "start" / f"{jobs.record_name(0)}.json")["notes"]:
             logger.warning("note: %s", note)
     if work.settings.workers > 1:
         _go_through_in_processes(work, work.settings.workers)

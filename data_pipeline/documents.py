@@ -39,7 +39,7 @@ class Reading:
     text: TextSettings
     kind: str
     """Of the tokenizer: "sentencepiece" (text must be UTF-8 in the end), "bytes" (nothing is decoded) or "integers"."""
-    vocab_size: int = 0
+    n_values: int = 0
     """With "integers": the number of values."""
     policies: Mapping[str, str] = field(default_factory=dict)
     """What to do about which problem, where it is not the default."""
@@ -289,7 +289,7 @@ def _array_parts(file: InputFile, reading: Reading) -> Iterator[Part]:
                 continue
             for item in range(array.n_items):
                 part = Part()
-                values = array.read_item(item, reading.vocab_size)
+                values = array.read_item(item, reading.n_values)
                 part.blocks = _until_truncated(values, _settle(part, reading))
                 yield part
                 if array.ended_early:

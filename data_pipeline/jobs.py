@@ -11,19 +11,18 @@ bytes twice. What keeps other builds out is a lock (`membership`).
 """
 
 import contextlib
-import fcntl
-import json
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from data_pipeline.errors import DataError
+from data_pipeline.locks import EXCLUSIVE, NO_LOCKS_WAY_OUT, SHARED, is_at, try_lock, wait_for_lock
 from data_pipeline.staging import unwritable
 
 BEAT_S = 5.0
@@ -36,34 +35,6 @@ _PATIENCE_S = 3.0
 """How long processes of a build that was killed may take to disappear."""
 _OWNER = "job"
 """File in the work directory with the name of the job that is or was last there."""
-
-
-@contextmanager
-def publishing(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
-    """Yields a file to write. It appears at `path` when the block ends well, whole and on disk; else it is removed.
-
-    folder: where it is until then, on the same file system; beside `path` if not given.
-    """
-    partial = (folder or path.parent) / f"{path.name}.{uuid.uuid4().hex}.partial"
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Publishes a JSON file."""
-    with publishing(path) as output:
-        output.write(json.dumps(content).encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads one back."""
-    return dict(json.loads(path.read_bytes()))
 
 
 def record_name(task: int) -> str:
@@ -179,7 +150,7 @@ def membership(work: Path, job: str, what: Path, keep: Callable[[], bool]) -> It
             yield
         finally:
             with contextlib.suppress(OSError, _Gone), _door(work):
-                if not keep() and _locks(members, fcntl.LOCK_EX):
+                if not keep() and try_lock(members, EXCLUSIVE):
                     # At once: whoever comes meanwhile must find all of it, or nothing.
                     gone = work.rename(work.with_name(f"{work.name}.{uuid.uuid4().hex}.gone"))
                     shutil.rmtree(gone)
@@ -218,7 +189,7 @@ def _make(work: Path) -> None:
 def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
     owner = work / _OWNER
     deadline = time.monotonic() + _PATIENCE_S
-    while not (alone := _locks(members, fcntl.LOCK_EX)):
+    while not (alone := try_lock(members, EXCLUSIVE)):
         if owner.read_text() == job:
             break
         if time.monotonic() > deadline:
@@ -236,14 +207,14 @@ def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
         forget_start(work)
         owner.write_text(job)
     # Nobody can come in between: the door is ours.
-    if not _locks(members, fcntl.LOCK_SH):
+    if not try_lock(members, SHARED):
         raise DataError(f"{what} is being built by another process: wait for it to end, or stop it")
 
 
 def join(work: Path) -> BinaryIO:
     """The lock of a process that works for one that is a member: as long as it lives, nobody else can begin."""
     members = (work / "members").open("ab")
-    _locks(members, fcntl.LOCK_SH)
+    try_lock(members, SHARED)
     return members
 
 
@@ -253,31 +224,22 @@ def _door(work: Path) -> Iterator[None]:
     path = work / "door"
     with path.open("ab") as door:
         try:
-            fcntl.flock(door, fcntl.LOCK_EX)
+            wait_for_lock(door)
         except OSError as error:
             raise DataError(
-                f"{work.parent} is on a file system without locks ({error.strerror}): mount it with locks (Lustre: "
-                "-o flock), or put --output elsewhere"
+                f"{work.parent} is on a file system without locks ({error.strerror}): {NO_LOCKS_WAY_OUT}, or put "
+                "--output elsewhere"
             ) from error
-        # Whoever was the last to leave removed it with the rest, perhaps after we opened it.
-        if not path.exists() or not os.path.samestat(os.fstat(door.fileno()), path.stat()):
+        if not is_at(path, door):  # whoever was the last to leave removed it with the rest
             raise _Gone
         yield
-
-
-def _locks(file: BinaryIO, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """One process at a time, for what must not be done twice at once: unlike a claim, never taken from the living."""
     with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file)
         yield
 
 

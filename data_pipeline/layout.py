@@ -36,7 +36,6 @@ from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
 from data_pipeline.errors import DataError, reading_failed
-from data_pipeline.jobs import publishing
 from data_pipeline.manifest import (
     MANIFEST_NAME,
     DocumentRecord,
@@ -47,7 +46,8 @@ from data_pipeline.manifest import (
     StoreSettings,
 )
 from data_pipeline.packing import Segments
-from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, token_dtype
+from data_pipeline.staging import publishing
+from data_pipeline.tokenizer import N_ENDS, SentencePieceTokenizer, Tokenizer, load_tokenizer, token_dtype
 
 MAX_CHUNK_TOKENS = 65_536
 """Longer rows are cut into several chunks, so that a slice of a row can be read without the rest."""
@@ -134,7 +134,7 @@ class StorePart:
         if kind == "sentencepiece":
             self._check_content(_TOKENIZER_NAME)
             return SentencePieceTokenizer(self.path / _TOKENIZER_NAME)
-        return load_tokenizer(kind, None if kind == "bytes" else self.manifest.vocab_size - 2)
+        return load_tokenizer(kind, None if kind == "bytes" else self.manifest.vocab_size - N_ENDS)
 
     def read_row(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start:stop] of a row of this part as stored, padding included; uint16 or uint32.

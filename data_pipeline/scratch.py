@@ -21,7 +21,8 @@ from data_pipeline.documents import Part, Reading, Span, is_archive, read_parts,
 from data_pipeline.duplicates import N_PERMUTATIONS, Signature
 from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, hash_file
-from data_pipeline.jobs import publishing, record_name
+from data_pipeline.jobs import record_name
+from data_pipeline.staging import publishing
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, token_dtype
 
 RECORD_SUFFIX = ".npz"
@@ -37,7 +38,8 @@ class TokenizeTask(NamedTuple):
     folder: Path
     """Of the tokens and records of all tasks."""
     tokenizer: str
-    vocab_size: int | None
+    n_values: int | None
+    """With "integers": see Reading."""
     spans: list[Span]
     files: list[InputFile]
     """The file of each span."""
@@ -105,7 +107,7 @@ def tokens_path(folder: Path, task: int) -> Path:
 
 def tokenize(task: TokenizeTask) -> None:
     """Does a task and publishes its record. Raises DataError for a document that the policies do not let pass."""
-    tokenizer = load_tokenizer(task.tokenizer, task.vocab_size)
+    tokenizer = load_tokenizer(task.tokenizer, task.n_values)
     rows: list[_Row] = []
     problems: list[tuple[int, str, str, str]] = []
     inputs: list[tuple[int, bytes]] = []

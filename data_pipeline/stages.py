@@ -38,7 +38,7 @@ from data_pipeline.inputs import (
     new_files,
     snapshot,
 )
-from data_pipeline.jobs import alone, done_tasks, publishing, read_json, record_name, run_stage, write_json
+from data_pipeline.jobs import alone, done_tasks, record_name, run_stage
 from data_pipeline.manifest import (
     FileRecord,
     InputRecord,
@@ -67,6 +67,7 @@ from data_pipeline.scratch import (
     read_record,
     tokenize,
 )
+from data_pipeline.staging import publishing, read_json, write_json
 from data_pipeline.tokenizer import load_tokenizer, token_dtype
 
 TASK_BYTES = (4 << 20, 256 << 20)
@@ -228,7 +229,7 @@ def tokenize_task(work: Work, number: int) -> None:
             number=number,
             folder=work.folder / "tokens",
             tokenizer=settings.tokenizer,
-            vocab_size=settings.vocab_size,
+            n_values=settings.vocab_size,
             spans=spans,
             files=[work.files[span.file] for span in spans],
             reading=work.reading,

@@ -1,20 +1,24 @@
 """Nothing half-written is ever taken for whole.
 
-Output is written beside its final place, in `.NAME.partial/`, and appears under its name by one rename at the very
-end. Whatever is under its name is therefore complete; whatever a killed run leaves behind is recognised by its name
-and removed by the next run. A lock inside keeps two writers of one output apart.
+What a command makes (`staged`) is written beside its final place, in `.NAME.partial/`, and appears under its name by
+one rename at the very end. Whatever is under its name is therefore complete; whatever a killed run leaves behind is
+recognised by its name and removed by the next run. A lock inside keeps two writers of one output apart. A single file
+within an output appears by a rename, too (`publishing`); any number of processes may write the same one.
 """
 
-import fcntl
+import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from data_pipeline.errors import DataError
+from data_pipeline.locks import EXCLUSIVE, NO_LOCKS_WAY_OUT, is_at, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +88,49 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def publishing(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """Yields a file to write. It appears at `path` when the block ends well, whole and on disk; else it is removed.
+
+    folder: where it is until then, on the same file system; beside `path` if not given.
+    """
+    partial = (folder or path.parent) / f"{path.name}.{uuid.uuid4().hex}.partial"
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Publishes a JSON file."""
+    with publishing(path) as output:
+        output.write(json.dumps(content).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads one back."""
+    return dict(json.loads(path.read_bytes()))
+
+
+@contextmanager
 def _locked(partial: Path, output: Path) -> Iterator[None]:
     """Holds the lock in `partial`, making the directory if need be. The kernel frees it if we are killed."""
     partial.mkdir(exist_ok=True)
     path = partial / _LOCK
     with path.open("ab") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{output} is being written by another process: wait for it to end") from None
-        # Whoever held the lock before us removes it with the rest, perhaps after we opened it.
-        if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            is_ours = try_lock(lock, EXCLUSIVE)
+        except OSError as error:
+            raise DataError(
+                f"{output.parent} is on a file system without locks ({error.strerror}): {NO_LOCKS_WAY_OUT}, or put "
+                "--output elsewhere"
+            ) from error
+        if not is_ours:
+            raise DataError(f"{output} is being written by another process: wait for it to end")
+        if not is_at(path, lock):  # whoever held the lock before us removes it with the rest
             raise DataError(f"{output} was just written by another process: run the command again")
         yield
 

@@ -24,6 +24,9 @@ from data_pipeline.errors import DataError
 PIECE_CHARS = 1 << 16
 """Characters that SentencePiece is given at once. Part of every store's manifest."""
 
+N_ENDS = 2
+"""BOS and EOS, which a vocabulary of integers has beside its values."""
+
 MAX_VALUES = 2**24
 """Different values that integers may have: a table of as many entries is part of the store."""
 
@@ -73,29 +76,29 @@ def value_dtype(n_values: int) -> np.dtype:
 
 
 @functools.cache  # worker processes ask for every task
-def load_tokenizer(name: str, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer "bytes", "integers" of `vocab_size` values, or the SentencePiece model in a file.
+def load_tokenizer(name: str, n_values: int | None = None) -> Tokenizer:
+    """The tokenizer "bytes", "integers" of `n_values` values, or the SentencePiece model in a file.
 
-    Raises DataError when the model is of no use, or `vocab_size` is not given with "integers" and only then.
+    Raises DataError when the model is of no use, or `n_values` is not given with "integers" and only then.
     """
     if name == "integers":
-        return IntegerTokenizer(_n_values(vocab_size))
-    if vocab_size is not None:
+        return IntegerTokenizer(_checked(n_values))
+    if n_values is not None:
         raise DataError(
-            f"--vocab-size {vocab_size} is for --tokenizer integers, and --tokenizer {name} has a vocabulary of its "
+            f"--vocab-size {n_values} is for --tokenizer integers, and --tokenizer {name} has a vocabulary of its "
             "own: leave it out"
         )
     return ByteTokenizer() if name == "bytes" else SentencePieceTokenizer(Path(name))
 
 
-def _n_values(vocab_size: int | None) -> int:
-    if vocab_size is None:
+def _checked(n_values: int | None) -> int:
+    if n_values is None:
         raise DataError(
             "--tokenizer integers needs --vocab-size, the number of different values: 256 where they are 0 to 255"
         )
-    if not 1 <= vocab_size <= MAX_VALUES:
-        raise DataError(f"--vocab-size is {vocab_size}: expected 1 to {MAX_VALUES} different values")
-    return vocab_size
+    if not 1 <= n_values <= MAX_VALUES:
+        raise DataError(f"--vocab-size is {n_values}: expected 1 to {MAX_VALUES} different values")
+    return n_values
 
 
 class ByteTokenizer:
@@ -126,7 +129,7 @@ class IntegerTokenizer:
 
     def __init__(self, n_values: int) -> None:
         self.bos_id, self.eos_id = n_values, n_values + 1
-        self.vocab_size = n_values + 2
+        self.vocab_size = n_values + N_ENDS
         self.sha256 = hashlib.sha256(f"integers:{n_values}".encode()).hexdigest()
         self.is_byte_fallback = np.broadcast_to(np.False_, self.vocab_size)  # takes no memory for any vocabulary
         self._value_dtype = value_dtype(n_values)

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import N_ENDS, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 TOKENIZER_RECORD, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
-N_ENDS = 2
-"""BOS and EOS, which a vocabulary of integers has beside its values."""
 
 
 class Ends(NamedTuple):

@@ -23,6 +23,7 @@ from data_pipeline.layout import StorePart
 from data_pipeline.manifest import UNREADABLE, Manifest
 from data_pipeline.packing import Segments
 from data_pipeline.store import Store, part_path, read_part
+from data_pipeline.tokenizer import N_ENDS
 
 _BATCH_TOKENS = 1 << 20
 _EMPTY = np.frombuffer(hashlib.sha256().digest(), np.uint8)
@@ -115,7 +116,7 @@ def check_names(store: Store) -> Iterator[str]:
 def _compare_documents(manifest: Manifest, file: InputFile, documents: Mapping[str, str]) -> Iterator[str]:
     """Reads the documents of a file anew; `documents` has the sha256 (hex) of those in the store, by name."""
     policies = {problem: "replace" for problem, allowed in POLICIES.items() if "replace" in allowed}
-    reading = Reading(manifest.text, manifest.tokenizer_kind, manifest.vocab_size - 2, policies)
+    reading = Reading(manifest.text, manifest.tokenizer_kind, manifest.vocab_size - N_ENDS, policies)
     for part in read_parts(file, Span(0, 0, file.n_bytes), reading):
         name = file.document_name(part.record)
         digest = hashlib.sha256()

@@ -42,17 +42,13 @@ import torch.distributed as dist  # noqa: E402
 from data_pipeline.errors import DataError  # noqa: E402
 from data_pipeline.output import positive  # noqa: E402
 from trainer.config import ConfigError  # noqa: E402
-from trainer.continuation import (  # noqa: E402
-    make_folders,
-    refuse_another_run,
-    refuse_other_files,
-    refuse_unwritable,
-)
 from trainer.distributed import Launch, detect  # noqa: E402
 from trainer.job import read_job  # noqa: E402
 from trainer.loop import train  # noqa: E402
 from trainer.outline import outline  # noqa: E402
-from trainer.presence import hold  # noqa: E402
+from trainer.resume import refuse_another_run  # noqa: E402
+from trainer.run_folder import make_folders, refuse_other_files, refuse_unwritable  # noqa: E402
+from trainer.run_lock import hold  # noqa: E402
 from trainer.template import template  # noqa: E402
 from trainer.terminal import show  # noqa: E402
 

@@ -20,8 +20,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from reformer.arguments import check_is_tensor, check_tokens
 from reformer.decoding_caches import Cache, make_cache
-from reformer.heads import check_is_tensor, check_tokens
 from reformer.model import Reformer
 from reformer.reversible import ReversibleBlock
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reformer.arguments import check_heads
 from reformer.gradients import refuse_second_derivatives
-from reformer.heads import check_heads
 from reformer.lsh.counts import Counts, PairCounts
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import by_head

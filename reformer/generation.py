@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from reformer.arguments import INTEGERS, check_is_tensor, check_tokens
 from reformer.config import ReformerConfig
-from reformer.heads import INTEGERS, check_is_tensor, check_tokens
 from reformer.lsh.hashing import derive_seed
 
 

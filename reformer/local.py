@@ -7,7 +7,7 @@ Below it stands its slow, obvious twin.
 import torch
 from torch import Tensor
 
-from reformer.heads import check_chunk_len, check_heads
+from reformer.arguments import check_chunk_len, check_heads
 from reformer.lsh.dispatch import Backend, attention_in_chunks
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import Layout, by_head, renumbered

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from reformer.arguments import INTEGERS, check_is_tensor, check_tokens
 from reformer.call import Call
 from reformer.config import ReformerConfig
-from reformer.heads import INTEGERS, check_is_tensor, check_tokens
 from reformer.loss import EMBEDDING_STD, OutputHead
 from reformer.positions import AxialPositions
 from reformer.reversible import ReversibleBlock, reversible_stack

@@ -9,8 +9,8 @@ from torch import nn
 
 from trainer.checkpoint import save
 from trainer.config import RunConfig
-from trainer.continuation import identity
 from trainer.distributed import detect
+from trainer.resume import identity
 
 CPU = torch.device("cpu")
 DEEPSPEED: dict[str, Any] = {"train_batch_size": 4, "zero_optimization": {"stage": 2, "overlap_comm": False}}

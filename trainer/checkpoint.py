@@ -7,7 +7,7 @@ it is used.
 RUN/checkpoints/step_00000100/:
 
     rank_00000.safetensors …   slices of weights and optimizer state, one file a rank that wrote: see state.py
-    state.json                 {format, step, world_size, shapes: {parameter: shape}, run: see continuation.identity,
+    state.json                 {format, step, world_size, shapes: {parameter: shape}, run: see resume.identity,
                                 progress: what the run had counted, see reports.py}
     SHA256SUMS                 of all other files; `sha256sum -c SHA256SUMS` reads it
 """

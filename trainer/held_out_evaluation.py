@@ -39,9 +39,9 @@ from trainer.batches import Batch, Rows, blank, collate, evaluation_shares, part
 from trainer.config import RunConfig
 from trainer.diagnostics import diagnosed
 from trainer.distributed import Launch, all_sum, together
-from trainer.samples import sample_continuation
 from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks, range_name, source_tag
 from trainer.sequence_parallel import Place
+from trainer.text_sample import sample_continuation
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class HeldOut:
     by_position: dict[int, float]
     """eval/loss_at/… by the position at which each range ends; of ranges with something to predict."""
     sample: str | None
-    """A held-out text continued, as Markdown: see samples.py; None where none is asked for."""
+    """A held-out text continued, as Markdown: see text_sample.py; None where none is asked for."""
 
 
 @dataclass(frozen=True)

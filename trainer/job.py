@@ -11,11 +11,11 @@ from trainer.batches import open_sources, training_samples
 from trainer.check import StoreFacts, check, remarks
 from trainer.checkpoint import published
 from trainer.config import RunConfig, load
-from trainer.continuation import EVAL_STORE, identity
 from trainer.deepspeed_settings import is_bf16
 from trainer.distributed import Launch
 from trainer.initial import check_initial
 from trainer.leakage import leaks
+from trainer.resume import EVAL_STORE, identity
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Job:
     """What to train on, and in which order."""
     launch: Launch
     identity: Mapping[str, Any]
-    """What its checkpoints say about it: see continuation.identity."""
+    """What its checkpoints say about it: see resume.identity."""
     sources: Mapping[str, Store] = field(default_factory=dict)
     """The stores of data.mixture, by name."""
 

@@ -19,11 +19,9 @@ from trainer.agreement import refuse_different
 from trainer.batches import Batch, collate, held_out_of_sources, held_out_rows
 from trainer.checkpoint import SaveError
 from trainer.config import ConfigError
-from trainer.continuation import changes
 from trainer.deepspeed_settings import peak_lr
 from trainer.distributed import all_gather, all_max, all_sum, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
-from trainer.faults import lost_ranks
 from trainer.flops import training_flops
 from trainer.gradients import gradients
 from trainer.held_out_evaluation import Evaluator
@@ -33,8 +31,10 @@ from trainer.metrics import Metrics
 from trainer.peaks import mfu, peak_flops
 from trainer.preemption import PREEMPTED, Preemption, stopping
 from trainer.profiling import Profiler
+from trainer.rank_faults import lost_ranks
 from trainer.record import write_record
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
+from trainer.resume import changes
 from trainer.schedule import due, lr_factor
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place, timed

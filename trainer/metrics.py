@@ -15,7 +15,7 @@ of TensorBoard, floats in full precision, null for what is no finite number:
     train/lr, train/grad_norm           of that step; the norm is that before clipping
     train/param_norm                    of all weights after that step
     train/skipped_steps, train/spikes   of the run so far: steps that were not finite and changed nothing; losses that
-                                        jumped (faults.py)
+                                        jumped (health.py)
     speed/tokens_per_s, speed/step_s    since the line before, without evaluation and checkpoints; tokens to predict
     speed/sequences_per_s               likewise
     speed/data_s, speed/forward_s,      seconds of a step by phase (timing.py), of the rank on which that took the
@@ -28,7 +28,7 @@ of TensorBoard, floats in full precision, null for what is no finite number:
     speed/mfu                           share of the devices' peak that the model's mathematics needs (flops.py,
                                         peaks.py); only where the peak is known
     speed/slowest_rank                  the rank that was busy for the longest since the line before, and how many
-    speed/slowest_over_median           times longer than the median (faults.py)
+    speed/slowest_over_median           times longer than the median (rank_faults.py)
     memory/allocated_gib                now: device memory on GPUs, resident on CPUs; this and the next two are the
                                         largest of all ranks
     memory/peak_gib                     the most of it so far

@@ -10,7 +10,7 @@ from trainer.checkpoint import published
 from trainer.deepspeed_settings import global_batch_size, micro_batch_size
 from trainer.flops import training_flops
 from trainer.job import Job
-from trainer.presence import holder
+from trainer.run_lock import holder
 from trainer.terminal import counted
 
 

@@ -12,7 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+
+from trainer.run_files import write_json
 
 SHOWN = 8
 """Ranks that a message describes, at most."""
@@ -72,13 +73,6 @@ class RankState:
 
 def state_path(run_dir: Path, rank: int) -> Path:
     return run_dir / "ranks" / f"rank_{rank:05d}.json"
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a file at once: readers find the former content or this one. Raises OSError."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    partial.replace(path)
 
 
 def write_state(run_dir: Path, state: RankState) -> None:

@@ -37,8 +37,7 @@ from trainer.check import StoreFacts
 from trainer.config import flatten
 from trainer.job import Job
 from trainer.peaks import peak_flops
-from trainer.ranks import write_json
-from trainer.run_files import RECORD
+from trainer.run_files import RECORD, write_json
 
 if TYPE_CHECKING:
     from trainer.metrics import Metrics  # TensorBoard, which environment() does without

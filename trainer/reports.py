@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from trainer.config import LoopConfig
-from trainer.faults import Health, Slowest, slow_ranks
+from trainer.health import Health
+from trainer.rank_faults import Slowest, slow_ranks
 from trainer.scoring import Score
 from trainer.terminal import Reported, Summary
 

@@ -1,4 +1,4 @@
-"""Two files in the folder of a run, read back: run.json, what the run is, and metrics.jsonl, what it has reported.
+"""Two files in the folder of a run: run.json, what the run is, and metrics.jsonl, what it has reported.
 
 record.py and metrics.py write them and say what is in them; they need DeepSpeed and TensorBoard, which readers do
 without. A run may go on meanwhile, so the last line of metrics.jsonl may be on its way, or cut short by a kill: it
@@ -18,6 +18,16 @@ TAIL_BYTES = 2**22
 
 Line = dict[str, Any]
 """Of metrics.jsonl: `step`, and by tag what was reported of it; None for what was not finite."""
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace a file, which no other process writes, at once: readers find the former content or this one.
+
+    Raises OSError.
+    """
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    partial.replace(path)
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Documents that a model continues: prompts as tokens, the tokens that may follow, and what these stand for.
 
-launch/generate.py continues a prompt with an exported model; samples.py shows a continuation during a run.
+launch/generate.py continues a prompt with an exported model; text_sample.py shows a continuation during a run.
 """
 
 import codecs

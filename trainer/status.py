@@ -12,9 +12,9 @@ from typing import Any
 
 from trainer.checkpoint import checked
 from trainer.config import ConfigError
-from trainer.presence import holder
 from trainer.ranks import RankState, holding_up, parse_state, read_bytes, state_path
 from trainer.run_files import METRICS, RECORD, read_metrics_tail, read_record
+from trainer.run_lock import holder
 
 RECENT = 60
 """Losses that are told, at most."""

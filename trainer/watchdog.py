@@ -29,8 +29,9 @@ from typing import IO, NamedTuple, NoReturn, Self
 from trainer import ranks
 from trainer.checkpoint import way_on
 from trainer.distributed import COLLECTIVE_TIMEOUT, Launch
-from trainer.presence import LOCK
 from trainer.ranks import RankState
+from trainer.run_files import write_json
+from trainer.run_lock import LOCK
 
 HUNG = 70
 """Exit code of a process that the watchdog ended: EX_SOFTWARE."""
@@ -193,7 +194,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self._say(way_on(self._run_dir))
         with self._tolerance():
-            ranks.write_json(self._alarm_path, {**about, "verdict": verdict})
+            write_json(self._alarm_path, {**about, "verdict": verdict})
         self._end()
 
     def _answer(self) -> NoReturn:

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reformer.arguments import check_chunk_len, check_heads
 from reformer.dense import dense_attention
-from reformer.heads import check_chunk_len, check_heads
 from reformer.lsh.chunked import chunked_attention
 from reformer.lsh.counts import Counts
 from reformer.lsh.dropout import check_dropout

@@ -10,7 +10,8 @@ import pytest
 
 from data_pipeline import jobs
 from data_pipeline.errors import DataError
-from data_pipeline.jobs import membership, publishing, record_name, run_stage
+from data_pipeline.jobs import membership, record_name, run_stage
+from data_pipeline.staging import publishing
 from data_pipeline.team import default_workers, find_team
 
 

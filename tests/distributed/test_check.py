@@ -4,7 +4,7 @@ from pathlib import Path
 
 from distributed.conftest import Train
 
-from trainer.presence import hold
+from trainer.run_lock import hold
 
 RUN = """\
 model        49,794 parameters in 2 layers (1 local, 1 lsh), fp32

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.faults import SLOW
+from trainer.rank_faults import SLOW
 
 
 def slowed(run_dir: Path, rank: int, over: threading.Event) -> None:

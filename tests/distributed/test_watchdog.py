@@ -12,7 +12,7 @@ from typing import Any
 from distributed.conftest import torchrun_variables
 
 from trainer.distributed import free_port
-from trainer.presence import holder
+from trainer.run_lock import holder
 from trainer.watchdog import HUNG
 
 ROOT = Path(__file__).parents[2]

@@ -23,8 +23,8 @@ from reformer import Reformer, load_model
 from reformer.hf import load_hf
 from trainer import checkpoint, selection
 from trainer.config import RunConfig
-from trainer.continuation import identity
 from trainer.distributed import Launch
+from trainer.resume import identity
 
 pytestmark = pytest.mark.usefixtures("process_group")
 TIED_OR_NOT = pytest.mark.parametrize("run", [False, True], indirect=True, ids=["untied", "tied"])

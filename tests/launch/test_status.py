@@ -16,8 +16,8 @@ import status
 
 import trainer.status
 from trainer import ranks, run_files
-from trainer.presence import LOCK
 from trainer.ranks import RankState
+from trainer.run_lock import LOCK
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ from parity import gradients
 from torch.nn import functional as F
 
 from reformer import Reformer, ReformerConfig
-from reformer.heads import check_tokens
+from reformer.arguments import check_tokens
 from reformer.positions import AxialPositions
 
 SMALL = {"vocab_size": 20, "max_seq_len": 64, "d_model": 16, "n_layers": 2, "n_heads": 2, "lsh_chunk_len": 8}

@@ -31,8 +31,8 @@ from trainer.checkpoint import (
     sound_start,
 )
 from trainer.config import ConfigError
-from trainer.continuation import refuse_another_run
 from trainer.distributed import detect
+from trainer.resume import refuse_another_run
 from trainer.state import SavedSlices
 
 pytestmark = pytest.mark.usefixtures("process_group")

@@ -11,7 +11,7 @@ from evaluation import CPU, PlainEngine, config, make_store, report
 from workers import run_workers
 
 import trainer.held_out_evaluation
-import trainer.samples
+import trainer.text_sample
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without other processes."""
-    for module in (trainer.held_out_evaluation, trainer.samples, trainer.diagnostics):
+    for module in (trainer.held_out_evaluation, trainer.text_sample, trainer.diagnostics):
         monkeypatch.setattr(module, "together", lambda action, *_: action())
     monkeypatch.setattr(trainer.held_out_evaluation, "all_sum", lambda values, _: [float(value) for value in values])
 

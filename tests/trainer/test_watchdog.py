@@ -17,8 +17,8 @@ import pytest
 
 from trainer import ranks, watchdog
 from trainer.distributed import COLLECTIVE_TIMEOUT, Launch
-from trainer.presence import LOCK
 from trainer.ranks import RankState, state_path
+from trainer.run_lock import LOCK
 from trainer.watchdog import HUNG, Watchdog
 
 ALONE = Launch("no launcher")

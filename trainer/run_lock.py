@@ -7,7 +7,6 @@ cluster where the file system has locks: NFS 4 has, Lustre when mounted with `-o
 RUN/lock: one JSON object about the process that took it last: host, pid, job (of SLURM, or null), started (ISO time).
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -18,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from data_pipeline.locks import EXCLUSIVE, NO_LOCKS_WAY_OUT, SHARED, try_lock
 from reformer.config import ConfigError
 
 LOCK = "lock"
@@ -66,12 +66,12 @@ def holder(run_dir: Path) -> str | None:
         raise ConfigError(f"cannot read {run_dir / LOCK}: {error.strerror}") from None
     with file:
         # Shared, and given back at once: whoever wants to train meanwhile waits that long.
-        return None if _locks(file, fcntl.LOCK_SH, run_dir) else _described(file)
+        return None if _try_lock(file, SHARED, run_dir) else _described(file)
 
 
 def _wait_for(file: BinaryIO, run_dir: Path) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while not _locks(file, fcntl.LOCK_EX, run_dir):
+    while not _try_lock(file, EXCLUSIVE, run_dir):
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{run_dir} is being trained by {_described(file)}: wait for it to end, stop it, or choose another "
@@ -80,18 +80,15 @@ def _wait_for(file: BinaryIO, run_dir: Path) -> None:
         time.sleep(_POLL_S)
 
 
-def _locks(file: BinaryIO, kind: int, run_dir: Path) -> bool:
+def _try_lock(file: BinaryIO, kind: int, run_dir: Path) -> bool:
     """Whether the lock could be had."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(file, kind)
     except OSError as error:
         raise ConfigError(
             f"run.dir={run_dir} is on a file system without locks ({error.strerror}), so two runs in it would not "
-            "notice each other: mount it with locks (Lustre: -o flock), or choose another folder with run.dir=…"
+            f"notice each other: {NO_LOCKS_WAY_OUT}, or choose another folder with run.dir=…"
         ) from None
-    return True
 
 
 def _introduce(file: BinaryIO, run_dir: Path) -> None:

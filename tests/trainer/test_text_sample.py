@@ -12,14 +12,14 @@ from small_stores import write_store
 from tensorboard.plugin_util import markdown_to_safe_html
 from torch import Tensor
 
-import trainer.samples
+import trainer.text_sample
 from data_pipeline.dataset import RowDataset
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import ByteTokenizer, IntegerTokenizer
 from reformer import Reformer
 from trainer.config import RunConfig
 from trainer.distributed import Launch
-from trainer.samples import as_markdown, as_text, beginning, literal, sample_continuation
+from trainer.text_sample import as_markdown, as_text, beginning, literal, sample_continuation
 
 EOS = ByteTokenizer.eos_id
 NASTY = (
@@ -30,7 +30,7 @@ NASTY = (
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.samples, "together", lambda action, *_: action())
+    monkeypatch.setattr(trainer.text_sample, "together", lambda action, *_: action())
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 Settings that determine the numbers (FIXED) must not change; other changes are only reported.
 """
 
-import errno
 import json
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.kinds import is_document
-from data_pipeline.manifest import MANIFEST_NAME
 from reformer.config import ConfigError, ReformerConfig
-from reformer.weights import WEIGHTS_FILE
 from trainer.checkpoint import published, read_state
 from trainer.config import RunConfig, flatten
 from trainer.deepspeed_settings import global_batch_size
@@ -37,15 +32,9 @@ computes."""
 EVAL_STORE = "eval_store_fingerprint"
 """Of data.store where a mixture is trained on and it is for evaluations alone; older checkpoints do not say it."""
 
-RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
-"""What tells a run's folder from others."""
-
-OTHERS = {MANIFEST_NAME, WEIGHTS_FILE}
-"""What tells a store's folder, and a model's."""
-
 FREE = ("deepspeed.optimizer.params.lr", "model.ff_chunk_tokens", "model.loss_chunk_tokens", "model.keep_ends")
-"""What need not be, of these: the course of the learning rate may be changed, as by run.steps and run.decay; and what
-decides about memory changes the numbers by rounding only."""
+"""Exceptions to FIXED, which may change: the course of the learning rate, as by run.steps and run.decay; and what
+decides about memory, which changes the numbers by rounding only."""
 
 
 def identity(
@@ -61,38 +50,6 @@ def identity(
         **config.model_dump(mode="json"),
         "deepspeed": dict(deepspeed_config),
     }
-
-
-def refuse_other_files(run_dir: Path) -> None:
-    """Raise ConfigError where the folder is a corpus, a store or a model's and no run's: what is written there would be
-    taken for a part of it."""
-    try:
-        names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
-    except OSError as error:
-        raise ConfigError(f"cannot read run.dir={run_dir}: {error.strerror}: choose another folder") from None
-    if names & RUN_FILES:
-        return
-    if data := sorted(name for name in names if is_document(name) or name in OTHERS):
-        raise ConfigError(
-            f"run.dir={run_dir} has something else in it ({data[0]}, for one) and no run: give it a folder of its own"
-        )
-
-
-def make_folders(run_dir: Path) -> None:
-    """Raises ConfigError where they cannot be made."""
-    try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
-
-
-def refuse_unwritable(run_dir: Path) -> None:
-    """Raise ConfigError where `make_folders` is not going to work, as far as that is seen without trying."""
-    folder = (run_dir / "checkpoints").absolute()
-    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        reason = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
-        raise ConfigError(f"cannot write to run.dir={run_dir}: {there}: {reason}: choose another folder")
 
 
 def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What is asked of arguments: token ids, heads [B, H, T, D] of every inner attention, and masks that fit."""
+"""Checks of arguments: token ids, heads [B, H, T, D] of every inner attention, and masks that fit."""
 
 from collections.abc import Mapping
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 from reformer.config import ConfigError
-from trainer import presence
-from trainer.presence import LOCK, hold, holder
+from trainer import run_lock
+from trainer.run_lock import LOCK, hold, holder
 
 HOLD = """
 import multiprocessing, os, subprocess, sys, time
 from pathlib import Path
-from trainer.presence import hold
+from trainer.run_lock import hold
 
 with hold(Path(sys.argv[1])):
     {children}
@@ -57,7 +57,7 @@ def other_process(run_dir: Path, children: str = "", **environ: str) -> Iterator
 
 
 def test_one_at_a_time_and_the_other_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(run_lock, "PATIENCE_S", 0.3)
     with other_process(tmp_path, SLURM_JOB_ID="4711") as (process, _):
         named = f"pid {process.pid} on {socket.gethostname()}, SLURM job 4711, since 20"
         with pytest.raises(ConfigError, match=f"is being trained by {named}.*: wait .* run.dir=…"), hold(tmp_path):
@@ -106,7 +106,7 @@ def test_who_comes_waits_for_the_one_who_is_leaving(tmp_path: Path) -> None:
 
 
 def test_it_dies_with_its_process_and_children_do_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(run_lock, "PATIENCE_S", 1.0)
     with other_process(tmp_path, CHILDREN) as (process, printed):
         children = [int(pid) for pid in printed.split()]
         try:
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_lock_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / LOCK).symlink_to("/dev/full")
-    monkeypatch.setattr(presence, "_locks", lambda *_: True)
+    monkeypatch.setattr(run_lock, "_try_lock", lambda *_: True)
     with pytest.raises(ConfigError, match=r"cannot write .*lock"), hold(tmp_path):
         pass
-    assert not presence._held
+    assert not run_lock._held
