@@ -34,10 +34,9 @@ from tqdm import tqdm
 from data_pipeline.output import exit_code
 from data_pipeline.staging import check_writable, staged
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.tokenizer_folder import Ends, read_tokenizer
-from reformer import ConfigError, Reformer, ReformerConfig
+from reformer import ConfigError, ReformerConfig
 from reformer.generation import check_continuation
-from trainer.exported import choose_device, read_model
+from trainer.exported import choose_device, read_generator
 from trainer.sampling import Continuations, at_once, encode, spelling, values
 
 MOST_SAMPLES = 1_000_000
@@ -62,21 +61,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a file for each, replacing none")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
     return parser.parse_args()
-
-
-def read_folder(folder: Path) -> tuple[Reformer, Tokenizer, Ends]:
-    """The model, its tokenizer, and what its documents have around them.
-
-    Raises ConfigError or DataError where the folder is not an export, is damaged, or has no tokenizer.
-    """
-    model = read_model(folder, str(folder)).eval()
-    tokenizer, ends = read_tokenizer(folder)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, and its model {model.config.vocab_size}: "
-            "export the model again"
-        )
-    return model, tokenizer, ends
 
 
 def read_prompt(argument: str) -> bytes:
@@ -153,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ConfigError(f"--samples {arguments.samples} with --temperature 0 would all be the same: leave out one")
     device = choose_device(arguments.device)
-    model, tokenizer, ends = read_folder(arguments.folder)
+    model, tokenizer, ends = read_generator(arguments.folder)
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
     check_draws(model.config, tokens, arguments.tokens, draws, ends.bos)  # before anything is printed
     continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos, arguments.samples)

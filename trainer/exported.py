@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from data_pipeline.tokenizer_folder import TOKENIZER_MODEL, read_record
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_folder import TOKENIZER_MODEL, Ends, read_record, read_tokenizer
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
 from reformer.weights import CONFIG_FILE
@@ -35,6 +36,21 @@ def read_model(folder: Path, name: str) -> Reformer:
     if any(not parameter.float().isfinite().all() for parameter in model.parameters()):
         raise ConfigError(f"{name} has weights that are not finite: give those of an earlier checkpoint")
     return model
+
+
+def read_generator(folder: Path) -> tuple[Reformer, Tokenizer, Ends]:
+    """The model in a folder that launch/export.py wrote, its tokenizer, and what its documents have around them.
+
+    Raises ConfigError or DataError where the folder is another one, is damaged, or has no tokenizer.
+    """
+    model = read_model(folder, str(folder)).eval()
+    tokenizer, ends = read_tokenizer(folder)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, and its model {model.config.vocab_size}: "
+            "export the model again"
+        )
+    return model, tokenizer, ends
 
 
 def choose_device(name: str | None) -> torch.device:
