@@ -350,6 +350,15 @@ def together(action: Callable[[], T], launch: Launch, device: torch.device) -> T
     return result
 
 
+def raise_together(error: DataError | ConfigError, launch: Launch, device: torch.device) -> None:
+    """Raise an error that all ranks have come to, on one of them; the others end quietly."""
+
+    def complain() -> None:
+        raise error
+
+    together(complain, launch, device)
+
+
 def _all_reduce(
     values: Iterable[float | torch.Tensor], device: torch.device, op: dist.ReduceOp.RedOpType
 ) -> list[float]:

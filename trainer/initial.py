@@ -16,7 +16,7 @@ from reformer import Reformer, ReformerConfig
 from reformer.positions import POSITION_STD
 from reformer.weights import skeleton
 from trainer.config import ConfigError
-from trainer.distributed import Launch, all_gather, hosts, together
+from trainer.distributed import Launch, all_gather, hosts, raise_together, together
 from trainer.exported import knows_tokenizer, read_model
 
 SAME = ("n_heads", "d_head", "activation")
@@ -67,15 +67,12 @@ def agreed_weights(
     (first,), *others = all_gather([_digest(weights)], device)
     different = [rank for rank, (digest,) in enumerate(others, start=1) if digest != first]
     names = hosts()
-
-    def refuse() -> None:
-        if different:
-            raise ConfigError(
-                f"run.init_from={folder} holds other weights for rank {different[0]} on {names[different[0]]} than for "
-                f"rank 0 on {names[0]}: have all nodes see the same folder"
-            )
-
-    together(refuse, launch, device)
+    if different:
+        error = ConfigError(
+            f"run.init_from={folder} holds other weights for rank {different[0]} on {names[different[0]]} than for "
+            f"rank 0 on {names[0]}: have all nodes see the same folder"
+        )
+        raise_together(error, launch, device)
     return weights
 
 

@@ -6,8 +6,8 @@ from its number, so a run that stopped and continued equals one that did not.
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -20,7 +20,7 @@ from trainer.batches import Batch, collate, held_out_of_sources, held_out_rows
 from trainer.checkpoint import SaveError
 from trainer.config import ConfigError
 from trainer.deepspeed_settings import peak_lr
-from trainer.distributed import all_gather, all_max, all_sum, together
+from trainer.distributed import all_gather, all_max, all_sum, raise_together, together
 from trainer.engine import StepResult, backward, build_engine, forward, optimizer_step, set_learning_rate
 from trainer.flops import training_flops
 from trainer.gradients import gradients
@@ -33,13 +33,14 @@ from trainer.preemption import PREEMPTED, Preemption, stopping
 from trainer.profiling import Profiler
 from trainer.rank_faults import lost_ranks
 from trainer.record import write_record
+from trainer.reporter import Reporter
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
 from trainer.resume import changes
 from trainer.schedule import due, lr_factor
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place, timed
 from trainer.state import local_square_sum, n_parameters, set_weights
-from trainer.terminal import Reported, Terminal, eval_lines, show, show_model_messages
+from trainer.terminal import Reported, eval_lines
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
 
@@ -71,33 +72,25 @@ class Trainer:
     def __init__(self, job: Job, device: torch.device, preemption: Preemption, watchdog: Watchdog) -> None:
         self.job, self.device, self.preemption, self.watchdog = job, device, preemption, watchdog
         self.launch, self.plan = job.launch, job.config.run
-        self.leads = job.launch.rank == 0
-        self.terminal: Terminal | None = None
-        self.say(distributed.describe(job.launch, device))
-        if self.leads:
-            show_model_messages()
+        self.reporter = Reporter(self.plan, job.launch, device)
+        self.reporter.say(distributed.describe(job.launch, device))
         refuse_different(self.plan.dir, job.identity, self.launch, device)
-        self.start = checkpoint.sound_start(self.plan.dir, self.launch, device, self.say)
+        self.start = checkpoint.sound_start(self.plan.dir, self.launch, device, self.reporter.say)
         self.first_step = self.start.step if self.start else 0
         self.progress = Progress()
         self.scores: dict[str, Reported] = {}  # the newest, for the summary
         self.saved_step = self.first_step
 
-    def say(self, line: str) -> None:
-        """Print a line, once for all ranks."""
-        if self.leads and self.terminal:
-            self.terminal.line(line)
-        elif self.leads:
-            show(line)
-
     def run(self) -> int:
         """Every step to the last, and what comes between them."""
         if self.first_step >= self.plan.steps:
-            self.say(f"nothing to do: {self.plan.dir} is at step {self.first_step}, run.steps={self.plan.steps}")
+            self.reporter.say(
+                f"nothing to do: {self.plan.dir} is at step {self.first_step}, run.steps={self.plan.steps}"
+            )
             return 0
         self.build()
         begun, done, code = time.perf_counter(), self.first_step, 0
-        with self.terminal or nullcontext(), self.loader, self.profiler:  # the loader reads ahead from here on
+        with self.reporter, self.loader, self.profiler:  # the loader reads ahead from here on
             self.begin()
             while done < self.plan.steps:
                 if self.asked_to_stop(done):
@@ -125,7 +118,7 @@ class Trainer:
             set_weights(self.engine, agreed_weights(folder, config.model, seed, launch, device))
         self.place = place = Place.of(launch.rank, launch.world_size, self.plan.sequence_parallel).joined()
         if place.n_parts > 1:
-            self.say(f"{place.n_parts} ranks share each sequence")
+            self.reporter.say(f"{place.n_parts} ranks share each sequence")
         self.batch_size = self.engine.train_batch_size() // place.n_parts  # DeepSpeed counts each part as a sequence
         self.loader = Loader(
             self.job.samples,
@@ -152,62 +145,28 @@ class Trainer:
         self.step_flops = training_flops(config.model, self.job.store.seq_len) * self.batch_size
         self.profiler = Profiler(self.plan.dir, self.plan.profile_steps, launch.rank)
         self.hosts = distributed.hosts()
-        together(self.open_reports, launch, device)
-
-    def open_reports(self) -> None:
-        """On rank 0 alone."""
-        if not self.leads:
-            return
-        checkpoint.remove_leftovers(self.plan.dir)
-        try:
-            self.metrics = Metrics(self.plan.dir, self.first_step)
-            write_record(self.job, self.device, self.metrics, n_parameters(self.engine), self.progress.scored)
-        except OSError as error:
-            raise self.unreported(error) from None
-        self.terminal = Terminal(self.plan.steps, self.first_step)
-
-    def report(self, write: Callable[[Metrics], None]) -> None:
-        """Have rank 0 write to the reports. All ranks call this: where the disk does not take it, all of them stop, or
-        go on without, as configured."""
-
-        def attempt() -> None:
-            try:
-                if self.leads:
-                    write(self.metrics)
-            except OSError as error:
-                problem = self.unreported(error)
-                if self.plan.on_full_disk == "stop":
-                    raise problem from None
-                self.say(f"{problem}; going on without (run.on_full_disk='continue')")
-
-        together(attempt, self.launch, self.device)
-
-    def unreported(self, error: OSError) -> ConfigError:
-        return ConfigError(
-            f"cannot write the reports in {self.plan.dir}: {error.strerror or error}. With more room, the same command "
-            f"goes on from {self.way_on}"
+        if launch.rank == 0:
+            checkpoint.remove_leftovers(self.plan.dir)
+        record = partial(
+            write_record, self.job, device, n_parameters=n_parameters(self.engine), evaluated=self.progress.scored
         )
-
-    @property
-    def way_on(self) -> str:
-        """From where a new start would go on."""
-        return f"step {self.saved_step}" if self.saved_step else "the beginning, without a checkpoint"
+        self.reporter.open(self.first_step, record)
 
     def begin(self) -> None:
         """Say where the run starts from; of a new run, evaluate the weights as they are."""
         if self.start:
-            self.say(f"continuing from {self.start.path}, after step {self.first_step}")
+            self.reporter.say(f"continuing from {self.start.path}, after step {self.first_step}")
             for name, what in self.changes.items():
-                self.say(f"note: {name} {what}")
+                self.reporter.say(f"note: {name} {what}")
             return
         weights = f"the weights of {self.plan.init_from}" if self.plan.init_from else "untrained weights"
         first = "" if self.eval_rows is None else "; first these are evaluated"
-        self.say(f"starting anew in {self.plan.dir} with {weights}{first}")
+        self.reporter.say(f"starting anew in {self.plan.dir} with {weights}{first}")
         self.evaluate(done=0)
 
     @contextmanager
     def phase(self, step: int, name: str) -> Iterator[None]:
-        """What the watchdog, which counts steps as reports do, and the stopwatch know a phase of a step by."""
+        """Time a phase of a step, and tell the watchdog, which counts steps from 1, that it began."""
         self.watchdog.mark(step + 1, name)
         with self.stopwatch.phase(name):
             yield
@@ -224,13 +183,12 @@ class Trainer:
             seconds = time.perf_counter() - begun
         if done == self.profiler.last_step:
             self.watchdog.mark(done, "profile")
-            self.report(lambda metrics: self.profiler.write())
+            self.reporter.write(lambda metrics: self.profiler.write())
         self.spent.add(self.batch_size, score.n_tokens, seconds)
         self.progress.n_tokens += score.n_tokens
         self.scores["last batch"] = Reported(done, score.loss, score.bits_per_byte)
         self.watch_health(done, score, result)
-        if self.terminal:
-            self.terminal.step(done)
+        self.reporter.step(done)
         if due(plan.log_every, done, plan.steps):
             self.log(done, score, lr, result.norm)
         if due(plan.eval_every, done, plan.steps):
@@ -255,7 +213,7 @@ class Trainer:
                 backward(self.engine, loss, batch.n_tokens, n_tokens)
             is_first = step == self.first_step and batch is batches[0]
             if is_first and (line := long_step_line(time.perf_counter() - begun, len(batches))):
-                self.say(line)
+                self.reporter.say(line)
             if batch is batches[-1] and due(self.plan.histogram_every, step + 1):
                 self.watchdog.mark(step + 1, "histograms")
                 self.draw_gradients(step + 1)
@@ -277,22 +235,14 @@ class Trainer:
         try:
             lines = self.progress.health.observe(done, score.loss, result.norm, result.skipped, self.plan)
         except ConfigError as error:
-            self.give_up(error)
+            raise_together(error, self.launch, self.device)
         for line in lines:
-            self.say(line)
-
-    def give_up(self, error: ConfigError) -> None:
-        """Raise an error that all ranks have come to, on one of them."""
-
-        def complain() -> None:
-            raise error
-
-        together(complain, self.launch, self.device)
+            self.reporter.say(line)
 
     def draw_gradients(self, done: int) -> None:
         """Histograms of the step's gradients before clipping; all ranks take part."""
         for name, gradient in gradients(self.engine):
-            self.report(partial(Metrics.histogram, step=done, tag=f"gradients/{name}", tensor=gradient))
+            self.reporter.write(partial(Metrics.histogram, step=done, tag=f"gradients/{name}", tensor=gradient))
 
     def param_norm(self) -> float:
         """Of all weights."""
@@ -310,11 +260,10 @@ class Trainer:
         if self.job.config.data.on_damage == "skip":
             skipped = self.place.rows_of([each["data/skipped_rows"] for each in everyone])
             values["data/skipped_rows"] = self.before.skipped_rows + skipped
-        self.report(partial(Metrics.write, step=done, values=values))
-        if self.terminal:
-            self.terminal.step(done, values)
+        self.reporter.write(partial(Metrics.write, step=done, values=values))
+        self.reporter.step(done, values)
         if slowest.line and self.has_reported:  # a first step loads libraries, when each rank comes to it
-            self.say(slowest.line)
+            self.reporter.say(slowest.line)
         self.has_reported = True
         self.spent = Spent()
 
@@ -335,9 +284,9 @@ class Trainer:
             if found.sample:
                 metrics.text(done, "sample", found.sample)
 
-        self.report(write)
+        self.reporter.write(write)
         for line in eval_lines(done, self.plan.steps, found.values, found.n_rows, self.eval_of_sources):
-            self.say(line)
+            self.reporter.say(line)
 
     def save(self, done: int, needed: bool) -> None:
         """Publish a checkpoint of the state after `done` steps: where losses are not finite, only if it is needed."""
@@ -349,13 +298,14 @@ class Trainer:
         if not math.isfinite(self.param_norm()):
             ruined = f"after step {done} not all weights are finite: no checkpoint is written, earlier ones are kept"
             if done == self.plan.steps:
-                self.give_up(ConfigError(f"{ruined}. Lower the learning rate, or see when norms began to grow"))
-            self.say(ruined)
+                error = ConfigError(f"{ruined}. Lower the learning rate, or see when norms began to grow")
+                raise_together(error, self.launch, self.device)
+            self.reporter.say(ruined)
             return
         begun = time.perf_counter()
         skipped = self.place.rows_of([own for (own,) in all_gather([self.loader.n_skipped], self.device)])
         self.progress.skipped_rows = self.before.skipped_rows + skipped
-        self.report(Metrics.sync)
+        self.reporter.write(Metrics.sync)
         progress = self.progress.saved(done, self.scores.get("held out"))
         state = (self.engine, self.plan, done, self.job.identity, asdict(progress))
         try:
@@ -363,20 +313,21 @@ class Trainer:
             saved = checkpoint.save(*state, self.launch, self.device, removes=not doubtful)
         except SaveError as error:
             if self.plan.on_full_disk == "stop" or done == self.plan.steps:
-                self.give_up(ConfigError(f"{error}. The checkpoints before it are untouched"))
-            self.say(f"{error}; going on without it (run.on_full_disk='continue')")
+                given_up = ConfigError(f"{error}. The checkpoints before it are untouched")
+                raise_together(given_up, self.launch, self.device)
+            self.reporter.say(f"{error}; going on without it (run.on_full_disk='continue')")
             return
         self.progress = progress
         self.progress.last_save_s = time.perf_counter() - begun
         self.progress.save_s += self.progress.last_save_s
         self.saved_step = done
-        self.say(f"saved {saved.path} in {self.progress.last_save_s:.1f} s")
+        self.reporter.say(f"saved {saved.path} in {self.progress.last_save_s:.1f} s")
 
     def refuse_replaced_stores(self) -> None:
         """Stop where the rows of late may be another store's, before anything is said or saved that comes of them."""
 
         def look() -> None:
-            for store in (self.job.store, *self.job.sources.values()) if self.leads else ():
+            for store in (self.job.store, *self.job.sources.values()) if self.launch.rank == 0 else ():
                 store.refuse_replaced()
 
         together(look, self.launch, self.device)
@@ -386,15 +337,14 @@ class Trainer:
         number = int(all_max(self.preemption.signal, self.device))
         if number:
             self.preemption.signal = number
-            self.say(stopping(number, done, self.first_step))
+            self.reporter.say(stopping(number, done, self.first_step))
             if done > self.saved_step:
                 self.save(done, needed=True)
-            self.say(f"the same command goes on from {self.way_on}")
+            self.reporter.say(checkpoint.way_on(self.plan.dir))
         return bool(number)
 
     def end(self, done: int) -> None:
         """Close the reports, with a summary."""
-        self.report(partial(Metrics.close, finished=done == self.plan.steps))
-        if not self.terminal:
-            return
-        self.terminal.close(summary(self.plan, self.first_step, done, self.before, self.progress, self.scores).text())
+        self.reporter.write(partial(Metrics.close, finished=done == self.plan.steps))
+        of_start = summary(self.plan, self.first_step, done, self.before, self.progress, self.scores)
+        self.reporter.close(of_start.text())

@@ -121,12 +121,12 @@ def test_reports_that_find_no_room_stop_the_run_or_are_left_out(train, disk: Dis
     reports = ("run.eval_every=0", "run.save_every=0", "run.steps=60")
     run = train(1, run_dir, *reports)
     assert run.code == 2
-    assert f"error: cannot write the reports in {run_dir}: No space left on device. With more room, " in run.errors
+    assert f"error: cannot write the reports in {run_dir}: No space left on device: make room; " in run.errors
     written = run.column("step")
     assert written == list(range(1, len(written) + 1)) and 0 < len(written) < 60
 
     run = train(1, run_dir, *reports, "run.on_full_disk=continue")
-    assert "going on without (run.on_full_disk='continue')" in run.output
+    assert "Going on without (run.on_full_disk='continue')" in run.output
     assert "cannot save" in run.errors, "it did not come to the checkpoint of the last step"
 
 
@@ -137,8 +137,8 @@ def test_a_profile_that_cannot_be_written_is_a_report_that_cannot(train, tmp_pat
     profiled = ("run.profile_steps=1..2", "run.eval_every=0")
     run = train(2, run_dir, *profiled)
     assert run.code == 2
-    assert f"error: cannot write the reports in {run_dir}: File exists. With more room, " in run.errors
+    assert f"error: cannot write the reports in {run_dir}: File exists: make room; " in run.errors
     run = train(2, run_dir, *profiled, "run.on_full_disk=continue")
     assert run.code == 0, run.errors
-    assert "File exists. With more room, the same command goes on from the beginning" in run.output
+    assert "File exists: make room; there is no checkpoint yet to go on from. Going on without (run.on" in run.output
     assert run.column("step") == [1, 2, 3, 4]

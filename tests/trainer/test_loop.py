@@ -44,13 +44,13 @@ def saving(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[bool]]:
 
     monkeypatch.setattr(checkpoint, "save", save)
     monkeypatch.setattr("trainer.loop.all_gather", lambda values, device: [values])
-    monkeypatch.setattr(Trainer, "report", lambda *_: None)
     trainer = object.__new__(Trainer)
     trainer.plan = LoopConfig(dir=Path("run"), deepspeed_config=Path("x.json"), steps=9)
     trainer.watchdog = trainer.loader = trainer.engine = trainer.launch = trainer.job = Anything()  # type: ignore[assignment]
     trainer.job.identity = {}  # type: ignore[misc]
     trainer.progress, trainer.before, trainer.place, trainer.scores = Progress(), Progress(), Place(), {}
-    trainer.device, trainer.leads, trainer.terminal = torch.device("cpu"), False, None
+    trainer.device, trainer.saved_step = torch.device("cpu"), 0
+    trainer.reporter = SimpleNamespace(say=lambda line: None, write=lambda what: None)  # type: ignore[assignment]
     trainer.refuse_replaced_stores, trainer.param_norm = lambda: None, lambda: 1.0  # type: ignore[method-assign]
     return trainer, removes
 
@@ -60,12 +60,12 @@ def test_weights_that_may_be_why_losses_are_not_finite_take_no_place(saving: tup
     trainer.save(1, needed=False)
     trainer.progress.health.nonfinite_in_row = 1
     trainer.save(2, needed=False)
-    assert (removes, trainer.way_on) == ([True], "step 1")
+    assert (removes, trainer.saved_step) == ([True], 1)
     trainer.save(2, needed=True)  # because of a signal, or after the last step
     trainer.progress.health.nonfinite_in_row = 0
     trainer.save(3, needed=False)
     assert removes == [True, False, True]
-    assert trainer.way_on == "step 3"
+    assert trainer.saved_step == 3
 
 
 def test_a_store_that_is_replaced_ends_the_run_before_it_is_evaluated_or_saved(
@@ -73,7 +73,7 @@ def test_a_store_that_is_replaced_ends_the_run_before_it_is_evaluated_or_saved(
 ) -> None:
     trainer, removes = saving
     del trainer.refuse_replaced_stores
-    trainer.leads, trainer.eval_rows, trainer.launch = True, [], Launch("this test")
+    trainer.eval_rows, trainer.launch = [], Launch("this test")
     for name in ("evaluated", "source"):
         write_store(tmp_path / name, {"a": b"text"})
     trainer.job.store, source = (Store.open(tmp_path / name) for name in ("evaluated", "source"))
@@ -94,7 +94,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     """The update that ruined them came after a loss that was finite."""
     trainer, removes = saving
     said: list[str] = []
-    trainer.param_norm, trainer.say = lambda: norm, said.append  # type: ignore[method-assign]
+    trainer.param_norm, trainer.reporter.say = lambda: norm, said.append  # type: ignore[method-assign]
     ruined = "after step 1 not all weights are finite: no checkpoint is written, earlier ones are kept"
     for needed in (False, True):  # because of a signal: the run goes on from the one before
         trainer.save(1, needed=needed)
@@ -126,8 +126,8 @@ def stepping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, list
     trainer.watchdog = SimpleNamespace(mark=lambda *mark: marks.append(mark))
     trainer.spent, trainer.progress, trainer.batch_size = Spent(), Progress(), 1
     trainer.watch_health = trainer.log = trainer.evaluate = trainer.save = lambda *_, **__: None
-    trainer.report = lambda write: write(None)
-    trainer.engine = trainer.terminal = None
+    trainer.reporter = SimpleNamespace(step=lambda *_: None, write=lambda write: write(None))
+    trainer.engine = None
     trainer.scores = {}
     trainer.profiler = Profiler(tmp_path, "2..3", rank=1)
     monkeypatch.setattr("trainer.loop.set_learning_rate", lambda *_: None)
