@@ -22,13 +22,13 @@ _FEW_TOKENS = 32
 
 
 _FAR_OFF = 4
-"""Shares of tokens so many times more or less than those of documents are told."""
+"""A split is noted whose share of the tokens is so many times more or less than its share of the documents."""
 _MUCH_PADDING, _ROWS_ENOUGH = 0.5, 16
-"""Of so many rows, so much padding is told: in fewer, the last one of each split is much of it."""
+"""Above this share padding is noted, from so many rows on: of fewer, the last one of each split is much of it."""
 _MUCH_FALLBACK = 0.1
-"""Such a share of tokens that are single bytes is told."""
+"""Above this share tokens that are single bytes are noted."""
 _MANY_REMNANTS = 0.01
-"""Such a share of rows with next to nothing to predict is told: a few books happen to end just after a row."""
+"""Above this share rows with next to nothing to predict are noted: a few books happen to end just after a row."""
 
 
 class PlanSettings(NamedTuple):

@@ -95,7 +95,8 @@ class _Attention(nn.Module):
 
         Given the gradient of the output, as in `FeedForward`: the output without a graph (None unless it is needed),
         and the scalar <output, d_out>, whose backward gives x and the parameters their gradients, each once. What is
-        in `held` is not computed again.
+        in `held` is not computed again. (Backwards, too, are calls of `forward`: DeepSpeed's ZeRO-3 gathers a module's
+        parameters by its hooks.)
         """
         if d_out_BTM is not None:
             groups = _taken(held) if held else self._groups(x_BTM, call, buckets, differentiable=True)

@@ -28,7 +28,7 @@ class StrictConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
     elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Names that people look for here -> where it is that they stand."""
+    """Names that people often put into this table -> where they belong."""
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -43,7 +43,8 @@ class FeedForward(nn.Module):
         """The output, and None. Given the gradient of the output, the output without a graph, and a scalar.
 
         The scalar is <output, d_out>: its backward gives x and the parameters their gradients, each once. The
-        output itself costs one product more, and is None unless it is needed.
+        output itself costs one product more, and is None unless it is needed. (Why it is no other method: see
+        `attention.py`.)
         """
         if d_out_BTM is None:
             return map_chunks(lambda x: (self._whole(x),), x_BTM, ff_chunk_tokens(self.config, x_BTM))[0], None

@@ -17,7 +17,7 @@ PREEMPTED = 75
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 """What clusters send before they take a node away, or before the time of a job is over."""
 AGAIN_S = 2.0
-"""A Ctrl-C so long after the first one means it: launchers pass on at once the one that a terminal sends to all."""
+"""Seconds after which a second Ctrl-C counts: launchers pass on what the terminal sends to all, so one comes twice."""
 
 
 class Preemption:

@@ -5,7 +5,7 @@ RUN/run.json: one object, written before the first step.
     started, resumed_from_step          ISO time; null unless resumed
     config, deepspeed                   the resolved TOML side {model, data, run} and DeepSpeed's JSON
     store                               of data.store: {seq_len, vocab_size, rows: {split: number}, tokenizer_sha256,
-                                        fingerprint}
+                                        fingerprint, bos, eos}
     samples                             what the order of the samples follows from: seed, and store (its fingerprint)
                                         and split; of a mixture NAME.store, … and NAME.per_thousand of each source
     launch                              {launcher, world_size, local_world_size, device, and peak_flops: what one such

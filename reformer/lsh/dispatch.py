@@ -167,7 +167,7 @@ def _takes_dense(
 ) -> bool:
     """Whether all rounds are computed as one dense softmax whose keys count as often as they are found (counts.py).
 
-    That is the same function, but for rounds that differ by more than whom they find. On a CPU it is taken where it is
+    That is the same function unless each round has a mask or a dropout of its own. On a CPU it is taken where it is
     less work (`dense_is_less`), and no row is gathered.
     Raises ValueError for backend="dense" where it is another function.
     """
