@@ -28,7 +28,7 @@ from data_pipeline.config import (
 )
 from data_pipeline.decode import decode_all, decode_document, decode_row
 from data_pipeline.errors import DataError
-from data_pipeline.output import exit_code
+from data_pipeline.output import counted, exit_code
 from data_pipeline.overlap import MIN_TOKENS, TRAIN, find_overlap
 from data_pipeline.overlap_report import overlap_summary, overlap_text
 from data_pipeline.report import inspect, summary
@@ -101,7 +101,6 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    default = BuildSettings
     _add_input(parser)
     parser.add_argument(
         "--tokenizer",
@@ -120,6 +119,31 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=_output, required=True, metavar="STORE")
     parser.add_argument("--append", action="store_true", help="add the documents to an existing store")
+    _add_packing(parser)
+    parser.add_argument("--split", default="", metavar="val=0.01,test=0.01", help="shares of documents to hold out")
+    for split in ("val", "test"):
+        parser.add_argument(
+            f"--{split}-input",
+            nargs="+",
+            default=[],
+            metavar="PATH",
+            help=f"documents of the split {split}; not in --input",
+        )
+    _add_text(parser)
+    _add_duplicates(parser)
+    parser.add_argument("--rows-per-shard", type=int, help="(default: as many as make 16M tokens, at most 256)")
+    parser.add_argument("--json", type=_output, metavar="FILE", help="write the summary there as well")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="processes (per rank under mpirun or srun; default: the cores that it may use, or 1 for a rank that "
+        "shares a node without --cpus-per-task)",
+    )
+    parser.set_defaults(run=_run_build)
+
+
+def _add_packing(parser: argparse.ArgumentParser) -> None:
+    default = BuildSettings
     parser.add_argument("--seq-len", type=int, default=default.seq_len, help="tokens in a row (default: %(default)s)")
     parser.add_argument(
         "--packing",
@@ -133,16 +157,10 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-bos", dest="bos", action="store_false", help="no BOS before a document")
     parser.add_argument("--no-eos", dest="eos", action="store_false", help="no EOS after a document")
-    parser.add_argument("--split", default="", metavar="val=0.01,test=0.01", help="shares of documents to hold out")
-    for split in ("val", "test"):
-        parser.add_argument(
-            f"--{split}-input",
-            nargs="+",
-            default=[],
-            metavar="PATH",
-            help=f"documents of the split {split}; not in --input",
-        )
-    _add_text(parser)
+
+
+def _add_duplicates(parser: argparse.ArgumentParser) -> None:
+    default = BuildSettings
     parser.add_argument(
         "--duplicates",
         choices=DUPLICATES,
@@ -157,15 +175,6 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         metavar="J",
         help="Jaccard similarity of word 5-grams that makes near-duplicates (default: %(default)s)",
     )
-    parser.add_argument("--rows-per-shard", type=int, help="(default: as many as make 16M tokens, at most 256)")
-    parser.add_argument("--json", type=_output, metavar="FILE", help="write the summary there as well")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        help="processes (per rank under mpirun or srun; default: the cores that it may use, or 1 for a rank that "
-        "shares a node without --cpus-per-task)",
-    )
-    parser.set_defaults(run=_run_build)
 
 
 def _run_build(arguments: argparse.Namespace) -> int:
@@ -225,7 +234,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
     problems = verify(arguments.store, arguments.quick, arguments.source)
     for problem in problems:
         print(f"problem: {problem}")
-    print(f"{arguments.store}: {len(problems)} problems" if problems else f"{arguments.store}: sound")
+    print(f"{arguments.store}: {counted(len(problems), 'problem')}" if problems else f"{arguments.store}: sound")
     return 1 if problems else 0
 
 

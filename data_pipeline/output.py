@@ -1,4 +1,4 @@
-"""What all commands share: numbers as arguments, how they end, with an exit code and a line on errors, and tables."""
+"""What all commands share: numbers as arguments, how they end, with an exit code and a line on errors, words and tables."""
 
 import argparse
 import io
@@ -61,6 +61,12 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def counted(number: int, noun: str) -> str:
+    """So many of something, in words."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

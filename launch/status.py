@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.output import exit_code
+from data_pipeline.output import counted, exit_code
 from trainer.config import ConfigError
 from trainer.ranks import SHOWN, RankState
 from trainer.status import QUIET_S, facts
@@ -70,8 +70,9 @@ def ranks_at_work(found: Mapping[str, Any], states: Sequence[RankState]) -> list
     if not states:
         return []
     n_ranks, n_hosts = states[0].world_size, len({state.host for state in states})
-    hosts = "1 host" if n_hosts == 1 else f"{n_hosts} hosts"
-    lines = [("ranks", f"{n_ranks} on {hosts}, last sign of life {found['sign_of_life_s']:.0f} s ago")]
+    lines = [
+        ("ranks", f"{n_ranks} on {counted(n_hosts, 'host')}, last sign of life {found['sign_of_life_s']:.0f} s ago")
+    ]
     behind = [state for state in states if state.rank in found["furthest_back"]]
     label = "all" if len(behind) == len(states) else "last"
     lines += [(label, f"{state.name}: {state.in_phase_s:.1f} s {state.place}") for state in behind[:SHOWN]]

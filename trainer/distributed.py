@@ -22,8 +22,8 @@ from torch.distributed import distributed_c10d
 
 from data_pipeline.config import available_cpus
 from data_pipeline.errors import DataError
+from data_pipeline.output import counted
 from trainer.config import ConfigError
-from trainer.terminal import counted
 
 T = TypeVar("T")
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
+from data_pipeline.output import counted
 from reformer.weights import skeleton
 from trainer.check import StoreFacts
 from trainer.checkpoint import published
@@ -11,7 +12,6 @@ from trainer.deepspeed_settings import global_batch_size, micro_batch_size
 from trainer.flops import training_flops
 from trainer.job import Job
 from trainer.run_lock import holder
-from trainer.terminal import counted
 
 
 def outline(job: Job) -> str:

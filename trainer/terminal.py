@@ -17,6 +17,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from data_pipeline.output import counted
+
 BAR = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} left"
 
 
@@ -178,12 +180,6 @@ class Summary:
             f"see its curves: {see_curves(self.run_dir)}",
         ]
         return "\n".join(lines)
-
-
-def counted(number: int, noun: str) -> str:
-    """So many of something, in words."""
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def see_curves(run_dir: Path) -> str:
