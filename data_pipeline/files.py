@@ -97,9 +97,14 @@ def find_files(
     for one, other in pairwise(files):
         if one.name == other.name:
             check_held_out((one, other), {one.name})
+            way_out = (
+                "give a folder that holds both"
+                if one.option == other.option
+                else f"give {one.option} @LIST, a text file with that folder in it, which then is a part of their names"
+            )
             raise DataError(
                 f"two files are named {one.name!r}: {one.location} and {other.location}. Names are paths below the "
-                "folder given, without the suffix of a compression; give a folder that holds both, or rename one"
+                f"folder given, without the suffix of a compression; {way_out}, or rename one"
             )
     locations = {file.name: file.location for file in files}
     check_folders(locations, locations)

@@ -296,7 +296,12 @@ def _assign(sha256: np.ndarray, given: np.ndarray, settings: PlanSettings) -> tu
     names = ["train"]
     notes: list[str] = []
     drawn = given == ""
-    if settings.split and drawn.any():
+    if not (drawn.any() or settings.appends):
+        raise DataError(
+            "no document is left for train: --input holds none, or none but copies of those of --val-input and "
+            "--test-input: add documents"
+        )
+    if settings.split:
         codes[drawn], names, notes = assign_splits(sha256[drawn], settings.split, not settings.appends)
     for name in np.unique(given[~drawn]):
         names = [*names, str(name)]  # which --split cannot name as well

@@ -160,7 +160,9 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{arguments.folder} on {len(numbers)} rows of {arguments.split} in {store.path}: {predicted}\n")
             print(tables(record["settings"]))
             guess, nats = math.log(model.config.vocab_size), record["settings"][0]["nats_per_token"]
-            if nats > guess + NO_BETTER:
+            if nats is None:
+                print("note: the loss is no finite number: the weights have diverged", file=sys.stderr)
+            elif nats > guess + NO_BETTER:
                 print(
                     f"note: {nats:.4f} nats are more than the {guess:.4f} of a guess among {model.config.vocab_size} "
                     "tokens: are the store's token ids those that the model was trained with?",

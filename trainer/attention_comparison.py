@@ -154,13 +154,18 @@ def report(scores: Scores, first: Scores) -> dict[str, Any]:
         "more_standard_error": standard_error(differences),
         "seconds_a_row": scores.seconds_a_row,
     }
-    return {name: value if math.isfinite(value) else None for name, value in values.items()} | {
-        "by_position": {name: one.loss for name, one in scores.by_position.items()},
+    return {name: finite(value) for name, value in values.items()} | {
+        "by_position": {name: finite(one.loss) for name, one in scores.by_position.items()},
         "by_document": [
-            {"document": number, "nats": one.nll, "tokens": int(one.n_tokens), "bytes": int(one.n_bytes)}
+            {"document": number, "nats": finite(one.nll), "tokens": int(one.n_tokens), "bytes": int(one.n_bytes)}
             for number, one in scores.by_document.items()
         ],
     }
+
+
+def finite(value: float) -> float | None:
+    """The value; None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
 
 
 def standard_error(scores: Sequence[Score]) -> float:

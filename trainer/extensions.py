@@ -1,8 +1,12 @@
-"""DeepSpeed's C++ parts, which it compiles on the first use: what this machine lacks for one of them."""
+"""DeepSpeed's C++ parts, which it compiles on the first use: what this machine lacks for one of them.
+
+Whoever compiles one holds a lock that is nothing but a file. Whoever finds it waits until somebody removes it: without
+a word, and for ever if its maker was killed.
+"""
 
 import shutil
+import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,10 +17,14 @@ from torch.utils import cpp_extension
 
 STALE_LOCK_S = 900
 """Age at which the lock of a compilation is one that nobody holds any more."""
+_POLL_S = 1.0
 
 
 def missing_for(builder_name: str) -> str:
-    """What a C++ part of DeepSpeed needs that this machine lacks to compile and load it; empty if nothing."""
+    """What a C++ part of DeepSpeed needs that this machine lacks to compile and load it; empty if nothing.
+
+    Where another process compiles it, or was killed while it did, this waits until that is over, or surely dead.
+    """
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None:
         return f"its version for {get_accelerator().device_name()}"
@@ -33,14 +41,31 @@ def missing_for(builder_name: str) -> str:
     # Loading async_io compiles and loads pin_memory first.
     for name in (builder.name, "pin_memory") if builder.name == "async_io" else (builder.name,):
         try:
-            # Whoever finds a lock here waits until somebody removes it, for ever if nobody does.
             lock = Path(cpp_extension._get_build_directory(name, verbose=False)) / "lock"
         except OSError as error:
             return f"a folder that can be written to, to compile in: {error}"
-        with suppress(FileNotFoundError):
-            if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
-                return f"the removal of {lock}, which a compilation that was stopped has left behind"
+        if not _is_released(lock):
+            return f"the removal of {lock}, which a compilation that was stopped has left behind"
     return ""
+
+
+def _is_released(lock: Path) -> bool:
+    """Waits until a lock is gone; False once it is so old that nobody holds it any more."""
+    said = False
+    while True:
+        try:
+            age_s = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:
+            return True
+        if age_s > STALE_LOCK_S:
+            return False
+        if not said:
+            about = "another process seems to compile this part of DeepSpeed; if none does, remove that file"
+            print(
+                f"waiting for {lock} to go, {STALE_LOCK_S - age_s:.0f} s at most: {about}", file=sys.stderr, flush=True
+            )
+            said = True
+        time.sleep(_POLL_S)
 
 
 def _missing_of_cuda() -> str:

@@ -35,7 +35,9 @@ def test_what_a_machine_lacks_is_named(
 
 
 @pytest.mark.parametrize("extension", ["async_io", "pin_memory"])
-def test_a_lock_that_nobody_holds_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, extension: str) -> None:
+def test_a_lock_that_nobody_holds_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], extension: str
+) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/found")
     monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
@@ -44,7 +46,13 @@ def test_a_lock_that_nobody_holds_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     lock = tmp_path / extension / "lock"
     lock.parent.mkdir()
     lock.touch()
-    assert missing_for("AsyncIOBuilder") == ""  # Somebody may be compiling it just now.
+    monkeypatch.setattr("trainer.extensions.time.sleep", lambda _: lock.unlink())
+    assert missing_for("AsyncIOBuilder") == "" and not lock.exists(), "who compiles it just now was not waited for"
+    said = capsys.readouterr().err
+    assert said.startswith(f"waiting for {lock} to go, 900 s at most: ") and said.count("\n") == 1
+    lock.touch()
+    monkeypatch.setattr("trainer.extensions.time.sleep", lambda _: os.utime(lock, (time.time() - 4000,) * 2))
+    assert missing_for("AsyncIOBuilder").startswith(f"the removal of {lock}, which a compilation")
     os.utime(lock, (time.time() - 4000,) * 2)
     assert missing_for("AsyncIOBuilder").startswith(f"the removal of {lock}, which a compilation")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock))
