@@ -9,7 +9,6 @@ what was predicted.
 import argparse
 import importlib
 import json
-import math
 import os
 import platform
 import shlex
@@ -30,6 +29,7 @@ from typing import Any, NoReturn
 import torch
 
 from bench.peers import PEERS, Peer, Sizes
+from bench.prediction import predict, predict_depth
 from data_pipeline.output import BAD_INPUT, positive
 from trainer.memory import peak_gib
 from trainer.record import environment
@@ -38,30 +38,6 @@ PROGRAM = Path(__file__).parents[1] / "benchmark.py"
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 """For the environment: Open MPI refuses the root user, who is the only one in many containers."""
 Result = dict[str, Any]
-
-
-def predict(points: Sequence[tuple[int, float]], place: int) -> float:
-    """The value at a place, such as a length, from (length, value) at one or more shorter ones.
-
-    It grows like the length to the power that the last two points show, held between 1 and 2 (4 to 16 times the
-    value for 4 times the length): short lengths are dominated by what does not grow. One point grows linearly.
-    """
-    longer, more = points[-1]
-    power = 1.0
-    if len(points) > 1:
-        shorter, less = points[-2]
-        power = math.log(more / less) / math.log(longer / shorter)
-    return more * (place / longer) ** min(max(power, 1.0), 2.0)
-
-
-def predict_depth(points: Sequence[tuple[int, float]], n_layers: int) -> float:
-    """The value at n_layers, from (layers, value) at smaller depths: so much for each layer, and so much besides.
-
-    One point is in proportion: what would be there without any layer is not known.
-    """
-    deeper, more = points[-1]
-    shallower, less = points[-2] if len(points) > 1 else (0, 0.0)
-    return more + max(more - less, 0.0) / (deeper - shallower) * (n_layers - deeper)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,14 @@
 Plain arithmetic on seconds and lengths; nothing here knows of torch or of a GPU.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from bench.prediction import predict
+
+HALVINGS = 2
+"""How often the gap between a length that trains and one that does not is halved."""
 
 
 @dataclass
@@ -39,25 +43,19 @@ class Budget:
 
 
 def expected_call_s(earlier: Sequence[tuple[int, float]], seq_len: int) -> float:
-    """Seconds of a call at seq_len, from (length, seconds) of shorter ones: it grows on as it grew at the end.
+    """Seconds of a call at seq_len, from (length, seconds) of shorter ones, the longest last.
 
-    At least in proportion and at most with the square; with the square where only one length is known.
+    With the square where one alone is known; 0 where none is.
     """
-    if not earlier:
-        return 0.0
-    points = sorted(earlier)
-    (length, seconds), power = points[-1], 2.0
-    if len(points) > 1:
-        power = min(2.0, max(1.0, math.log(seconds / points[-2][1]) / math.log(length / points[-2][0])))
-    return seconds * (seq_len / length) ** power
+    return predict(earlier, seq_len, power=2.0) if earlier else 0.0
 
 
-def longest(trains: Callable[[int], bool], known: int, halvings: int = 2) -> int:
+def longest(trains: Callable[[int], bool], known: int) -> int:
     """The largest length found that trains, from one that does: doubled while it does, then bisected."""
     good, bad = known, 2 * known
     while trains(bad):
         good, bad = bad, 2 * bad
-    for _ in range(halvings):
+    for _ in range(HALVINGS):
         middle = (good + bad) // 2
         good, bad = (middle, bad) if trains(middle) else (good, middle)
     return good

@@ -12,7 +12,7 @@ import benchmark
 import benchmark_plot
 import pytest
 import torch
-from bench import peers, process
+from bench import peers, prediction, process
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -113,13 +113,14 @@ def test_steps_are_repeated_and_long_ones_are_not() -> None:
 
 
 def test_predictions_grow_by_4_to_16_for_four_times_the_length() -> None:
-    predict = process.predict
+    predict = prediction.predict
     assert predict([(1024, 2.0)], 4096) == pytest.approx(8.0)
     assert predict([(1024, 2.0), (4096, 2.5)], 16_384) == pytest.approx(10.0)  # held at linear
     assert predict([(1024, 2.0), (4096, 16.0)], 16_384) == pytest.approx(128.0)  # as measured
     assert predict([(1024, 2.0), (4096, 99.0)], 16_384) == pytest.approx(99.0 * 16)  # held at quadratic
     assert predict([(256, 9.0), (1024, 2.0), (4096, 8.0)], 65_536) == pytest.approx(128.0)  # the last two
     assert predict([(3000, 3.0)], 1000) == pytest.approx(1.0)
+    assert predict([(1024, 2.0)], 4096, power=2.0) == pytest.approx(32.0)  # one point, said to grow with the square
 
 
 def test_what_would_take_too_much_is_left_out_and_says_so() -> None:

@@ -12,7 +12,7 @@ import benchmark
 import benchmark_plot
 import pytest
 import torch
-from bench import peers, process
+from bench import peers, prediction, process
 from bench_memory import command, figures
 from parity import assert_parity, gradients
 
@@ -331,6 +331,6 @@ def test_installed_peers_are_trained(name: str) -> None:
 
 def test_depth_is_predicted_by_layer() -> None:
     """Memory that does not grow with depth must not be predicted to double with it."""
-    assert process.predict_depth([(2, 1.0), (6, 1.2)], 24) == pytest.approx(2.1)
-    assert process.predict_depth([(2, 1.0), (6, 0.9)], 24) == 0.9  # noise does not shrink a model
-    assert process.predict_depth([(2, 1.0)], 6) == 3.0
+    assert prediction.predict_depth([(2, 1.0), (6, 1.2)], 24) == pytest.approx(2.1)
+    assert prediction.predict_depth([(2, 1.0), (6, 0.9)], 24) == 0.9  # noise does not shrink a model
+    assert prediction.predict_depth([(2, 1.0)], 6) == 3.0

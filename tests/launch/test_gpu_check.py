@@ -37,7 +37,7 @@ def test_budget_leaves_out_what_takes_too_long_or_comes_too_late() -> None:
 def test_time_is_expected_to_grow_as_it_did() -> None:
     assert gpu_check.expected_call_s([], 100) == 0
     assert gpu_check.expected_call_s([(100, 1.0)], 400) == 16  # nothing known: with the square
-    assert gpu_check.expected_call_s([(200, 2.0), (100, 1.0)], 800) == pytest.approx(8)
+    assert gpu_check.expected_call_s([(100, 1.0), (200, 2.0)], 800) == pytest.approx(8)
     assert gpu_check.expected_call_s([(100, 1.0), (200, 4.0)], 400) == pytest.approx(16)
     assert gpu_check.expected_call_s([(100, 1.0), (200, 1.1)], 400) == pytest.approx(
         2.2
