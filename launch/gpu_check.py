@@ -11,199 +11,51 @@ looked for (the last example is a dry run, without that); then the other peers a
 shorter lengths, to take longer than its budget is left out, and the table says so; of what takes long, the first call
 is all there is. The share of the roofline is that of attention without hashing and sorting; MFU is that of our model,
 by trainer/flops.py; both only where the device's peaks are known (bench_gpu/roofline.py).
-
-Needs torch, Triton, numpy and pydantic, pytest for the tests, transformers for that peer; and this repository installed
-or on PYTHONPATH, as `make gpu-check` has it.
 """
 
 import argparse
-import functools
-import gc
 import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-try:
-    from bench.peers import Sizes, Step, config_of
-    from bench_gpu.budget import Budget, expected_call_s, longest
-    from bench_gpu.peers import ATTENTION, LONGEST, MODEL, OUR_MODEL, attention_step, disagreement, model_training_step
-    from bench_gpu.roofline import backward_work, forward_work, peaks_of
+NEEDS = """Needs torch, Triton, numpy, pydantic and safetensors, pytest for the tests, transformers for that peer; and
+this repository installed or on PYTHONPATH, as `make gpu-check` has it."""
 
-    from data_pipeline.output import positive
-    from trainer.flops import training_flops
-    from trainer.peaks import mfu
+try:
+    from bench.peers import Sizes, config_of
+    from bench_gpu.budget import Budget
+    from bench_gpu.peers import ATTENTION, LONGEST, MODEL, disagreement
+    from bench_gpu.roofline import peaks_of
+    from bench_gpu.testing import run_tests
+    from bench_gpu.timing import Setting, attempt, find_longest, run_items
+
+    from data_pipeline.errors import DataError
+    from data_pipeline.output import exit_code, positive
+    from reformer import ConfigError
 except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here, and is needed: {__doc__.strip().splitlines()[-2]}", file=sys.stderr
-    )
+    print(f"error: {error.name} is not installed here, and is needed. {NEEDS}", file=sys.stderr)
     sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = ("tests/reformer/test_triton.py", "tests/reformer/test_triton_hashing.py")
-TRAINER_TESTS = ("tests/distributed/test_on_gpu.py", "tests/trainer/test_timing.py")
-TRAINER_NEEDS = ("deepspeed", "zarr", "sentencepiece", "tensorboard", "tqdm")
-TEST_PROCESSES = 16
-"""Most of the tests' time is the compilation of kernels, one core each."""
-TESTS_S = 200.0
-"""After so long the tests are stopped, so that the rest has its time."""
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
 """How far the fused path may be from the chunked one, relative to the largest number."""
-REPEAT_S, REPEATS, MOST_CALLS = 0.2, 3, 20
-"""The median of three runs of as many calls as fit into so many seconds."""
-ONCE_S = 10.0
-"""What is expected to take longer is called once."""
 LONGEST_SHARE = 0.25
 """Of the whole budget, what is kept for the search for the longest sequence."""
 FIRST = ("ours", "ours-attention", "ours-hash-sort", "flash")
 """Who is timed before that search: what the aims are about."""
 
 Result = dict[str, Any]
-
-
-def measure(build: Callable[[], Step], device: torch.device, once: bool = False) -> Result:
-    """Seconds of a call (once: of the very first) and peak memory."""
-    gc.collect()  # what stood before in circles of references would count into this one's peak
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    step = build()
-    seconds = [_timed(step, 1, device)]  # compiles
-    if not once:
-        seconds = [_timed(step, 1, device)]
-    if not once and (calls := min(MOST_CALLS, int(REPEAT_S / seconds[0]))):
-        seconds = [_timed(step, calls, device) for _ in range(REPEATS)]
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    first_call = {"first_call": True} if once else {}
-    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_gib": peak, **first_call}
-
-
-def attempt(function: Callable[[], Result]) -> Result:
-    """Its result; what goes wrong is a result too, whatever it is: the others are still to be measured."""
-    try:
-        return function()
-    except torch.OutOfMemoryError:
-        return {"error": "out of memory"}
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]}
-
-
-def _timed(step: Step, calls: int, device: torch.device) -> float:
-    _synchronize(device)
-    begun = time.perf_counter()
-    for _ in range(calls):
-        step()
-    _synchronize(device)
-    return (time.perf_counter() - begun) / calls
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def run_tests() -> Result:
-    """The tests of the kernels, and of the trainer where it can run, in several processes with a share each."""
-    if not find_spec("pytest"):
-        return {"error": "pytest is not installed"}
-    missing = [package for package in TRAINER_NEEDS if not find_spec(package)]
-    files = KERNEL_TESTS if missing else (*KERNEL_TESTS, *TRAINER_TESTS)
-    left_out = {"left_out": f"tests of the trainer, which needs {', '.join(missing)}"} if missing else {}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    begun = time.monotonic()
-    listed = _output([*command, "--collect-only", *files], TESTS_S)
-    names = [line for line in listed.stdout.splitlines() if "::" in line]
-    if not names:
-        return {"error": "no test could be collected", "output": (listed.stdout + listed.stderr)[-2000:]}
-    shares = [names[first::TEST_PROCESSES] for first in range(min(TEST_PROCESSES, len(names)))]
-    with ThreadPoolExecutor(len(shares)) as pool:
-        left_s = TESTS_S - (time.monotonic() - begun)
-        done = list(pool.map(lambda share: _output([*command, *share], left_s), shares))
-    done.insert(0, listed)  # a file that cannot be imported has no test that could fail
-    failed = [line for process in done for line in process.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    broken = any(process.returncode for process in done)
-    output = "".join(process.stdout[-1500:] for process in done if process.returncode)
-    error = {"error": "tests failed", "output": output} if broken else {}
-    return {"tests": len(names), "failed": failed, **left_out, **error}
-
-
-def _output(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s)
-    except subprocess.TimeoutExpired as stopped:
-        said = stopped.stdout.decode(errors="replace") if isinstance(stopped.stdout, bytes) else ""
-        return subprocess.CompletedProcess(command, 124, f"{said}\nERROR stopped after {timeout_s:.0f} s", "")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is the same for all measurements."""
-
-    device: torch.device
-    dtype: torch.dtype
-    budget: Budget
-    peaks: tuple[float, float] | None
-    peers: Sequence[str]
-
-
-def items(sizes: Sizes, setting: Setting) -> list[tuple[Result, Callable[[], Step]]]:
-    """What is measured at one length: its name, and what builds it."""
-    where = (sizes, setting.device, setting.dtype)
-    found: list[tuple[Result, Callable[[], Step]]] = []
-    for name in (*ATTENTION, "huggingface"):
-        for what, backward in (("attention forward", False), ("attention fwd+bwd", True)):
-            if (name == "huggingface" and not backward) or (name == "ours-hash-sort" and backward):
-                continue  # the one is built as a whole step, the other has no gradient
-            label = {"what": what, "peer": name, "seq_len": sizes.seq_len}
-            found.append((label, functools.partial(attention_step, name, *where, backward)))
-    for name in MODEL:
-        label = {"what": "model fwd+bwd", "peer": name, "seq_len": sizes.seq_len}
-        found.append((label, functools.partial(model_training_step, name, *where)))
-    return [(label, build) for label, build in found if label["peer"] in setting.peers]
-
-
-def run_items(sizes: Sizes, setting: Setting, earlier: Sequence[Result], reserve_s: float = 0.0) -> list[Result]:
-    """All measurements at one length, those left out included; so much time is to be left after them."""
-    results = []
-    budget = setting.budget
-    for label, build in items(sizes, setting):
-        same = [x for x in earlier if (x["what"], x["peer"]) == (label["what"], label["peer"])]
-        points = [(x["seq_len"], x["seconds"]) for x in same if "seconds" in x]
-        stopped = next((x for x in same if "error" in x), None)
-        if label["peer"] == "huggingface" and not find_spec("transformers"):
-            result: Result = {"error": "transformers is not installed"}
-        elif stopped:
-            result = {"error": stopped["error"]}
-        else:
-            expected_s = expected_call_s(points, sizes.seq_len)
-            once = expected_s > ONCE_S
-            if objection := budget.objection(expected_s if once else 2 * expected_s, reserve_s):
-                result = {"left_out": objection}
-            else:
-                result = attempt(functools.partial(measure, build, setting.device, once))
-        if label["peer"] == "ours-attention" and "seconds" in result:
-            result |= achieved(
-                sizes, setting.dtype, label["what"] == "attention fwd+bwd", result["seconds"], setting.peaks
-            )
-        if label["what"] == "model fwd+bwd" and "seconds" in result:
-            result |= training_speed(sizes, label["peer"], result["seconds"], setting.peaks)
-        results.append({**label, **result})
-        print(row(results[-1]), flush=True)
-    return results
 
 
 def time_all(
@@ -215,77 +67,12 @@ def time_all(
         write(file, record)
 
 
-def achieved(
-    sizes: Sizes, dtype: torch.dtype, backward: bool, seconds: float, peaks: tuple[float, float] | None
-) -> Result:
-    """Bandwidth, and the share of the roofline where the device's peaks are known."""
-    shape = (sizes.seq_len, sizes.n_heads, sizes.d_model // sizes.n_heads, sizes.n_hashes, sizes.chunk_len)
-    work = forward_work(*shape, dtype.itemsize)
-    if backward:
-        work += backward_work(*shape, dtype.itemsize)
-    share = {"roofline_share": work.roofline_s(peaks) / seconds} if peaks else {}
-    return {"gb_per_s": work.moved / seconds / 1e9, **share}
-
-
-def training_speed(sizes: Sizes, peer: str, seconds: float, peaks: tuple[float, float] | None) -> Result:
-    """Tokens per second and, of our model where the device's peak is known, model FLOPs utilisation."""
-    share = (
-        {"mfu": mfu(training_flops(config_of(sizes), sizes.seq_len), seconds, 1, peaks[1])}
-        if peaks and peer in OUR_MODEL
-        else {}
-    )
-    return {"tokens_per_s": sizes.seq_len / seconds, **share}
-
-
-def row(result: Result) -> str:
-    """One line of the table."""
-    start = f"{result['seq_len']:>9,}  {result['what']:<18}{result['peer']:<17}"
-    if "seconds" not in result:
-        return start + str(result.get("error") or result["left_out"])
-    line = f"{start}{1e3 * result['seconds']:>11.3f} ms"
-    line += f"{result['peak_gib']:>9.2f} GiB" if result.get("peak_gib") is not None else ""
-    line += f"{result['gb_per_s']:>9.0f} GB/s" if "gb_per_s" in result else ""
-    line += f"{result['roofline_share']:>7.0%} of the roofline" if "roofline_share" in result else ""
-    line += f"{result['tokens_per_s']:>11,.0f} tokens/s" if "tokens_per_s" in result else ""
-    line += f"{result['mfu']:>7.1%} MFU" if "mfu" in result else ""
-    return line + ("  (first call)" if result.get("first_call") else "")
-
-
 def judged(errors: Result, dtype: torch.dtype) -> Result:
     """The disagreement of the two paths, and whether it is more than the dtype explains (NaN is)."""
     numbers = [x for x in errors.values() if isinstance(x, float)]
     agrees = bool(numbers) and all(math.isfinite(x) and x <= TOLERANCE[dtype] for x in numbers)
     shown = {name: x if not isinstance(x, float) or math.isfinite(x) else str(x) for name, x in errors.items()}
     return {**shown, "tolerance": TOLERANCE[dtype], "agrees": agrees}
-
-
-def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Setting) -> Result:
-    """The longest sequence that our model trains on this device, its tokens per second and MFU.
-
-    With `keep_ends` off, which is for this. From the lengths and seconds that are known, upwards until memory or the
-    time that is left forbids it.
-    """
-    points, tried = list(known), []
-
-    def trains(seq_len: int) -> bool:
-        label = {"what": "longest", "peer": "ours", "seq_len": seq_len}
-        if objection := setting.budget.no_time(expected_call_s(points, seq_len)):
-            found: Result = {"left_out": objection}
-        else:
-            shape = replace(sizes, seq_len=seq_len)
-            build = functools.partial(model_training_step, LONGEST, shape, setting.device, setting.dtype)
-            found = attempt(functools.partial(measure, build, setting.device, once=True))
-            if "seconds" in found:
-                found |= training_speed(shape, "ours", found["seconds"], setting.peaks)
-        tried.append({**label, **found})
-        print(row(tried[-1]), flush=True)
-        points.extend([(seq_len, found["seconds"])] if "seconds" in found else [])
-        return "seconds" in found
-
-    length = longest(trains, max(known)[0])
-    limit = "time" if any("left_out" in found for found in tried) else "memory"
-    speed = training_speed(replace(sizes, seq_len=length), "ours", dict(points)[length], setting.peaks)
-    return {"seq_len": length, **speed, "limited_by": limit, "tried": tried}
 
 
 def hardware(device: torch.device, peaks: tuple[float, float] | None) -> Result:
@@ -310,7 +97,9 @@ def versions() -> Result:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=NEEDS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, in fp32")
     parser.add_argument("--seq-len", type=positive, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="T")
     parser.add_argument("--budget-s", type=positive, default=510, help="for everything (default: %(default)s)")
@@ -327,40 +116,44 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def setting_of(arguments: argparse.Namespace) -> Setting:
+    """Raises DataError where there is no such device."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "error: there is no CUDA device here (torch.cuda.is_available() is False); run this on a machine with an "
+        raise DataError(
+            "there is no CUDA device here (torch.cuda.is_available() is False); run this on a machine with an "
             "NVIDIA GPU and a CUDA build of torch, or try the flow with --device cpu --seq-len 256 512 --n-layers 2 "
-            "--d-model 64 --n-heads 2 --skip-tests",
-            file=sys.stderr,
+            "--d-model 64 --n-heads 2 --skip-tests"
         )
-        return 2
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    peaks = peaks_of(name)
     budget = Budget(arguments.budget_s, arguments.item_budget_s)
-    setting = Setting(device, dtype, budget, peaks, arguments.peers)
+    return Setting(device, dtype, budget, peaks_of(name_of(device)), arguments.peers)
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def file_for(device: torch.device) -> Path | None:
+    """Where the record goes if no other file is named."""
+    name = "-".join(name_of(device).lower().split())
+    return ROOT / "benchmarks" / f"gpu-{name}.json" if device.type == "cuda" else None
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """The exit code: 1 if a test fails, the two paths disagree, or our model could not be timed."""
+    setting = setting_of(arguments)
+    device, dtype, budget = setting.device, setting.dtype, setting.budget
     sizes = Sizes(**{key: getattr(arguments, key) for key in asdict(Sizes()) if key in arguments} | {"seq_len": 0})
-    try:
-        config_of(replace(sizes, seq_len=max(arguments.seq_len)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    file = arguments.json or (ROOT / "benchmarks" / f"gpu-{slug(name)}.json" if device.type == "cuda" else None)
+    config_of(replace(sizes, seq_len=max(arguments.seq_len)))  # which refuses sizes that do not go together
+    file = arguments.json or file_for(device)
     record: Result = {
         "command": ["python", "launch/gpu_check.py", *sys.argv[1:]],
-        **hardware(device, peaks),
+        **hardware(device, setting.peaks),
         "versions": versions(),
         "sizes": {key: x for key, x in asdict(sizes).items() if key != "seq_len"},
     }
-    try:
-        write(file, record)
-    except OSError as error:
-        print(f"error: {file} cannot be written: {error}; give another --json FILE", file=sys.stderr)
-        return 2
+    write(file, record)
     record["tests"] = {"skipped": True} if arguments.skip_tests else run_tests()
     print("tests:", record["tests"].get("output") or json.dumps(record["tests"]), flush=True)
     small = replace(sizes, seq_len=min(arguments.seq_len))
@@ -382,15 +175,23 @@ def main() -> int:
     return int(is_broken or ("ours" in arguments.peers and not known))
 
 
-def slug(name: str) -> str:
-    return "-".join(name.lower().split())
-
-
 def write(file: Path | None, record: Result) -> None:
-    """What is measured so far, so that nothing of it is lost if the rest is not."""
+    """What is measured so far, so that nothing of it is lost if the rest is not. Raises DataError.
+
+    The file is replaced as a whole: should this be killed, or the disk be full, what was there stays.
+    """
     if file:
-        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        unfinished = file.with_name(f"{file.name}.partial")
+        try:
+            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(file)
+        except OSError as error:
+            raise DataError(f"{file} cannot be written: {error}; give another --json FILE") from None
         print(f"written: {file}", flush=True)
+
+
+def main() -> int:
+    return exit_code(partial(check, parse_arguments()), ConfigError)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from typing import Any
 import gpu_check
 import pytest
 import torch
+from bench_gpu import budget as gpu_budget
 from bench_gpu import peers as gpu_peers
-from bench_gpu import roofline
+from bench_gpu import roofline, testing, timing
 
 from trainer.flops import training_flops
 
@@ -22,7 +23,7 @@ TINY = "--d-model 32 --n-layers 1 --n-heads 2 --n-hashes 2 --chunk-len 16"
 
 def test_budget_leaves_out_what_takes_too_long_or_comes_too_late() -> None:
     now = 100.0
-    budget = gpu_check.Budget(total_s=60, item_s=20, clock=lambda: now)
+    budget = gpu_budget.Budget(total_s=60, item_s=20, clock=lambda: now)
     assert budget.objection(19) is None
     assert budget.objection(21) == "left out: about 21 s expected, more than 20 s"
     assert budget.no_time(21) is None
@@ -35,20 +36,20 @@ def test_budget_leaves_out_what_takes_too_long_or_comes_too_late() -> None:
 
 
 def test_time_is_expected_to_grow_as_it_did() -> None:
-    assert gpu_check.expected_call_s([], 100) == 0
-    assert gpu_check.expected_call_s([(100, 1.0)], 400) == 16  # nothing known: with the square
-    assert gpu_check.expected_call_s([(100, 1.0), (200, 2.0)], 800) == pytest.approx(8)
-    assert gpu_check.expected_call_s([(100, 1.0), (200, 4.0)], 400) == pytest.approx(16)
-    assert gpu_check.expected_call_s([(100, 1.0), (200, 1.1)], 400) == pytest.approx(
+    assert gpu_budget.expected_call_s([], 100) == 0
+    assert gpu_budget.expected_call_s([(100, 1.0)], 400) == 16  # nothing known: with the square
+    assert gpu_budget.expected_call_s([(100, 1.0), (200, 2.0)], 800) == pytest.approx(8)
+    assert gpu_budget.expected_call_s([(100, 1.0), (200, 4.0)], 400) == pytest.approx(16)
+    assert gpu_budget.expected_call_s([(100, 1.0), (200, 1.1)], 400) == pytest.approx(
         2.2
     )  # overhead: no less than linear
-    assert gpu_check.expected_call_s([(100, 1.0), (200, 9.0)], 400) == pytest.approx(36)
+    assert gpu_budget.expected_call_s([(100, 1.0), (200, 9.0)], 400) == pytest.approx(36)
 
 
 @pytest.mark.parametrize(("limit", "found"), [(7, 7), (10, 10), (19, 16), (20, 20), (39, 32), (40, 40), (63, 56)])
 def test_longest_doubles_then_bisects(limit: int, found: int) -> None:
     tried: list[int] = []
-    assert gpu_check.longest(lambda length: tried.append(length) or length <= limit, known=4) == found
+    assert gpu_budget.longest(lambda length: tried.append(length) or length <= limit, known=4) == found
     assert max(tried) <= max(8, 2 * limit)
 
 
@@ -76,23 +77,23 @@ def test_peaks_by_name() -> None:
 
 
 def test_share_of_the_roofline_only_where_the_peaks_are_known() -> None:
-    sizes = gpu_check.Sizes(seq_len=1024)
-    known = gpu_check.achieved(sizes, torch.bfloat16, False, 1e-3, (1e12, 1e15))
+    sizes = timing.Sizes(seq_len=1024)
+    known = timing.achieved(sizes, torch.bfloat16, False, 1e-3, (1e12, 1e15))
     work = roofline.forward_work(1024, 4, 64, 4, 64, 2)
     assert known == {"gb_per_s": work.moved / 1e6, "roofline_share": work.must_move / 1e9}
-    assert gpu_check.achieved(sizes, torch.bfloat16, True, 1e-3, None).keys() == {"gb_per_s"}
+    assert timing.achieved(sizes, torch.bfloat16, True, 1e-3, None).keys() == {"gb_per_s"}
 
 
 def test_mfu_is_what_a_step_needs_over_what_the_device_could() -> None:
     """Of our model only, and only where the device's peak is known."""
-    sizes, peaks = gpu_check.Sizes(seq_len=1024), (1e12, 2e12)
-    needed = training_flops(gpu_check.config_of(sizes), 1024)
-    for peer in gpu_check.OUR_MODEL:
-        found = gpu_check.training_speed(sizes, peer, 0.5, peaks)
+    sizes, peaks = timing.Sizes(seq_len=1024), (1e12, 2e12)
+    needed = training_flops(timing.config_of(sizes), 1024)
+    for peer in timing.OUR_MODEL:
+        found = timing.training_speed(sizes, peer, 0.5, peaks)
         assert found == {"tokens_per_s": 2048, "mfu": pytest.approx(needed / 1e12)}
-        assert gpu_check.training_speed(sizes, peer, 0.5, None) == {"tokens_per_s": 2048}
-    assert gpu_check.training_speed(sizes, "flash", 0.5, peaks) == {"tokens_per_s": 2048}
-    assert set(gpu_check.OUR_MODEL) <= set(gpu_peers.MODEL)
+        assert timing.training_speed(sizes, peer, 0.5, None) == {"tokens_per_s": 2048}
+    assert timing.training_speed(sizes, "flash", 0.5, peaks) == {"tokens_per_s": 2048}
+    assert set(timing.OUR_MODEL) <= set(gpu_peers.MODEL)
 
 
 def test_every_length_of_the_model_and_the_longest_have_their_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,23 +102,23 @@ def test_every_length_of_the_model_and_the_longest_have_their_mfu(monkeypatch: p
             raise torch.OutOfMemoryError
         return {"seconds": 0.25, "peak_gib": 1.0}
 
-    monkeypatch.setattr(gpu_check, "measure", fake)
+    monkeypatch.setattr(timing, "measure", fake)
     peers = ["ours", "flash", "ours-chunked"]
-    setting = gpu_check.Setting(torch.device("cpu"), torch.float32, gpu_check.Budget(100, 10), (1e12, 1e12), peers)
-    sizes = gpu_check.Sizes(seq_len=256)
+    setting = timing.Setting(torch.device("cpu"), torch.float32, gpu_budget.Budget(100, 10), (1e12, 1e12), peers)
+    sizes = timing.Sizes(seq_len=256)
 
     def expected(seq_len: int) -> Any:
-        flops = training_flops(gpu_check.config_of(gpu_check.replace(sizes, seq_len=seq_len)), seq_len)
+        flops = training_flops(timing.config_of(timing.replace(sizes, seq_len=seq_len)), seq_len)
         return {"tokens_per_s": seq_len / 0.25, "mfu": pytest.approx(flops / 0.25e12)}
 
-    models = [x for x in gpu_check.run_items(sizes, setting, []) if x["what"] == "model fwd+bwd"]
+    models = [x for x in timing.run_items(sizes, setting, []) if x["what"] == "model fwd+bwd"]
     assert [(x["peer"], "mfu" in x, x["tokens_per_s"]) for x in models] == [
         ("ours", True, 1024),
         ("ours-chunked", True, 1024),
         ("flash", False, 1024),
     ]
     assert {key: models[0][key] for key in ("tokens_per_s", "mfu")} == expected(256)
-    found = gpu_check.find_longest(sizes, [(512, 0.25)], setting)
+    found = timing.find_longest(sizes, [(512, 0.25)], setting)
     assert found["seq_len"] == 1024
     assert {key: found[key] for key in ("tokens_per_s", "mfu")} == expected(1024)
     assert [x.get("mfu") for x in found["tried"]] == [expected(1024)["mfu"], None, None, None]
@@ -138,7 +139,7 @@ def test_every_length_of_the_model_and_the_longest_have_their_mfu(monkeypatch: p
     ],
 )
 def test_row(result: dict[str, Any], expected: str) -> None:
-    line = gpu_check.row({"seq_len": 65536, "what": "attention forward", "peer": "flash", **result})
+    line = timing.row({"seq_len": 65536, "what": "attention forward", "peer": "flash", **result})
     assert line.startswith("   65,536  attention forward ") and line.endswith(expected)
 
 
@@ -146,8 +147,8 @@ def test_what_goes_wrong_is_a_result() -> None:
     def fails(error: Exception) -> Any:
         raise error
 
-    assert gpu_check.attempt(lambda: fails(torch.OutOfMemoryError("CUDA"))) == {"error": "out of memory"}
-    assert gpu_check.attempt(lambda: fails(ImportError("no x\nmore"))) == {"error": "ImportError: no x"}
+    assert timing.attempt(lambda: fails(torch.OutOfMemoryError("CUDA"))) == {"error": "out of memory"}
+    assert timing.attempt(lambda: fails(ImportError("no x\nmore"))) == {"error": "ImportError: no x"}
 
 
 def test_a_peer_that_failed_or_is_missing_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,16 +158,16 @@ def test_a_peer_that_failed_or_is_missing_is_not_asked_again(monkeypatch: pytest
         asked.append(name)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(gpu_check, "attention_step", build)
-    monkeypatch.setattr(gpu_check, "model_training_step", build)
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    monkeypatch.setattr(timing, "attention_step", build)
+    monkeypatch.setattr(timing, "model_training_step", build)
+    monkeypatch.setattr(timing, "find_spec", lambda name: None)
     peers = [*gpu_peers.ATTENTION, *gpu_peers.MODEL]
-    setting = gpu_check.Setting(torch.device("cpu"), torch.float32, gpu_check.Budget(100, 10), None, peers)
-    first = gpu_check.run_items(gpu_check.Sizes(seq_len=64), setting, [])
+    setting = timing.Setting(torch.device("cpu"), torch.float32, gpu_budget.Budget(100, 10), None, peers)
+    first = timing.run_items(timing.Sizes(seq_len=64), setting, [])
     assert {x["error"] for x in first if x["peer"] == "huggingface"} == {"transformers is not installed"}
     n_asked = len(asked)
     assert n_asked and "huggingface" not in asked
-    second = gpu_check.run_items(gpu_check.Sizes(seq_len=128), setting, first)
+    second = timing.run_items(timing.Sizes(seq_len=128), setting, first)
     assert len(asked) == n_asked and all("error" in x for x in second)
 
 
@@ -177,15 +178,15 @@ def test_what_takes_long_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None
         asked.append(once)
         return {"seconds": 1.0, "peak_gib": 1.0}
 
-    monkeypatch.setattr(gpu_check, "measure", fake)
-    setting = gpu_check.Setting(torch.device("cpu"), torch.float32, gpu_check.Budget(100, 25), None, ["flash"])
+    monkeypatch.setattr(timing, "measure", fake)
+    setting = timing.Setting(torch.device("cpu"), torch.float32, gpu_budget.Budget(100, 25), None, ["flash"])
 
     def earlier(seconds: float) -> Any:
         return [{"what": "model fwd+bwd", "peer": "flash", "seq_len": 64, "seconds": seconds}]
 
     for seconds, expected in ((2.4, [False]), (2.6, [True]), (6.3, [])):  # four times that are expected at 128
         asked.clear()
-        model = gpu_check.run_items(gpu_check.Sizes(seq_len=128), setting, earlier(seconds))[-1]
+        model = timing.run_items(timing.Sizes(seq_len=128), setting, earlier(seconds))[-1]
         assert model["what"] == "model fwd+bwd" and asked[2:] == expected, seconds
 
 
@@ -217,29 +218,29 @@ def test_the_longest_is_looked_for_before_other_peers_are_timed(
 def test_tests_run_in_shares_and_failures_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "test_these.py"
     file.write_text("import pytest\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n):\n    assert n < 2\n")
-    monkeypatch.setattr(gpu_check, "KERNEL_TESTS", (str(file),))
-    monkeypatch.setattr(gpu_check, "TRAINER_TESTS", (str(tmp_path / "test_others.py"),))
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_check, "TEST_PROCESSES", 2)
-    monkeypatch.setattr(gpu_check, "TRAINER_NEEDS", ("a_package_that_is_not_there",))
-    found = gpu_check.run_tests()
+    monkeypatch.setattr(testing, "KERNEL_TESTS", (str(file),))
+    monkeypatch.setattr(testing, "TRAINER_TESTS", (str(tmp_path / "test_others.py"),))
+    monkeypatch.setattr(testing, "ROOT", tmp_path)
+    monkeypatch.setattr(testing, "TEST_PROCESSES", 2)
+    monkeypatch.setattr(testing, "TRAINER_NEEDS", ("a_package_that_is_not_there",))
+    found = testing.run_tests()
     assert (found["tests"], found["error"]) == (3, "tests failed") and "test_it[2]" in found["failed"][0]
     assert found["left_out"] == "tests of the trainer, which needs a_package_that_is_not_there"
 
     (tmp_path / "test_others.py").write_text("def test_that():\n    pass\n")
     file.write_text(file.read_text().replace("n < 2", "True"))
-    monkeypatch.setattr(gpu_check, "TRAINER_NEEDS", ("pytest",))
-    assert gpu_check.run_tests() == {"tests": 4, "failed": []}
+    monkeypatch.setattr(testing, "TRAINER_NEEDS", ("pytest",))
+    assert testing.run_tests() == {"tests": 4, "failed": []}
     (tmp_path / "test_others.py").write_text("import a_package_that_is_not_there\n")
-    found = gpu_check.run_tests()
+    found = testing.run_tests()
     assert (found["tests"], found["error"]) == (3, "tests failed") and "test_others.py" in found["failed"][0]
 
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
-    assert gpu_check.run_tests() == {"error": "pytest is not installed"}
+    monkeypatch.setattr(testing, "find_spec", lambda name: None)
+    assert testing.run_tests() == {"error": "pytest is not installed"}
 
 
 def test_models_are_built_in_the_dtype_asked_for_and_the_default_is_restored() -> None:
-    sizes = gpu_check.Sizes(seq_len=64, d_model=32, n_layers=1, n_heads=2, chunk_len=16)
+    sizes = timing.Sizes(seq_len=64, d_model=32, n_layers=1, n_heads=2, chunk_len=16)
     for name in ("ours", "flash"):
         gpu_peers.model_training_step(name, sizes, torch.device("cpu"), torch.bfloat16)()
     assert torch.get_default_dtype() == torch.float32
@@ -274,7 +275,7 @@ def test_paths_that_disagree_are_told() -> None:
 
 
 def test_disagreement_is_that_of_two_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = gpu_check.Sizes(seq_len=64, d_model=32, n_heads=2, chunk_len=16)
+    sizes = timing.Sizes(seq_len=64, d_model=32, n_heads=2, chunk_len=16)
     attend = gpu_peers.attention_in_chunks
     calls = []
 
@@ -295,10 +296,10 @@ def test_the_longest_says_what_ended_the_search(monkeypatch: pytest.MonkeyPatch)
     def too_long(build: Any, device: torch.device, once: bool) -> Any:
         raise torch.OutOfMemoryError
 
-    setting = gpu_check.Setting(torch.device("cpu"), torch.float32, gpu_check.Budget(100, 10), None, ["ours"])
-    monkeypatch.setattr(gpu_check, "measure", too_long)
-    assert gpu_check.find_longest(gpu_check.Sizes(), [(64, 0.1)], setting)["limited_by"] == "memory"
-    assert gpu_check.find_longest(gpu_check.Sizes(), [(64, 90.0)], setting)["limited_by"] == "time"
+    setting = timing.Setting(torch.device("cpu"), torch.float32, gpu_budget.Budget(100, 10), None, ["ours"])
+    monkeypatch.setattr(timing, "measure", too_long)
+    assert timing.find_longest(timing.Sizes(), [(64, 0.1)], setting)["limited_by"] == "memory"
+    assert timing.find_longest(timing.Sizes(), [(64, 90.0)], setting)["limited_by"] == "time"
 
 
 @pytest.mark.parametrize(
@@ -321,6 +322,16 @@ def test_bad_arguments_are_refused_before_anything_runs(
     assert code == 2 and message in capsys.readouterr().err
 
 
+def test_what_was_written_stays_where_more_cannot_be(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    gpu_check.write(file, {"n": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    (tmp_path / "x.json.partial").mkdir()
+    with pytest.raises(gpu_check.DataError, match="cannot be written"):
+        gpu_check.write(file, {"n": 2})
+    assert json.loads(file.read_text()) == {"n": 1}
+
+
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["launch/gpu_check.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -334,5 +345,4 @@ def test_what_is_not_installed_is_named() -> None:
     search = {**os.environ, "PYTHONPATH": f"{ROOT / 'launch'}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=search, capture_output=True, text=True)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: pydantic is not installed here, and is needed: Needs torch, Triton")
+    assert done.stderr.startswith("error: pydantic is not installed here, and is needed. Needs torch, Triton, ")
