@@ -4,7 +4,6 @@ Whoever started them, the ranks of a run are found by their command line, which 
 """
 
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -20,7 +19,9 @@ from typing import Any, Protocol
 import psutil
 from bench.process import AS_ROOT
 
+from trainer import checkpoint
 from trainer.distributed import free_port
+from trainer.run_files import Line, read_metrics_tail
 
 ROOT = Path(__file__).parents[2]
 POLL_S, ASK_S = 0.002, 0.2
@@ -59,18 +60,16 @@ class Run:
         return []
 
     @property
-    def last(self) -> dict[str, float]:
+    def last(self) -> Line:
         """The last whole line of metrics.jsonl; empty without any."""
-        with suppress(FileNotFoundError):
-            for line in reversed((self.dir / "metrics.jsonl").read_text(errors="replace").split("\n")[:-1]):
-                with suppress(ValueError):
-                    return json.loads(line)
-        return {}
+        lines = read_metrics_tail(self.dir)
+        return lines[-1] if lines else {}
 
     @property
     def newest(self) -> int:
         """Step of the newest published checkpoint; 0 without any."""
-        return max((int(path.name[5:]) for path in (self.dir / "checkpoints").glob("step_*")), default=0)
+        saved = checkpoint.published(self.dir)
+        return saved[-1].step if saved else 0
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train it, whoever started them."""

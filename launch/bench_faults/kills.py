@@ -20,9 +20,12 @@ import psutil
 
 from bench_faults.jobs import ASK_S, PATIENCE_S, POLL_S, Job, Run, begun, tail, wait
 from bench_faults.runs import EVAL_EVERY, VARIANTS, Bench, Undisturbed, curve, difference
+from trainer import checkpoint
 
 KILL_MODES = ("process", "deepspeed", "sbatch")
 AIMS = ("any moment", "steps", "a save")
+MOST_KILLS = 8
+"""Of one run."""
 REACH = 6
 """A kill that is aimed at steps comes within so many of the newest checkpoint, so that there is a run left to kill."""
 
@@ -183,15 +186,15 @@ def flaw(run: Run, length: Undisturbed, code: int | None) -> str | None:
 
 def kept(run: Run) -> tuple[int, int, list[str]]:
     """How many checkpoints a run has kept, the step of the newest, and what is there of others."""
-    return len(list((run.dir / "checkpoints").glob("step_*"))), run.newest, run.partials
+    return len(checkpoint.published(run.dir)), run.newest, run.partials
 
 
-def kills(bench: Bench, times: int, seed: int, modes: Sequence[str], per_run: int = 8) -> Iterator[Trial]:
+def kills(bench: Bench, times: int, seed: int, modes: Sequence[str]) -> Iterator[Trial]:
     """Runs with at least so many kills in all, modes and variants in turn."""
     rng, done = random.Random(seed), 0
     turns = cycle((mode, variant) for variant in VARIANTS for mode in modes)
     while done < times:
-        trial = run_trial(bench, *next(turns), min(per_run, times - done), rng)
+        trial = run_trial(bench, *next(turns), min(MOST_KILLS, times - done), rng)
         done += len(trial.kills)
         yield trial
 

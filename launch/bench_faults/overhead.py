@@ -10,7 +10,7 @@ system keeps of the disk. `share`: speed/save_share of the demo's run on two ran
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -41,9 +41,9 @@ def first_step(mode: str, run: Run, bench: Bench) -> tuple[float, float]:
     return seconds, time.monotonic() - begun
 
 
-def resume(bench: Bench, rounds: int, modes: Sequence[str] = ("process", "deepspeed")) -> Iterator[Result]:
+def resume(bench: Bench, rounds: int) -> Iterator[Result]:
     """Start-up of a run that is begun and of one that is continued, medians."""
-    for mode in modes:
+    for mode in ("process", "deepspeed"):
         base = replace(bench.new_run("ZeRO-2"), changes=("run.eval_every=0", "run.steps=3"))
         first_step(mode, base, bench)
         seconds: dict[str, list[float]] = {"anew": [], "resumed": []}

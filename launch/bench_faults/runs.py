@@ -20,6 +20,7 @@ from bench_pipeline.flips import write_corpus
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from bench_faults.jobs import MODES, POLL_S, Job, Run, begun, start, tail, wait
+from trainer.run_files import read_metrics
 
 VARIANTS = {
     "ZeRO-2": (),
@@ -96,7 +97,7 @@ class Curve:
 def curve(run_dir: Path) -> Curve:
     """What metrics.jsonl and TensorBoard's events say of a run. Raises OSError or ValueError if they cannot be read."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every event that it takes back
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run_dir)
     metrics = [(tag, line["step"], value) for line in lines for tag, value in line.items() if timeless(tag)]
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={SCALARS: 0}).Reload()
     tags = [tag for tag in events.Tags()[SCALARS] if timeless(tag)]

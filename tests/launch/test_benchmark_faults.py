@@ -177,7 +177,8 @@ def test_seconds_of_starting_saving_and_of_the_loop(bench: runs.Bench, monkeypat
         return float(len(started)), 0.0
 
     monkeypatch.setattr(overhead, "first_step", first_step)
-    (resumed,) = overhead.resume(bench, 1, modes=("process",))
+    resumed, by_launcher = overhead.resume(bench, 1)
     assert (resumed["anew_s"], resumed["resumed_s"], resumed["resume_overhead_s"]) == (2.0, 3.0, 1.0)
-    assert [changes[-1] for changes in started] == ["run.steps=3", "run.steps=3", "run.steps=4"]
+    assert [changes[-1] for changes in started] == ["run.steps=3", "run.steps=3", "run.steps=4"] * 2
+    assert (resumed["mode"], by_launcher["mode"]) == ("process", "deepspeed")
     assert "resume, process: the first step begins" in overhead.line(resumed)
