@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
-import torch
 from bench.peers import Sizes, config_of
 from bench.process import Result
 
-from reformer import Reformer, ReformerConfig
-from reformer.lsh.hashing import bucket_factors, hash_to_buckets
+from reformer import ReformerConfig
+from reformer.lsh.hashing import bucket_dtype, bucket_factors
+from reformer.weights import skeleton
 
 STATE = ("parameters", "gradients", "optimizer")
 """Keys of a result, in bytes: what training holds whatever the length."""
@@ -28,8 +28,7 @@ def predicted_bytes(sizes: Sizes) -> dict[str, int]:
     Parameters and gradients in fp32, AdamW's two moments in fp32, and the buckets [B, H, R, T] of every LSH layer.
     """
     config = config_of(sizes)
-    with torch.device("meta"):
-        parameters = sum(parameter.nbytes for parameter in Reformer(config).parameters())
+    parameters = sum(parameter.nbytes for parameter in skeleton(config).parameters())
     kinds = [config.attention_kind(layer) for layer in range(sizes.n_layers)]
     buckets = kinds.count("lsh") * bucket_bytes(config, sizes.seq_len)
     return {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters, "buckets": buckets}
@@ -38,8 +37,7 @@ def predicted_bytes(sizes: Sizes) -> dict[str, int]:
 def bucket_bytes(config: ReformerConfig, seq_len: int) -> int:
     """Bytes of one LSH layer's buckets [1, H, R, T], in the dtype that so many buckets need."""
     factors = bucket_factors(config.n_buckets, seq_len, config.lsh_chunk_len)
-    dtype = hash_to_buckets(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, sum(factors) // 2), factors).dtype
-    return config.n_heads * config.n_hashes * seq_len * dtype.itemsize
+    return config.n_heads * config.n_hashes * seq_len * bucket_dtype(factors).itemsize
 
 
 def state_gib(result: Result) -> float:
