@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-NEEDS = """Needs torch, Triton, numpy, pydantic and safetensors, pytest for the tests, transformers for that peer; and
-this repository installed or on PYTHONPATH, as `make gpu-check` has it."""
+NEEDS = """gpu_check.py needs torch, Triton, numpy, pydantic and safetensors, pytest for the tests, transformers for that
+peer; and this repository installed or on PYTHONPATH, as `make gpu-check` has it."""
 
 try:
     from bench.peers import Sizes, config_of
@@ -44,7 +44,7 @@ try:
     from data_pipeline.output import exit_code, positive
     from reformer import ConfigError
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here, and is needed. {NEEDS}", file=sys.stderr)
+    print(f"error: {error.name} is not installed here: {NEEDS}", file=sys.stderr)
     sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]

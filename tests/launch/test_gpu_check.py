@@ -345,4 +345,4 @@ def test_what_is_not_installed_is_named() -> None:
     search = {**os.environ, "PYTHONPATH": f"{ROOT / 'launch'}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=search, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: pydantic is not installed here, and is needed. Needs torch, Triton, ")
+    assert done.stderr.startswith("error: pydantic is not installed here: gpu_check.py needs torch, Triton, ")
