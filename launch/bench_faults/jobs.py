@@ -179,8 +179,8 @@ class BatchJob:
         self._cluster.run("scancel", *options, f"--signal={signal.Signals(number).name[3:]}", self.id)
 
 
-def start(mode: str, run: Run, log: Path, cluster: Any = None) -> Job:
-    """Starts a run in one of MODES; `cluster` is a running one for srun and sbatch."""
+def start(mode: str, run: Run, log: Path, cluster: Any) -> Job:
+    """Starts a run in one of MODES; `cluster` is a running one for srun and sbatch, None for the others."""
     inherited = {name: value for name, value in os.environ.items() if name not in INHERITED}
     environ = {**inherited, **AS_ROOT, "OMP_NUM_THREADS": "1"}
     if mode in SBATCH:
