@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-NEEDS = """gpu_check.py needs torch, Triton, numpy, pydantic and safetensors, pytest for the tests, transformers for that
-peer; and this repository installed or on PYTHONPATH, as `make gpu-check` has it."""
+NEEDS = """gpu_check.py needs torch, Triton, numpy, pydantic and safetensors, pytest for the tests, transformers for
+that peer; and this repository installed or on PYTHONPATH, as `make gpu-check` has it."""
 
 try:
     from bench.peers import Sizes, config_of
