@@ -9,12 +9,12 @@ Run again, it continues where it stopped, or says what is already there.
 import argparse
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-import sysconfig
 from functools import partial
 from pathlib import Path
+
+from bench.corpora import write_standard_library
 
 from data_pipeline.errors import DataError
 from data_pipeline.output import exit_code
@@ -28,41 +28,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, metavar="PATH", help="folder of .txt files, or one file")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where all results go (default: below runs/)")
     return parser.parse_args()
-
-
-def write_standard_library(folder: Path) -> None:
-    """Copy the standard library's sources to `folder`, as .txt files; whole or not at all.
-
-    Left out: what is installed beside it, and the few files that are not UTF-8 (tests of other encodings).
-    """
-    if folder.exists():
-        print(f"{folder} is already there")
-        return
-    source = Path(sysconfig.get_path("stdlib"))
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    n_files = n_bytes = n_skipped = 0
-    for path in sorted(source.rglob("*.py")):
-        name = path.relative_to(source)
-        if {"site-packages", "dist-packages"} & set(name.parts):
-            continue
-        text = path.read_bytes()
-        try:
-            text.decode("utf-8")
-        except UnicodeDecodeError:
-            n_skipped += 1
-            continue
-        target = partial / f"{name}.txt"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(text)
-        n_files, n_bytes = n_files + 1, n_bytes + len(text)
-    if not n_files:
-        raise DataError(f"no Python sources in {source}: name a folder of .txt files, make demo CORPUS=path")
-    partial.rename(folder)
-    print(
-        f"{folder}: {n_files} files of Python's standard library, {n_bytes / 1e6:.1f} MB "
-        f"({n_skipped} left out: not UTF-8)"
-    )
 
 
 def step(*command: str | Path) -> None:

@@ -24,13 +24,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from bench.peers import PEERS, Peer, Sizes
 from bench.prediction import predict, predict_depth
-from data_pipeline.output import BAD_INPUT, positive
+from data_pipeline.errors import DataError
+from data_pipeline.output import positive
 from trainer.memory import peak_gib
 from trainer.record import environment
 
@@ -105,9 +106,9 @@ def sizes_of(arguments: argparse.Namespace, seq_len: int) -> Sizes:
 
 
 def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The peers that were asked for; ends the program if there is no such peer."""
+    """The peers that were asked for. Raises DataError if there is no such peer."""
     if unknown := set(names) - {*known, "all"}:
-        refuse(f"no peer {', '.join(sorted(unknown))}: choose from {', '.join(known)}, or all")
+        raise DataError(f"no peer {', '.join(sorted(unknown))}: choose from {', '.join(known)}, or all")
     return list(known if "all" in names else dict.fromkeys(names))
 
 
@@ -289,7 +290,7 @@ def new_record(what: str, arguments: argparse.Namespace, results: list[Result]) 
 
 
 def write(file: Path, record: Result) -> None:
-    """Replace the file as a whole, so that a run that is killed leaves what it had."""
+    """Replace the file as a whole, so that a run that is killed leaves what it had. Raises DataError."""
     partial = file.with_name(file.name + ".partial")
     results = ",\n".join(f"  {json.dumps(result)}" for result in record["results"])  # one a line
     text = json.dumps({**record, "results": "@"}, indent=1).replace('"@"', f"[\n{results}\n ]")
@@ -297,10 +298,4 @@ def write(file: Path, record: Result) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(file)
     except OSError as error:
-        refuse(f"cannot write {file}: {error}")
-
-
-def refuse(error: str) -> NoReturn:
-    """End the program with an error that its user can mend."""
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+        raise DataError(f"cannot write {file}: {error}") from None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_pipeline.flips import write_corpus
+from bench.corpora import write_corpus
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from bench_faults.jobs import MODES, POLL_S, Job, Run, begun, start, tail, wait

@@ -35,8 +35,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import benchmark_plot
 import torch
+from bench import plot
 from bench.peers import MODELS, Model, Peer, Sizes, ours_by_autograd, random_tokens
 from bench.process import (
     DEPTH,
@@ -53,7 +53,6 @@ from bench.process import (
     missing,
     new_record,
     reason,
-    refuse,
     sizes_of,
     write,
 )
@@ -108,11 +107,11 @@ def add_command(commands: Any) -> None:
         ("--recompute-layers", 12, "layers in `recompute`"),
     ):
         parser.add_argument(name, type=positive, default=default, metavar="N", help=f"{of} (default: %(default)s)")
-    drawn = f"picture of {', '.join(benchmark_plot.MEMORY_PARTS)} (default: %(default)s)"
+    drawn = f"picture of {', '.join(plot.MEMORY_PARTS)} (default: %(default)s)"
     parser.add_argument("--plot", type=Path, default=Path("memory.png"), metavar="FILE", help=drawn)
     parser.add_argument("--steps", type=positive, default=STEPS, help=argparse.SUPPRESS)  # of the one to measure
     add_options(parser, rounds="measurements of each in `recompute`")
-    parser.set_defaults(dtype="float32")
+    parser.set_defaults(dtype="float32", main=main)
 
 
 def parts_of(arguments: argparse.Namespace) -> list[Part]:
@@ -279,16 +278,13 @@ def main(arguments: argparse.Namespace) -> int:
         sizes = sizes_of(arguments, arguments.seq_len[0])
         print(json.dumps(measure_here(MEMORY_PEERS[arguments.worker], sizes, arguments.steps, arguments.threads)))
         return 0
-    try:
-        if set(benchmark_plot.MEMORY_PARTS) & set(arguments.parts):
-            benchmark_plot.check_output(arguments.plot)  # that it cannot be drawn should not be learnt in an hour
-        record = run(arguments)
-        measured = {result["part"] for result in record["results"] if "seconds" in result}
-        if measured & set(benchmark_plot.MEMORY_PARTS):
-            benchmark_plot.draw(record, arguments.plot)
-            print(f"drew {arguments.plot}")
-        else:
-            print(f"drew nothing: none of {', '.join(benchmark_plot.MEMORY_PARTS)} was measured")
-    except benchmark_plot.PlotError as error:
-        refuse(str(error))
+    if set(plot.MEMORY_PARTS) & set(arguments.parts):
+        plot.check_output(arguments.plot)  # that it cannot be drawn should not be learnt in an hour
+    record = run(arguments)
+    measured = {result["part"] for result in record["results"] if "seconds" in result}
+    if measured & set(plot.MEMORY_PARTS):
+        plot.draw(record, arguments.plot)
+        print(f"drew {arguments.plot}")
+    else:
+        print(f"drew nothing: none of {', '.join(plot.MEMORY_PARTS)} was measured")
     return int(not any("seconds" in result for result in record["results"]))

@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.process import machine, n_cores, refuse, write
-from demo import write_standard_library
+from bench.corpora import write_standard_library
+from bench.process import machine, n_cores, write
 
 from bench_pipeline.common import ROOT, Bench, FailedError, Result, texts_of
 from bench_pipeline.figures import FIGURES, lines_of
@@ -72,10 +72,11 @@ def add_command(commands: Any) -> None:
         ("--scale-tb", 1.0, "text of `scale`"),
     ):
         parser.add_argument(name, type=float, default=amount, metavar="X", help=f"{text} (default: %(default)g)")
+    parser.set_defaults(main=main)
 
 
-def new_record(arguments: argparse.Namespace, results: list[Result]) -> Result:
-    """The record of a run that was asked for by these arguments; its results and figures grow."""
+def new_record(results: list[Result]) -> Result:
+    """The record of a run; its results and figures grow."""
     about = machine()
     about["versions"] |= {package: found for package in PACKAGES if (found := installed_version(package))}
     command = shlex.join(["python", "launch/benchmark.py", *sys.argv[1:]])
@@ -97,7 +98,7 @@ def corpora_of(arguments: argparse.Namespace, folder: Path) -> list[Path]:
 def run(arguments: argparse.Namespace, folder: Path) -> Result:
     """All parts; prints and writes after each."""
     results: list[Result] = []
-    record = new_record(arguments, results)
+    record = new_record(results)
 
     def keep(result: Result) -> None:
         results.append(result)
@@ -122,9 +123,6 @@ def run(arguments: argparse.Namespace, folder: Path) -> Result:
 def main(arguments: argparse.Namespace) -> int:
     """The exit code: 1 if anything failed; what is left out for want of a package is no failure."""
     arguments.work.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-", dir=arguments.work) as folder:
-            record = run(arguments, Path(folder).absolute())
-    except DataError as error:
-        refuse(str(error))
+    with tempfile.TemporaryDirectory(prefix="benchmark-pipeline-", dir=arguments.work) as folder:
+        record = run(arguments, Path(folder).absolute())
     return int(any("error" in result for result in record["results"]))

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 PIPELINE = (sys.executable, "-m", "data_pipeline")
 WORKERS = Path(__file__).with_name("workers.py")
 USAGE = Path(__file__).with_name("usage.py")
+TINY_LINES = 4
 Result = dict[str, Any]
 _STAGE = re.compile(r"^(\w+): ([\d,]+) bytes, ([\d,]+) tokens, ([\d.,]+) s$", re.MULTILINE)
 
@@ -172,11 +173,11 @@ def one_document(corpus: Path, folder: Path, n_bytes: int) -> Path:
     raise AssertionError("a cycle has no end")
 
 
-def tiny_documents(corpus: Path, folder: Path, n_documents: int, n_lines: int = 4) -> Path:
-    """So many documents of a few lines of the corpus each, a thousand to a folder."""
+def tiny_documents(corpus: Path, folder: Path, n_documents: int) -> Path:
+    """So many documents of TINY_LINES lines of the corpus each, a thousand to a folder."""
     lines = (line for text in cycle(texts_of(corpus)) for line in text.read_bytes().splitlines(keepends=True))
     for number in range(n_documents):
         path = folder / f"{number // 1000:04d}" / f"{number % 1000:03d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"".join(islice(lines, n_lines)))
+        path.write_bytes(b"".join(islice(lines, TINY_LINES)))
     return folder

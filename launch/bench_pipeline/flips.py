@@ -1,4 +1,4 @@
-"""Flipped bits in a store: the part `flips` of launch/pipeline_faults.py.
+"""Flipped bits in a store: the part `flips` of `python launch/benchmark.py pipeline-faults`.
 
 One bit of one file of a small store, of any file, drawn half of the time by size and half of the time evenly. `verify`
 must find it, and whoever reads the store must get what is right, or an error.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from bench.corpora import write_corpus
 
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store, list_files
@@ -115,16 +116,3 @@ def flips_table(results: Sequence[Flip], sizes: Mapping[str, int]) -> str:
     wrong = sum(result.reading == "wrong" for result in results)
     rows.append(f"{len(results)} flips: {missed} not found by verify, {wrong} gave wrong values")
     return "\n".join(rows)
-
-
-def write_corpus(folder: Path, n_bytes: int) -> None:
-    """Words that nobody knows, in one long document, a few shorter ones and many short ones."""
-    rng = np.random.default_rng(0)
-    letters = np.array(list("abcdefghijklmnopqrstuvwxyz가나다é"))
-    words = np.array(["".join(rng.choice(letters, size)) for size in rng.integers(1, 9, 5000)])
-    folder.mkdir()
-    shares = [0.5, *[0.1] * 4, *[0.1 / 40] * 40]
-    for number, share in enumerate(shares):
-        picks = np.minimum(rng.zipf(1.3, int(share * n_bytes / 6)), len(words)) - 1
-        text = " ".join(words[picks])
-        (folder / f"{number:02d}.txt").write_text(text.replace(" a", "\n"), encoding="utf-8")

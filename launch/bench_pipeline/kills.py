@@ -1,4 +1,4 @@
-"""Builds that are killed at random moments: the part `kills` of launch/pipeline_faults.py.
+"""Builds that are killed at random moments: the part `kills` of `python launch/benchmark.py pipeline-faults`.
 
 In one process, in two, and under `mpirun -n 2`, a build gets SIGKILL at a moment that is drawn from the length of an
 undisturbed one: one process of the job, any of them, or all. Then the same command runs again, and may be killed again.
@@ -17,12 +17,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import psutil
+from bench.corpora import write_corpus
 from bench.process import AS_ROOT
 
-from bench_pipeline.flips import write_corpus
 from data_pipeline.store import list_files
 
 WORKERS = {"serial": 1, "processes": 2, "mpirun": 2}
@@ -139,16 +140,16 @@ def wait(process: psutil.Popen, watch: Watch, seconds: float) -> int | None:
     return code
 
 
-def prepare(folder: Path, n_bytes: int, modes: Sequence[str], tokenizer: str) -> Target:
-    """Makes a corpus of so many bytes and builds it undisturbed in each mode. The tokenizer: "bytes", or a new file."""
+def prepare(folder: Path, n_bytes: int) -> Target:
+    """Makes a corpus of so many bytes and its tokenizer, and builds it undisturbed in each mode."""
     write_corpus(folder / "corpus", n_bytes)
-    if tokenizer != "bytes":
-        paths = ["--input", str(folder / "corpus"), "--output", tokenizer]
-        words = [sys.executable, "-m", "data_pipeline", "tokenizer", *paths, "--vocab-size", "2000"]
-        subprocess.run([*words, "--max-bytes", "1000000"], check=True, capture_output=True)
+    tokenizer = str(folder / "new.model")
+    paths = ["--input", str(folder / "corpus"), "--output", tokenizer]
+    words = [sys.executable, "-m", "data_pipeline", "tokenizer", *paths, "--vocab-size", "2000"]
+    subprocess.run([*words, "--max-bytes", "1000000"], check=True, capture_output=True)
     options = ("--tokenizer", tokenizer, "--seq-len", "4096", "--rows-per-shard", "64", "--split", "val=0.2")
     target = Target(folder / "corpus", options, folder / "undisturbed" / "serial", {})
-    for mode in dict.fromkeys(("serial", *modes)):
+    for mode in WORKERS:
         output = folder / "undisturbed" / mode
         process, begun = start(build_command(mode, target, output), folder / "log"), time.perf_counter()
         if process.wait():
@@ -249,18 +250,18 @@ def kills_table(trial: Trial) -> str:
     return "\n".join(rows)
 
 
-def kills(times: int, seed: int, n_bytes: int, modes: Sequence[str] = tuple(WORKERS)) -> list[Trial]:
+def kills(times: int, seed: int, n_bytes: int) -> list[Trial]:
     """Trials with at least so many kills in all, modes in turn; a table on stdout as it comes."""
-    rng = random.Random(seed)
+    rng, modes = random.Random(seed), cycle(WORKERS)
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="longhand-kills-") as name:
-        target = prepare(Path(name), n_bytes, modes, str(Path(name) / "new.model"))
+        target = prepare(Path(name), n_bytes)
         print("undisturbed:", ", ".join(f"{mode} {s:.1f} s" for mode, s in target.seconds.items()), flush=True)
         print(KILLS_HEADER, flush=True)
         while sum(len(trial.kills) for trial in trials) < times:
             folder = Path(name) / f"trial-{len(trials)}"
             folder.mkdir()
-            trials.append(run_trial(modes[len(trials) % len(modes)], target, folder, rng))
+            trials.append(run_trial(next(modes), target, folder, rng))
             if trials[-1].kills:
                 print(kills_table(trials[-1]), flush=True)
             shutil.rmtree(folder)

@@ -41,7 +41,7 @@ def write_files(folder: Path, n_documents: int, n_bytes: int) -> Work:
     return Work(folder, settings, decisive, settings.output, None)
 
 
-def made_columns(files: list[InputFile], tasks: list[list[Span]]) -> Columns:
+def made_columns(tasks: list[list[Span]]) -> Columns:
     """What the tokenize stage would have found: one entry for each span."""
     file = np.fromiter((span.file for task in tasks for span in task), np.int64)
     n_bytes = np.fromiter((span.stop - span.start for task in tasks for span in task), np.int64)

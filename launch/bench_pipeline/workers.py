@@ -214,7 +214,7 @@ def scale(folder: str, documents: str, n_bytes: str) -> Result:
 
     files = timed("list of files", lambda: work.files)
     tasks = timed("tokenize tasks", lambda: work.tasks)
-    columns = made_columns(files, tasks)
+    columns = made_columns(tasks)
     merged = timed("documents", lambda: planning.merge_parts(columns))
     given_split, known = np.full(len(files), ""), np.zeros((0, 32), np.uint8)
     plan = timed("plan", lambda: planning.make_plan(merged, given_split, known, stages.plan_settings(work)))

@@ -1,6 +1,6 @@
 """The store is the same to the byte for any number of processes and MPI ranks, whoever is killed and whatever fills up.
 
-SLURM's steps and arrays are in tests/slurm. How often kills and flips were tried: launch/pipeline_faults.py.
+SLURM's steps and arrays are in tests/slurm. How often kills and flips were tried: launch/benchmark.py pipeline-faults.
 """
 
 import os
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bench.corpora import write_corpus
 from bench_pipeline import flips, kills
 
 from data_pipeline.store import Store
@@ -28,7 +29,7 @@ MODES = [
 def target(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> kills.Target:
     """Documents in several tasks and several shards, and the store of an undisturbed build in one process."""
     folder = tmp_path_factory.mktemp("target")
-    kills.write_corpus(folder / "corpus", 5_000_000)
+    write_corpus(folder / "corpus", 5_000_000)
     options = ("--tokenizer", str(tokenizer_file), "--seq-len", "4096", "--rows-per-shard", "64", "--split", "val=0.2")
     target = kills.Target(folder / "corpus", options, folder / "serial", {})
     begun = time.perf_counter()

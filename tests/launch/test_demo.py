@@ -6,6 +6,7 @@ from pathlib import Path
 
 import demo
 import pytest
+from bench import corpora
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +32,7 @@ def test_a_demo_whose_commands_do_well(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path / "results")])
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda _: str(tmp_path / "none"))
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda _: str(tmp_path / "none"))
     assert demo.main() == 2
     assert capsys.readouterr().err == (
         f"error: no Python sources in {tmp_path / 'none'}: name a folder of .txt files, make demo CORPUS=path\n"
@@ -47,8 +48,8 @@ def test_the_corpus_is_the_standard_library_as_text(tmp_path: Path, monkeypatch:
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
     for said in ("1 files of Python's standard library, 0.0 MB (1 left out: not UTF-8)", "is already there"):
-        demo.write_standard_library(tmp_path / "corpus")
+        corpora.write_standard_library(tmp_path / "corpus")
         assert said in capsys.readouterr().out
         assert [path.name for path in (tmp_path / "corpus").rglob("*")] == ["a.py.txt"]
