@@ -10,8 +10,7 @@ the model and takes steps (forward and backward) for a few seconds, the first of
 where that is long. Rounds go through all peers in turn. The table has medians with the smallest and largest, the peak
 memory and what of it the process had used once it had imported its libraries, multiples of ours, and the growth from
 the length before as if that were four times shorter. The JSON file is written after every length, and has every step of
-every measurement. `memory`, `pipeline` and `faults` are described in launch/bench_memory/command.py,
-launch/bench_pipeline/command.py and launch/bench_faults/command.py.
+every measurement. `memory`, `pipeline`, `pipeline-faults` and `faults` say themselves what they are, with --help.
 
 Lengths are measured from short to long. What the shorter ones say would take longer than the budget or more than
 the allowed share of the machine's memory is left out, and a measurement is stopped at the budget: the table says so.
@@ -49,6 +48,7 @@ from bench.process import (
 from bench_faults import command as faults
 from bench_memory import command as memory
 from bench_pipeline import command as pipeline
+from bench_pipeline import faults as pipeline_faults
 
 from data_pipeline.output import exit_code, positive
 from trainer.memory import peak_gib
@@ -76,9 +76,9 @@ def parse_arguments() -> argparse.Namespace:
             "by autocast (default: %(default)s)",
         )
         add_options(command, rounds="measurements of each")
-    memory.add_command(commands)
-    pipeline.add_command(commands)
-    faults.add_command(commands)
+        command.set_defaults(main=time_steps)
+    for other in (memory, pipeline, pipeline_faults, faults):
+        other.add_command(commands)
     return parser.parse_args()
 
 
@@ -191,14 +191,8 @@ def run(arguments: argparse.Namespace) -> list[Result]:
     return results
 
 
-def dispatch(arguments: argparse.Namespace) -> int:
-    """The exit code of what was asked for."""
-    if arguments.what == "memory":
-        return memory.main(arguments)
-    if arguments.what == "pipeline":
-        return pipeline.main(arguments)
-    if arguments.what == "faults":
-        return faults.main(arguments)
+def time_steps(arguments: argparse.Namespace) -> int:
+    """The exit code of `model` and `attention`: 1 if nothing could be measured."""
     if arguments.worker:
         peer = PEERS[arguments.what][arguments.worker]
         sizes = sizes_of(arguments, arguments.seq_len[0])
@@ -210,7 +204,8 @@ def dispatch(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    return exit_code(partial(dispatch, parse_arguments()))
+    arguments = parse_arguments()
+    return exit_code(partial(arguments.main, arguments))
 
 
 if __name__ == "__main__":

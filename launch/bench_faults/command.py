@@ -63,6 +63,7 @@ def add_command(commands: Any) -> None:
         parser.add_argument(name, type=positive, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     parser.add_argument("--worker", choices=worker.WORKERS, help=argparse.SUPPRESS)  # measure in this process
     parser.add_argument("--size", help=argparse.SUPPRESS)
+    parser.set_defaults(main=main)
 
 
 # The parts: each prints as it goes and yields results for the JSON file.

@@ -1,1 +1,1 @@
-"""`launch/benchmark.py pipeline`, the data pipeline beside its peers; and `launch/pipeline_faults.py`."""
+"""`launch/benchmark.py pipeline`, the data pipeline beside its peers; and `pipeline-faults`, what it survives."""

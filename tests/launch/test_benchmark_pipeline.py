@@ -9,7 +9,7 @@ from typing import Any
 import benchmark
 import numpy as np
 import pytest
-from bench_pipeline import common, figures, parts, scale, tokenizing, workers
+from bench_pipeline import common, faults, figures, kills, parts, scale, tokenizing, workers
 
 BUDGET_S = 300
 SIZES = """--rounds 1 --vocab-size 400 --seq-len 256 --documents 30 --steps 2 --scale-documents 50 --tokenize-mb 0.05
@@ -237,3 +237,22 @@ def test_rows_that_differ_are_noticed(corpus: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(parts, "write_raw", lambda store, folder: -1)
     with pytest.raises(common.FailedError, match="ours read other tokens: their sum is"):
         parts.read(bench)
+
+
+def test_faults_of_the_pipeline_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    words = ["pipeline-faults", "flips", "--times", "3", "--seed", "1", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["launch/benchmark.py", *words])
+    assert benchmark.main() == 0
+    record = json.loads(file.read_text())
+    assert record["command"].startswith("python launch/benchmark.py pipeline-faults flips --times 3")
+    assert len(record["results"]) == 3 and all(one["verify"] == "named" for one in record["results"])
+    assert capsys.readouterr().out.endswith("3 flips: 0 not found by verify, 0 gave wrong values\n")
+    # Of kills, what they come to: tests/data_pipeline/test_parallel_runs.py kills.
+    failed = kills.Trial("serial", [kills.Kill(1.0, "all", "tokens", 1, 0, 2, "was killed")])
+    monkeypatch.setattr(faults, "kills", lambda times, seed, n_bytes: [failed])
+    monkeypatch.setattr(sys, "argv", ["launch/benchmark.py", "pipeline-faults", "kills"])
+    assert benchmark.main() == 1
+    assert capsys.readouterr().out == "1 kills in 1 builds, 1 of which did not come out as if undisturbed\n"
