@@ -97,17 +97,12 @@ def find_files(
     for one, other in pairwise(files):
         if one.name == other.name:
             check_held_out((one, other), {one.name})
-            way_out = (
-                "give a folder that holds both"
-                if one.option == other.option
-                else f"give {one.option} @LIST, a text file with that folder in it, which then is a part of their names"
-            )
             raise DataError(
-                f"two files are named {one.name!r}: {one.location} and {other.location}. Names are paths below the "
-                f"folder given, without the suffix of a compression; {way_out}, or rename one"
+                f"two files are named {one.name!r}: {one.location} and {other.location}. Names are paths below what is "
+                "given, without the suffix of a compression; give a folder that holds both, or @LIST (a text file with "
+                "the folders in it, which are a part of the names then), or rename one"
             )
-    locations = {file.name: file.location for file in files}
-    check_folders(locations, locations)
+    check_folders(locations := {file.name: file.location for file in files}, locations)
     for file in files:
         _check_kind(file, arrays)
     for option in {file.option for file in files}:

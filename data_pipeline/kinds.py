@@ -6,7 +6,7 @@ what it has left out.
 
 import posixpath
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from data_pipeline.compression import COMPRESSIONS
 
@@ -21,10 +21,14 @@ _KINDS = {
 _FORMATS = (
     *(".json", ".csv", ".tsv", ".xml", ".html", ".htm", ".epub", ".pdf", ".docx"),
     *(".arrow", ".feather", ".h5", ".hdf5", ".zip", ".tar", ".tgz", ".bz2", ".7z", ".rar"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".wav", ".mp3", ".mid", ".mp4", ".bin", ".db", ".pkl", ".pt", ".safetensors"),
+    *(".fai", ".gzi", ".2bit", ".dict", ".tbi", ".csi", ".fastq", ".fq", ".bam", ".sam", ".cram", ".vcf", ".bcf"),
+    *(".bed", ".gff", ".gff3", ".gtf"),
 )
-"""Suffixes of what is hardly meant to be read as it is."""
+"""Suffixes of what is hardly meant to be read as it is: tables, books in other formats, archives, media, and what lies
+beside genomes."""
 _MOST_NAMED = 5
-"""Suffixes of files that were left out, in the note that says so."""
+"""Suffixes of files in a note on them."""
 
 
 def compression_of(path: str) -> str:
@@ -80,15 +84,10 @@ class Wanted:
         if not left_out:
             return ""
         first, *others = sorted({self._others[location] for location in left_out})
-        by_suffix = Counter(_suffix(path) + compression_of(path) or "without suffix" for path in left_out)
-        ranked = sorted(by_suffix.items(), key=lambda item: (-item[1], item[0]))
-        counts = [f"{n_files:,} {suffix}" for suffix, n_files in ranked[:_MOST_NAMED]]
-        if rest := sum(n_files for _, n_files in ranked[_MOST_NAMED:]):
-            counts.append(f"{rest:,} more")
         n_files = len(left_out)
         return (
             f"left out {n_files:,} {'file' if n_files == 1 else 'files'} of other kinds in {first}"
-            f"{f' and {len(others):,} more' if others else ''}: {', '.join(counts)}"
+            f"{f' and {len(others):,} more' if others else ''}: {_counts(left_out)}"
         )
 
 
@@ -96,8 +95,18 @@ def _formats_among(read: Collection[str]) -> str:
     found = sorted(location for location in read if _suffix(location) in _FORMATS)
     if not found:
         return ""
-    others = f" ({len(found) - 1:,} more likewise)" if len(found) > 1 else ""
+    others = f" (likewise {_counts(found[1:])})" if found[1:] else ""
     return (
         f"{found[0]} is one document, read as it is, {_suffix(found[0])} and all{others}: records are read out of "
-        ".jsonl and .parquet"
+        ".jsonl, .parquet and FASTA"
     )
+
+
+def _counts(locations: Iterable[str]) -> str:
+    """How many of each suffix, the most frequent first."""
+    by_suffix = Counter(_suffix(path) + compression_of(path) or "without suffix" for path in locations)
+    ranked = sorted(by_suffix.items(), key=lambda item: (-item[1], item[0]))
+    counts = [f"{n_files:,} {suffix}" for suffix, n_files in ranked[:_MOST_NAMED]]
+    if rest := sum(n_files for _, n_files in ranked[_MOST_NAMED:]):
+        counts.append(f"{rest:,} more")
+    return ", ".join(counts)

@@ -141,9 +141,9 @@ def make_plan(documents: Documents, given_split: np.ndarray, known: np.ndarray, 
     if settings.duplicates != "keep":
         dropped |= (same != -1) | (near != -1)
     if not settings.appends:
-        several = len(np.unique(given)) > 1
-        for name in np.unique(given):
-            option = f" of --{name}-input" if name else " of --input" if several else ""
+        options = np.unique(given_split)  # of files, which may have no documents
+        for name in options:
+            option = f" of --{name}-input" if name else " of --input" if len(options) > 1 else ""
             _check_left(option, documents.bad[given == name], dropped[given == name], settings)
     kept = np.flatnonzero(~dropped)
     split, names, notes = _assign(documents.sha256[kept], given[kept], settings)
@@ -249,6 +249,8 @@ def _check_left(option: str, bad: np.ndarray, dropped: np.ndarray, settings: Pla
     """Raises DataError where all documents of an option are dropped; bad: as in `Documents`."""
     if not dropped.all():
         return
+    if not len(bad):
+        raise DataError(f"the files{option} hold no documents: add some")
     problems = Counter(PROBLEMS[number - 1] for number in bad[bad > 0].tolist())
     reasons = [f"{n:,} with the problem {problem}" for problem, n in problems.items()]
     ways_out = ["--on-bad"] if problems else []
@@ -296,11 +298,6 @@ def _assign(sha256: np.ndarray, given: np.ndarray, settings: PlanSettings) -> tu
     names = ["train"]
     notes: list[str] = []
     drawn = given == ""
-    if not (drawn.any() or settings.appends):
-        raise DataError(
-            "no document is left for train: --input holds none, or none but copies of those of --val-input and "
-            "--test-input: add documents"
-        )
     if settings.split:
         codes[drawn], names, notes = assign_splits(sha256[drawn], settings.split, not settings.appends)
     for name in np.unique(given[~drawn]):

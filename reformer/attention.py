@@ -76,6 +76,17 @@ class _Attention(nn.Module):
         for name in (*self.projections, "out"):
             nn.init.xavier_uniform_(self.get_parameter(f"{name}_weight"))
 
+    def __init_subclass__(cls) -> None:
+        """Refuse what the backward of `_with_gradients`, which knows these projections alone, would get wrong."""
+        for name in ("project", "merged"):
+            if getattr(cls, name) is not getattr(_Attention, name):
+                raise TypeError(f"{cls.__name__}.{name} would get no gradient: put what it is to do into `inner`")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "inner" and isinstance(value, nn.Module):
+            raise TypeError("`inner` is a module, whose parameters would get no gradient: give a function without any")
+        super().__setattr__(name, value)
+
     def forward(
         self,
         x_BTM: Tensor,
@@ -104,6 +115,8 @@ class _Attention(nn.Module):
                 out, gradients = self._with_gradients(x_BTM, call.part, groups, d_out_BTM, needs_output)
             inner_product = torch.zeros(())  # only its gradient is asked for: on the CPU, where it is seen to be 1
             parameters = [self.norm_weight, self.norm_bias, *self.projection_weights, self.out_weight]
+            if more := {name for name, own in self.named_parameters() if all(own is not each for each in parameters)}:
+                raise RuntimeError(f"an attention layer has parameters that would get no gradient: {', '.join(more)}")
             return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
         out, used = None, []
         with shared_scratch():

@@ -36,6 +36,7 @@ from trainer.record import write_record
 from trainer.reporter import Reporter
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
 from trainer.resume import changes
+from trainer.run_files import read_record
 from trainer.schedule import due, lr_factor
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place, timed
@@ -43,6 +44,9 @@ from trainer.state import local_square_sum, n_parameters, set_weights
 from trainer.terminal import Reported, eval_lines
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
+
+MOST_STARTS = 4
+"""Starts from one step, the last of which made none, after which it is an error."""
 
 
 def train(job: Job) -> int:
@@ -340,8 +344,18 @@ class Trainer:
             self.reporter.say(stopping(number, done, self.first_step))
             if done > self.saved_step:
                 self.save(done, needed=True)
+            if done == self.first_step:
+                together(self.refuse_to_starve, self.launch, self.device)
             self.reporter.say(checkpoint.way_on(self.plan.dir))
         return bool(number)
+
+    def refuse_to_starve(self) -> None:
+        """Raise ConfigError, on rank 0, where start after start made no step: a job would be requeued for ever."""
+        if self.launch.rank == 0 and read_record(self.plan.dir)["starts_in_row"] >= MOST_STARTS:
+            raise ConfigError(
+                f"{MOST_STARTS} starts in a row in {self.plan.dir} came to no checkpoint, and this one was asked to "
+                "stop before its first step: give the job more time (in SLURM, a --time far above --signal)"
+            )
 
     def end(self, done: int) -> None:
         """Close the reports, with a summary."""

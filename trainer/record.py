@@ -3,6 +3,7 @@
 RUN/run.json: one object, written before the first step.
 
     started, resumed_from_step          ISO time; null unless resumed
+    starts_in_row                       starts from that step, this one with them, that no checkpoint has come between
     config, deepspeed                   the resolved TOML side {model, data, run} and DeepSpeed's JSON
     store                               of data.store: {seq_len, vocab_size, rows: {split: number}, tokenizer_sha256,
                                         fingerprint, bos, eos}
@@ -34,10 +35,10 @@ import torch
 
 from trainer import distributed
 from trainer.check import StoreFacts
-from trainer.config import flatten
+from trainer.config import ConfigError, flatten
 from trainer.job import Job
 from trainer.peaks import peak_flops
-from trainer.run_files import RECORD, write_json
+from trainer.run_files import RECORD, read_record, write_json
 
 if TYPE_CHECKING:
     from trainer.metrics import Metrics  # TensorBoard, which environment() does without
@@ -49,10 +50,12 @@ def write_record(
     job: Job, device: torch.device, metrics: "Metrics", n_parameters: int, evaluated: Mapping[str, Any]
 ) -> None:
     """Write RUN/run.json and show it in TensorBoard."""
-    device_name = distributed.device_name(device)
+    device_name, run_dir = distributed.device_name(device), job.config.run.dir
+    resumed_from_step = metrics.first_step - 1 if metrics.first_step else None
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "resumed_from_step": metrics.first_step - 1 if metrics.first_step else None,
+        "resumed_from_step": resumed_from_step,
+        "starts_in_row": starts_before(run_dir, resumed_from_step) + 1,
         "config": job.config.model_dump(mode="json"),
         "deepspeed": job.deepspeed,
         "store": asdict(StoreFacts.of(job.store)),
@@ -68,8 +71,17 @@ def write_record(
         "evaluated": dict(evaluated),
         **environment(),
     }
-    write_json(job.config.run.dir / RECORD, record)
+    write_json(run_dir / RECORD, record)
     show(metrics, record)
+
+
+def starts_before(run_dir: Path, resumed_from_step: int | None) -> int:
+    """How many starts in a row were from this step, by the record of the last one; 0 where that has none."""
+    try:
+        before = read_record(run_dir)
+    except ConfigError:  # of a new run; or damaged, and about to be replaced
+        return 0
+    return int(before.get("starts_in_row", 0)) if before.get("resumed_from_step") == resumed_from_step else 0
 
 
 def show(metrics: "Metrics", record: Mapping[str, Any]) -> None:

@@ -80,15 +80,28 @@ def test_what_is_left_out_of_folders_is_noted(tmp_path: Path, memory: fsspec.Abs
 
 
 def test_formats_that_are_read_as_they_are_are_noted(tmp_path: Path) -> None:
-    for name in ("a.txt", "records.JSON", "b.tar.gz", "enwik8", "code.py"):
+    for name in (
+        "a.txt",
+        "records.JSON",
+        "b.tar.gz",
+        "enwik8",
+        "code.py",
+        "c.fa",
+        "c.fa.fai",
+        "d.fa.fai",
+        "d.fa.gz.gzi",
+    ):
         write(tmp_path / name, b"x")
     noted: list[str] = []
     find_files([f"{tmp_path}/*"], {}, False, noted)
-    told = "is one document, read as it is, .tar and all (1 more likewise): records are read out of .jsonl and .parquet"
+    told = (
+        "is one document, read as it is, .tar and all (likewise 2 .fai, 1 .gzi, 1 .json): records are read out of "
+        ".jsonl, .parquet and FASTA"
+    )
     assert noted == [f"{tmp_path / 'b.tar.gz'} {told}"]
     noted.clear()
     find_files([f"{tmp_path}/*.JSON"], {}, False, noted)
-    told = "is one document, read as it is, .json and all: records are read out of .jsonl and .parquet"
+    told = "is one document, read as it is, .json and all: records are read out of .jsonl, .parquet and FASTA"
     assert noted == [f"{tmp_path / 'records.JSON'} {told}"]
 
 
@@ -172,11 +185,16 @@ def test_a_link_to_a_folder_is_not_left_out_in_silence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["two/a.txt", "two/a.txt.gz"])
-def test_twice_the_same_name_is_an_error(tmp_path: Path, other: str) -> None:
+def test_twice_the_same_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     write(tmp_path / "one/a.txt", b"a")
     write(tmp_path / other, b"b")
-    with pytest.raises(DataError, match=r"two files are named 'a.txt'"):
+    with pytest.raises(
+        DataError, match=r"two files are named 'a.txt'.*, or @LIST \(a text file with the folders in it"
+    ):
         names(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "list").write_text("one\ntwo\n")
+    monkeypatch.chdir(tmp_path)
+    assert names("@list") == ["one/a.txt", "two/a.txt"]
 
 
 def test_inputs_that_are_not_there(tmp_path: Path) -> None:

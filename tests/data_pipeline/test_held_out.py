@@ -263,6 +263,10 @@ def test_a_split_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
         make(tmp_path, duplicates="drop")
     assert split_of(make(tmp_path)) == {"a.txt": "train", "a_copy.txt": "val", "b.txt": "train"}
     write(tmp_path / "broken/a.jsonl", "{not JSON")
+    write(tmp_path / "blank/a.jsonl", "\n")
+    for changes in ({}, {"split": {"test": 0.1}}):
+        with pytest.raises(DataError, match="the files of --input hold no documents: add some"):
+            make(tmp_path, "blank_train", inputs=(str(tmp_path / "blank"),), **changes)
     with pytest.raises(
         DataError, match=r"of --val-input is left of the 1 that were found: 1 with the problem unreadable. Ch"
     ):

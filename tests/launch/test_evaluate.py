@@ -361,6 +361,20 @@ def test_weights_that_are_not_finite_and_a_record_that_cannot_be_read(store: Sto
     assert (code, out) == (2, "") and f"{tmp_path / 'own/tokenizer.json'} cannot be read" in errors
 
 
+def test_a_loss_that_is_not_finite_is_told(store: Store, call, tmp_path: Path) -> None:
+    model = load_model(write(tmp_path / "huge"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(3e38)
+    save_model(tmp_path / "huge/model", model.config, model.state_dict())
+    code, out, errors = call(tmp_path / "huge/model", store.path, "--json", tmp_path / "scores.json")
+    assert code == 0 and "note: the loss is no finite number: the weights have diverged\n" in errors
+    assert "–" in out and "nan" not in out
+    scores = json.loads((tmp_path / "scores.json").read_bytes())["settings"][0]
+    assert scores["nats_per_token"] is None and {*scores["by_position"].values()} == {None}
+    assert {document["nats"] for document in scores["by_document"]} == {None}
+
+
 def test_a_damaged_row_is_named(exported: Path, call, tmp_path: Path) -> None:
     store = make_store(tmp_path)
     shards = sorted((store.path / "tokens/c").rglob("*"))

@@ -191,3 +191,19 @@ def test_it_is_known_since_when_evaluations_are_of_the_same_rows() -> None:
     state = asdict(Progress())
     del state["scored"]
     assert Progress.from_state({**state, "scored_on": "a"}).of({"": "b"}, 5).scored[""]["since"] == 5
+
+
+@pytest.mark.parametrize(("starts", "done"), [(3, 2), (4, 2), (4, 3)])
+def test_a_run_that_is_stopped_before_its_first_step_again_and_again_is_over(
+    process_group: None, tmp_path: Path, starts: int, done: int
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}, "starts_in_row": starts}))
+    trainer: Any = object.__new__(Trainer)
+    trainer.plan = LoopConfig(dir=tmp_path, deepspeed_config=Path("x.json"), steps=9)
+    trainer.launch, trainer.device, trainer.first_step, trainer.saved_step = Launch("none"), torch.device("cpu"), 2, 3
+    trainer.preemption, trainer.reporter = SimpleNamespace(signal=10), SimpleNamespace(say=lambda line: None)
+    if (starts, done) == (4, 2):
+        with pytest.raises(ConfigError, match=r"4 starts in a row in .* came to no checkpoint.*give the job more time"):
+            trainer.asked_to_stop(done)
+    else:
+        assert trainer.asked_to_stop(done)

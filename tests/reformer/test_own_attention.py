@@ -1,0 +1,57 @@
+"""Attention of a user's own in the place of `inner`; and what would train wrongly, or not at all, is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from parity import assert_parity, gradients
+from small_models import make_batch, plain_loss, small_model
+from torch import Tensor, nn
+
+from reformer.attention import LocalSelfAttention
+from reformer.call import Call
+from reformer.local import local_attention
+
+
+def rotary(x_BHTD: Tensor) -> Tensor:
+    """Rotary positions (RoFormer, arXiv:2104.09864, equation 34), with the halves of D as pairs."""
+    half = x_BHTD.shape[-1] // 2
+    angles_Td = torch.outer(torch.arange(x_BHTD.shape[-2]), 10_000.0 ** (-torch.arange(half) / half)).to(x_BHTD)
+    first, second = x_BHTD.chunk(2, dim=-1)
+    cos, sin = angles_Td.cos(), angles_Td.sin()
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def rotary_attention(q: Tensor, k: Tensor, v: Tensor, **mode: Any) -> Tensor:
+    return local_attention(rotary(q), rotary(k), v, **mode)
+
+
+def test_its_gradients_are_those_of_plain_autograd() -> None:
+    model, usual = small_model(attn_pattern=["local"]), small_model(attn_pattern=["local"])
+    tokens, labels, _ = make_batch()
+    for block in model.blocks:
+        block.attention.inner = rotary_attention
+    loss = model(tokens, labels, step=0)
+    assert abs(loss - usual(tokens, labels, step=0)) > 1e-6, "it is not used"
+    loss.backward()
+    found = {"loss": loss.detach(), **gradients(model)}
+    model.zero_grad()
+    expected = plain_loss(model, tokens, labels, Call(seed=0, step=0, sample_ids=(0, 1)))
+    expected.backward()
+    assert_parity(found, {"loss": expected.detach(), **gradients(model)}, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["project", "merged"])
+def test_a_method_that_the_backward_does_not_know_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"Own\.{name} would get no gradient: put what it is to do into `inner`"):
+        type("Own", (LocalSelfAttention,), {name: lambda self, x: x})
+
+
+def test_parameters_that_would_not_be_trained_are_refused() -> None:
+    model = small_model()
+    attention, (tokens, labels, _) = model.blocks[0].attention, make_batch()
+    with pytest.raises(TypeError, match="`inner` is a module, whose parameters would get no gradient"):
+        attention.inner = nn.Identity()
+    attention.temperature = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="parameters that would get no gradient: temperature"):
+        model(tokens, labels, step=0).backward()
