@@ -199,5 +199,8 @@ def test_who_waits_for_a_rank_that_has_ended_is_ended_by_sigterm() -> None:
         assert waiting.stdout and waiting.stdout.readline() == "joins\n"
         time.sleep(1)
         waiting.terminate()
-        _, errors = waiting.communicate(timeout=20)
+        try:
+            _, errors = waiting.communicate(timeout=20)
+        finally:
+            waiting.kill()
     assert waiting.returncode == -signal.SIGTERM and "frame #" not in errors
