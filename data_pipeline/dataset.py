@@ -75,9 +75,9 @@ class RowDataset(Dataset[Sample]):
         """The split's row number `index` in stored order. Raises IndexError past the end."""
         return self._read(self._row(index), 0, 1)
 
-    def documents_of(self, index: int) -> np.ndarray:
-        """int64 [n_segments]: of which documents the segments 1, 2, … of the split's row number `index` are."""
-        return self.store.segments_of(self._row(index))[:, 2]
+    def segments_of(self, index: int) -> np.ndarray:
+        """int64 [n, 4]: (start, length, document, document_start) of segments 1, 2, … of the split's row `index`."""
+        return self.store.segments_of(self._row(index))
 
     @property
     def form(self) -> dict[str, str | int]:

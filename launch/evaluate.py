@@ -3,6 +3,7 @@
     python launch/evaluate.py exported data/books_64k                          the split val, as the model was trained
     python launch/evaluate.py exported data/books_64k --split test --rows 50   50 rows of another, drawn at random
     python launch/evaluate.py exported data/books_64k --attention 2 4 8 dense none --json scores.json
+    python launch/evaluate.py exported data/books_64k --per-token losses      the loss of each token, by document
 
 The folder is one that launch/export.py wrote, or Hugging Face's save_pretrained. --attention says what LSH layers do,
 one setting after another on the same rows: a number of rounds, other than in training too; "dense": every token
@@ -19,7 +20,7 @@ import argparse
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -29,12 +30,14 @@ from tqdm import tqdm
 
 from data_pipeline.dataset import RowDataset
 from data_pipeline.output import exit_code, table
-from data_pipeline.staging import check_json
+from data_pipeline.staging import check_json, check_writable
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
+from reformer.weights import refuse_existing
 from trainer.attention_comparison import Attention, Scores, attending, check, report, score_rows
 from trainer.batches import drawn
 from trainer.exported import choose_device, read_model
+from trainer.token_losses import TokenLosses
 
 MOST_ROUNDS = 1024
 """Far more than are of use: a typing error is not computed for hours."""
@@ -70,15 +73,27 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, with those of every document")
+    parser.add_argument(
+        "--per-token",
+        type=Path,
+        metavar="FOLDER",
+        help="write the loss of every token, an array for each document (trainer/token_losses.py); of one --attention",
+    )
     return parser.parse_args()
 
 
 def check_options(arguments: argparse.Namespace, model: Reformer, store: Store) -> None:
-    """Raises ConfigError where there are no such rows, or no LSH layers for --attention."""
+    """Raises ConfigError where there are no such rows, or no LSH layers for --attention; DataError where --per-token
+    cannot be written."""
     if arguments.rows is not None and arguments.rows < 1:
         raise ConfigError(f"--rows {arguments.rows} must be at least 1; leave it out to score all")
     if not model.config.has_lsh and arguments.attention != [None]:
         raise ConfigError(f"--attention is for LSH attention, which no layer of {arguments.folder} has: leave it out")
+    if arguments.per_token:
+        if len(arguments.attention) > 1:
+            raise ConfigError("--per-token is of one setting of --attention: give one, and a folder for each")
+        refuse_existing(arguments.per_token)
+        check_writable(arguments.per_token.parent, f"--per-token {arguments.per_token}")
     full = [name for name in store.manifest.splits if len(RowDataset(store, name))]
     if arguments.split not in full:
         raise ConfigError(f"--split {arguments.split} has no rows in {store.path}: its splits are {', '.join(full)}")
@@ -138,36 +153,46 @@ def run(arguments: argparse.Namespace) -> None:
     record: dict[str, Any] = {"model": str(arguments.folder), "store": str(arguments.store), "split": arguments.split}
     names = [named(setting, model) for setting in arguments.attention]
     record |= {"seq_len": store.seq_len, "rows": numbers, "asked": names, "settings": []}
+    documents = {each.id: each.name for each in store.documents} if arguments.json else {}
     first: Scores | None = None
+    of_tokens = TokenLosses() if arguments.per_token else None
     try:
         for setting, name in zip(arguments.attention, names, strict=True):
             bar = tqdm(numbers, desc=name, unit="row", disable=None, leave=False)
             with attending(model, setting) as forward:
-                scores = score_rows(forward, rows, bar, device)
+                scores = score_rows(forward, rows, bar, device, of_tokens)
             if not scores.all.n_tokens:
                 raise ConfigError(f"the rows of {arguments.split} in {store.path} have no token to predict")
             first = first or scores
-            record["settings"].append({"name": name, **report(scores, first)})
+            record["settings"].append({"name": name, **report(scores, first, documents)})
             if arguments.json:
                 arguments.json.write_text(dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        if of_tokens:
+            of_tokens.write(arguments.per_token, store)
     finally:
         if first:
-            n_tokens, n_bytes, n_documents = first.all.n_tokens, first.all.n_bytes, len(first.by_document)
-            few = "" if n_documents >= FEWEST_DOCUMENTS else " (of so few, standard errors say little)"
-            if n_documents == 1:
-                few = " (of a single one there is no standard error)"
-            predicted = f"{n_tokens:,.0f} tokens to predict in {n_documents:,} documents{few}, {n_bytes:,.0f} bytes"
-            print(f"{arguments.folder} on {len(numbers)} rows of {arguments.split} in {store.path}: {predicted}\n")
-            print(tables(record["settings"]))
-            guess, nats = math.log(model.config.vocab_size), record["settings"][0]["nats_per_token"]
-            if nats is None:
-                print("note: the loss is no finite number: the weights have diverged", file=sys.stderr)
-            elif nats > guess + NO_BETTER:
-                print(
-                    f"note: {nats:.4f} nats are more than the {guess:.4f} of a guess among {model.config.vocab_size} "
-                    "tokens: are the store's token ids those that the model was trained with?",
-                    file=sys.stderr,
-                )
+            show(record, first, arguments, model.config.vocab_size)
+
+
+def show(record: Mapping[str, Any], first: Scores, arguments: argparse.Namespace, vocab_size: int) -> None:
+    """Print what was found of a model of so many tokens."""
+    n_tokens, n_bytes, n_documents = first.all.n_tokens, first.all.n_bytes, len(first.by_document)
+    few = "" if n_documents >= FEWEST_DOCUMENTS else " (of so few, standard errors say little)"
+    if n_documents == 1:
+        few = " (of a single one there is no standard error)"
+    predicted = f"{n_tokens:,.0f} tokens to predict in {n_documents:,} documents{few}, {n_bytes:,.0f} bytes"
+    n_rows = len(record["rows"])
+    print(f"{arguments.folder} on {n_rows} rows of {arguments.split} in {arguments.store}: {predicted}\n")
+    print(tables(record["settings"]))
+    guess, nats = math.log(vocab_size), record["settings"][0]["nats_per_token"]
+    if nats is None:
+        print("note: the loss is no finite number: the weights have diverged", file=sys.stderr)
+    elif nats > guess + NO_BETTER:
+        print(
+            f"note: {nats:.4f} nats are more than the {guess:.4f} of a guess among {vocab_size} tokens: are the store's "
+            "token ids those that the model was trained with?",
+            file=sys.stderr,
+        )
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ known far better than either of them, since what the documents contain cancels o
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from data_pipeline.dataset import IGNORED_LABEL, RowDataset
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
 from data_pipeline.store import Store
 from data_pipeline.tokenizer_folder import read_record
 from reformer import ConfigError, Reformer, ReformerConfig
@@ -27,6 +27,7 @@ from reformer.diagnostics import ablated
 from reformer.weights import assemble
 from trainer.exported import knows_tokenizer
 from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks, range_name
+from trainer.token_losses import TokenLosses
 
 Attention = int | Literal["dense", "none"] | None
 """Of LSH layers: so many rounds, all tokens (what LSH attention approximates), nothing; None: as in training."""
@@ -76,7 +77,10 @@ def check(model: Reformer, store: Store, folder: Path) -> list[str]:
             "the model is scored on what it has not learnt"
         )
     if manifest.packing == "book" and manifest.stride < store.seq_len:
-        notes.append(f"rows of {store.path} overlap (--stride {manifest.stride}): a token counts in each that has it")
+        notes.append(
+            f"rows of {store.path} overlap (--stride {manifest.stride}): each token counts once, in the first row that "
+            "has it, where most of its document is before it"
+        )
     return notes
 
 
@@ -99,18 +103,25 @@ def attending(model: Reformer, attention: Attention) -> Iterator[Callable[..., T
 
 @torch.no_grad()
 def score_rows(
-    forward: Callable[..., Tensor], rows: RowDataset, numbers: Iterable[int], device: torch.device
+    forward: Callable[..., Tensor],
+    rows: RowDataset,
+    numbers: Iterable[int],
+    device: torch.device,
+    of_tokens: TokenLosses | None = None,
 ) -> Scores:
     """Score rows of a split, by their numbers, with a forward pass that `attending` gives.
 
-    Raises DataError where one is damaged.
+    A token that several rows have counts in the first of them. Raises DataError where a row is damaged.
+
+    of_tokens: where to put the loss of each token, too.
     """
     ends = range_ends(rows.store.seq_len)
     token_bytes = torch.from_numpy(rows.store.token_bytes.astype("int64"))
     of_documents: dict[int, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
     of_ranges, seconds = torch.zeros(len(ends), 2, dtype=torch.float64), []
     for number in numbers:
-        start, sample = time.perf_counter(), rows[number]
+        start, segments = time.perf_counter(), rows.segments_of(number).tolist()
+        sample = without_repeated(rows[number], segments, rows.store)
         tokens, labels, segment_ids = (x[None].to(device) for x in sample)
         losses = forward(tokens, labels, segment_ids=segment_ids, per_token=True)
         masks = range_masks(positions(segment_ids), ends)
@@ -118,10 +129,11 @@ def score_rows(
         is_counted = sample.labels != IGNORED_LABEL
         n_bytes = token_bytes[sample.labels.where(is_counted, 0)] * is_counted
         of_tokens_T3 = torch.stack([losses[0].double().cpu(), is_counted.double(), n_bytes.double()], dim=1)
-        documents = rows.documents_of(number).tolist()
-        sums_S3 = torch.zeros(1 + len(documents), 3, dtype=torch.float64)  # segment 0 is padding
+        if of_tokens is not None:
+            of_tokens.add(losses[0], sample.labels, segments)
+        sums_S3 = torch.zeros(1 + len(segments), 3, dtype=torch.float64)  # segment 0 is padding
         sums_S3.index_add_(0, sample.segment_ids.long(), of_tokens_T3)
-        for document, sums in zip(documents, sums_S3[1:], strict=True):
+        for (_, _, document, _), sums in zip(segments, sums_S3[1:], strict=True):
             of_documents[document] += sums
         seconds.append(time.perf_counter() - start)
     names = [range_name(end, rows.store.seq_len).lstrip("0") for end in ends]
@@ -132,14 +144,24 @@ def score_rows(
     )
 
 
+def without_repeated(sample: Sample, segments: Sequence[Sequence[int]], store: Store) -> Sample:
+    """A row without labels that a row before it has, where windows of a document overlap."""
+    manifest, labels = store.manifest, sample.labels.clone()
+    overlap = store.seq_len - manifest.stride if manifest.packing == "book" else 0
+    for start, _, _, document_start in segments:
+        if document_start and overlap:
+            labels[start : start + overlap - 1] = IGNORED_LABEL
+    return sample._replace(labels=labels)
+
+
 def total(scores: Iterable[Score]) -> Score:
     """Of all tokens that any of these is of."""
     sums = [(one.nll, one.n_tokens, one.n_bytes) for one in scores]
     return Score(*map(sum, zip(*sums, strict=True))) if sums else Score(0, 0, 0)
 
 
-def report(scores: Scores, first: Scores) -> dict[str, Any]:
-    """What is said of scores, beside others of the same rows; None for what is not finite."""
+def report(scores: Scores, first: Scores, documents: Mapping[int, str]) -> dict[str, Any]:
+    """What is said of scores, beside others of the same rows; None for what is not finite. documents: names."""
     score, ours, theirs = scores.all, list(scores.by_document.values()), list(first.by_document.values())
     differences = [
         Score(own.nll - other.nll, own.n_tokens, own.n_bytes) for own, other in zip(ours, theirs, strict=True)
@@ -157,7 +179,13 @@ def report(scores: Scores, first: Scores) -> dict[str, Any]:
     return {name: finite(value) for name, value in values.items()} | {
         "by_position": {name: finite(one.loss) for name, one in scores.by_position.items()},
         "by_document": [
-            {"document": number, "nats": finite(one.nll), "tokens": int(one.n_tokens), "bytes": int(one.n_bytes)}
+            {
+                "document": number,
+                "name": documents.get(number),
+                "nats": finite(one.nll),
+                "tokens": int(one.n_tokens),
+                "bytes": int(one.n_bytes),
+            }
             for number, one in scores.by_document.items()
         ],
     }

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -200,21 +199,6 @@ def test_documents_with_other_ends_than_those_of_the_training_are_noted(exported
         assert code == 0
     assert "differ from those of the training in whether they have BOS: the model is scored on" in said[False]
     assert "differ from those" not in said[True]
-
-
-def test_windows_that_overlap_are_not_more_documents(exported: Path, call, tmp_path: Path) -> None:
-    """Nor is their error smaller, of as many documents; that their tokens count again is said."""
-    documents = {str(i): bytes(random.Random(i).choices(b"abcd ", k=700)) for i in range(9)}
-    errors = []
-    for name, stride in (("touch", 256), ("overlap", 64)):
-        write_store(tmp_path / name, documents, val=list(documents)[1:], seq_len=256, packing="book", stride=stride)
-        code, printed, said = call(exported, tmp_path / name, "--json", tmp_path / "scores.json")
-        assert code == 0 and ("overlap (--stride 64): a token counts in each that has it" in said) == (stride == 64)
-        assert "in 8 documents (of so few, standard errors say little), " in printed
-        (found,) = json.loads((tmp_path / "scores.json").read_bytes())["settings"]
-        assert len(found["by_document"]) == 8
-        errors.append(found["standard_error"])
-    assert errors[1] > 0.7 * errors[0]
 
 
 def test_what_is_printed(exported: Path, store: Store, call) -> None:
