@@ -189,8 +189,8 @@ def show(record: Mapping[str, Any], first: Scores, arguments: argparse.Namespace
         print("note: the loss is no finite number: the weights have diverged", file=sys.stderr)
     elif nats > guess + NO_BETTER:
         print(
-            f"note: {nats:.4f} nats are more than the {guess:.4f} of a guess among {vocab_size} tokens: are the store's "
-            "token ids those that the model was trained with?",
+            f"note: {nats:.4f} nats are more than the {guess:.4f} of a guess among {vocab_size} tokens: are the "
+            "store's token ids those that the model was trained with?",
             file=sys.stderr,
         )
 
