@@ -55,11 +55,22 @@ def json_text(line: Line, encoding: str, field: str, settle: Settle) -> str:
         raise _unreadable(line, f"is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise _unreadable(line, f"is not a JSON object but {_name(record)}")
-    if field not in record:
-        raise _unreadable(line, f"has no field {field!r} but {_listing(record)}: name one with --field")
-    if not isinstance(record[field], str):
-        raise _unreadable(line, f"has in field {field!r} no string but {_name(record[field])}")
-    return record[field]
+    try:
+        value = _value(record, field)
+    except KeyError:
+        message = f"has no field {field!r} but {_listing(record)}: name one with --field"
+        raise _unreadable(line, f"{message} (outer.inner for one in an object)") from None
+    if not isinstance(value, str):
+        raise _unreadable(line, f"has in field {field!r} no string but {_name(value)}")
+    return value
+
+
+def _value(record: Any, field: str) -> Any:
+    """That of a field; of a.b, where there is none of this name, that of b in the object a. Raises KeyError."""
+    if not isinstance(record, dict):
+        raise KeyError(field)
+    outer, dot, inner = field.partition(".")
+    return _value(record[outer], inner) if dot and field not in record else record[field]
 
 
 def _unreadable(line: Line, what: str) -> BadDocument:

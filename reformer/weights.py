@@ -63,7 +63,12 @@ def load_model(folder: str | Path) -> Reformer:
         raise ConfigError(f"{path} is missing: copy the whole folder again") from None
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
-    return assemble(config, weights, f"{path} does not fit {CONFIG_FILE}", "copy both files of the same folder").eval()
+    return assemble(
+        config,
+        weights,
+        f"{path} does not fit {CONFIG_FILE}",
+        "copy both files of the same folder, or take the code that they were written with",
+    ).eval()
 
 
 def assemble(

@@ -103,10 +103,12 @@ class LoopConfig(StrictConfig):
     """Optimizer steps of the whole run."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly to the optimizer's `lr`; a shorter run stops on the way."""
-    decay: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    decay: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up; "wsd" (warmup, stable, decay) falls in the last decay_steps alone."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """With decay="wsd": the steps over which the learning rate falls linearly."""
     final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Lowest learning rate, as a fraction of the peak: where cosine and linear end; inverse_sqrt's floor."""
+    """Lowest learning rate, as a fraction of the peak: where cosine, linear and wsd end; inverse_sqrt's floor."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
     init_from: Path | None = Field(default=None, strict=False)
@@ -164,6 +166,17 @@ class LoopConfig(StrictConfig):
                 raise ValueError(f"run.{name} is empty, or the working directory itself: give it a folder of its own")
         if self.init_from is not None and self.init_from.resolve() == self.dir.resolve():
             raise ValueError(f"run.init_from={self.init_from} is run.dir itself: give the run a folder of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> Self:
+        if (self.decay == "wsd") != (self.decay_steps is not None):
+            raise ValueError(f"run.decay={self.decay!r} and run.decay_steps={self.decay_steps}: wsd alone needs them")
+        if self.decay_steps and self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"run.warmup_steps={self.warmup_steps} and run.decay_steps={self.decay_steps} are more than "
+                f"run.steps={self.steps}: lower one of them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -95,6 +95,18 @@ def test_lines_that_hold_no_text(tmp_path: Path, line: bytes, detail: str) -> No
     assert detail in said
 
 
+def test_a_field_within_an_object(tmp_path: Path) -> None:
+    lines = [b'{"meta": {"body": {"text": "a"}}}', b'{"meta.body.text": "b", "meta": 1}', b'{"meta": {"body": "c"}}']
+    file = save(tmp_path / "a.jsonl", b"\n".join([*lines, b'{"meta": null}']))
+    inner = reading(field="meta.body.text")
+    assert [result for record, result, _ in read(file, inner) if record < 2] == [b"a", b"b"]
+    assert [record for record, *_ in problems(file, inner)] == [2, 3]
+    assert (
+        "has no field 'meta.body.text' but 'meta': name one with --field (outer.inner for"
+        in problems(file, inner)[0][2]
+    )
+
+
 def test_json_text_that_is_no_text(tmp_path: Path) -> None:
     lines = [b'{"text": "a\\ud800b\\udc00"}', b'{"text": "\\ud83d\\ude42"}', b'{"text": "a\xffb"}']
     file = save(tmp_path / "a.jsonl", b"\n".join(lines))

@@ -150,6 +150,18 @@ def test_a_prompt_from_standard_input_is_taken_as_it_is(exported: Path, call, mo
     assert call(exported, "-", "--tokens", "0")[1] == "two\r\nlines\n\n"
 
 
+def test_a_prompt_that_names_a_file_is_noted(
+    exported: Path, tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a b").write_text("abc")
+    monkeypatch.chdir(tmp_path)
+    code, out, error = call(exported, "a b", "--tokens", "1")
+    assert code == 0 and out.startswith("a b")
+    assert error == "note: the prompt is the name of a file; its text is continued by - < 'a b'\n"
+    code, _, error = call(exported, "a" * 5000, "--tokens", "1")
+    assert code == 2 and "beyond max_seq_len" in error, "it is no name of a file"
+
+
 def test_a_prompt_that_is_no_text(exported: Path, pieces: Path, call) -> None:
     broken = b"ab\xff".decode(errors="surrogateescape")  # as Python gives such an argument
     assert call(exported, broken, "--tokens", "0")[1] == "ab\ufffd\n"

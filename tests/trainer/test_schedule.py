@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.config import LoopConfig
+from trainer.config import ConfigError, LoopConfig
 from trainer.schedule import lr_factor
 
 
@@ -29,6 +29,21 @@ def test_warm_up_is_linear_and_ends_at_the_peak(decay) -> None:
 def test_decay(decay, expected: list[float]) -> None:
     factors = [factor(step, steps=110, warmup_steps=10, decay=decay, final_lr_ratio=0.1) for step in (10, 60, 110)]
     assert factors == pytest.approx(expected)
+
+
+def test_wsd_is_constant_and_falls_in_its_last_steps() -> None:
+    plan = {"steps": 100, "warmup_steps": 10, "decay": "wsd", "decay_steps": 20, "final_lr_ratio": 0.1}
+    assert [factor(step, **plan) for step in (9, 10, 50, 80)] == [1.0] * 4
+    assert [factor(step, **plan) for step in (90, 99, 100)] == pytest.approx([0.55, 0.145, 0.1])
+    assert factor(50, **{**plan, "steps": 60}) == pytest.approx(0.55), "a run that was to go on, ended earlier"
+
+
+def test_wsd_says_how_long_it_falls() -> None:
+    for wrong in ({"decay": "wsd"}, {"decay": "cosine", "decay_steps": 5}):
+        with pytest.raises(ConfigError, match="wsd alone needs them"):
+            factor(0, steps=10, **wrong)
+    with pytest.raises(ConfigError, match=r"run.decay_steps=8 are more than run.steps=10: lower one of them"):
+        factor(0, steps=10, warmup_steps=3, decay="wsd", decay_steps=8)
 
 
 def test_edges() -> None:
