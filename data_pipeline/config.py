@@ -145,6 +145,12 @@ class BuildSettings:
     """Processes to use, on each rank. The store does not depend on it."""
 
     def __post_init__(self) -> None:
+        for name in ("inputs", "val_inputs", "test_inputs"):  # a call in Python may give one, and a Path
+            given = getattr(self, name)
+            paths = (given,) if isinstance(given, str | os.PathLike) else given
+            object.__setattr__(self, name, tuple(map(os.fspath, paths)))
+        object.__setattr__(self, "output", Path(self.output))
+        object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
         if not 2 <= self.seq_len <= MAX_SEQ_LEN:
             raise DataError(f"--seq-len is {self.seq_len}: expected 2 to {MAX_SEQ_LEN} tokens")
         if self.packing not in PACKINGS:

@@ -146,9 +146,33 @@ def test_the_example_of_a_training_loop_runs(tmp_path: Path) -> None:
 from reformer import load_model
 trained = load_model("trained")
 assert torch.equal(trained.head.weight, model.head.weight)
+from pathlib import Path
+from trainer.exported import read_generator
+assert read_generator(Path("trained"))[1].sha256 == store.tokenizer.sha256
 assert ids == range(2, 4) and loss.isfinite()
 """
     subprocess.run([sys.executable, "-c", example + check], check=True, cwd=tmp_path)
+
+
+def test_the_example_of_a_store_from_python_runs(tmp_path: Path) -> None:
+    (example,) = (block for language, block in BLOCKS if language == "python" and "BuildSettings(" in block)
+    check = """
+assert sum(split.documents for split in result.store.manifest.splits.values()) == 100
+assert {each.name for each in result.store.documents} >= {"own.jsonl/0", "own.jsonl/99"}
+"""
+    subprocess.run([sys.executable, "-c", example + check], check=True, cwd=tmp_path)
+
+
+def test_the_example_of_an_attention_runs_and_is_used() -> None:
+    (example,) = (block for language, block in BLOCKS if language == "python" and "def rotary(" in block)
+    check = """
+with torch.no_grad():
+    turned = model(tokens, step=0)
+    for block in model.blocks:
+        vars(block.attention).pop("inner", None)
+    assert not torch.allclose(model(tokens, step=0), turned)
+"""
+    subprocess.run([sys.executable, "-c", example + check], check=True, cwd=ROOT)
 
 
 def test_linked_files_exist() -> None:

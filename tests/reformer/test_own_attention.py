@@ -1,4 +1,4 @@
-"""Attention of a user's own in the place of `inner`; and what would train wrongly, or not at all, is refused."""
+"""Attention and feed-forward of a user's own, as docs/library.md has them; what would train wrongly is refused."""
 
 from typing import Any
 
@@ -33,6 +33,32 @@ def test_its_gradients_are_those_of_plain_autograd() -> None:
         block.attention.inner = rotary_attention
     loss = model(tokens, labels, step=0)
     assert abs(loss - usual(tokens, labels, step=0)) > 1e-6, "it is not used"
+    loss.backward()
+    found = {"loss": loss.detach(), **gradients(model)}
+    model.zero_grad()
+    expected = plain_loss(model, tokens, labels, Call(seed=0, step=0, sample_ids=(0, 1)))
+    expected.backward()
+    assert_parity(found, {"loss": expected.detach(), **gradients(model)}, 1e-12)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(
+        self, x: Tensor, d_out: Tensor | None = None, needs_output: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        out = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return (out, None) if d_out is None else (out.detach(), (out * d_out).sum())
+
+
+def test_a_feed_forward_has_the_gradients_of_plain_autograd() -> None:
+    model = small_model()
+    for block in model.blocks:
+        block.feed_forward = SwiGLU().double()
+    tokens, labels, _ = make_batch()
+    loss = model(tokens, labels, step=0)
     loss.backward()
     found = {"loss": loss.detach(), **gradients(model)}
     model.zero_grad()
