@@ -32,6 +32,8 @@ computes."""
 EVAL_STORE = "eval_store_fingerprint"
 """Of data.store where a mixture is trained on and it is for evaluations alone; older checkpoints do not say it."""
 
+_NEW_RUN = "begin a new run with these weights (launch/export.py, then run.init_from)"
+
 FREE = ("deepspeed.optimizer.params.lr", "model.ff_chunk_tokens", "model.loss_chunk_tokens", "model.keep_ends")
 """Exceptions to FIXED, which may change: the course of the learning rate, as by run.steps and run.decay; and what
 decides about memory, which changes the numbers by rounding only."""
@@ -83,18 +85,25 @@ def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One line for each value in FIXED that is not what it was, and one for each source that is new or gone."""
     before, now = _sources(saved), _sources(current)
-    sources = before ^ now if before and now else set()
-    return [
+    sources = before ^ now
+    named = sorted(sources) if before and now else []
+    lines = [
         f"data.mixture.{name} {'is new' if name in now else 'is not there any more'}, which changes the order of the "
         "samples: set it back, or start anew in another run.dir"
-        for name in sorted(sources)
-    ] + [
+        for name in named
+    ]
+    if sources and not named:
+        was, is_now = ("one store", "a mixture") if now else ("a mixture", "one store")
+        lines = [
+            f"the data were {was}, and are {is_now} now: set them back, {_NEW_RUN}, or start anew in another run.dir"
+        ]
+    return lines + [
         f"{name} {what}: {_way_back(name)}, or start anew in another run.dir"
         for name, what in changes(saved, current).items()
         if name not in FREE
         and not _same_beginning(name, saved, current)
         and any(f"{name}.".startswith(f"{fixed}.") for fixed in FIXED)
-        and not (sources and name.startswith("store_fingerprint."))
+        and not (sources and name.startswith("store_fingerprint"))
     ]
 
 
@@ -145,7 +154,7 @@ def _way_back(name: str) -> str:
     if re.fullmatch(r"store_fingerprint(\..*\.store)?", name):
         return (
             "it is another store, or was added to (--append), which changes the order; continue on that of before, "
-            "begin a new run with these weights (launch/export.py, then run.init_from)"
+            f"{_NEW_RUN}"
         )
     if re.fullmatch(r"store_fingerprint\..*\.per_thousand", name):
         return "how many of 1,000 samples are its own follows from data.mixture.*.weight; set these back"

@@ -132,13 +132,17 @@ def test_sources_that_are_new_or_gone_are_named_once(tmp_path: Path) -> None:
         refuse_another_run(tmp_path, run(books="b", wiki="x"), new=False)
 
 
-def test_a_mixture_in_the_place_of_a_store_is_another_store(tmp_path: Path) -> None:
+def test_a_mixture_in_the_place_of_a_store_is_told_in_one_line(tmp_path: Path) -> None:
     mixture = {"mixture": {"books": {"store": "b", "weight": 1.0}}}
     now = {"store_fingerprint": {"books.store": "b"}, "data": {**IDENTITY["data"], **mixture}}
     publish(tmp_path, 50)
-    with pytest.raises(ConfigError, match=r"books\.store was not given and is 'b' now: it is another store") as raised:
+    with pytest.raises(ConfigError) as raised:
         refuse_another_run(tmp_path, {**IDENTITY, **now}, new=False)
-    assert "is new" not in str(raised.value)
+    _, line = str(raised.value).splitlines()
+    assert line.startswith("the data were one store, and are a mixture now: set them back, begin a new run with these")
+    publish(tmp_path, 60, {**IDENTITY, **now})
+    with pytest.raises(ConfigError, match="the data were a mixture, and are one store now: "):
+        refuse_another_run(tmp_path, IDENTITY, new=False)
 
 
 def test_weights_that_a_run_began_with_may_be_named_otherwise_or_not_at_all(tmp_path: Path) -> None:
