@@ -115,8 +115,7 @@ class _Attention(nn.Module):
                 out, gradients = self._with_gradients(x_BTM, call.part, groups, d_out_BTM, needs_output)
             inner_product = torch.zeros(())  # only its gradient is asked for: on the CPU, where it is seen to be 1
             parameters = [self.norm_weight, self.norm_bias, *self.projection_weights, self.out_weight]
-            if more := {name for name, own in self.named_parameters() if all(own is not each for each in parameters)}:
-                raise RuntimeError(f"an attention layer has parameters that would get no gradient: {', '.join(more)}")
+            self._refuse_others(parameters)
             return out, with_gradients(inner_product, [x_BTM, *parameters], gradients)
         out, used = None, []
         with shared_scratch():
@@ -128,6 +127,13 @@ class _Attention(nn.Module):
                 del group  # before the next one is made
         found = [bucket for bucket in used if bucket is not None]
         return out, torch.cat(found, dim=1) if found else None
+
+    def _refuse_others(self, known: list[Tensor]) -> None:
+        """Raise a RuntimeError for parameters beside those that get their gradients by hand, and what these are made
+        of by torch.nn.utils.parametrize."""
+        others = [name for name, own in self.named_parameters() if all(own is not each for each in known)]
+        if lost := [name for name in others if not name.startswith("parametrizations.")]:
+            raise RuntimeError(f"an attention layer has parameters that would get no gradient: {', '.join(lost)}")
 
     def attend(
         self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice
