@@ -6,6 +6,8 @@ run.eval_every, and a run that was stopped in between has done more steps than i
 python launch/report.py runs/demo/run
 python launch/report.py runs/demo/run --plot loss.png
 python launch/report.py runs/one runs/two runs/three --plot losses.png        a line each, and what differs
+
+Where several are given, what is no run, or has no training step yet, is left out.
 """
 
 import argparse
@@ -37,6 +39,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: what run.dir was")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the bits per byte by step (.png or .svg)")
     return parser.parse_args()
+
+
+def read_all(paths: Sequence[Path]) -> list[Curves]:
+    """Of several, what is no run, or has no step yet, is left out with a note.
+
+    Raises ConfigError where there is no other, or a single one is no run.
+    """
+    if len(paths) == 1:
+        return [read_curves(paths[0])]
+    runs = []
+    for path in paths:
+        try:
+            runs.append(read_curves(path))
+        except ConfigError as error:
+            print(f"note: left out: {error}", file=sys.stderr)
+    if not runs:
+        raise ConfigError(f"none of these {len(paths)} is a run that can be reported")
+    return runs
 
 
 def unigram(run: Curves, width: int) -> str:
@@ -223,7 +243,7 @@ def draw(axes: Any, run: Curves, split: str, style: str, **options: Any) -> list
 
 
 def run(arguments: argparse.Namespace) -> None:
-    runs = [read_curves(path) for path in arguments.runs]
+    runs = read_all(arguments.runs)
     text = report(*runs) if len(runs) == 1 else comparison(runs)
     with reader_may_leave():  # the drawing is wanted all the same
         print(text)

@@ -215,6 +215,23 @@ def test_of_runs_that_differ_in_seeds_alone_chance_is_told(tmp_path: Path, store
     assert "[1] [2] differ in seeds alone: 5.6875 ± 3.4471 bits per byte at their best\n" in done.stdout
 
 
+def test_of_several_what_is_no_run_is_left_out(tmp_path: Path, store: Path) -> None:
+    for name in ("one", "two", "begun"):
+        make_run(tmp_path / name, store)
+    (tmp_path / "begun" / "metrics.jsonl").write_text("")
+    (tmp_path / "file").write_text("")
+    others = [tmp_path / "begun", tmp_path / "file", tmp_path / "gone"]
+    done = report(tmp_path / "one", *others, tmp_path / "two")
+    assert done.returncode == 0 and re.search(r"^\[2\] .*/two ", done.stdout, re.MULTILINE)
+    assert [line.split()[:4] for line in done.stderr.splitlines()] == [
+        ["note:", "left", "out:", str(path)] for path in others
+    ]
+    done = report(tmp_path / "begun", tmp_path / "one")
+    assert done.returncode == 0 and "the run lies in" in done.stdout, "the only one is reported by itself"
+    done = report(*others)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: none of these 3 is a run")
+
+
 def test_scores_of_other_rows_are_told_and_a_run_without_any_is_compared(tmp_path: Path, store: Path) -> None:
     for name in ("never", "often"):
         make_run(tmp_path / name, store)
