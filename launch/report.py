@@ -7,24 +7,29 @@ python launch/report.py runs/demo/run
 python launch/report.py runs/demo/run --plot loss.png
 python launch/report.py runs/one runs/two runs/three --plot losses.png        a line each, and what differs
 
-Where several are given, what is no run, or has no training step yet, is left out.
+Of runs that differ in seeds alone (run.seed, model.seed; what changes no score may differ too) there is a line for each
+group, and what it has more than the group of the run that was given first. Where several are given, what is no run, or
+has no training step yet, is left out.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, median_high, stdev
-from typing import Any, TypeVar
+from statistics import median_high
+from typing import TypeVar
 
 from data_pipeline.errors import DataError
 from data_pipeline.output import exit_code, reader_may_leave, table
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError
-from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, repetitions, unlike
+from trainer.curve_plot import plot_groups, plot_run, plot_runs
+from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, score, unlike
+from trainer.groups import Group, Spread, grouped
 from trainer.scoring import source_tag
 from trainer.terminal import see_curves
 
@@ -32,6 +37,26 @@ Value = TypeVar("Value", bound=str | None)
 
 LONGEST = 40
 """Characters of a setting that are shown, where runs are compared."""
+LONGEST_LABEL = 100
+"""Characters of the settings in a line of a picture's legend."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of several runs."""
+
+    runs: Sequence[Curves]
+    """The best first."""
+    at: int | None
+    """The step at which they are compared; None: each at its best."""
+    differences: dict[str, list[str]]
+    """What is not the same for all runs, by name: of each."""
+    sources: Sequence[str]
+    """Stores of a mixture that some of them are evaluated on too."""
+    groups: Sequence[Group]
+    """In the order in which they were given; none where no runs differ in seeds alone."""
+    notes: Sequence[str]
+    """What a reader must know not to be misled."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,36 +84,46 @@ def read_all(paths: Sequence[Path]) -> list[Curves]:
     return runs
 
 
-def unigram(run: Curves, width: int) -> str:
-    """What a unigram model says of the held-out rows, or why that is not known: the rest of a report needs no store."""
+def unigram(run: Curves) -> float | DataError:
+    """Bits per byte of a unigram model on the held-out rows, or why they are not known: all else needs no store."""
     data = run.config.data
     try:
         for path, fingerprint in run.fingerprints():
             if Store.open(path).manifest.fingerprint != fingerprint:
                 raise DataError(f"{path} is not the store that it was: it was built anew, or added to")
-        score = unigram_score(Store.open(data.store), data, run.config.run.eval_rows)
+        return unigram_score(Store.open(data.store), data, run.config.run.eval_rows).bits_per_byte
     except DataError as error:
-        return f"unigram model, held out: not known, since {error}"
-    return f"{row(width, 'unigram model, held out:', last=f'{score.bits_per_byte:.4f}')} bits per byte"
+        return error
 
 
 def report(run: Curves) -> str:
     """The text of the report on a run."""
     config, evaluations, said = run.config, run.points(HELD_OUT), list(scores(run))
-    width = max(32, *(len(name) + 1 for name, _ in said))
+    width = max(32, *(len(name) + 1 for _, name, _ in said))
+    notes = []
     lines = [row(width, "", "first", "step", "last", "step")]
-    lines += [row(width, name, *cells(points[0]), *cells(points[-1])) for name, points in said]
+    lines += [row(width, name, *cells(points[0]), *cells(points[-1])) for _, name, points in said]
     if (best := run.best()) and best[0] != evaluations[-1][0]:
         lines.append(row(width, "held out, best, bits per byte", "", "", *cells(best)))
     is_evaluated = bool(run.column("eval/loss") and config.run.eval_every)  # by what is configured now
     if is_evaluated:
-        lines.append(unigram(run, width))
+        bits = unigram(run)
+        if isinstance(bits, DataError):
+            notes.append(f"unigram model, held out: not known, since {bits}")
+        else:
+            lines.append(f"{row(width, 'unigram model, held out:', last=f'{bits:.4f}')} bits per byte")
     if since := run.since(HELD_OUT):
-        lines.append(f"evaluations before step {since} were of other rows, or by other rounds, and are left out")
+        notes.append(f"evaluations before step {since} were of other rows, or by other rounds, and are left out")
     if config.data.mixture and is_evaluated:
-        lines.append(f"held out is {config.data.eval_split!r} of {config.data.store}, batches are of the mixture")
-    lines += [row(width, name, last=value) for name, value in costs(run)]
-    return "\n".join([*lines, "", f"the run lies in {run.path}", f"see its curves:  {see_curves(run.path)}"])
+        notes.append(f"held out is {config.data.eval_split!r} of {config.data.store}, batches are of the mixture")
+    lines += notes
+    lines += [row(width, name, last=f"{value:{form}}") for _, name, value, form in costs(run)]
+    lines += ["", f"the run lies in {run.path}", f"see its curves:  {see_curves(run.path)}"]
+    return "\n".join(lines)
+
+
+def n_steps(run: Curves) -> int:
+    return run.points("train/loss")[-1][0]
 
 
 def row(width: int, name: str, first: str = "", first_step: str = "", last: str = "", last_step: str = "") -> str:
@@ -102,8 +137,8 @@ def cells(point: Point) -> tuple[str, str]:
     return "none" if value is None else f"{value:.4f}", str(step)
 
 
-def scores(run: Curves) -> Iterator[tuple[str, list[Point]]]:
-    """What is predicted how well: a name, and its values in order, at least one."""
+def scores(run: Curves) -> Iterator[tuple[str, str, list[Point]]]:
+    """What is predicted how well: a tag, its name, and its values in order, at least one."""
     tags = sorted({tag for values in run.metrics for tag in values})
     names: dict[str, str] = {}
     for split, name in (("train", "training batch"), ("eval", "held out")):
@@ -115,61 +150,107 @@ def scores(run: Curves) -> Iterator[tuple[str, list[Point]]]:
         names[source_tag(name, "bits_per_byte")] = f"held out of {name}, bits per byte"
     for tag, name in names.items():
         if said := run.points(tag):
-            yield name, said
+            yield tag, name, said
     if recovered := run.recovered_mass():
-        yield "dense attention recovered", recovered
+        yield "lsh/recovered_mass", "dense attention recovered", recovered
 
 
-def costs(run: Curves) -> Iterator[tuple[str, str]]:
-    """What the run took, and what went wrong in it: a name and a value."""
-    yield "tokens per second (median)", f"{median_high(run.column('speed/tokens_per_s')):,.0f}"
+def costs(run: Curves) -> Iterator[tuple[str, str, float, str]]:
+    """What the run took, and what went wrong in it: a key, a name, a value and its format."""
+    yield "tokens_per_s", "tokens per second (median)", median_high(run.column("speed/tokens_per_s")), ",.0f"
     if shares := run.column("speed/mfu"):
-        yield "of the devices' peak (median)", f"{median_high(shares):.1%}"
-    yield "peak memory of a process, GiB", f"{max(run.column('memory/peak_gib')):.2f}"
+        yield "mfu", "of the devices' peak (median)", median_high(shares), ".1%"
+    yield "peak_gib", "peak memory of a process, GiB", max(run.column("memory/peak_gib")), ".2f"
     if saves := run.column("speed/save_share"):
-        yield "share of checkpoints", f"{saves[-1]:.1%}"
+        yield "save_share", "share of checkpoints", saves[-1], ".1%"
     for tag, name in (("train/skipped_steps", "steps skipped"), ("train/spikes", "spikes of the loss")):
         if counts := run.column(tag):
-            yield name, f"{counts[-1]:.0f}"
+            yield tag.removeprefix("train/"), name, counts[-1], ".0f"
 
 
-def comparison(runs: Sequence[Curves]) -> str:
-    """The text of the report on several runs, best first; each has a number, since names may be long."""
-    at = common_step(runs)
-
-    def key(run: Curves) -> float:
-        score = run.best() if at is None else (at, dict(run.points(HELD_OUT))[at])
-        return math.inf if score is None or score[1] is None else score[1]
-
-    runs = sorted(runs, key=key)
+def compare(given: Sequence[Curves]) -> Comparison:
+    """Several runs, beside each other."""
+    at = common_step(given)
+    found = [score(run, at) for run in given]
+    ranked = sorted(range(len(given)), key=lambda place: math.inf if (of := found[place]) is None else of)
+    runs = [given[place] for place in ranked]
     sources = sorted({name for run in runs for name in run.config.data.eval_splits})
+    groups = [replace(group, places=sorted(map(ranked.index, group.places))) for group in grouped(given, found)]
+    notes = []
+    if at is None:
+        notes.append("there is no step, but for the beginning, at which all were evaluated")
+    for what, of_rows in unlike(runs, sources).items():
+        alike = ", ".join(of for rows, of in numbered(of_rows).items() if rows)  # where there are any
+        notes.append(f"note: not all were scored on the same rows: what stands below {what!r} compares within {alike}")
+    if not any(group.n_seeds > 1 for group in groups):
+        groups = []
+    notes += [
+        f"note: {members(group)} are of one group, but not of one git commit"
+        for group in groups
+        if not group.is_of_one_commit
+    ]
+    return Comparison(runs, at, differences(runs), sources, groups, notes)
+
+
+def comparison_text(compared: Comparison) -> str:
+    """The text of the report on several runs, best first; each has a number, since names may be long."""
+    runs, at, sources = compared.runs, compared.at, compared.sources
     there = [] if at is None else [f"at step {at}", *(f"of {name}" for name in sources)]
     heads = ["run", "steps", "held out", *there, "best", "step", "tokens/s", "GiB"]
     rows = [[f"[{i}] {run.path}", *numbers(run, at, sources)] for i, run in enumerate(runs, start=1)]
-    lines = [table([heads, *rows])]
     common = "" if at is None else ", at the last that all have"
-    lines += ["", f"held out: bits per byte, at each run's last evaluation{common}, and at its best"]
-    if at is None:
-        lines.append("there is no step, but for the beginning, at which all were evaluated")
-    for score, of_rows in unlike(runs, sources).items():
-        alike = ", ".join(runs for rows, runs in numbered(of_rows).items() if rows)  # where there are any
-        lines.append(f"note: not all were scored on the same rows: what stands below {score!r} compares within {alike}")
-    lines += seeds(runs, [key(run) for run in runs], "at their best" if at is None else f"at step {at}")
-    if different := differences(runs):
+    said = f"held out: bits per byte, at each run's last evaluation{common}, and at its best"
+    lines = [table([heads, *rows]), "", said, *compared.notes, *group_lines(compared.groups, at)]
+    if different := compared.differences:
         width = max(map(len, different))
         lines += ["", "what differs:", *(f"{name:<{width}}  {by_value(each)}" for name, each in different.items())]
     return "\n".join(lines)
 
 
-def seeds(runs: Sequence[Curves], scores: Sequence[float], where: str) -> list[str]:
-    """What chance makes of a score: mean and standard deviation of runs that differ in their seeds alone."""
-    lines = []
-    for places in repetitions(runs):
-        found = [scores[place] for place in places]
-        if all(map(math.isfinite, found)):
-            named = " ".join(f"[{place + 1}]" for place in places)
-            lines.append(f"{named} differ in seeds alone: {mean(found):.4f} ± {stdev(found):.4f} bits per byte {where}")
+def group_lines(groups: Sequence[Group], at: int | None) -> list[str]:
+    """What chance makes of scores: a table with a row for each group of runs that differ in seeds alone."""
+    if not groups:
+        return []
+    is_paired = any(group.more for group in groups)
+    heads = ["runs", *short_names(groups[0].settings), "seeds", "held out"]
+    heads += ["more than the first", "pairs"] if is_paired else []
+    lines = ["", "in groups, of runs that differ in seeds alone:"]
+    lines += [table([heads, *(group_row(group, is_paired) for group in groups)]), ""]
+    where = "at its best" if at is None else f"at step {at}"
+    lines.append(f"held out: bits per byte of a run {where}, mean ± standard deviation over seeds")
+    if is_paired:
+        lines += [
+            "more than the first: each run less the run with the same seeds (run.seed, model.seed) in the first line,",
+            "mean ± standard deviation over such pairs; what seeds do to both alike, such as the order of the same",
+            "data, cancels out, so that a difference may be clear that is smaller than the deviation over seeds",
+        ]
     return lines
+
+
+def group_row(group: Group, is_paired: bool) -> list[str]:
+    """Of a group in the order of the heads; empty where there are no pairs."""
+    cells = [members(group), *map(shortened, group.settings.values()), str(group.n_seeds), spread_cell(group.score)]
+    if is_paired:
+        cells += [spread_cell(group.more, "+"), str(group.more.n)] if group.more else ["", ""]
+    return cells
+
+
+def members(group: Group) -> str:
+    """The numbers of its runs."""
+    return " ".join(f"[{place + 1}]" for place in group.places)
+
+
+def spread_cell(spread: Spread | None, sign: str = "") -> str:
+    """Mean and standard deviation; of a single number itself."""
+    if spread is None:
+        return "none"
+    return f"{spread.mean:{sign}.4f}" + ("" if spread.sd is None else f" ± {spread.sd:.4f}")
+
+
+def short_names(names: Iterable[str]) -> list[str]:
+    """Settings by the last part of their names, where no other has the same."""
+    ends = {name: name.rpartition(".")[2] for name in names}
+    return [end if [*ends.values()].count(end) == 1 else name for name, end in ends.items()]
 
 
 def numbers(run: Curves, at: int | None, sources: Sequence[str]) -> list[str]:
@@ -177,13 +258,14 @@ def numbers(run: Curves, at: int | None, sources: Sequence[str]) -> list[str]:
     evaluations, best = run.points(HELD_OUT), run.best()
     curves = [dict(run.points(tag)) for tag in (HELD_OUT, *(source_tag(name, "bits_per_byte") for name in sources))]
     there = [cells((at, curve[at]))[0] if at in curve else "" for curve in curves]
+    cost = {key: f"{value:{form}}" for key, _, value, form in costs(run)}
     return [
-        str(run.points("train/loss")[-1][0]),
+        str(n_steps(run)),
         cells(evaluations[-1])[0] if evaluations else "",
         *([] if at is None else there),
         *(cells(best) if best else ("", "")),
-        f"{median_high(run.column('speed/tokens_per_s')):,.0f}",
-        f"{max(run.column('memory/peak_gib')):.2f}",
+        cost["tokens_per_s"],
+        cost["peak_gib"],
     ]
 
 
@@ -206,50 +288,33 @@ def shortened(value: str) -> str:
     return value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}…"
 
 
-def plot(runs: Sequence[Curves], file: Path) -> None:
-    """Bits per byte of training batches and of the held-out rows, by step."""
-    from trainer.figures import Figure  # matplotlib's, which takes a while: only a drawing needs it
-
-    axes: Any
-    legend_lines = len(runs) + 1 if len(runs) > 1 else 0  # above the picture
-    figure = Figure(figsize=(7, 3.5 + 0.22 * legend_lines), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel="step", ylabel="bits per byte")
-    axes.grid(alpha=0.3)
-    if len(runs) == 1:
-        draw(axes, runs[0], "train", "-", label="training batches")
-        draw(axes, runs[0], "eval", "o--", label="held-out documents")
-        axes.legend()
+def draw(reported: Curves | Comparison, file: Path) -> None:
+    """A picture of a run, of several, or of groups of them. Raises OSError or ValueError where it cannot be written."""
+    if isinstance(reported, Curves):
+        plot_run(reported, file)
+    elif not reported.groups:
+        plot_runs(reported.runs, file)
     else:
-        shown = []
-        for number, run in enumerate(runs):
-            shown += draw(axes, run, "train", "-", color=f"C{number}", alpha=0.3)
-            # matplotlib leaves out what begins with "_", and reads "$" as mathematics.
-            name = f" {run.path}".replace("$", r"\$")
-            shown += draw(axes, run, "eval", "o--", color=f"C{number}", label=name)
-        if shown:  # their beginnings would leave no room for what differs
-            last = max(step for step, _ in shown)
-            later = [bits for step, bits in shown if 10 * step >= last]
-            axes.set_ylim(min(later) * 0.98, max(later) * 1.02)
-        figure.legend(title="held-out documents (faint: training batches)", loc="outside upper center")
-    figure.savefig(file, dpi=150)
+        labels = [label(group) for group in reported.groups]
+        plot_groups([[reported.runs[place] for place in group.places] for group in reported.groups], labels, file)
 
 
-def draw(axes: Any, run: Curves, split: str, style: str, **options: Any) -> list[tuple[int, float]]:
-    """A curve; its points."""
-    points = [(step, bits) for step, bits in run.points(f"{split}/bits_per_byte") if bits is not None]
-    axes.plot(*zip(*points, strict=True) if points else ((), ()), style, **options)
-    return points
+def label(group: Group) -> str:
+    """The settings of a group; the numbers of its runs, where none differ, or so many that nobody would read them."""
+    values = map(shortened, group.settings.values())
+    said = ", ".join(map("{}={}".format, short_names(group.settings), values))
+    return said if 0 < len(said) <= LONGEST_LABEL else members(group)
 
 
 def run(arguments: argparse.Namespace) -> None:
     runs = read_all(arguments.runs)
-    text = report(*runs) if len(runs) == 1 else comparison(runs)
+    compared = compare(runs) if len(runs) > 1 else None
+    text = comparison_text(compared) if compared else report(runs[0])
     with reader_may_leave():  # the drawing is wanted all the same
         print(text)
     if arguments.plot:
         try:
-            plot(runs, arguments.plot)
+            draw(compared or runs[0], arguments.plot)
         except (OSError, ValueError) as error:  # no such folder, or a format that matplotlib does not write
             raise ConfigError(f"cannot draw {arguments.plot}: {error}") from None
         print(f"drew {arguments.plot}")

@@ -97,24 +97,25 @@ def common_step(runs: Sequence[Curves]) -> int | None:
     return max(set.intersection(*steps), default=None)
 
 
+def score(run: Curves, at: int | None) -> float | None:
+    """What runs are compared by: bits per byte of held-out rows at a step, or the best; None where there are none."""
+    found = run.best() if at is None else (at, dict(run.points(HELD_OUT))[at])
+    return found and found[1]
+
+
 def differences(runs: Sequence[Curves]) -> dict[str, list[str]]:
     """What is not the same for all runs, by name: of each, as it is to be shown."""
-    settings = [_settings(run) for run in runs]
-    names = sorted(set().union(*settings))
-    shown = {name: [json.dumps(of[name]) if name in of else ABSENT for of in settings] for name in names}
-    return {name: values for name, values in shown.items() if len(set(values)) > 1}
+    tables = [settings(run) for run in runs]
+    values = {name: [shown(table, name) for table in tables] for name in sorted(set().union(*tables))}
+    return {name: of_each for name, of_each in values.items() if len(set(of_each)) > 1}
 
 
-def repetitions(runs: Sequence[Curves]) -> list[list[int]]:
-    """Runs that differ in nothing but seeds, by their places; those that no other is like are left out."""
-    alike: dict[str, list[int]] = {}
-    for place, run in enumerate(runs):
-        settings = {name: value for name, value in _settings(run).items() if name.rpartition(".")[2] != "seed"}
-        alike.setdefault(json.dumps(settings, sort_keys=True), []).append(place)
-    return [places for places in alike.values() if len(places) > 1]
+def shown(table: Mapping[str, Any], name: str) -> str:
+    """A setting as it is to be shown: as JSON, or that there is none."""
+    return json.dumps(table[name]) if name in table else ABSENT
 
 
-def _settings(run: Curves) -> dict[str, Any]:
+def settings(run: Curves) -> dict[str, Any]:
     """All that may make a difference for a run's numbers, by dotted name; of hashes the beginning."""
     record, launch = run.record, run.record.get("launch") or {}
     said = {name: record.get(name) or {} for name in ("deepspeed", "versions")}
@@ -122,19 +123,24 @@ def _settings(run: Curves) -> dict[str, Any]:
         said["samples"] = record.get("samples") or {}
     place = {"device": launch.get("device"), "ranks": launch.get("world_size"), "git_commit": record.get("git_commit")}
     evaluated = {"data.store.fingerprint": (record.get("store") or {}).get("fingerprint")}
-    settings = flatten({**run.config.model_dump(mode="json"), **said, **place, **evaluated})
-    del settings["run.dir"]  # always another
-    return {name: re.sub(HASH, r"\1", value) if isinstance(value, str) else value for name, value in settings.items()}
+    table = flatten({**run.config.model_dump(mode="json"), **said, **place, **evaluated})
+    del table["run.dir"]  # always another
+    return {name: re.sub(HASH, r"\1", value) if isinstance(value, str) else value for name, value in table.items()}
+
+
+def held_out_rows(runs: Sequence[Curves]) -> list[str | None]:
+    """Which rows of data.store each run is scored on; where that is not known of all, what is configured instead."""
+    rows = [run.rows("") for run in runs]
+    if None not in rows:
+        return rows
+    return [
+        f"{(run.record.get('store') or {}).get('fingerprint')} {run.config.data.eval_split} {run.config.run.eval_rows}"
+        for run in runs
+    ]
 
 
 def unlike(runs: Sequence[Curves], sources: Sequence[str]) -> dict[str, list[str | None]]:
     """Of "held out" and of these stores of the mixture, those that are not scored on the same rows in all runs: of each
     run on which; None where that is not known."""
-    rows = {name: [run.rows(name) for run in runs] for name in ("", *sources)}
-    if None in rows[""]:  # of an older version: by what is configured
-        rows[""] = [
-            f"{(run.record.get('store') or {}).get('fingerprint')} {run.config.data.eval_split} "
-            f"{run.config.run.eval_rows}"
-            for run in runs
-        ]
-    return {f"of {name}" if name else "held out": each for name, each in rows.items() if len({*each} - {None}) > 1}
+    rows = {"held out": held_out_rows(runs)} | {f"of {name}": [run.rows(name) for run in runs] for name in sources}
+    return {name: each for name, each in rows.items() if len({*each} - {None}) > 1}

@@ -1,23 +1,21 @@
 """The report of a run, and of several."""
 
-import io
 import json
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from matplotlib.figure import Figure
-from report import main, plot
+from reported_runs import make_run, report
 from small_stores import cabbage_store
 
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import DataConfig
+from trainer.curve_plot import plot_runs
 from trainer.curves import differences, read_curves
 
 ROOT = Path(__file__).parents[2]
@@ -26,42 +24,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return cabbage_store(tmp_path)
-
-
-def lsh(*recovered: float) -> dict[str, float]:
-    """What an evaluation says of LSH layers 1, 3, …"""
-    masses = {f"lsh/layer{2 * i + 1:02d}/recovered_mass": mass for i, mass in enumerate(recovered)}
-    return {**masses, "lsh/layer01/empty_buckets": 0.0}
-
-
-def make_run(folder: Path, store: Path) -> None:
-    folder.mkdir(parents=True)
-    config = {
-        "model": {"vocab_size": 258, "max_seq_len": 100},
-        "data": {"store": str(store), "mixture": {"web": {"store": str(store), "weight": 1, "eval_split": "val"}}},
-        "run": {"dir": str(folder), "deepspeed_config": "x.json", "steps": 2},
-    }
-    (folder / "run.json").write_text(json.dumps({"config": config}))
-    speed = {"speed/tokens_per_s": 100.0, "memory/peak_gib": 1.25, "speed/mfu": 0.3125, "speed/save_share": 0.0625}
-    health = {"train/skipped_steps": 3, "train/spikes": 4}
-    lines = [
-        {"step": 0, "eval/loss": 5.5, "eval/bits_per_byte": 8.125, "eval/loss_at/00016K": 5.75, **lsh(0.25, 0.5)},
-        {"step": 1, "train/loss": 5.25, "train/bits_per_byte": 8.25, **speed},
-        {"step": 2, "train/loss": 2.5, "train/bits_per_byte": 3.75, **speed, **health},
-        {"step": 2, "eval/loss": 2.75, "eval/bits_per_byte": 4.0625, "eval/loss_at/00016K": 2.25, "eval/lsh_gain": 0.5}
-        | {"eval/source/web/loss": 3.0, "eval/source/web/bits_per_byte": 5.5}
-        | lsh(0.75, 0.875),
-    ]
-    whole = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(whole + '{"step": 3, "train/lo')  # the run goes on, or was killed
-
-
-def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command, in this process: a new one would import for two seconds."""
-    words, out, errors = ["launch/report.py", *map(str, arguments)], io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", words), redirect_stdout(out), redirect_stderr(errors):
-        code = main()
-    return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
 
 def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
@@ -187,32 +149,6 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
     done = report(*(tmp_path / name for name in ("three", "one")))  # whose last score is not finite
     assert re.search(rf"^\[2\] {folder}/three +2 +none +8\.1250 +0", done.stdout, re.MULTILINE), done.stdout
     assert "what differs" not in done.stdout
-
-
-def test_of_runs_that_differ_in_seeds_alone_chance_is_told(tmp_path: Path, store: Path) -> None:
-    def change(name: str, score: str, **changes: dict[str, object]) -> None:
-        make_run(tmp_path / name, store)
-        record = json.loads((tmp_path / name / "run.json").read_text())
-        for table, values in changes.items():
-            record["config"][table] |= values
-        record["samples"] = {"seed": record["config"]["run"].get("seed", 0)}
-        (tmp_path / name / "run.json").write_text(json.dumps(record))
-        metrics = tmp_path / name / "metrics.jsonl"
-        metrics.write_text(
-            metrics.read_text().replace('"eval/bits_per_byte": 4.0625', f'"eval/bits_per_byte": {score}')
-        )
-
-    change("a0", "3.0")
-    change("a1", "3.5", run={"seed": 1})
-    change("a2", "4.0", run={"seed": 2}, model={"seed": 5})
-    change("b0", "3.25", model={"n_hashes": 8})
-    done = report(*(tmp_path / name for name in ("a0", "a1", "a2", "b0")))
-    assert done.returncode == 0, done.stderr
-    told = "[1] [3] [4] differ in seeds alone: 3.5000 ± 0.5000 bits per byte at step 2"
-    assert [line for line in done.stdout.splitlines() if "seeds alone" in line] == [told]
-    change("b1", "null", model={"n_hashes": 8}, run={"seed": 1})  # its best is the first, 8.125
-    done = report(*(tmp_path / name for name in ("b0", "b1")))
-    assert "[1] [2] differ in seeds alone: 5.6875 ± 3.4471 bits per byte at their best\n" in done.stdout
 
 
 def test_of_several_what_is_no_run_is_left_out(tmp_path: Path, store: Path) -> None:
@@ -354,7 +290,10 @@ def test_a_picture_of_several_runs_has_room_for_what_differs(
     pictures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: pictures.append(figure))
     runs = [read_curves(tmp_path / name) for name in ("one", "two")]
-    later = [{"step": 100, "train/bits_per_byte": 2.0}, {"step": 100, "eval/bits_per_byte": 2.5}]
-    plot([replace(run, metrics=[*run.metrics, *later]) for run in runs], tmp_path / "x.png")
-    low, high = pictures[0].axes[0].get_ylim()
-    assert 1.9 < low < 2.0 and 2.5 < high < 2.6
+    later = [{"step": 60, "eval/bits_per_byte": 2.25}, {"step": 100, "eval/bits_per_byte": 2.0}]
+    plot_runs([replace(run, metrics=[*run.metrics, *later]) for run in runs], tmp_path / "x.png")
+    (low, high), (left, _) = pictures[0].axes[0].get_ylim(), pictures[0].axes[0].get_xlim()
+    assert 1.9 < low < 2.0 and 2.25 < high < 2.3 and left == 50
+    plot_runs([runs[0], replace(runs[1], metrics=[*runs[1].metrics, *later])], tmp_path / "x.png")
+    (low, high), (left, _) = pictures[1].axes[0].get_ylim(), pictures[1].axes[0].get_xlim()
+    assert low < 2.0 and 4.0625 < high < 8 and left == 1, "the shorter one is seen, too"

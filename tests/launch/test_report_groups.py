@@ -1,0 +1,96 @@
+"""The report of groups of runs that differ in seeds alone: as a text, as values and as a picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from reported_runs import make_run, report
+from small_stores import cabbage_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return cabbage_store(tmp_path)
+
+
+def make_other(folder: Path, store: Path, score: object, seed: int = 0, **changes: dict[str, object]) -> Path:
+    """A run with another last score, of another seed, with changes to tables of the configuration."""
+    make_run(folder, store)
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["run"]["seed"] = seed
+    record |= {"samples": {"seed": seed, "web.seed": seed}, "git_commit": changes.pop("git_commit", None)}
+    for table, values in changes.items():
+        record["config"][table] |= values
+    (folder / "run.json").write_text(json.dumps(record))
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"eval/bits_per_byte": 4.0625', f'"eval/bits_per_byte": {score}'))
+    return folder
+
+
+def make_groups(folder: Path, store: Path) -> list[Path]:
+    """Three runs, three of more rounds, and one that has no other beside it."""
+    return [
+        make_other(folder / "a0", store, "3.0"),
+        make_other(folder / "a1", store, "3.5", seed=1),
+        make_other(folder / "a2", store, "4.0", seed=2, run={"save_every": 7}),  # which changes no score
+        make_other(folder / "b0", store, "2.75", model={"n_hashes": 8}),
+        make_other(folder / "b1", store, "3.125", seed=1, model={"n_hashes": 8}),
+        make_other(folder / "b5", store, "4.5", seed=5, model={"n_hashes": 8}),
+        make_other(folder / "c2", store, "4.125", seed=2, model={"n_hashes": 2, "seed": 7}),
+    ]
+
+
+def section(text: str, head: str) -> list[str]:
+    """The lines below a line, up to an empty one, with single spaces."""
+    return [" ".join(line.split()) for line in text.partition(f"{head}\n")[2].partition("\n\n")[0].splitlines()]
+
+
+GROUPS = "in groups, of runs that differ in seeds alone:"
+
+
+def test_groups_of_seeds_are_compared_seed_by_seed(tmp_path: Path, store: Path) -> None:
+    done = report(*make_groups(tmp_path, store))
+    assert done.returncode == 0, done.stderr
+    assert section(done.stdout, GROUPS) == [
+        "runs n_hashes seeds held out more than the first pairs",
+        "[2] [4] [5] 4 3 3.5000 ± 0.5000",
+        "[1] [3] [7] 8 3 3.4583 ± 0.9214 -0.3125 ± 0.0884 2",  # b0 - a0, b1 - a1
+        "[6] 2 1 4.1250",  # of another model.seed
+    ]
+    assert "held out: bits per byte of a run at step 2, mean ± standard deviation over seeds\n" in done.stdout
+    assert "more than the first: each run less the run with the same seeds (run.seed, model.seed)" in done.stdout
+    assert "note:" not in done.stdout
+
+
+def test_the_first_group_is_that_of_the_run_given_first_and_scores_may_be_of_other_steps(
+    tmp_path: Path, store: Path
+) -> None:
+    a0, a1, _, b0, _, _, _ = make_groups(tmp_path, store)
+    assert section(report(b0, a1, a0).stdout, GROUPS)[1:] == ["[1] 8 1 2.7500", "[2] [3] 4 2 3.2500 ± 0.3536 +0.2500 1"]
+    make_other(tmp_path / "a3", store, "null", seed=3)  # its best is the first, 8.125
+    done = report(a0, tmp_path / "a3")
+    assert section(done.stdout, GROUPS) == ["runs seeds held out", "[1] [2] 2 5.5625 ± 3.6239"]
+    assert "of a run at its best, mean ±" in done.stdout and "more than the first" not in done.stdout
+
+
+def test_runs_of_one_group_with_other_commits_are_noted(tmp_path: Path, store: Path) -> None:
+    one = make_other(tmp_path / "one", store, "3.0", git_commit="a" * 40)
+    two = make_other(tmp_path / "two", store, "4.0", seed=1, git_commit="b" * 40)
+    assert "note: [1] [2] are of one group, but not of one git commit\n" in report(one, two).stdout
+
+
+def test_groups_are_drawn_as_a_line_and_a_band_each(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: pictures.append(figure))
+    assert report(*make_groups(tmp_path, store), "--plot", "x.png").returncode == 0
+    (axes,) = pictures[0].axes
+    lines = [(line.get_label(), list(line.get_ydata())) for line in axes.lines]
+    means = [(" n_hashes=4", 3.5), (" n_hashes=8", pytest.approx(10.375 / 3)), (" n_hashes=2", 4.125)]
+    assert lines == [(label, [8.125, mean]) for label, mean in means]
+    ends = [{y for x, y in each.get_paths()[0].vertices if x == 2} for each in axes.collections]
+    assert ends == [{3.0, 4.0}, {2.75, 4.5}, {4.125}]
+    low, high = axes.get_ylim()
+    assert 2.5 < low < 2.75 and 4.5 < high < 4.75, "the scores of step 0 are cut off"

@@ -1,0 +1,115 @@
+"""Which runs differ in seeds alone, and what is made of their scores."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import LoopConfig, RunConfig, flatten
+from trainer.curves import Curves
+from trainer.groups import NEUTRAL, Spread, band, grouped, repetitions, spread
+
+
+def make_run(commit: str = "c", store: str = "s", fingerprint: str | None = "f", **changes: Any) -> Curves:
+    """A run that has scored 4 + step at steps 0 and 1; changes: settings by dotted name, with "__" for dots."""
+    tables: dict[str, dict[str, Any]] = {
+        "model": {"vocab_size": 258, "max_seq_len": 100},
+        "data": {"store": store},
+        "run": {"dir": "r", "deepspeed_config": "x.json", "steps": 20},
+    }
+    for name, value in changes.items():
+        table, _, key = name.partition("__")
+        tables[table][key] = value
+    record = {"git_commit": commit, "store": {"fingerprint": fingerprint}}
+    lines = [{"step": step, "eval/bits_per_byte": 4.0 + step} for step in (0, 1)]
+    return Curves(Path("r"), record, RunConfig(**tables), lines)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"run__seed": 1}, {"model__seed": 1}, {"commit": "d", "run__seed": 1}, {"store": "t"}),
+        *({"run__log_every": 3}, {"run__save_every": 3}, {"run__keep_last": 3}, {"run__keep_best": True}),
+        *({"run__watchdog_factor": 3.0}, {"run__watchdog_min_s": 3.0}, {"run__profile_steps": "2..3"}),
+        *(
+            {"run__histogram_every": 3},
+            {"run__on_full_disk": "continue"},
+            {"run__dir": "other"},
+            {"run__keep_every": 3},
+        ),
+        *({"run__deepspeed_config": "y.json"}, {"run__sample_tokens": 0}, {"run__ablation_rows": 0}),
+        *({"run__diagnostics": False}, {"run__max_nonfinite": 3}, {"run__spike_deviations": 0.0}),
+    ],
+)
+def test_seeds_and_what_changes_no_score_make_no_groups(change: dict[str, Any]) -> None:
+    assert repetitions([make_run(), make_run(**change)]) == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"model__n_hashes": 2}, {"run__steps": 30}, {"run__eval_every": 3}, {"run__eval_rows": 3}),
+        *({"run__sequence_parallel": 2}, {"model__keep_ends": False}, {"data__on_damage": "skip"}),
+        *({"run__init_from": "elsewhere"}, {"fingerprint": "g"}, {"commit": "d"}),
+    ],
+)
+def test_what_changes_a_score_does(change: dict[str, Any]) -> None:
+    """A commit, where the seeds are the same."""
+    assert repetitions([make_run(), make_run(**change)]) == [[0], [1]]
+
+
+def test_a_folder_tells_stores_apart_whose_fingerprints_are_not_known() -> None:
+    assert repetitions([make_run(fingerprint=None), make_run(fingerprint=None, store="t")]) == [[0], [1]]
+
+
+def test_names_of_settings_that_change_no_score_exist() -> None:
+    assert {f"run.{name}" for name in LoopConfig.model_fields} > NEUTRAL
+    assert set(flatten(make_run().config.model_dump())) > NEUTRAL
+
+
+def test_seeds_of_a_mixture_make_no_groups() -> None:
+    web = {"web": {"store": "w", "weight": 1.0}}
+    runs = [make_run(run__seed=seed, data__mixture=web) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        run.record["samples"] = {"seed": seed, "web.seed": seed, "web.store": "f"}
+    assert repetitions(runs) == [[0, 1]]
+
+
+def test_a_group_that_is_split_by_commits_is_named_by_them() -> None:
+    runs = [make_run(commit, run__seed=seed) for commit in "cd" for seed in (0, 1)]
+    first, second = grouped(runs, [1.0, 2.0, 1.5, 2.75])
+    assert (first.places, first.settings) == ([0, 1], {"git_commit": '"c"'})
+    assert (second.places, second.settings) == ([2, 3], {"git_commit": '"d"'})
+    assert first.is_of_one_commit and second.is_of_one_commit
+    assert second.more == Spread(2, 0.625, pytest.approx(0.25 / 2**0.5))
+    (both,) = grouped([make_run("c"), make_run("d", run__seed=1)], [1.0, 2.0])
+    assert not both.is_of_one_commit and not both.settings
+
+
+def test_runs_of_the_same_seeds_count_once() -> None:
+    runs = [make_run(), make_run(run__log_every=3), make_run(run__seed=1)]
+    (group,) = grouped(runs, [1.0, 2.0, 3.5])
+    assert group.n_seeds == 2 and group.score == Spread(2, 2.5, pytest.approx(2**0.5))
+
+
+def test_scores_of_other_rows_are_not_subtracted() -> None:
+    runs = [make_run(), make_run(run__eval_rows=3)]
+    assert grouped(runs, [1.0, 2.0])[1].more is None
+    runs[1] = make_run(run__steps=30)
+    assert grouped(runs, [1.0, 2.0])[1].more == Spread(1, 1.0, None)
+
+
+def test_a_score_that_is_missing_is_not_passed_over() -> None:
+    runs = [make_run(), make_run(run__seed=1), *(make_run(run__seed=seed, run__steps=30) for seed in (0, 1))]
+    first, second = grouped(runs, [1.0, 2.0, 3.0, None])
+    assert first.score and second.score is None and second.more is None
+    assert spread([]) is None
+
+
+def test_a_band_is_of_the_steps_that_all_have() -> None:
+    low = make_run()
+    high = replace(
+        low, metrics=[{"step": step, "eval/bits_per_byte": bits} for step, bits in enumerate((4.0, 7.0, 1.0))]
+    )
+    assert band([low, high], "eval/bits_per_byte") == [(0, 4.0, 4.0, 4.0), (1, 6.0, 5.0, 7.0)]

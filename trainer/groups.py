@@ -1,0 +1,165 @@
+"""Runs that differ in seeds alone: how much of a score is chance, and what differs from group to group."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from trainer.curves import Curves, held_out_rows, settings, shown
+
+SEED = re.compile(r"run\.seed|model\.seed|samples\.(.*\.)?seed")
+"""samples.…: run.seed, as run.json says it of a mixture and of each of its stores."""
+STORE = re.compile(r"data\.store|data\.mixture\..*\.store")
+COMMIT = "git_commit"
+NEUTRAL = frozenset(
+    {
+        "run.deepspeed_config",  # the name of a file; what is in it is compared, as deepspeed.…
+        # What a run reports besides its scores, and how often: none of it changes a weight.
+        "run.log_every",
+        "run.histogram_every",
+        "run.profile_steps",
+        "run.diagnostics",
+        "run.sample_tokens",
+        "run.ablation_rows",
+        "run.spike_deviations",
+        # Which checkpoints it leaves: a run that resumes goes on as if nothing had happened.
+        "run.save_every",
+        "run.keep_last",
+        "run.keep_every",
+        "run.keep_best",
+        # When it gives up: until then its numbers are the same.
+        "run.on_full_disk",
+        "run.max_nonfinite",
+        "run.watchdog_factor",
+        "run.watchdog_min_s",
+    }
+)
+"""Settings that change no score. (curves.settings leaves out run.dir.)
+
+Not among them are run.eval_every, since the best of more evaluations is lower; run.sequence_parallel and the model's
+keep_ends, ff_chunk_tokens and loss_chunk_tokens, which change how sums are rounded; and data.on_damage, which may leave
+out rows. Folders of stores count only where a run does not say by fingerprints which stores they were.
+"""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of some numbers."""
+
+    n: int
+    mean: float
+    sd: float | None
+    """The standard deviation; None of a single number."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but seeds, and what changes no score."""
+
+    places: Sequence[int]
+    settings: dict[str, str]
+    """Those in which groups differ, by name: as they are to be shown."""
+    n_seeds: int
+    score: Spread | None
+    """Over seeds; of several runs with the same seeds their mean counts. None where a run has no score."""
+    more: Spread | None
+    """How much more than the first group's, seed by seed; None of the first group itself, and where it has no seeds in
+    common with this one, was scored on other rows, or a score is missing."""
+    is_of_one_commit: bool
+
+
+def grouped(runs: Sequence[Curves], scores: Sequence[float | None]) -> list[Group]:
+    """All runs, in the order of the first of each group."""
+    rows = held_out_rows(runs)
+    alike = repetitions(runs)
+    names = _differing(runs, alike)
+    by_seeds = [_by_seeds(runs, scores, rows, places) for places in alike]
+    return [
+        Group(
+            places,
+            {name: shown(_telling(runs[places[0]]), name) for name in names},
+            len(mine),
+            spread(mine.values()),
+            spread(_less(mine[key], by_seeds[0][key]) for key in mine if key in by_seeds[0]) if index else None,
+            len({runs[place].record.get(COMMIT) for place in places}) == 1,
+        )
+        for index, (places, mine) in enumerate(zip(alike, by_seeds, strict=True))
+    ]
+
+
+def repetitions(runs: Sequence[Curves]) -> list[list[int]]:
+    """Runs that differ in nothing but seeds and what changes no score, by their places.
+
+    Commits tell runs apart only where some of the same settings and seeds have different ones.
+    """
+    groups = []
+    for places in _alike(runs, range(len(runs)), with_commit=False):
+        has_twins = len({_seeds(runs[place]) for place in places}) < len(places)
+        groups += _alike(runs, places, with_commit=True) if has_twins else [places]
+    return sorted(groups)
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Of numbers; None where there are none, or one is missing."""
+    known = list(values)
+    numbers = [value for value in known if value is not None]
+    if not numbers or len(numbers) < len(known):
+        return None
+    return Spread(len(numbers), mean(numbers), stdev(numbers) if len(numbers) > 1 else None)
+
+
+def band(runs: Sequence[Curves], tag: str) -> list[tuple[int, float, float, float]]:
+    """Of each step at which all these runs have a finite value of a tag: step, mean, lowest and highest."""
+    curves = [{step: value for step, value in run.points(tag) if value is not None} for run in runs]
+    steps = sorted(set.intersection(*map(set, curves)))
+    columns = [(step, [curve[step] for curve in curves]) for step in steps]
+    return [(step, mean(values), min(values), max(values)) for step, values in columns]
+
+
+def _alike(runs: Sequence[Curves], places: Iterable[int], with_commit: bool) -> list[list[int]]:
+    """Which of these runs have the same settings of those that change a score."""
+    alike: dict[str, list[int]] = {}
+    for place in places:
+        kept = {name: value for name, value in _telling(runs[place]).items() if name != COMMIT or with_commit}
+        alike.setdefault(json.dumps(kept, sort_keys=True), []).append(place)
+    return list(alike.values())
+
+
+def _telling(run: Curves) -> dict[str, Any]:
+    """The settings that change a score, but for seeds."""
+    is_known = len(run.fingerprints()) == 1 + len(run.config.data.mixture)
+    return {
+        name: value
+        for name, value in settings(run).items()
+        if name not in NEUTRAL and not SEED.fullmatch(name) and not (is_known and STORE.fullmatch(name))
+    }
+
+
+def _differing(runs: Sequence[Curves], groups: Sequence[Sequence[int]]) -> list[str]:
+    """Names of the settings in which groups differ, each of which has one value in each group."""
+    tables = [_telling(run) for run in runs]
+    names = sorted(set().union(*tables))
+    values = {name: [{shown(tables[place], name) for place in places} for places in groups] for name in names}
+    return [
+        name for name in names if all(len(each) == 1 for each in values[name]) and len(set().union(*values[name])) > 1
+    ]
+
+
+def _by_seeds(
+    runs: Sequence[Curves], scores: Sequence[float | None], rows: Sequence[str | None], places: Sequence[int]
+) -> dict[Any, float | None]:
+    """The score of each seed; the rows are in the key, so that no score is compared with one of other rows."""
+    found: dict[Any, list[float | None]] = {}
+    for place in places:
+        found.setdefault((_seeds(runs[place]), rows[place]), []).append(scores[place])
+    return {key: None if (of_seed := spread(values)) is None else of_seed.mean for key, values in found.items()}
+
+
+def _seeds(run: Curves) -> tuple[int, int]:
+    return run.config.run.seed, run.config.model.seed
+
+
+def _less(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
