@@ -6,6 +6,7 @@ run.eval_every, and a run that was stopped in between has done more steps than i
 python launch/report.py runs/demo/run
 python launch/report.py runs/demo/run --plot loss.png
 python launch/report.py runs/one runs/two runs/three --plot losses.png        a line each, and what differs
+python launch/report.py runs/rounds_* --json rounds.json                      the same as values, for programs
 
 Of runs that differ in seeds alone (run.seed, model.seed; what changes no score may differ too) there is a line for each
 group, and what it has more than the group of the run that was given first. Where several are given, what is no run, or
@@ -13,22 +14,24 @@ has no training step yet, is left out.
 """
 
 import argparse
+import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median_high
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError
 from data_pipeline.output import exit_code, reader_may_leave, table
+from data_pipeline.staging import check_json
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import ConfigError
 from trainer.curve_plot import plot_groups, plot_run, plot_runs
-from trainer.curves import HELD_OUT, Curves, Point, common_step, differences, read_curves, score, unlike
+from trainer.curves import ABSENT, HELD_OUT, Curves, Point, common_step, differences, read_curves, score, unlike
 from trainer.groups import Group, Spread, grouped
 from trainer.scoring import source_tag
 from trainer.terminal import see_curves
@@ -63,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: what run.dir was")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the bits per byte by step (.png or .svg)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what is said as values")
     return parser.parse_args()
 
 
@@ -96,11 +100,12 @@ def unigram(run: Curves) -> float | DataError:
         return error
 
 
-def report(run: Curves) -> str:
-    """The text of the report on a run."""
+def report(run: Curves) -> tuple[str, dict[str, Any]]:
+    """The report on a run, as a text and as values: those of `run_values`, `unigram_bits_per_byte` of a run that is
+    evaluated (null where it is not known), and `notes`."""
     config, evaluations, said = run.config, run.points(HELD_OUT), list(scores(run))
     width = max(32, *(len(name) + 1 for _, name, _ in said))
-    notes = []
+    values, notes = run_values(run), list[str]()
     lines = [row(width, "", "first", "step", "last", "step")]
     lines += [row(width, name, *cells(points[0]), *cells(points[-1])) for _, name, points in said]
     if (best := run.best()) and best[0] != evaluations[-1][0]:
@@ -112,6 +117,7 @@ def report(run: Curves) -> str:
             notes.append(f"unigram model, held out: not known, since {bits}")
         else:
             lines.append(f"{row(width, 'unigram model, held out:', last=f'{bits:.4f}')} bits per byte")
+        values["unigram_bits_per_byte"] = None if isinstance(bits, DataError) else bits
     if since := run.since(HELD_OUT):
         notes.append(f"evaluations before step {since} were of other rows, or by other rounds, and are left out")
     if config.data.mixture and is_evaluated:
@@ -119,7 +125,21 @@ def report(run: Curves) -> str:
     lines += notes
     lines += [row(width, name, last=f"{value:{form}}") for _, name, value, form in costs(run)]
     lines += ["", f"the run lies in {run.path}", f"see its curves:  {see_curves(run.path)}"]
-    return "\n".join(lines)
+    return "\n".join(lines), {**values, "notes": notes}
+
+
+def run_values(run: Curves) -> dict[str, Any]:
+    """What is said of a run: `scores` by tag, `best` of the held-out rows (null without any), and what it cost."""
+    spans = {tag: {"first": point(points[0]), "last": point(points[-1])} for tag, _, points in scores(run)}
+    best = run.best()
+    values = {"run": str(run.path), "steps": n_steps(run), "scores": spans, "best": best and point(best)}
+    since = {"evaluations_since": run.since(HELD_OUT)}
+    return {**values, **since, **{key: value for key, _, value, _ in costs(run)}}
+
+
+def point(found: Point) -> dict[str, float | None]:
+    """A value and its step; null for what was not finite."""
+    return {"step": found[0], "value": found[1]}
 
 
 def n_steps(run: Curves) -> int:
@@ -253,6 +273,36 @@ def short_names(names: Iterable[str]) -> list[str]:
     return [end if [*ends.values()].count(end) == 1 else name for name, end in ends.items()]
 
 
+def comparison_values(compared: Comparison) -> dict[str, Any]:
+    """What `comparison_text` says, as values: `runs`, best first, and `groups`, in the order given.
+
+    Of each run, besides `run_values`: `settings`, those in which runs differ, and `at_step`, scores by tag. Of each
+    group its runs, settings and number of seeds; `held_out` and `more_than_first`: n, mean and sd, null if not known.
+    """
+    tags = [HELD_OUT, *(source_tag(name, "bits_per_byte") for name in compared.sources)]
+    runs = []
+    for place, run in enumerate(compared.runs):
+        there = {} if compared.at is None else {tag: dict(run.points(tag)).get(compared.at) for tag in tags}
+        differing = {name: of_each[place] for name, of_each in compared.differences.items()}
+        runs.append({**run_values(run), "at_step": there, "settings": parsed(differing)})
+    groups = [
+        {
+            "runs": [str(compared.runs[place].path) for place in group.places],
+            "settings": parsed(group.settings),
+            "seeds": group.n_seeds,
+            "held_out": group.score and asdict(group.score),
+            "more_than_first": group.more and asdict(group.more),
+        }
+        for group in compared.groups
+    ]
+    return {"step": compared.at, "runs": runs, "groups": groups, "notes": list(compared.notes)}
+
+
+def parsed(settings: Mapping[str, str]) -> dict[str, Any]:
+    """Settings as values; those that there are."""
+    return {name: json.loads(value) for name, value in settings.items() if value != ABSENT}
+
+
 def numbers(run: Curves, at: int | None, sources: Sequence[str]) -> list[str]:
     """Of a run in the order of the heads; empty where there is no such thing."""
     evaluations, best = run.points(HELD_OUT), run.best()
@@ -307,11 +357,14 @@ def label(group: Group) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_json(arguments.json)
     runs = read_all(arguments.runs)
     compared = compare(runs) if len(runs) > 1 else None
-    text = comparison_text(compared) if compared else report(runs[0])
-    with reader_may_leave():  # the drawing is wanted all the same
+    text, values = (comparison_text(compared), comparison_values(compared)) if compared else report(runs[0])
+    with reader_may_leave():  # the file and the drawing are wanted all the same
         print(text)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if arguments.plot:
         try:
             draw(compared or runs[0], arguments.plot)

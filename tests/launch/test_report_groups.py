@@ -8,6 +8,10 @@ from matplotlib.figure import Figure
 from reported_runs import make_run, report
 from small_stores import cabbage_store
 
+from data_pipeline.store import Store
+from trainer.baseline import unigram_score
+from trainer.config import DataConfig
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
@@ -78,6 +82,58 @@ def test_runs_of_one_group_with_other_commits_are_noted(tmp_path: Path, store: P
     one = make_other(tmp_path / "one", store, "3.0", git_commit="a" * 40)
     two = make_other(tmp_path / "two", store, "4.0", seed=1, git_commit="b" * 40)
     assert "note: [1] [2] are of one group, but not of one git commit\n" in report(one, two).stdout
+
+
+def test_json_says_what_the_text_says(tmp_path: Path, store: Path) -> None:
+    paths, file = make_groups(tmp_path, store), tmp_path / "all.json"
+    assert report(*paths, "--json", file).returncode == 0
+    values = json.loads(file.read_text())
+    assert values["step"] == 2 and values["notes"] == []
+    assert [Path(run["run"]).name for run in values["runs"]] == ["b0", "a0", "b1", "a1", "a2", "c2", "b5"]
+    first = values["runs"][0]
+    assert first["settings"] == {
+        "model.n_hashes": 8,
+        "model.seed": 0,
+        "run.save_every": 100,
+        "run.seed": 0,
+        "samples.seed": 0,
+        "samples.web.seed": 0,
+    }
+    assert first["at_step"] == {"eval/bits_per_byte": 2.75, "eval/source/web/bits_per_byte": 5.5}
+    a, b, c = values["groups"]
+    assert a == {
+        "runs": [str(path) for path in paths[:3]],
+        "settings": {"model.n_hashes": 4},
+        "seeds": 3,
+        "held_out": {"n": 3, "mean": 3.5, "sd": 0.5},
+        "more_than_first": None,
+    }
+    assert b["more_than_first"] == {"n": 2, "mean": -0.3125, "sd": pytest.approx(0.125 / 2**0.5)}
+    assert c["held_out"] == {"n": 1, "mean": 4.125, "sd": None} and c["more_than_first"] is None
+    metrics = paths[0] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().rpartition("\n")[0] + '\n{"step": 3, "eval/bits_per_byte": null}\n')
+    assert report(paths[0], "--json", file).returncode == 0
+    values = json.loads(file.read_text())
+    assert values["scores"]["eval/bits_per_byte"] == {
+        "first": {"step": 0, "value": 8.125},
+        "last": {"step": 3, "value": None},
+    }
+    assert values["best"] == {"step": 2, "value": 3.0} and values["steps"] == 2
+    assert {
+        key: values[key] for key in ("tokens_per_s", "mfu", "peak_gib", "save_share", "skipped_steps", "spikes")
+    } == {
+        "tokens_per_s": 100.0,
+        "mfu": 0.3125,
+        "peak_gib": 1.25,
+        "save_share": 0.0625,
+        "skipped_steps": 3,
+        "spikes": 4,
+    }
+    unigram = unigram_score(Store.open(store), DataConfig(store=store), n_rows=64).bits_per_byte
+    assert values["unigram_bits_per_byte"] == unigram
+    assert values["notes"] == [f"held out is 'val' of {store}, batches are of the mixture"]
+    done = report(paths[0], "--json", tmp_path / "nowhere" / "x.json")
+    assert done.returncode == 2 and not done.stdout and "--json" in done.stderr
 
 
 def test_groups_are_drawn_as_a_line_and_a_band_each(
