@@ -19,12 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset
 from data_pipeline.store import Store
 from data_pipeline.tokenizer_folder import read_record
 from reformer import ConfigError, Reformer, ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.weights import assemble
+from trainer.batches import repeated_tokens, without_repeated
 from trainer.exported import knows_tokenizer
 from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks, range_name
 from trainer.token_losses import TokenLosses
@@ -76,7 +77,7 @@ def check(model: Reformer, store: Store, folder: Path) -> list[str]:
             f"documents of {store.path} differ from those of the training in whether they have {' and '.join(other)}: "
             "the model is scored on what it has not learnt"
         )
-    if manifest.packing == "book" and manifest.stride < store.seq_len:
+    if repeated_tokens(store):
         notes.append(
             f"rows of {store.path} overlap (--stride {manifest.stride}): each token counts once, in the first row that "
             "has it, where most of its document is before it"
@@ -142,16 +143,6 @@ def score_rows(
         {name: Score(nll, n, n_bytes=0) for name, (nll, n) in zip(names, of_ranges.tolist(), strict=True) if n},
         median(seconds),
     )
-
-
-def without_repeated(sample: Sample, segments: Sequence[Sequence[int]], store: Store) -> Sample:
-    """A row without labels that a row before it has, where windows of a document overlap."""
-    manifest, labels = store.manifest, sample.labels.clone()
-    overlap = store.seq_len - manifest.stride if manifest.packing == "book" else 0
-    for start, _, _, document_start in segments:
-        if document_start and overlap:
-            labels[start : start + overlap - 1] = IGNORED_LABEL
-    return sample._replace(labels=labels)
 
 
 def total(scores: Iterable[Score]) -> Score:

@@ -51,10 +51,25 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+def repeated_tokens(store: Store) -> int:
+    """How many of the first tokens of a row the row before has, where both are windows of one document."""
+    return store.seq_len - store.manifest.stride if store.manifest.packing == "book" else 0
+
+
+def without_repeated(sample: Sample, segments: Sequence[Sequence[int]], store: Store) -> Sample:
+    """A row without the labels that a row before it has; segments: as `Store.segments_of` has them."""
+    labels, n_repeated = sample.labels.clone(), repeated_tokens(store)
+    for start, _, _, document_start in segments:
+        if document_start and n_repeated:
+            labels[start : start + n_repeated - 1] = IGNORED_LABEL
+    return sample._replace(labels=labels)
+
+
 class HeldOutRows:
     """At most `n_rows` rows of a split, drawn at random, the same ones in the same order every time.
 
-    The first rows of a split would be the beginnings of few documents, such as the end of a chromosome.
+    The first rows of a split would be the beginnings of few documents, such as the end of a chromosome. A token that
+    several rows have, of windows that overlap, is to be predicted in the first of them alone.
     """
 
     def __init__(self, store: Store, split: str, n_rows: int) -> None:
@@ -65,13 +80,18 @@ class HeldOutRows:
     @property
     def identity(self) -> str:
         """Which rows they are."""
-        return f"{len(self)} rows drawn from {self._rows.split} of {self.store.manifest.fingerprint}"
+        once = ", each token once" if repeated_tokens(self.store) else ""
+        return f"{len(self)} rows drawn from {self._rows.split} of {self.store.manifest.fingerprint}{once}"
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._rows[self._numbers[index]]
+        number = self._numbers[index]
+        row = self._rows[number]
+        if not repeated_tokens(self.store):
+            return row
+        return without_repeated(row, self._rows.segments_of(number).tolist(), self.store)
 
 
 def held_out_rows(store: Store, config: RunConfig) -> HeldOutRows | None:

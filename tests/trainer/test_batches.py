@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_stores import write_store
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, Sample
 from data_pipeline.errors import DataError
+from data_pipeline.store import Store
 from trainer.batches import (
     HeldOutRows,
     blank,
@@ -36,7 +38,7 @@ def test_evaluation_uses_every_row_once_and_all_ranks_equally(n_rows: int, micro
 
 def fake_store(name: str) -> Any:
     alike = {"seq_len": 8, "vocab_size": 10, "tokenizer_sha256": "of all"}
-    manifest = SimpleNamespace(fingerprint=f"hash of {name}", **alike)
+    manifest = SimpleNamespace(fingerprint=f"hash of {name}", packing="bestfit", **alike)
     return SimpleNamespace(manifest=manifest, split_rows=lambda _: [(0, 5)])
 
 
@@ -54,6 +56,20 @@ def test_evaluations_do_not_read_the_beginning_of_a_split_only(monkeypatch: pyte
     read = [rows[index] for index in range(len(rows))]
     assert read == drawn(1000, 64)
     assert min(read) < 100 and max(read) > 900 and len(set(read)) == 64
+
+
+def test_a_token_of_windows_that_overlap_is_evaluated_once(tmp_path: Path) -> None:
+    texts = {str(number): bytes(range(97, 97 + number)) for number in (3, 9, 20, 26)}
+    for stride in (1, 3, 8):
+        write_store(tmp_path / f"{stride}", texts, val=["9", "20", "26"], seq_len=8, packing="book", stride=stride)
+        rows = HeldOutRows(Store.open(tmp_path / f"{stride}"), "val", 1000)
+        of_rows = (rows[index].labels for index in range(len(rows)))
+        labels = [each[each != IGNORED_LABEL] for each in of_rows]
+        assert rows.identity.endswith(", each token once") == (stride < 8)
+        if stride < 8:  # else the first token of a window is to be predicted in none
+            assert sum(map(len, labels)) == 9 + 20 + 26 + 3 and sorted(torch.cat(labels).tolist()) == sorted(
+                [*b"".join(list(texts.values())[1:]), 257, 257, 257]
+            )
 
 
 def test_what_is_evaluated_and_that_nothing_is_without_evaluations() -> None:
