@@ -35,6 +35,18 @@ def test_an_optimizer_that_is_none_of_the_three(kind: Any) -> None:
         asked(kind, lr=1e-3)
 
 
+def test_adafactor_trains_no_table_of_no_width() -> None:
+    model = CONFIG.model.model_copy(update={"axial_dims": (0, CONFIG.model.d_model)})
+    config = CONFIG.model_copy(update={"model": model})
+    adamw, adafactor = (
+        {"train_batch_size": 8, "optimizer": {"type": kind, "params": {"lr": 1e-3, **more}}}
+        for kind, more in (("AdamW", {"torch_adam": True}), ("Adafactor", {}))
+    )
+    check(config, adamw, STORE, world_size=2)
+    with pytest.raises(ConfigError, match=r"model.axial_dims=\[0, \d+\]: Adafactor cannot train a table of width 0"):
+        check(config, adafactor, STORE, world_size=2)
+
+
 @pytest.mark.parametrize("kind", ["AdamW", "adam", "Adafactor"])
 @pytest.mark.parametrize(
     ("params", "message"),
