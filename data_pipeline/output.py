@@ -38,10 +38,9 @@ def exit_code(command: Callable[[], int | None], *errors: type[Exception]) -> in
     """Of a command: what it returns, 2 where it is ended by DataError, OSError or one of `errors`, 130 by Ctrl-C.
 
     OSError: a full disk, no permission; the system's words name the file. What is printed is UTF-8, whatever the
-    terminal's encoding is: texts and file names are to be had as they are.
+    terminal's encoding is.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    print_utf8()
     told: tuple[type[Exception], ...] = (DataError, OSError, *errors)
     code: int | None = 0
     try:
@@ -54,6 +53,12 @@ def exit_code(command: Callable[[], int | None], *errors: type[Exception]) -> in
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code or 0
+
+
+def print_utf8() -> None:
+    """From here on what is printed is UTF-8, and names of files are the bytes that they are."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed:
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def positive(text: str) -> int:

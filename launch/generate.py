@@ -21,7 +21,6 @@ into 2 GiB, and written when all of these are drawn: who interrupts it loses the
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -139,9 +138,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--samples {arguments.samples} with --temperature 0 would all be the same: leave out one")
     device = choose_device(arguments.device)
     model, tokenizer, ends = read_generator(arguments.folder)
-    if os.path.isfile(arguments.prompt):  # noqa: PTH113 (Path.is_file raises for what is too long for a name)
-        file = shlex.quote(arguments.prompt)
-        print(f"note: the prompt is the name of a file; its text is continued by - < {file}", file=sys.stderr)
+    if arguments.prompt != "-" and os.path.isfile(arguments.prompt):  # noqa: PTH113 (Path's raises for long prompts)
+        print("note: the prompt is the name of a file; to continue its text, give - and < FILE", file=sys.stderr)
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
     check_draws(model.config, tokens, arguments.tokens, draws, ends.bos)  # before anything is printed
     continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos, arguments.samples)

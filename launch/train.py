@@ -40,7 +40,7 @@ from pathlib import Path  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
-from data_pipeline.output import positive  # noqa: E402
+from data_pipeline.output import INTERRUPTED, positive, print_utf8  # noqa: E402
 from trainer.config import ConfigError  # noqa: E402
 from trainer.distributed import Launch, detect  # noqa: E402
 from trainer.job import read_job  # noqa: E402
@@ -92,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    print_utf8()
     arguments = parse_arguments()
     rank = 0
     try:
@@ -124,6 +125,9 @@ def main() -> int:
             place = f" (rank {rank} on {host}; if rank 0 has no such error: do all nodes see the same files?)"
             show(f"error: {error}{place if rank and not dist.is_initialized() else ''}", error=True)
         return 2
+    except KeyboardInterrupt:  # before the run listens to it, or the second one
+        show("error: interrupted", error=True)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ class HeadGroup:
     """The inner attention's output [B, h, T, D]; with its graph, if `projected` are its leaves."""
 
 
+BY_HAND = ("project", "merged")
+"""Methods of a layer whose backward is written out."""
+
+
 class _Attention(nn.Module):
     """What all kinds share. Parameters are the module's own: see `FeedForward` for why."""
 
@@ -76,16 +80,23 @@ class _Attention(nn.Module):
         for name in (*self.projections, "out"):
             nn.init.xavier_uniform_(self.get_parameter(f"{name}_weight"))
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
         """Refuse what the backward of `_with_gradients`, which knows these projections alone, would get wrong."""
-        for name in ("project", "merged"):
+        super().__init_subclass__(**options)
+        for name in BY_HAND:
             if getattr(cls, name) is not getattr(_Attention, name):
                 raise TypeError(f"{cls.__name__}.{name} would get no gradient: put what it is to do into `inner`")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "inner" and isinstance(value, nn.Module):
-            raise TypeError("`inner` is a module, whose parameters would get no gradient: give a function without any")
-        super().__setattr__(name, value)
+        """The same for what is put into a layer; a module as `inner` is a function, and not one of its children."""
+        if name in BY_HAND:
+            raise TypeError(f"{name} of a layer would get no gradient: put what it is to do into `inner`")
+        if name != "inner":
+            return super().__setattr__(name, value)
+        owner = getattr(value, "__self__", value)
+        if isinstance(owner, nn.Module) and any(True for _ in owner.parameters()):
+            raise TypeError("`inner` has parameters, which would get no gradient: give a function without any")
+        return object.__setattr__(self, name, value)
 
     def forward(
         self,
@@ -129,11 +140,16 @@ class _Attention(nn.Module):
         return out, torch.cat(found, dim=1) if found else None
 
     def _refuse_others(self, known: list[Tensor]) -> None:
-        """Raise a RuntimeError for parameters beside those that get their gradients by hand, and what these are made
-        of by torch.nn.utils.parametrize."""
-        others = [name for name, own in self.named_parameters() if all(own is not each for each in known)]
-        if lost := [name for name in others if not name.startswith("parametrizations.")]:
-            raise RuntimeError(f"an attention layer has parameters that would get no gradient: {', '.join(lost)}")
+        """Raise a RuntimeError for parameters to be trained beside those that get their gradients by hand, and what
+        these are made of: by torch.nn.utils.parametrize, or weight_norm."""
+        made_of = ("parametrizations.", *(f"{name}_weight_" for name in (*self.projections, "out", "norm")))
+        others = [
+            name
+            for name, own in self.named_parameters()
+            if own.requires_grad and all(own is not each for each in known) and not name.startswith(made_of)
+        ]
+        if others:
+            raise RuntimeError(f"an attention layer has parameters that would get no gradient: {', '.join(others)}")
 
     def attend(
         self, projected: list[Tensor], call: Call, buckets: Tensor | None, heads: slice

@@ -79,8 +79,8 @@ def check(model: Reformer, store: Store, folder: Path) -> list[str]:
         )
     if repeated_tokens(store):
         notes.append(
-            f"rows of {store.path} overlap (--stride {manifest.stride}): each token counts once, in the first row that "
-            "has it, where most of its document is before it"
+            f"rows of {store.path} overlap (--stride {manifest.stride}): of each, the tokens count that no row before "
+            "it has"
         )
     return notes
 
@@ -112,7 +112,7 @@ def score_rows(
 ) -> Scores:
     """Score rows of a split, by their numbers, with a forward pass that `attending` gives.
 
-    A token that several rows have counts in the first of them. Raises DataError where a row is damaged.
+    Of a row the tokens count that no row before it has. Raises DataError where a row is damaged.
 
     of_tokens: where to put the loss of each token, too.
     """

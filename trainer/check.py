@@ -17,9 +17,8 @@ from data_pipeline.store import Store
 from reformer.config import ConfigError, near_square
 from trainer.check_deepspeed import batch, clipping, keys, objections, precision, zero_stage
 from trainer.check_offload import offload
-from trainer.check_optimizer import ADAFACTOR, optimizer
+from trainer.check_optimizer import optimizer, tables_of_no_width
 from trainer.config import DataConfig, RunConfig
-from trainer.deepspeed_settings import table
 
 UNEVEN = 256
 """A position table with so many times more columns than rows is hardly one: of 1,048,576 positions, 64 x 16,384 is."""
@@ -67,7 +66,7 @@ def check(
         # These make sense for a valid stage only.
         *(zero_stage(deepspeed) or [*precision(deepspeed), *optimizer(deepspeed), *offload(deepspeed)]),
         *_data(config, store, sources),
-        *_adafactor_of(config, deepspeed),
+        *tables_of_no_width(config.model, deepspeed),
     ]
     # DeepSpeed's own opinion is asked last: it would only repeat the ones above.
     if problems := (problems or objections(deepspeed)):
@@ -164,14 +163,6 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
         for key in ("tokenizer_sha256", "vocab_size", "seq_len")
         if (theirs := getattr(facts, key)) != (ours := getattr(store, key))
     ]
-
-
-def _adafactor_of(config: RunConfig, deepspeed: Mapping[str, Any]) -> list[str]:
-    """It divides by the number of elements of each parameter."""
-    dims = config.model.axial_dims or ()
-    if table(deepspeed, "optimizer").get("type") != ADAFACTOR or 0 not in dims:
-        return []
-    return [f"model.axial_dims={list(dims)}: Adafactor cannot train a table of width 0: give numbers above 0, or AdamW"]
 
 
 class _Split(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from reformer.config import ReformerConfig
 from trainer import extensions
 from trainer.check_deepspeed import nearest
 from trainer.check_offload import device_of
@@ -36,6 +37,14 @@ def optimizer(deepspeed: Mapping[str, Any]) -> list[str]:
     if kind == ADAFACTOR:
         return _settings(params, torch.optim.Adafactor, set()) or _adafactor(deepspeed)
     return [f'deepspeed.optimizer.type={kind!r}: give "AdamW", "Adam" or "Adafactor"']
+
+
+def tables_of_no_width(model: ReformerConfig, deepspeed: Mapping[str, Any]) -> list[str]:
+    """Adafactor divides by the number of elements of each parameter."""
+    dims = model.axial_dims or ()
+    if table(deepspeed, "optimizer").get("type") != ADAFACTOR or 0 not in dims:
+        return []
+    return [f"model.axial_dims={list(dims)}: Adafactor cannot train a table of width 0: give numbers above 0, or AdamW"]
 
 
 def _settings(params: Mapping[str, Any], make: type[torch.optim.Optimizer], added: set[str]) -> list[str]:

@@ -170,8 +170,12 @@ class LoopConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_decay(self) -> Self:
-        if (self.decay == "wsd") != (self.decay_steps is not None):
-            raise ValueError(f"run.decay={self.decay!r} and run.decay_steps={self.decay_steps}: wsd alone needs them")
+        if self.decay == "wsd" and self.decay_steps is None:
+            raise ValueError("run.decay='wsd' falls in the last run.decay_steps: give their number")
+        if self.decay != "wsd" and self.decay_steps is not None:
+            raise ValueError(
+                f"run.decay_steps={self.decay_steps} is for run.decay='wsd', not {self.decay!r}: leave it out"
+            )
         if self.decay_steps and self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"run.warmup_steps={self.warmup_steps} and run.decay_steps={self.decay_steps} are more than "

@@ -7,12 +7,10 @@ MPI says where rank 0 is, and does nothing else.
 
 import os
 import re
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
@@ -259,13 +257,11 @@ def _shared_store(launch: Launch) -> dist.Store:
             "set MASTER_ADDR to an address that all nodes reach"
         ) from None
     try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         if launch.rank == 0:
-            store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
             store.set(_RANK_0, "is here")
         else:
-            with _ended_by_sigterm():
-                store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-                store.wait([_RANK_0])
+            store.wait([_RANK_0])
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         if launch.rank == 0 and "EADDRINUSE" in reason:
@@ -278,16 +274,6 @@ def _shared_store(launch: Launch) -> dist.Store:
             "them started, and do all nodes reach that address? MASTER_ADDR can name another"
         ) from None
     return store
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Around a wait that goes on after a handler in Python: who waits for a rank that has ended need not be killed."""
-    former = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def _claim_device(launch: Launch) -> torch.device:

@@ -5,6 +5,7 @@ a word, and for ever if its maker was killed.
 """
 
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,10 @@ from deepspeed.git_version_info import accelerator_name, installed_ops
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder
 from torch.utils import cpp_extension
 
-STALE_LOCK_S = 900
-"""Age at which the lock of a compilation is one that nobody holds any more."""
+from trainer.preemption import PREEMPTED, SIGNALS
+
+STALE_LOCK_S = 480
+"""Age at which the lock of a compilation is one that nobody holds any more; less than ranks wait for each other."""
 _POLL_S = 1.0
 
 
@@ -50,22 +53,25 @@ def missing_for(builder_name: str) -> str:
 
 
 def _is_released(lock: Path) -> bool:
-    """Waits until a lock is gone; False once it is so old that nobody holds it any more."""
-    said = False
-    while True:
-        try:
-            age_s = time.time() - lock.stat().st_mtime
-        except FileNotFoundError:
-            return True
-        if age_s > STALE_LOCK_S:
+    """Waits until a lock is gone; False once it is so old that nobody holds it any more.
+
+    Where a signal that asks a run to stop comes meanwhile, this ends as a run that was asked to.
+    """
+    try:
+        left_s = min(STALE_LOCK_S, STALE_LOCK_S - (time.time() - lock.stat().st_mtime))  # clocks of nodes may differ
+    except FileNotFoundError:
+        return True
+    if left_s > 0:
+        about = "another process seems to compile this part of DeepSpeed; if none does, remove that file"
+        print(f"waiting for {lock} to go, {left_s:.0f} s at most: {about}", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + left_s
+    while lock.exists():
+        if time.monotonic() > deadline:
             return False
-        if not said:
-            about = "another process seems to compile this part of DeepSpeed; if none does, remove that file"
-            print(
-                f"waiting for {lock} to go, {STALE_LOCK_S - age_s:.0f} s at most: {about}", file=sys.stderr, flush=True
-            )
-            said = True
+        if signal.sigpending() & {*SIGNALS}:  # launch/train.py blocks them until the run listens to them
+            raise SystemExit(PREEMPTED)
         time.sleep(_POLL_S)
+    return True
 
 
 def _missing_of_cuda() -> str:

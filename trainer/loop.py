@@ -32,11 +32,10 @@ from trainer.peaks import mfu, peak_flops
 from trainer.preemption import PREEMPTED, Preemption, stopping
 from trainer.profiling import Profiler
 from trainer.rank_faults import lost_ranks
-from trainer.record import write_record
+from trainer.record import count_stop, write_record
 from trainer.reporter import Reporter
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
 from trainer.resume import changes
-from trainer.run_files import read_record
 from trainer.schedule import due, lr_factor
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place, timed
@@ -45,8 +44,8 @@ from trainer.terminal import Reported, eval_lines
 from trainer.timing import Stopwatch
 from trainer.watchdog import Watchdog
 
-MOST_STARTS = 4
-"""Starts from one step, the last of which made none, after which it is an error."""
+MOST_STOPS = 4
+"""Starts since a checkpoint that were asked to stop before their first step, from which on that is an error."""
 
 
 def train(job: Job) -> int:
@@ -351,10 +350,10 @@ class Trainer:
 
     def refuse_to_starve(self) -> None:
         """Raise ConfigError, on rank 0, where start after start made no step: a job would be requeued for ever."""
-        if self.launch.rank == 0 and read_record(self.plan.dir)["starts_in_row"] >= MOST_STARTS:
+        if self.launch.rank == 0 and (n_stops := count_stop(self.plan.dir)) >= MOST_STOPS:
             raise ConfigError(
-                f"{MOST_STARTS} starts in a row in {self.plan.dir} came to no checkpoint, and this one was asked to "
-                "stop before its first step: give the job more time (in SLURM, a --time far above --signal)"
+                f"{n_stops} starts in {self.plan.dir} since its last checkpoint were asked to stop before their first "
+                "step: give the job more time (in SLURM, a --time far above --signal)"
             )
 
     def end(self, done: int) -> None:

@@ -3,7 +3,7 @@
 RUN/run.json: one object, written before the first step.
 
     started, resumed_from_step          ISO time; null unless resumed
-    starts_in_row                       starts from that step, this one with them, that no checkpoint has come between
+    stops_before_a_step                 starts since the last checkpoint that were asked to stop before their first step
     config, deepspeed                   the resolved TOML side {model, data, run} and DeepSpeed's JSON
     store                               of data.store: {seq_len, vocab_size, rows: {split: number}, tokenizer_sha256,
                                         fingerprint, bos, eos}
@@ -55,7 +55,7 @@ def write_record(
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_from_step": resumed_from_step,
-        "starts_in_row": starts_before(run_dir, resumed_from_step) + 1,
+        "stops_before_a_step": stops_since(run_dir, resumed_from_step),
         "config": job.config.model_dump(mode="json"),
         "deepspeed": job.deepspeed,
         "store": asdict(StoreFacts.of(job.store)),
@@ -75,13 +75,21 @@ def write_record(
     show(metrics, record)
 
 
-def starts_before(run_dir: Path, resumed_from_step: int | None) -> int:
-    """How many starts in a row were from this step, by the record of the last one; 0 where that has none."""
+def stops_since(run_dir: Path, resumed_from_step: int | None) -> int:
+    """How many starts from this step were asked to stop before their first, by the record; 0 where that has none."""
     try:
         before = read_record(run_dir)
     except ConfigError:  # of a new run; or damaged, and about to be replaced
         return 0
-    return int(before.get("starts_in_row", 0)) if before.get("resumed_from_step") == resumed_from_step else 0
+    return int(before.get("stops_before_a_step") or 0) if before.get("resumed_from_step") == resumed_from_step else 0
+
+
+def count_stop(run_dir: Path) -> int:
+    """Add one to them, in the record of a start that is asked to stop before its first step; how many there are now."""
+    record = read_record(run_dir)
+    record["stops_before_a_step"] += 1
+    write_json(run_dir / RECORD, record)
+    return int(record["stops_before_a_step"])
 
 
 def show(metrics: "Metrics", record: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The loss of every token of a document, put together from the rows that hold its stretches, as arrays in a folder.
 
-NAME.npy         float32 [n_tokens]: of each token of a document, BOS and EOS with them, its loss in nats given those
+FILE.npy         float32 [n_tokens]: of each token of a document, BOS and EOS with them, its loss in nats given those
                  before it in its row; NaN where it was not predicted. To the end of the last stretch that was scored.
 documents.json   [{file, document: its number in the store, name: in documents.jsonl}], in that order
 """

@@ -21,6 +21,7 @@ from bench.process import machine, write
 
 from bench_pipeline.flips import Flip, flips
 from bench_pipeline.kills import Trial, kills
+from data_pipeline.output import counted
 
 
 def add_command(commands: Any) -> None:
@@ -45,8 +46,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.part == "kills":
         results = trials = kills(arguments.times or 50, arguments.seed, arguments.bytes)
         failed = sum(not trial.passed for trial in trials)
-        total = sum(len(trial.kills) for trial in trials)
-        print(f"{total} kills in {len(trials)} builds, {failed} of which did not come out as if undisturbed")
+        done = f"{counted(sum(len(trial.kills) for trial in trials), 'kill')} in {counted(len(trials), 'build')}"
+        print(f"{done}, {failed} of which did not come out as if undisturbed")
     else:
         results = flipped = flips(arguments.times or 2000, arguments.seed)
         failed = sum(result.verify == "nothing" or result.reading == "wrong" for result in flipped)

@@ -255,4 +255,4 @@ def test_faults_of_the_pipeline_from_the_command_line(
     monkeypatch.setattr(faults, "kills", lambda times, seed, n_bytes: [failed])
     monkeypatch.setattr(sys, "argv", ["launch/benchmark.py", "pipeline-faults", "kills"])
     assert benchmark.main() == 1
-    assert capsys.readouterr().out == "1 kills in 1 builds, 1 of which did not come out as if undisturbed\n"
+    assert capsys.readouterr().out == "1 kill in 1 build, 1 of which did not come out as if undisturbed\n"

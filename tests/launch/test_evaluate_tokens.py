@@ -72,7 +72,7 @@ def test_the_losses_of_tokens_are_those_of_rows_put_together(
 def test_a_token_of_several_windows_counts_in_the_first(exported: Path, call, tmp_path: Path, stride: int) -> None:
     store = make_store(tmp_path / "store", "book", stride)
     code, out, error = call(exported, store.path, "--per-token", tmp_path / "losses")
-    assert code == 0 and f"overlap (--stride {stride}): each token counts once, in the first row that has it" in error
+    assert code == 0 and f"overlap (--stride {stride}): of each, the tokens count that no row before it has\n" in error
     found = read_losses(tmp_path / "losses")
     n_tokens = sum(len(text) + 1 for name, text in TEXTS.items() if name != "0")
     assert f": {n_tokens:,} tokens to predict in 5 documents (of so few, " in out

@@ -157,7 +157,7 @@ def test_a_prompt_that_names_a_file_is_noted(
     monkeypatch.chdir(tmp_path)
     code, out, error = call(exported, "a b", "--tokens", "1")
     assert code == 0 and out.startswith("a b")
-    assert error == "note: the prompt is the name of a file; its text is continued by - < 'a b'\n"
+    assert error == "note: the prompt is the name of a file; to continue its text, give - and < FILE\n"
     code, _, error = call(exported, "a" * 5000, "--tokens", "1")
     assert code == 2 and "beyond max_seq_len" in error, "it is no name of a file"
 

@@ -1,5 +1,6 @@
 """Attention and feed-forward of a user's own, as docs/library.md has them; what would train wrongly is refused."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from parity import assert_parity, gradients
 from small_models import make_batch, plain_loss, small_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from reformer.attention import LocalSelfAttention
 from reformer.call import Call
@@ -76,8 +78,60 @@ def test_a_method_that_the_backward_does_not_know_is_refused(name: str) -> None:
 def test_parameters_that_would_not_be_trained_are_refused() -> None:
     model = small_model()
     attention, (tokens, labels, _) = model.blocks[0].attention, make_batch()
-    with pytest.raises(TypeError, match="`inner` is a module, whose parameters would get no gradient"):
-        attention.inner = nn.Identity()
-    attention.temperature = nn.Parameter(torch.ones(2))
+    linear = nn.Linear(8, 8).double()
+    for inner in (linear, linear.forward):
+        with pytest.raises(TypeError, match="`inner` has parameters, which would get no gradient"):
+            attention.inner = inner
+    with pytest.raises(TypeError, match="project of a layer would get no gradient"):
+        attention.project = lambda x, columns: [x, x]
+    attention.temperature = nn.Parameter(torch.ones(2), requires_grad=False)
+    model(tokens, labels, step=0).backward()
+    attention.temperature.requires_grad_()
     with pytest.raises(RuntimeError, match="parameters that would get no gradient: temperature"):
         model(tokens, labels, step=0).backward()
+
+
+def test_a_module_without_parameters_is_called() -> None:
+    class Zero(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, **mode: Any) -> Tensor:
+            return torch.zeros_like(v) * (q + k + v)
+
+    model = small_model(attn_pattern=["local"])
+    tokens, labels, _ = make_batch()
+    before = model(tokens, labels, step=0)
+    for block in model.blocks:
+        block.attention.inner = Zero()
+    assert copy.deepcopy(model)(tokens, labels, step=0) == model(tokens, labels, step=0) != before
+
+
+class LowRank(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(n, 2, dtype=weight.dtype)) for n in weight.shape)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.a @ self.b.T
+
+
+@pytest.mark.parametrize("name", ["qk_weight", "out_weight"])
+def test_adapters_have_the_gradients_of_plain_autograd(name: str) -> None:
+    model = small_model()
+    attention, (tokens, labels, _) = model.blocks[1].attention, make_batch()
+    parametrize.register_parametrization(attention, name, LowRank(getattr(attention, name)))
+    loss = model(tokens, labels, step=0)
+    loss.backward()
+    found = {"loss": loss.detach(), **gradients(model)}
+    assert any("parametrizations" in each for each in found)
+    model.zero_grad()
+    expected = plain_loss(model, tokens, labels, Call(seed=0, step=0, sample_ids=(0, 1)))
+    expected.backward()
+    assert_parity(found, {"loss": expected.detach(), **gradients(model)}, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_weight_norm_has_gradients() -> None:
+    model = small_model()
+    attention, (tokens, labels, _) = model.blocks[1].attention, make_batch()
+    torch.nn.utils.weight_norm(attention, "out_weight")
+    model(tokens, labels, step=0).backward()
+    assert attention.out_weight_g.grad.any() and attention.out_weight_v.grad.any()

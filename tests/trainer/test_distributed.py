@@ -1,10 +1,6 @@
 """Who we are, from the environment that each launcher makes; no process group is started."""
 
-import signal
 import socket
-import subprocess
-import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,28 +175,3 @@ def test_a_rank_that_has_met_nobody_writes_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(ConfigError, match="nobody is there"):
         train(job)
     assert not list(tmp_path.iterdir())
-
-
-JOINING = """
-import sys
-from trainer.distributed import Launch, meet
-from trainer.preemption import Preemption
-with Preemption():
-    print("joins", flush=True)
-    meet(Launch("none", rank=1, world_size=2, master_addr="127.0.0.1", master_port=int(sys.argv[1])))
-"""
-
-
-def test_who_waits_for_a_rank_that_has_ended_is_ended_by_sigterm() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]  # free again below: nobody is going to listen there
-    command = [sys.executable, "-c", JOINING, str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
-        assert waiting.stdout and waiting.stdout.readline() == "joins\n"
-        time.sleep(1)
-        waiting.terminate()
-        try:
-            _, errors = waiting.communicate(timeout=20)
-        finally:
-            waiting.kill()
-    assert waiting.returncode == -signal.SIGTERM and "frame #" not in errors

@@ -1,7 +1,11 @@
 """What DeepSpeed needs to compile a part of it, where that is missing."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +38,20 @@ def test_what_a_machine_lacks_is_named(
     assert missing_for("AsyncIOBuilder").startswith(expected)
 
 
+class Clock:
+    """In the place of the module `time`, for one that waits; `meanwhile` is what happens while it sleeps."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self.seconds, self.meanwhile, self.time = 0.0, meanwhile, time.time
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.meanwhile()
+
+
 @pytest.mark.parametrize("extension", ["async_io", "pin_memory"])
 def test_a_lock_that_nobody_holds_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], extension: str
@@ -46,17 +64,42 @@ def test_a_lock_that_nobody_holds_is_named(
     lock = tmp_path / extension / "lock"
     lock.parent.mkdir()
     lock.touch()
-    monkeypatch.setattr("trainer.extensions.time.sleep", lambda _: lock.unlink())
+    clock = Clock(meanwhile=lock.unlink)
+    monkeypatch.setattr("trainer.extensions.time", clock)
     assert missing_for("AsyncIOBuilder") == "" and not lock.exists(), "who compiles it just now was not waited for"
     said = capsys.readouterr().err
-    assert said.startswith(f"waiting for {lock} to go, 900 s at most: ") and said.count("\n") == 1
+    assert said.startswith(f"waiting for {lock} to go, 480 s at most: ") and said.count("\n") == 1
     lock.touch()
-    monkeypatch.setattr("trainer.extensions.time.sleep", lambda _: os.utime(lock, (time.time() - 4000,) * 2))
+    clock.meanwhile = lambda: None
     assert missing_for("AsyncIOBuilder").startswith(f"the removal of {lock}, which a compilation")
+    assert 480 < clock.seconds < 490
     os.utime(lock, (time.time() - 4000,) * 2)
     assert missing_for("AsyncIOBuilder").startswith(f"the removal of {lock}, which a compilation")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock))
     assert missing_for("AsyncIOBuilder").startswith("a folder that can be written to, to compile in: ")
+
+
+def test_who_waits_for_a_lock_hears_a_signal(tmp_path: Path) -> None:
+    """launch/train.py blocks signals until the run listens to them; a process of its own has no other thread."""
+    (tmp_path / "async_io").mkdir()
+    (tmp_path / "async_io/lock").touch()
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "async_io/lock")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stderr and waiting.stderr.readline().startswith("waiting for ")
+        waiting.send_signal(signal.SIGUSR1)
+        try:
+            assert waiting.wait(timeout=60) == 75
+        finally:
+            waiting.kill()
+
+
+WAITING = """
+import signal, sys
+from pathlib import Path
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+from trainer.extensions import _is_released
+_is_released(Path(sys.argv[1]))
+"""
 
 
 def test_a_part_that_does_not_exist_for_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

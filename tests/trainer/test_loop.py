@@ -193,17 +193,17 @@ def test_it_is_known_since_when_evaluations_are_of_the_same_rows() -> None:
     assert Progress.from_state({**state, "scored_on": "a"}).of({"": "b"}, 5).scored[""]["since"] == 5
 
 
-@pytest.mark.parametrize(("starts", "done"), [(3, 2), (4, 2), (4, 3)])
 def test_a_run_that_is_stopped_before_its_first_step_again_and_again_is_over(
-    process_group: None, tmp_path: Path, starts: int, done: int
+    process_group: None, tmp_path: Path
 ) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"config": {}, "starts_in_row": starts}))
+    (tmp_path / "run.json").write_text('{"config": {}, "stops_before_a_step": 2}')
     trainer: Any = object.__new__(Trainer)
     trainer.plan = LoopConfig(dir=tmp_path, deepspeed_config=Path("x.json"), steps=9)
     trainer.launch, trainer.device, trainer.first_step, trainer.saved_step = Launch("none"), torch.device("cpu"), 2, 3
     trainer.preemption, trainer.reporter = SimpleNamespace(signal=10), SimpleNamespace(say=lambda line: None)
-    if (starts, done) == (4, 2):
-        with pytest.raises(ConfigError, match=r"4 starts in a row in .* came to no checkpoint.*give the job more time"):
-            trainer.asked_to_stop(done)
-    else:
-        assert trainer.asked_to_stop(done)
+    assert trainer.asked_to_stop(2) and trainer.asked_to_stop(3)
+    assert json.loads((tmp_path / "run.json").read_text()) == {"config": {}, "stops_before_a_step": 3}
+    for n_stops in (4, 5):
+        with pytest.raises(ConfigError, match=f"^{n_stops} starts in .* since its last checkpoint .*the job more time"):
+            trainer.asked_to_stop(2)
+    assert trainer.asked_to_stop(3), "after a step"

@@ -24,7 +24,7 @@ from trainer.distributed import Launch
 from trainer.job import Job
 from trainer.memory import host_gib, memory_gib, peak_gib
 from trainer.metrics import Metrics
-from trainer.record import environment, show, starts_before, write_record
+from trainer.record import environment, show, stops_since, write_record
 
 
 def record(d_model: int) -> dict[str, Any]:
@@ -165,14 +165,15 @@ def test_run_json_states_the_peak_that_mfu_is_of(
     assert found["launch"]["peak_flops"] == peak
     assert found["launch"]["device"] == device_name
     assert (found["resumed_from_step"], found["n_parameters"], found["store"]["fingerprint"]) == (2, 7, "abc")
-    assert found["evaluated"] == {"": {"rows": "7", "since": 3}} and found["starts_in_row"] == 1
+    assert found["evaluated"] == {"": {"rows": "7", "since": 3}} and found["stops_before_a_step"] == 0
 
 
-def test_starts_from_one_step_are_counted(tmp_path: Path) -> None:
-    assert starts_before(tmp_path, None) == 0, "a new run"
-    (tmp_path / "run.json").write_text('{"config": {}, "resumed_from_step": 2, "starts_in_row": 3}')
-    assert [starts_before(tmp_path, step) for step in (2, 4, None)] == [3, 0, 0]
-    (tmp_path / "run.json").write_text('{"config": {}, "resumed_from_step": null}')
-    assert starts_before(tmp_path, None) == 0, "an older version"
+def test_stops_are_counted_until_there_is_another_checkpoint(tmp_path: Path) -> None:
+    assert stops_since(tmp_path, None) == 0, "a new run"
+    (tmp_path / "run.json").write_text('{"config": {}, "resumed_from_step": 2, "stops_before_a_step": 3}')
+    assert [stops_since(tmp_path, step) for step in (2, 4, None)] == [3, 0, 0]
+    for of_others in ("", ', "stops_before_a_step": null'):
+        (tmp_path / "run.json").write_text(f'{{"config": {{}}, "resumed_from_step": null{of_others}}}')
+        assert stops_since(tmp_path, None) == 0
     (tmp_path / "run.json").write_text('{"config"')
-    assert starts_before(tmp_path, None) == 0
+    assert stops_since(tmp_path, None) == 0

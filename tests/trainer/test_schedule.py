@@ -39,9 +39,10 @@ def test_wsd_is_constant_and_falls_in_its_last_steps() -> None:
 
 
 def test_wsd_says_how_long_it_falls() -> None:
-    for wrong in ({"decay": "wsd"}, {"decay": "cosine", "decay_steps": 5}):
-        with pytest.raises(ConfigError, match="wsd alone needs them"):
-            factor(0, steps=10, **wrong)
+    with pytest.raises(ConfigError, match=r"run.decay='wsd' falls in the last run.decay_steps: give their number"):
+        factor(0, steps=10, decay="wsd")
+    with pytest.raises(ConfigError, match=r"run.decay_steps=5 is for run.decay='wsd', not 'cosine': leave it out"):
+        factor(0, steps=10, decay="cosine", decay_steps=5)
     with pytest.raises(ConfigError, match=r"run.decay_steps=8 are more than run.steps=10: lower one of them"):
         factor(0, steps=10, warmup_steps=3, decay="wsd", decay_steps=8)
 
