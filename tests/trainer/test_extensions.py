@@ -85,7 +85,7 @@ def test_who_waits_for_a_lock_hears_a_signal(tmp_path: Path) -> None:
     (tmp_path / "async_io/lock").touch()
     command = [sys.executable, "-c", WAITING, str(tmp_path / "async_io/lock")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as waiting:
-        assert waiting.stderr and waiting.stderr.readline().startswith("waiting for ")
+        assert waiting.stderr and any(line.startswith("waiting for ") for line in waiting.stderr)
         waiting.send_signal(signal.SIGUSR1)
         try:
             assert waiting.wait(timeout=60) == 75
