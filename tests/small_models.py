@@ -38,3 +38,14 @@ def plain_stack(blocks: nn.ModuleList, x1: Tensor, x2: Tensor, call: Call) -> tu
 def plain_loss(model: Reformer, tokens: Tensor, labels: Tensor, call: Call) -> Tensor:
     x = model.embedding(tokens)
     return F.cross_entropy(model.head(*plain_stack(model.blocks, x, x, call)).flatten(0, 1), labels.flatten())
+
+
+class LowRank(nn.Module):
+    """An adapter for torch.nn.utils.parametrize (LoRA): a matrix of rank 2 is added to a weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(n, 2, dtype=weight.dtype)) for n in weight.shape)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.a @ self.b.T

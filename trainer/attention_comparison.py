@@ -122,7 +122,7 @@ def score_rows(
     of_ranges, seconds = torch.zeros(len(ends), 2, dtype=torch.float64), []
     for number in numbers:
         start, segments = time.perf_counter(), rows.segments_of(number).tolist()
-        sample = without_repeated(rows[number], segments, rows.store)
+        sample = without_repeated(rows, number)
         tokens, labels, segment_ids = (x[None].to(device) for x in sample)
         losses = forward(tokens, labels, segment_ids=segment_ids, per_token=True)
         masks = range_masks(positions(segment_ids), ends)

@@ -56,13 +56,16 @@ def repeated_tokens(store: Store) -> int:
     return store.seq_len - store.manifest.stride if store.manifest.packing == "book" else 0
 
 
-def without_repeated(sample: Sample, segments: Sequence[Sequence[int]], store: Store) -> Sample:
-    """A row without the labels that a row before it has; segments: as `Store.segments_of` has them."""
-    labels, n_repeated = sample.labels.clone(), repeated_tokens(store)
-    for start, _, _, document_start in segments:
-        if document_start and n_repeated:
+def without_repeated(rows: RowDataset, index: int) -> Sample:
+    """A split's row number `index` in stored order, without the labels that a row before it has."""
+    row, n_repeated = rows[index], repeated_tokens(rows.store)
+    if not n_repeated:
+        return row
+    labels = row.labels.clone()
+    for start, _, _, document_start in rows.segments_of(index).tolist():
+        if document_start:
             labels[start : start + n_repeated - 1] = IGNORED_LABEL
-    return sample._replace(labels=labels)
+    return row._replace(labels=labels)
 
 
 class HeldOutRows:
@@ -87,11 +90,7 @@ class HeldOutRows:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        number = self._numbers[index]
-        row = self._rows[number]
-        if not repeated_tokens(self.store):
-            return row
-        return without_repeated(row, self._rows.segments_of(number).tolist(), self.store)
+        return without_repeated(self._rows, self._numbers[index])
 
 
 def held_out_rows(store: Store, config: RunConfig) -> HeldOutRows | None:

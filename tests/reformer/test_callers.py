@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from parity import assert_parity, gradients
-from small_models import SMALL, small_model
+from small_models import SMALL, LowRank, small_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -267,15 +267,6 @@ def test_parts_of_sharded_weights_are_not_written(tmp_path: Path) -> None:
     weights = {name: weight.as_subclass(Sharded) for name, weight in model.state_dict().items()}
     with pytest.raises(ConfigError, match=r"head.bias is sharded, expected the whole: get_model_state_dict"):
         save_model(tmp_path / "m", model.config, weights)
-
-
-class LowRank(nn.Module):
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.a, self.b = (nn.Parameter(torch.randn(n, 2, dtype=weight.dtype)) for n in weight.shape)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.a @ self.b.T
 
 
 def test_adapters_are_taken_off_before_a_model_is_written(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from parity import assert_parity, gradients
-from small_models import make_batch, plain_loss, small_model
+from small_models import LowRank, make_batch, plain_loss, small_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from reformer import Reformer
 from reformer.attention import LocalSelfAttention
 from reformer.call import Call
 from reformer.local import local_attention
@@ -28,19 +29,26 @@ def rotary_attention(q: Tensor, k: Tensor, v: Tensor, **mode: Any) -> Tensor:
     return local_attention(rotary(q), rotary(k), v, **mode)
 
 
-def test_its_gradients_are_those_of_plain_autograd() -> None:
-    model, usual = small_model(attn_pattern=["local"]), small_model(attn_pattern=["local"])
+def assert_trained_as_by_plain_autograd(model: Reformer) -> dict[str, Tensor]:
+    """Returns the gradients, and the loss."""
     tokens, labels, _ = make_batch()
-    for block in model.blocks:
-        block.attention.inner = rotary_attention
     loss = model(tokens, labels, step=0)
-    assert abs(loss - usual(tokens, labels, step=0)) > 1e-6, "it is not used"
     loss.backward()
     found = {"loss": loss.detach(), **gradients(model)}
     model.zero_grad()
     expected = plain_loss(model, tokens, labels, Call(seed=0, step=0, sample_ids=(0, 1)))
     expected.backward()
     assert_parity(found, {"loss": expected.detach(), **gradients(model)}, 1e-12)
+    return found
+
+
+def test_its_gradients_are_those_of_plain_autograd() -> None:
+    model, usual = small_model(attn_pattern=["local"]), small_model(attn_pattern=["local"])
+    tokens, labels, _ = make_batch()
+    for block in model.blocks:
+        block.attention.inner = rotary_attention
+    assert abs(model(tokens, labels, step=0) - usual(tokens, labels, step=0)) > 1e-6, "it is not used"
+    assert_trained_as_by_plain_autograd(model)
 
 
 class SwiGLU(nn.Module):
@@ -59,14 +67,7 @@ def test_a_feed_forward_has_the_gradients_of_plain_autograd() -> None:
     model = small_model()
     for block in model.blocks:
         block.feed_forward = SwiGLU().double()
-    tokens, labels, _ = make_batch()
-    loss = model(tokens, labels, step=0)
-    loss.backward()
-    found = {"loss": loss.detach(), **gradients(model)}
-    model.zero_grad()
-    expected = plain_loss(model, tokens, labels, Call(seed=0, step=0, sample_ids=(0, 1)))
-    expected.backward()
-    assert_parity(found, {"loss": expected.detach(), **gradients(model)}, 1e-12)
+    assert_trained_as_by_plain_autograd(model)
 
 
 @pytest.mark.parametrize("name", ["project", "merged"])
@@ -104,34 +105,16 @@ def test_a_module_without_parameters_is_called() -> None:
     assert copy.deepcopy(model)(tokens, labels, step=0) == model(tokens, labels, step=0) != before
 
 
-class LowRank(nn.Module):
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.a, self.b = (nn.Parameter(torch.randn(n, 2, dtype=weight.dtype)) for n in weight.shape)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.a @ self.b.T
-
-
 @pytest.mark.parametrize("name", ["qk_weight", "out_weight"])
 def test_adapters_have_the_gradients_of_plain_autograd(name: str) -> None:
     model = small_model()
-    attention, (tokens, labels, _) = model.blocks[1].attention, make_batch()
+    attention = model.blocks[1].attention
     parametrize.register_parametrization(attention, name, LowRank(getattr(attention, name)))
-    loss = model(tokens, labels, step=0)
-    loss.backward()
-    found = {"loss": loss.detach(), **gradients(model)}
-    assert any("parametrizations" in each for each in found)
-    model.zero_grad()
-    expected = plain_loss(model, tokens, labels, Call(seed=0, step=0, sample_ids=(0, 1)))
-    expected.backward()
-    assert_parity(found, {"loss": expected.detach(), **gradients(model)}, 1e-12)
+    assert assert_trained_as_by_plain_autograd(model)[f"blocks.1.attention.parametrizations.{name}.0.a"].any()
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-def test_weight_norm_has_gradients() -> None:
+def test_weight_norm_has_the_gradients_of_plain_autograd() -> None:
     model = small_model()
-    attention, (tokens, labels, _) = model.blocks[1].attention, make_batch()
-    torch.nn.utils.weight_norm(attention, "out_weight")
-    model(tokens, labels, step=0).backward()
-    assert attention.out_weight_g.grad.any() and attention.out_weight_v.grad.any()
+    torch.nn.utils.weight_norm(model.blocks[1].attention, "out_weight")
+    assert assert_trained_as_by_plain_autograd(model)["blocks.1.attention.out_weight_g"].any()
