@@ -9,7 +9,9 @@ import lzma
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -20,6 +22,8 @@ from data_pipeline.tokenizer import value_dtype
 
 _MOST_NAMED = 3
 """Other arrays of an archive, in the advice to read one of them."""
+_MOST_TRIED = 100
+"""Other arrays that are looked at for it."""
 _ONLY = "array"
 """What the array of an .npy file is called; those of an archive have names."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -116,11 +120,24 @@ def open_arrays(stream: BinaryIO, is_archive: bool, member: str | None) -> Itera
         if member is not None and member not in names:
             raise BadDocument("unreadable", f"has no array {member!r} but {', '.join(names)}: name one with --field")
         for name in names if member is None else [member]:
-            yield from _open_member(archive, name, [other for other in names if other != name])
+            others = [other for other in names if other != name][:_MOST_TRIED]
+            yield from _open_member(archive, name, partial(_readable, archive, others))
 
 
-def _open_member(archive: zipfile.ZipFile, name: str, others: Sequence[str]) -> Iterator[Array | BadDocument]:
-    """The array in a member of an archive, which has `others` too.
+def _readable(archive: zipfile.ZipFile, names: Sequence[str]) -> list[str]:
+    """Those of some members that are arrays of integers, as their headers say."""
+    found = []
+    for name in names:
+        with suppress(Exception), archive.open(f"{name}.npy") as stream:  # of which zipfile has many kinds
+            if isinstance(_open_array(cast(BinaryIO, stream), name), Array):
+                found.append(name)
+    return found
+
+
+def _open_member(
+    archive: zipfile.ZipFile, name: str, others: Callable[[], Sequence[str]]
+) -> Iterator[Array | BadDocument]:
+    """The array in a member of an archive; others: names of those that could be read in its place.
 
     The member is read to its end before any of it is used: there stands the checksum, which is of all items together,
     so that none of them can be trusted when it is wrong. To read twice takes time, but no memory whatever the size.
@@ -143,7 +160,9 @@ def _open_member(archive: zipfile.ZipFile, name: str, others: Sequence[str]) -> 
         yield from _arrays_of(cast(BinaryIO, stream), f"array {name}", others)
 
 
-def _arrays_of(stream: BinaryIO, label: str, others: Sequence[str] = ()) -> Iterator[Array | BadDocument]:
+def _arrays_of(
+    stream: BinaryIO, label: str, others: Callable[[], Sequence[str]] = tuple
+) -> Iterator[Array | BadDocument]:
     """The array that a stream holds, and after it what is wrong where the stream holds more."""
     array = _open_array(stream, label, others)
     yield array
@@ -154,7 +173,7 @@ def _arrays_of(stream: BinaryIO, label: str, others: Sequence[str] = ()) -> Iter
         )
 
 
-def _open_array(stream: BinaryIO, label: str, others: Sequence[str]) -> Array | BadDocument:
+def _open_array(stream: BinaryIO, label: str, others: Callable[[], Sequence[str]] = tuple) -> Array | BadDocument:
     try:
         version = np.lib.format.read_magic(stream)
         if version not in _HEADERS:
@@ -171,16 +190,16 @@ def _open_array(stream: BinaryIO, label: str, others: Sequence[str]) -> Array | 
     if dtype.kind == "b":
         dtype = np.dtype(np.uint8)  # as which it is stored
     if dtype.kind not in "iu":
-        named = " or ".join([*others[:_MOST_NAMED], *["another"] * (len(others) > _MOST_NAMED)])
         convert = "save each piece as an array of its own, numpy.savez(file, *pieces)"
         way_out = convert if dtype.hasobject else "convert it to integers"
-        if others:
+        if names := others():
+            named = " or ".join([*names[:_MOST_NAMED], *["another"] * (len(names) > _MOST_NAMED)])
             way_out = f"name the one to read, --field {named}" + (f", or {convert}" if dtype.hasobject else "")
         where = "" if label == _ONLY else f" in its {label}"
         return BadDocument("unreadable", f"holds {_describe(dtype)}{where}, not integers: {way_out}")
     if fortran_order and len(shape) > 1:
         return BadDocument(
-            "unreadable", f"its {label} is in Fortran order: save numpy.ascontiguousarray(array) instead"
+            "unreadable", f"has its {label} in Fortran order: save numpy.ascontiguousarray(array) instead"
         )
     return Array(stream, shape, dtype, label)
 

@@ -155,8 +155,9 @@ class Manifest(StoreSettings):
         path = store / MANIFEST_NAME
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
-            what = "has no manifest.json, so it is not a store" if store.exists() else "does not exist"
+        except (FileNotFoundError, NotADirectoryError):
+            what = "has no manifest.json, so it is not a store" if store.is_dir() else "is a file, not a store"
+            what = what if store.exists() else "does not exist"
             raise DataError(f"{store} {what}: build one with python -m data_pipeline build") from None
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error

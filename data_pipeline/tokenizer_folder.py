@@ -47,7 +47,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, Ends]:
         )
     try:
         kind, sha256, n_values = record["kind"], record["sha256"], operator.index(record["vocab_size"]) - N_ENDS
-        ends = Ends(record["bos"], record.get("eos", True))  # which was not always written
+        ends = Ends(record["bos"], record["eos"])
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} does not name a tokenizer ({error!r}): copy it, or export the model, again") from None
     if kind == "integers":

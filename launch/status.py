@@ -89,7 +89,9 @@ def endings(states: Sequence[RankState]) -> list[tuple[str, str]]:
     for state in states:
         fates.setdefault(state.ended or "ended without a word", []).append(state)
     alone = {fate for fate, same in fates.items() if len(same) == 1 and fate not in ("finished", "preempted")}
-    places = {fate: f" {same[0].place}" if fate in alone else "" for fate, same in fates.items()}
+    # Who was killed wrote this some seconds before.
+    seen = {fate: " " if same[0].ended else ", last seen " for fate, same in fates.items()}
+    places = {fate: f"{seen[fate]}{same[0].place}" if fate in alone else "" for fate, same in fates.items()}
     return [("ended", f"{ranks([state.rank for state in same])}: {fate}{places[fate]}") for fate, same in fates.items()]
 
 

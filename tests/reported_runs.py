@@ -10,6 +10,8 @@ from unittest import mock
 
 from report import main
 
+from data_pipeline.store import Store
+
 
 def lsh(*recovered: float) -> dict[str, float]:
     """What an evaluation says of LSH layers 1, 3, …"""
@@ -19,12 +21,23 @@ def lsh(*recovered: float) -> dict[str, float]:
 
 def make_run(folder: Path, store: Path) -> None:
     folder.mkdir(parents=True)
+    fingerprint = Store.open(store).manifest.fingerprint
     config = {
         "model": {"vocab_size": 258, "max_seq_len": 100},
         "data": {"store": str(store), "mixture": {"web": {"store": str(store), "weight": 1, "eval_split": "val"}}},
         "run": {"dir": str(folder), "deepspeed_config": "x.json", "steps": 2},
     }
-    (folder / "run.json").write_text(json.dumps({"config": config}))
+    record = {
+        "config": config,
+        "deepspeed": {},
+        "store": {"fingerprint": fingerprint},
+        "samples": {"web.store": fingerprint},
+        "launch": {"device": "cpu", "world_size": 1},
+        "evaluated": {name: {"rows": "a", "n_hashes": None, "since": 0} for name in ("", "web")},
+        "versions": {},
+        "git_commit": None,
+    }
+    (folder / "run.json").write_text(json.dumps(record))
     speed = {"speed/tokens_per_s": 100.0, "memory/peak_gib": 1.25, "speed/mfu": 0.3125, "speed/save_share": 0.0625}
     health = {"train/skipped_steps": 3, "train/spikes": 4}
     lines = [

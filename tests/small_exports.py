@@ -10,7 +10,7 @@ from data_pipeline.tokenizer import ByteTokenizer, load_tokenizer
 from reformer import Reformer, ReformerConfig, load_model, save_model
 from reformer.generation import continue_tokens
 
-BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True}
+BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True, "eos": True}
 NEVER = -100.0
 """A bias that keeps a token from being drawn."""
 

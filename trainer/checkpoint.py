@@ -39,7 +39,7 @@ from trainer.terminal import show
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
 SUMS = "SHA256SUMS"
 SPARE_BYTES = 2**20
 """Room that a checkpoint needs besides its tensors: their names, state.json, the folder."""

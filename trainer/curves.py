@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, RunConfig, flatten
-from trainer.run_files import read_metrics, read_record
+from trainer.run_files import RECORD, read_metrics, read_record
 
 Point = tuple[int, float | None]
 """A step, and what was reported of it; None for what was not finite."""
@@ -16,6 +16,8 @@ HELD_OUT = "eval/bits_per_byte"
 HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}")
 OF_ROWS = ("eval", "lsh", "reversible")
 """What tags of evaluations begin with."""
+SAID = ("deepspeed", "store", "samples", "launch", "evaluated", "versions", "git_commit")
+"""What is read of run.json besides its configuration."""
 ABSENT = "-"
 """What stands for a setting that a run does not have."""
 
@@ -44,19 +46,18 @@ class Curves:
         return self._evaluated(others[1] if others[0] == "source" else "", "since", 0) if first in OF_ROWS else 0
 
     def rows(self, name: str) -> str | None:
-        """Which rows of the mixture's store, or of data.store (""), are evaluated; None for older runs."""
-        rows = self._evaluated(name, "rows", None)
-        return rows and rows.split(", n_hashes=")[0]
+        """Which rows of the mixture's store, or of data.store (""), are evaluated; None where none are."""
+        rows: str | None = self._evaluated(name, "rows", None)
+        return rows
 
     def fingerprints(self) -> list[tuple[Path, str]]:
-        """The stores that it read, and the fingerprint of each, as far as run.json says."""
-        data, samples = self.config.data, self.record.get("samples") or {}
-        said = [(data.store, (self.record.get("store") or {}).get("fingerprint"))]
-        said += [(source.store, samples.get(f"{name}.store")) for name, source in data.mixture.items()]
-        return [(path, fingerprint) for path, fingerprint in said if fingerprint]
+        """The stores that it read, and the fingerprint of each."""
+        data, samples = self.config.data, self.record["samples"]
+        of_sources = [(source.store, samples[f"{name}.store"]) for name, source in data.mixture.items()]
+        return [(data.store, self.record["store"]["fingerprint"]), *of_sources]
 
     def _evaluated(self, name: str, key: str, default: Any) -> Any:
-        return (self.record.get("evaluated") or {}).get(name, {}).get(key, default)
+        return self.record["evaluated"].get(name, {}).get(key, default)
 
     def column(self, tag: str) -> list[float]:
         """The finite values of a tag."""
@@ -79,8 +80,13 @@ class Curves:
 
 
 def read_curves(path: Path) -> Curves:
-    """Of the run in a folder. Raises ConfigError where there is none, it is damaged, or no step has a line yet."""
+    """Of the run in a folder.
+
+    Raises ConfigError where there is none, it is damaged or of another version, or no step has a line yet.
+    """
     record, metrics = read_record(path), read_metrics(path)
+    if missing := [name for name in SAID if name not in record]:
+        raise ConfigError(f"{path / RECORD} does not say {', '.join(missing)}: use the version that wrote it")
     try:
         config = RunConfig(**record["config"])
     except ConfigError as error:
@@ -117,30 +123,19 @@ def shown(table: Mapping[str, Any], name: str) -> str:
 
 def settings(run: Curves) -> dict[str, Any]:
     """All that may make a difference for a run's numbers, by dotted name; of hashes the beginning."""
-    record, launch = run.record, run.record.get("launch") or {}
-    said = {name: record.get(name) or {} for name in ("deepspeed", "versions")}
-    if run.config.data.mixture:  # of a single store, other settings say the same
-        said["samples"] = record.get("samples") or {}
-    place = {"device": launch.get("device"), "ranks": launch.get("world_size"), "git_commit": record.get("git_commit")}
-    evaluated = {"data.store.fingerprint": (record.get("store") or {}).get("fingerprint")}
+    record, launch = run.record, run.record["launch"]
+    # Of a single store, other settings say what "samples" does.
+    said = {name: record[name] for name in ("deepspeed", "versions", *(["samples"] if run.config.data.mixture else []))}
+    place = {"device": launch["device"], "ranks": launch["world_size"], "git_commit": record["git_commit"]}
+    evaluated = {"data.store.fingerprint": record["store"]["fingerprint"]}
     table = flatten({**run.config.model_dump(mode="json"), **said, **place, **evaluated})
     del table["run.dir"]  # always another
     return {name: re.sub(HASH, r"\1", value) if isinstance(value, str) else value for name, value in table.items()}
 
 
-def held_out_rows(runs: Sequence[Curves]) -> list[str | None]:
-    """Which rows of data.store each run is scored on; where that is not known of all, what is configured instead."""
-    rows = [run.rows("") for run in runs]
-    if None not in rows:
-        return rows
-    return [
-        f"{(run.record.get('store') or {}).get('fingerprint')} {run.config.data.eval_split} {run.config.run.eval_rows}"
-        for run in runs
-    ]
-
-
 def unlike(runs: Sequence[Curves], sources: Sequence[str]) -> dict[str, list[str | None]]:
     """Of "held out" and of these stores of the mixture, those that are not scored on the same rows in all runs: of each
-    run on which; None where that is not known."""
-    rows = {"held out": held_out_rows(runs)} | {f"of {name}": [run.rows(name) for run in runs] for name in sources}
-    return {name: each for name, each in rows.items() if len({*each} - {None}) > 1}
+    run on which; None where it is scored on none."""
+    columns = {"": "held out"} | {name: f"of {name}" for name in sources}
+    rows = {column: [run.rows(name) for run in runs] for name, column in columns.items()}
+    return {column: of_runs for column, of_runs in rows.items() if len({*of_runs} - {None}) > 1}

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from trainer.curves import Curves, held_out_rows, settings, shown
+from trainer.curves import Curves, settings, shown
 
 SEED = re.compile(r"run\.seed|model\.seed|samples\.(.*\.)?seed")
 """samples.…: run.seed, as run.json says it of a mixture and of each of its stores."""
 STORE = re.compile(r"data\.store|data\.mixture\..*\.store")
+"""Folders: what is in them is compared, by the fingerprints of stores."""
 COMMIT = "git_commit"
 NEUTRAL = frozenset(
     {
@@ -40,7 +41,7 @@ NEUTRAL = frozenset(
 
 Not among them are run.eval_every, since the best of more evaluations is lower; run.sequence_parallel and the model's
 keep_ends, ff_chunk_tokens and loss_chunk_tokens, which change how sums are rounded; and data.on_damage, which may leave
-out rows. Folders of stores count only where a run does not say by fingerprints which stores they were.
+out rows.
 """
 
 
@@ -72,7 +73,7 @@ class Group:
 
 def grouped(runs: Sequence[Curves], scores: Sequence[float | None]) -> list[Group]:
     """All runs, in the order of the first of each group."""
-    rows = held_out_rows(runs)
+    rows = [run.rows("") for run in runs]
     alike = repetitions(runs)
     names = _differing(runs, alike)
     by_seeds = [_by_seeds(runs, scores, rows, places) for places in alike]
@@ -83,7 +84,7 @@ def grouped(runs: Sequence[Curves], scores: Sequence[float | None]) -> list[Grou
             len(mine),
             spread(mine.values()),
             spread(_less(mine[key], by_seeds[0][key]) for key in mine if key in by_seeds[0]) if index else None,
-            len({runs[place].record.get(COMMIT) for place in places}) == 1,
+            len({runs[place].record[COMMIT] for place in places}) == 1,
         )
         for index, (places, mine) in enumerate(zip(alike, by_seeds, strict=True))
     ]
@@ -129,11 +130,10 @@ def _alike(runs: Sequence[Curves], places: Iterable[int], with_commit: bool) -> 
 
 def _telling(run: Curves) -> dict[str, Any]:
     """The settings that change a score, but for seeds."""
-    is_known = len(run.fingerprints()) == 1 + len(run.config.data.mixture)
     return {
         name: value
         for name, value in settings(run).items()
-        if name not in NEUTRAL and not SEED.fullmatch(name) and not (is_known and STORE.fullmatch(name))
+        if name not in NEUTRAL and not SEED.fullmatch(name) and not STORE.fullmatch(name)
     }
 
 

@@ -137,9 +137,8 @@ class Trainer:
         self.eval_rows = held_out_rows(self.job.store, config)
         self.eval_of_sources = held_out_of_sources(self.job.sources, config)
         scored = {"": self.eval_rows, **self.eval_of_sources} if self.eval_rows else {}
-        by = f"n_hashes={self.plan.eval_n_hashes}"
-        scored_on = {name: f"{rows.identity}, {by}" for name, rows in scored.items()}
-        self.progress = self.progress.of(scored_on, self.first_step + 1)
+        rows = {name: own.identity for name, own in scored.items()}
+        self.progress = self.progress.of(rows, self.plan.eval_n_hashes, self.first_step + 1)
         self.token_bytes = torch.from_numpy(self.job.store.token_bytes.astype("int64"))
         self.evaluator = Evaluator(self.engine, config, launch, place, device, self.token_bytes)
         self.before = replace(self.progress)

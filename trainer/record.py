@@ -13,8 +13,8 @@ RUN/run.json: one object, written before the first step.
                                         device could compute in a second (peaks.py); null if unknown, then no MFU}
     n_parameters                        of the model
     evaluated                           what evaluations are of, by the name of the mixture's store, "" for data.store:
-                                        {rows: which rows, and by which rounds, since: the first step of which that is
-                                        known; evaluations before it were of others}
+                                        {rows: which rows, n_hashes: by how many rounds, null for those of the model,
+                                        since: the first step of which that is true; evaluations before it were others}
     versions, git_commit                {package: version}, null where it is not installed; null outside of a checkout
 
 In TensorBoard it is the texts run/config, run/deepspeed and run/environment (all the rest), and a row of the table

@@ -38,19 +38,19 @@ class Progress:
     """Of the checkpoint with the lowest eval/loss; 0 where no step was both evaluated and saved."""
     best_loss: float | None = None
     scored: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What evaluations are of, by the name of the mixture's store, "" for data.store: {"rows": which rows, and by which
-    rounds, "since": the first step of which that is known}."""
+    """What evaluations are of, by the name of the mixture's store, "" for data.store: {"rows": which rows, "n_hashes":
+    by how many rounds of LSH attention, None for those of the model, "since": the first step of which that is true}."""
 
-    def of(self, scored_on: Mapping[str, str], step: int) -> Self:
-        """The same where evaluations from `step` on are of these rows.
+    def of(self, rows: Mapping[str, str], n_hashes: int | None, step: int) -> Self:
+        """The same where evaluations from `step` on are of these rows, by so many rounds.
 
         A best step of others is forgotten, since scores cannot be compared.
         """
         scored = dict(self.scored)
-        for name, rows in scored_on.items():
-            before = scored.get(name)
-            if before is None or before["rows"] != rows:
-                scored[name] = {"rows": rows, "since": 0 if before is None else step}
+        for name, own in rows.items():
+            before, now = scored.get(name), {"rows": own, "n_hashes": n_hashes}
+            if before is None or {**now, "since": before["since"]} != before:
+                scored[name] = {**now, "since": 0 if before is None else step}
         if scored.get("") == self.scored.get(""):
             return replace(self, scored=scored)
         return replace(self, scored=scored, best_step=0, best_loss=None)
@@ -65,9 +65,6 @@ class Progress:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """What dataclasses.asdict() made of it, before or after JSON."""
-        state = dict(state)
-        if rows := state.pop("scored_on", ""):  # by an older version
-            state["scored"] = {"": {"rows": rows, "since": 0}}
         return cls(**{**state, "health": Health.from_state(state["health"])})
 
 

@@ -30,7 +30,7 @@ FIXED = (
 """What must be the same when a run continues: the model, what it began with, the order of the data, what the optimizer
 computes."""
 EVAL_STORE = "eval_store_fingerprint"
-"""Of data.store where a mixture is trained on and it is for evaluations alone; older checkpoints do not say it."""
+"""Of data.store where a mixture is trained on and it is for evaluations alone."""
 
 _NEW_RUN = "begin a new run with these weights (launch/export.py, then run.init_from)"
 
@@ -69,11 +69,6 @@ def refuse_another_run(run_dir: Path, current: Mapping[str, Any], new: bool) -> 
             "run.dir=…"
         )
     for checkpoint in found:
-        if (checkpoint.path / "deepspeed").is_dir():
-            raise ConfigError(
-                f"{checkpoint.path} was written by an older version, as DeepSpeed's own files: continue it with that "
-                "version, or start anew in another run.dir"
-            )
         with suppress(DataError):  # a damaged one: `sound_start` will see to it
             saved = read_state(checkpoint.path)
             if differences := _differences(saved["run"], current):
@@ -129,7 +124,7 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, s
         name: f"was {_spelled(before.get(name))} and is {_spelled(now.get(name))} now"
         + _evaluated_otherwise(name, before.get(name), bool(now.get("run.keep_best")))
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and not (name == EVAL_STORE and name not in before)
+        if before.get(name) != now.get(name)
     }
 
 

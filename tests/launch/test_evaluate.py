@@ -34,7 +34,7 @@ from trainer.held_out_evaluation import Evaluator
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place
 
-BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True}
+BYTES = {"kind": "bytes", "vocab_size": 258, "sha256": ByteTokenizer.sha256, "bos": True, "eos": True}
 Document = tuple[float, int, int]
 """Nats, tokens to predict, and bytes of these."""
 

@@ -123,7 +123,7 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
         make_run(tmp_path / name, store)
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     record["config"]["model"]["n_hashes"] = 8  # of the other, the record does not say it
-    record |= {"deepspeed": {"optimizer": {"params": {"lr": 0.5}}}, "launch": {"world_size": 2}}
+    record |= {"deepspeed": {"optimizer": {"params": {"lr": 0.5}}}, "launch": {"device": "cpu", "world_size": 2}}
     (tmp_path / "two" / "run.json").write_text(json.dumps(record))
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().replace("4.0625", "3.5")
     more = '{"step": 3, "eval/loss": 3.0, "eval/bits_per_byte": 4.5}\n'
@@ -140,7 +140,7 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
         r"what differs:",
         r"deepspeed\.optimizer\.params\.lr +0\.5 in \[1\]; - in \[2\]",
         r"model\.n_hashes +8 in \[1\]; 4 in \[2\]",
-        r"ranks +2 in \[1\]; null in \[2\]",
+        r"ranks +2 in \[1\]; 1 in \[2\]",
     ):
         assert re.search(f"^{line}$", done.stdout, re.MULTILINE), (line, done.stdout)
     assert "run.dir" not in done.stdout and "note: " not in done.stdout
@@ -173,6 +173,7 @@ def test_scores_of_other_rows_are_told_and_a_run_without_any_is_compared(tmp_pat
         make_run(tmp_path / name, store)
     record = json.loads((tmp_path / "never" / "run.json").read_text())
     record["config"]["run"]["eval_rows"] = 2
+    record["evaluated"][""]["rows"] = "2 rows"
     (tmp_path / "never" / "run.json").write_text(json.dumps(record))
     lines = (tmp_path / "never" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "never" / "metrics.jsonl").write_text("".join(line for line in lines if "eval/loss" not in line))
@@ -239,6 +240,11 @@ def test_a_run_without_evaluations_is_not_said_to_have_some(tmp_path: Path, stor
 def test_a_run_of_another_version_is_named(tmp_path: Path, store: Path) -> None:
     make_run(tmp_path / "run", store)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
+    before = {key: value for key, value in record.items() if key not in ("evaluated", "samples")}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(before))
+    done = report(tmp_path / "run")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'run' / 'run.json'} does not say samples, evaluated: use the version that wr" in done.stderr
     record["config"]["run"]["gone"] = 1
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     done = report(tmp_path / "run")
@@ -249,7 +255,7 @@ def test_scores_of_a_source_are_of_the_same_rows_too(tmp_path: Path, store: Path
     for name, rows in (("one", "5 rows of val"), ("two", "5 rows of test")):
         make_run(tmp_path / name, store)
         record = json.loads((tmp_path / name / "run.json").read_text())
-        evaluated = {"": {"rows": "a, n_hashes=1", "since": 0}, "web": {"rows": rows, "since": 2}}
+        evaluated = {"": {"rows": "a", "n_hashes": 1, "since": 0}, "web": {"rows": rows, "n_hashes": 1, "since": 2}}
         (tmp_path / name / "run.json").write_text(json.dumps({**record, "evaluated": evaluated}))
     done = report(tmp_path / "one", tmp_path / "two")
     assert (
@@ -257,12 +263,14 @@ def test_scores_of_a_source_are_of_the_same_rows_too(tmp_path: Path, store: Path
         in done.stdout
     )
     make_run(tmp_path / "without", store)
+    file = tmp_path / "without" / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "evaluated": {"": evaluated[""]}}))
     done = report(tmp_path / "one", tmp_path / "two", tmp_path / "without")
     assert re.search(r"below 'of web' compares within \[\d\], \[\d\]\n", done.stdout), done.stdout
-    assert "note:" not in report(tmp_path / "one", tmp_path / "without").stdout, "nothing is known of the other's rows"
+    assert "note:" not in report(tmp_path / "one", tmp_path / "without").stdout, "the other has no scores of it"
     record = json.loads((tmp_path / "one" / "run.json").read_text())
     record["evaluated"]["web"]["rows"] = "5 rows of test"
-    record["evaluated"][""]["rows"] = "a, n_hashes=None"  # of as many rows, by other rounds
+    record["evaluated"][""]["n_hashes"] = None  # of as many rows, by other rounds
     (tmp_path / "one" / "run.json").write_text(json.dumps(record))
     assert "note:" not in report(tmp_path / "one", tmp_path / "two").stdout
     record["evaluated"][""]["since"] = record["evaluated"]["web"]["since"] = 3

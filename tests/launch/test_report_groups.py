@@ -23,7 +23,8 @@ def make_other(folder: Path, store: Path, score: object, seed: int = 0, **change
     make_run(folder, store)
     record = json.loads((folder / "run.json").read_text())
     record["config"]["run"]["seed"] = seed
-    record |= {"samples": {"seed": seed, "web.seed": seed}, "git_commit": changes.pop("git_commit", None)}
+    record["samples"] |= {"seed": seed, "web.seed": seed}
+    record |= {"git_commit": changes.pop("git_commit", None)}
     for table, values in changes.items():
         record["config"][table] |= values
     (folder / "run.json").write_text(json.dumps(record))

@@ -169,7 +169,7 @@ def test_ranks_are_in_their_order(run: Path) -> None:
         (["failed: exit code 2", "failed: DataError: no"], "failed", "rank 1: failed: DataError: no"),
         (["finished", "failed: DataError: no"], "failed", "rank 1: failed: DataError: no"),
         (["preempted", None], "killed", "rank 1: ended without a word"),
-        (["finished", None], "killed", "rank 1: ended without a word in 'backward' of step 7"),
+        (["finished", None], "killed", "rank 1: ended without a word, last seen in 'backward' of step 7"),
         (["finished", None], "killed", "rank 0: finished\n"),
     ],
 )

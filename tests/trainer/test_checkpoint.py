@@ -109,7 +109,7 @@ def test_a_checkpoint_is_what_was_saved(tmp_path: Path) -> None:
     assert names(path) == ["SHA256SUMS", "rank_00000.safetensors", "state.json"]
     assert problems(path) == []
     state = read_state(path)
-    assert (state["format"], state["step"], state["world_size"]) == (2, 5, 1)
+    assert (state["format"], state["step"], state["world_size"]) == (3, 5, 1)
     assert state["run"] == json.loads(json.dumps(IDENTITY))
     weights, expected = read_weights(path), dict(engine(5).module.named_parameters())
     assert weights.keys() == expected.keys()

@@ -161,18 +161,18 @@ def test_the_summary_of_a_run_that_stops_between_two_reports_is_of_its_last_step
 
 def test_the_best_checkpoint_is_one_that_was_evaluated_at_its_step() -> None:
     rows, others = {"": "64 rows of val"}, {"": "64 rows of another store", "web": "8 rows"}
-    progress = Progress(n_tokens=3.0).of(rows, 1)
+    progress = Progress(n_tokens=3.0).of(rows, None, 1)
     assert progress.saved(4, None) == progress.saved(4, Reported(3, 1.0, 1.0)) == progress
     assert progress.saved(4, Reported(4, math.nan, math.nan)) == progress
     best = progress.saved(4, Reported(4, 2.0, 1.0))
     assert (best.best_step, best.best_loss, best.n_tokens) == (4, 2.0, 3.0)
     assert best.saved(6, Reported(6, 2.0, 1.0)) == best, "of two equal ones it is the first"
     assert best.saved(6, Reported(6, 1.9, 1.0)).best_step == 6
-    assert best.of(rows, 5) == best.of({}, 5) == best
-    assert best.of({**rows, "web": "8 rows"}, 5).best_step == 4, "other scores beside it change nothing"
-    other = best.of(others, 5)
+    assert best.of(rows, None, 5) == best.of({}, None, 5) == best
+    assert best.of({**rows, "web": "8 rows"}, None, 5).best_step == 4, "other scores beside it change nothing"
+    other = best.of(others, None, 5)
     assert (other.best_step, other.best_loss, other.n_tokens) == (0, None, 3.0)
-    assert other.of(others, 7).saved(8, Reported(8, 9.0, 1.0)).best_step == 8, "though it is a larger loss"
+    assert other.of(others, None, 7).saved(8, Reported(8, 9.0, 1.0)).best_step == 8, "though it is a larger loss"
 
 
 def test_it_is_known_since_when_evaluations_are_of_the_same_rows() -> None:
@@ -181,16 +181,14 @@ def test_it_is_known_since_when_evaluations_are_of_the_same_rows() -> None:
     def since(progress: Progress) -> dict[str, int]:
         return {name: each["since"] for name, each in progress.scored.items()}
 
-    first = Progress().of({"": "a"}, 1)
-    assert since(first) == {"": 0} and since(first.of({"": "a"}, 5)) == {"": 0}
-    later = first.of({"": "b", "web": "w"}, 5)
+    first = Progress().of({"": "a"}, None, 1)
+    assert since(first) == {"": 0} and since(first.of({"": "a"}, None, 5)) == {"": 0}
+    assert since(first.of({"": "a"}, 4, 5)) == {"": 5}, "by other rounds"
+    later = first.of({"": "b", "web": "w"}, None, 5)
     assert since(later) == {"": 5, "web": 0}
-    assert since(later.of({"": "a", "web": "x"}, 9)) == {"": 9, "web": 9}
-    assert since(later.of({}, 9)) == {"": 5, "web": 0}, "nothing is evaluated, but was"
+    assert since(later.of({"": "a", "web": "x"}, None, 9)) == {"": 9, "web": 9}
+    assert since(later.of({}, None, 9)) == {"": 5, "web": 0}, "nothing is evaluated, but was"
     assert Progress.from_state(json.loads(json.dumps(asdict(later)))) == later
-    state = asdict(Progress())
-    del state["scored"]
-    assert Progress.from_state({**state, "scored_on": "a"}).of({"": "b"}, 5).scored[""]["since"] == 5
 
 
 def test_a_run_that_is_stopped_before_its_first_step_again_and_again_is_over(
