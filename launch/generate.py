@@ -5,6 +5,7 @@
     python launch/generate.py exported "" --temperature 0              a new document; the likeliest token each time
     python launch/generate.py exported - < chapter.txt > longer.txt    the text of standard input, its last newline too
     python launch/generate.py exported "67 60 52 48"                   a model of integers: values, with spaces between
+    python launch/generate.py exported - < piece.npy                   or an array of them
     python launch/generate.py exported "" --samples 16 --output new    16 files, new/seed0000.txt and so on
 
 The text and its continuation go to standard output as the tokens are drawn, and nothing else does; bytes that are not
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this probability (default: 0.95)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, from 0 on (default: 0)")
     parser.add_argument(
         "--samples", type=int, default=1, metavar="N", help="how many; several need --output (default: 1)"
     )
@@ -134,12 +135,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--samples {arguments.samples} is more than {MOST_SAMPLES:,}: give fewer")
     if arguments.samples < 1 or (arguments.samples > 1 and arguments.output is None):
         raise ConfigError(f"--samples {arguments.samples}: give at least 1, and --output FOLDER for more than one")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed {arguments.seed} must be at least 0")
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ConfigError(f"--samples {arguments.samples} with --temperature 0 would all be the same: leave out one")
     device = choose_device(arguments.device)
     model, tokenizer, ends = read_generator(arguments.folder)
     if arguments.prompt != "-" and os.path.isfile(arguments.prompt):  # noqa: PTH113 (Path's raises for long prompts)
-        print("note: the prompt is the name of a file; to continue its text, give - and < FILE", file=sys.stderr)
+        print("note: the prompt is the name of a file; to continue what is in it, give - and < FILE", file=sys.stderr)
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
     check_draws(model.config, tokens, arguments.tokens, draws, ends.bos)  # before anything is printed
     continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos, arguments.samples)

@@ -42,8 +42,8 @@ def observed(model: Reformer, n_tokens: int | None = None) -> Iterator[dict[str,
         lsh/layer01/empty_buckets              their share
         lsh/layer01/recovered_mass             see `recovered_mass`; the mean over the sampled queries of all heads
 
-    Queries are drawn from the first `n_tokens` places (all, if not given; padding has nothing to tell), the same
-    ones at every call. Later passes within the statement change nothing. Where the pass has a part of a sequence, the
+    Counted are the first `n_tokens` places (all, if not given; padding has nothing to tell), and queries are drawn
+    from them, the same ones at every call. Later passes within the statement change nothing. Where the pass has a part of a sequence, the
     numbers are of its own heads: see `of_all_heads`.
     """
     found: dict[str, float] = {}
@@ -117,7 +117,7 @@ def _reporting(layer: LSHSelfAttention, n_tokens: int | None, found: dict[str, f
             attend_across_buckets=config.attend_across_buckets,
         )
         factors = bucket_factors(config.n_buckets, seq_len, config.lsh_chunk_len)
-        of_largest, of_empty = bucket_occupancy(buckets_BhRT[:1], math.prod(factors))
+        of_largest, of_empty = bucket_occupancy(buckets_BhRT[:1, ..., :n_tokens], math.prod(factors))
         largest.append(of_largest)
         empty.append(of_empty * len(mass_hS))
         masses.append(mass_hS)

@@ -4,6 +4,7 @@ launch/generate.py continues a prompt with an exported model; text_sample.py sho
 """
 
 import codecs
+import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
@@ -37,7 +38,12 @@ def encode(text: bytes, tokenizer: Tokenizer, bos: bool) -> Tensor:
 
 
 def integers(text: bytes, n_values: int) -> np.ndarray:
-    """The values [T] that a text names. Raises ConfigError for what is none of 0 to n_values - 1."""
+    """The values [T] that a text names, or that an .npy file holds, whatever its shape, in C order.
+
+    Raises ConfigError for what is none of 0 to n_values - 1.
+    """
+    if text.startswith(np.lib.format.MAGIC_PREFIX):
+        return array_values(text, n_values)
     words = text.split()
     for word in words:
         # Python refuses to read numbers of thousands of digits.
@@ -47,6 +53,18 @@ def integers(text: bytes, n_values: int) -> np.ndarray:
                 f"{n_values - 1}, with spaces between them"
             )
     return np.array([int(word) for word in words], np.int64)
+
+
+def array_values(file: bytes, n_values: int) -> np.ndarray:
+    """The values [T] of the content of an .npy file. Raises ConfigError where they are not integers below n_values."""
+    try:
+        found = np.load(io.BytesIO(file), allow_pickle=False).flatten()
+    except (ValueError, EOFError, OSError) as error:
+        raise ConfigError(f"the prompt begins as an .npy file does, and cannot be read as one: {error}") from None
+    if found.dtype.kind not in "biu" or (len(found) and not (found.min() >= 0 and found.max() < n_values)):
+        what = f"values of type {found.dtype}" if found.dtype.kind not in "biu" else f"{found.min()} to {found.max()}"
+        raise ConfigError(f"the prompt is an array of {what}: this model continues integers from 0 to {n_values - 1}")
+    return found.astype(np.int64)
 
 
 def values(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:

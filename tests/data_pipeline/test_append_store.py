@@ -157,6 +157,14 @@ def test_a_part_of_another_store_is_found(root: Path, tmp_path: Path) -> None:
         assert message in problem
 
 
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "one.npz").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"one\.npz is a file, not a store: build one with"):
+        Store.open(tmp_path / "one.npz")
+    with pytest.raises(DataError, match=r"one\.npz/below does not exist"):
+        Store.open(tmp_path / "one.npz" / "below")
+
+
 def test_a_missing_part_is_found(root: Path) -> None:
     append(root, "0001", MORE)
     append(root, "0002", LAST)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import generate
+import numpy as np
 import pytest
 import torch
 from small_exports import NEVER, expected, tokenizer_record, write_export
@@ -62,7 +63,7 @@ def test_a_character_of_several_tokens_is_whole(exported: Path, call, monkeypatc
     assert call(exported, "x", "--tokens", "6")[1] == "xé가\ufffd\n"
 
 
-def test_integers(tmp_path: Path, call) -> None:
+def test_integers(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of a piece of music, say; what a byte of text would be is none of theirs."""
     tokenizer = IntegerTokenizer(300)
     facts = tokenizer_record(kind="integers", vocab_size=302, sha256=tokenizer.sha256)
@@ -80,6 +81,23 @@ def test_integers(tmp_path: Path, call) -> None:
         )
     assert "the prompt has '99999999999999999999' in it" in call(folder, "9" * 5000)[2]
     assert call(folder, "", "--tokens", "1")[0] == 0
+    arrays = {"whole": np.array([[67], [299], [0]]), "above": np.array([67, 300]), "below": np.array([-1])}
+    for name, array in {**arrays, "floats": np.ones(2), "objects": np.array([None])}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:-1])
+
+    def of_array(name: str) -> tuple[int, str, str]:
+        with (tmp_path / f"{name}.npy").open("rb") as file:
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
+            return call(folder, "-", "--tokens", "20", "--temperature", "0")
+
+    assert of_array("whole") == (0, " ".join(values) + " \n", "")
+    for name, what in {"above": "67 to 300", "below": "-1 to -1", "floats": "values of type float64"}.items():
+        code, out, error = of_array(name)
+        assert (code, out) == (2, "") and f"an array of {what}: this model continues integers from 0 to 299" in error
+    for name in ("objects", "cut"):
+        code, out, error = of_array(name)
+        assert (code, out) == (2, "") and "begins as an .npy file does, and cannot be read as one" in error
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, call) -> None:
@@ -157,7 +175,7 @@ def test_a_prompt_that_names_a_file_is_noted(
     monkeypatch.chdir(tmp_path)
     code, out, error = call(exported, "a b", "--tokens", "1")
     assert code == 0 and out.startswith("a b")
-    assert error == "note: the prompt is the name of a file; to continue its text, give - and < FILE\n"
+    assert error == "note: the prompt is the name of a file; to continue what is in it, give - and < FILE\n"
     code, _, error = call(exported, "a" * 5000, "--tokens", "1")
     assert code == 2 and "beyond max_seq_len" in error, "it is no name of a file"
 
