@@ -43,8 +43,8 @@ def observed(model: Reformer, n_tokens: int | None = None) -> Iterator[dict[str,
         lsh/layer01/recovered_mass             see `recovered_mass`; the mean over the sampled queries of all heads
 
     Counted are the first `n_tokens` places (all, if not given; padding has nothing to tell), and queries are drawn
-    from them, the same ones at every call. Later passes within the statement change nothing. Where the pass has a part of a sequence, the
-    numbers are of its own heads: see `of_all_heads`.
+    from them, the same ones at every call. Later passes within the statement change nothing. Where the pass has a
+    part of a sequence, the numbers are of its own heads: see `of_all_heads`.
     """
     found: dict[str, float] = {}
     with _replaced(_lsh_layers(model), "attend", lambda layer: _reporting(layer, n_tokens, found)):
