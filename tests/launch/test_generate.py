@@ -84,7 +84,9 @@ def test_integers(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None
     arrays = {"whole": np.array([[67], [299], [0]]), "above": np.array([67, 300]), "below": np.array([-1])}
     for name, array in {**arrays, "floats": np.ones(2), "objects": np.array([None])}.items():
         np.save(tmp_path / f"{name}.npy", array)
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:-1])
+    whole = (tmp_path / "whole.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[:-1])
+    (tmp_path / "header.npy").write_bytes(whole.replace(b"(3, 1)", b"(3, 1("))
 
     def of_array(name: str) -> tuple[int, str, str]:
         with (tmp_path / f"{name}.npy").open("rb") as file:
@@ -95,7 +97,7 @@ def test_integers(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None
     for name, what in {"above": "67 to 300", "below": "-1 to -1", "floats": "values of type float64"}.items():
         code, out, error = of_array(name)
         assert (code, out) == (2, "") and f"an array of {what}: this model continues integers from 0 to 299" in error
-    for name in ("objects", "cut"):
+    for name in ("objects", "cut", "header"):
         code, out, error = of_array(name)
         assert (code, out) == (2, "") and "begins as an .npy file does, and cannot be read as one" in error
 
@@ -191,6 +193,7 @@ def test_a_prompt_that_is_no_text(exported: Path, pieces: Path, call) -> None:
     ("arguments", "message"),
     [
         (("--tokens", "-1"), "n_tokens=-1 must be at least 0"),
+        (("--seed", "-1"), "--seed -1 must be at least 0"),
         (("--tokens", "5", "--temperature", "-1"), "temperature=-1.0 must be at least 0"),
         (("--tokens", "5", "--top-p", "0"), "top_p=0.0 must be above 0 and at most 1"),
         (
