@@ -156,8 +156,9 @@ class Manifest(StoreSettings):
         try:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            what = "has no manifest.json, so it is not a store" if store.is_dir() else "is a file, not a store"
-            what = what if store.exists() else "does not exist"
+            what = "does not exist"
+            if store.exists():
+                what = "has no manifest.json, so it is not a store" if store.is_dir() else "is a file, not a store"
             raise DataError(f"{store} {what}: build one with python -m data_pipeline build") from None
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.arrays import open_arrays
+from data_pipeline.errors import BadDocument
 from data_pipeline.tokenizer import Tokenizer, value_dtype
 from reformer import ConfigError, Reformer, ReformerConfig
 from reformer.decoding import Decoder
@@ -57,14 +59,16 @@ def integers(text: bytes, n_values: int) -> np.ndarray:
 
 def array_values(file: bytes, n_values: int) -> np.ndarray:
     """The values [T] of the content of an .npy file. Raises ConfigError where they are not integers below n_values."""
+    blocks: list[bytes] = []
     try:
-        found = np.load(io.BytesIO(file), allow_pickle=False).flatten()
-    except Exception as error:  # numpy reads a header as Python, and lets the errors of its parser pass
-        raise ConfigError(f"the prompt begins as an .npy file does, and cannot be read as one: {error}") from None
-    if found.dtype.kind not in "biu" or (len(found) and not (found.min() >= 0 and found.max() < n_values)):
-        what = f"values of type {found.dtype}" if found.dtype.kind not in "biu" else f"{found.min()} to {found.max()}"
-        raise ConfigError(f"the prompt is an array of {what}: this model continues integers from 0 to {n_values - 1}")
-    return found.astype(np.int64)
+        for array in open_arrays(io.BytesIO(file), is_archive=False, member=None):
+            if isinstance(array, BadDocument):
+                raise array
+            for item in range(array.n_items):
+                blocks += array.read_item(item, n_values)
+    except BadDocument as error:
+        raise ConfigError(f"the prompt {error.detail}") from None
+    return np.frombuffer(b"".join(blocks), value_dtype(n_values)).astype(np.int64)
 
 
 def values(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:

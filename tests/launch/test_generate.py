@@ -94,12 +94,16 @@ def test_integers(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None
             return call(folder, "-", "--tokens", "20", "--temperature", "0")
 
     assert of_array("whole") == (0, " ".join(values) + " \n", "")
-    for name, what in {"above": "67 to 300", "below": "-1 to -1", "floats": "values of type float64"}.items():
+    for name, what in {
+        "above": "has the value 300 at place 1: expected 0 to 299",
+        "below": "has the value -1 at place 0: expected 0 to 299",
+        "floats": "holds values of type float64, not integers",
+        "objects": "holds Python objects, not integers",
+        "cut": "ends early: 0 values are there instead of 1",
+        "header": "holds no array that can be read",
+    }.items():
         code, out, error = of_array(name)
-        assert (code, out) == (2, "") and f"an array of {what}: this model continues integers from 0 to 299" in error
-    for name in ("objects", "cut", "header"):
-        code, out, error = of_array(name)
-        assert (code, out) == (2, "") and "begins as an .npy file does, and cannot be read as one" in error
+        assert (code, out) == (2, "") and f"the prompt {what}" in error, error
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, call) -> None:
