@@ -26,7 +26,7 @@ from data_pipeline.config import (
     parse_split,
     text_settings,
 )
-from data_pipeline.decode import decode_all, decode_document, decode_row
+from data_pipeline.decode import decode_all, decode_document, decode_row, decode_split
 from data_pipeline.errors import DataError
 from data_pipeline.output import counted, exit_code
 from data_pipeline.overlap import MIN_TOKENS, TRAIN, find_overlap
@@ -294,6 +294,11 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--document", metavar="NAME", help="write one document to stdout")
     what.add_argument("--row", type=int, metavar="N", help="write one row to stdout")
     what.add_argument(
+        "--split",
+        metavar="NAME",
+        help='write each document of a split to stdout, a line of JSON: "name", and "text" or the "values" of integers',
+    )
+    what.add_argument(
         "--all",
         action="store_true",
         help="write every document to its name below --output. With the tokenizer integers the values come end to end, "
@@ -305,12 +310,14 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
 
 def _run_decode(arguments: argparse.Namespace) -> int:
     if arguments.all != (arguments.output is not None):
-        raise DataError("--all and --output DIR go together: --document and --row write to stdout")
+        raise DataError("--all and --output DIR go together: --document, --row and --split write to stdout")
     store = Store.open(arguments.store)
     if arguments.all:
         print(f"{arguments.output}: {decode_all(store, arguments.output)} documents")
     elif arguments.document is not None:
         sys.stdout.buffer.writelines(decode_document(store, arguments.document))
+    elif arguments.split is not None:
+        sys.stdout.buffer.writelines(decode_split(store, arguments.split))
     else:
         sys.stdout.buffer.write(decode_row(store, arguments.row))
     return 0

@@ -1,9 +1,10 @@
-"""The exact text back: of one document, of one row, or of the whole corpus as files.
+"""The exact text back: of one document, of one row, of a split as lines of JSON, or of the whole corpus as files.
 
 Rows are read in order, each once. Packing keeps the stretches of a document in order too, so a corpus of any size is
 rebuilt by appending. Where windows overlap, each gives what the one before it did not hold.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -11,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.layout import hash_file
+from data_pipeline.layout import StorePart, hash_file
 from data_pipeline.manifest import DocumentRecord
 from data_pipeline.staging import staged
 from data_pipeline.store import Store
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import IntegerTokenizer, Tokenizer, value_dtype
 
 _DECODE_TOKENS = 1 << 20
 """Decoded at a time: a row may be tens of millions of tokens, each of which is a Python object for a moment."""
@@ -54,15 +55,48 @@ def decode_document(store: Store, name: str) -> Iterator[bytes]:
     for part in store.parts:
         for document in part.documents():
             if document.name == name:
-                segments = part.segments
-                stop = 0
-                for index in np.flatnonzero(segments.document == document.id):
-                    row, start, length, _, document_start = (int(column[index]) for column in segments)
-                    tokens = part.read_row(row, start + stop - document_start, start + length)
-                    stop = document_start + length
-                    yield from decode_tokens(store.tokenizer, tokens)
+                yield from _stretches_decoded(part, np.flatnonzero(part.segments.document == document.id))
                 return
     raise DataError(f"{store.path} has no document {name!r}: inspect and documents.jsonl list names")
+
+
+def _stretches_decoded(part: StorePart, places: np.ndarray) -> Iterator[bytes]:
+    """The bytes of a document, whose stretches have these places [n], in order, in the part's table of segments."""
+    stop = 0
+    for place in places:
+        row, start, length, _, document_start = (int(column[place]) for column in part.segments)
+        tokens = part.read_row(row, start + stop - document_start, start + length)
+        stop = document_start + length
+        yield from decode_tokens(part.tokenizer, tokens)
+
+
+def decode_split(store: Store, split: str) -> Iterator[bytes]:
+    """Each document of a split as a line of JSON, in the store's order: {"name": …, "text": …}, of integers "values".
+
+    Raises DataError when there is no such split, or a document is not UTF-8.
+    """
+    store.split_rows(split)  # refuses one that is not there
+    for part in store.parts:
+        in_order = np.argsort(part.segments.document, kind="stable")
+        of_places = part.segments.document[in_order]
+        for document in part.documents():
+            if document.split == split:
+                places = in_order[slice(*np.searchsorted(of_places, [document.id, document.id + 1]))]
+                content = b"".join(_stretches_decoded(part, places))
+                record = {"name": document.name, **_as_json(document.name, content, store.tokenizer)}
+                yield (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+def _as_json(name: str, content: bytes, tokenizer: Tokenizer) -> dict[str, str | list[int]]:
+    if isinstance(tokenizer, IntegerTokenizer):
+        return {"values": np.frombuffer(content, value_dtype(tokenizer.bos_id)).tolist()}
+    try:
+        return {"text": content.decode()}
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"document {name!r} is not UTF-8 at byte {error.start}, as JSON must be: give --document or --all for its "
+            "bytes as they are"
+        ) from None
 
 
 def decode_row(store: Store, row: int) -> bytes:

@@ -7,6 +7,7 @@
     python launch/generate.py exported "67 60 52 48"                   a model of integers: values, with spaces between
     python launch/generate.py exported - < piece.npy                   or an array of them
     python launch/generate.py exported "" --samples 16 --output new    16 files, new/seed0000.txt and so on
+    python launch/generate.py exported --prompts prompts.jsonl > new.jsonl    a prompt, and its continuation, a line
 
 The text and its continuation go to standard output as the tokens are drawn, and nothing else does; bytes that are not
 UTF-8 are replaced. It ends where the model ends the document, which a note on standard error says, or after --tokens.
@@ -15,15 +16,23 @@ The same arguments give the same text, on the same device.
 With --output nothing is printed: the seeds --seed, --seed + 1, … write a file each, with the text's bytes as they are
 (.txt) or the integers as an array (.npy).
 
-The prompt takes one forward pass, for all samples. What attention needs of it is kept (reformer/decoding.py), so that
-no token after it takes another; seconds are in benchmarks/LOG.md. Samples are drawn side by side, up to 16 that fit
-into 2 GiB, and written when all of these are drawn: who interrupts it loses them alone.
+--prompts takes objects with a "text", or for models of integers with "values", and gives each back for each seed, as
+soon as it is drawn, with prompt, seed, continuation and ended in place of these (trainer/prompts.py). Held-out
+documents, of which the first 1,000 tokens are continued:
+
+    python -m data_pipeline decode data/books_cpu --split val |
+        python launch/generate.py exported --prompts - --first 1000 > new.jsonl
+
+A prompt takes one forward pass, for all samples. What attention needs of it is kept (reformer/decoding.py), so that
+no token after it takes another; seconds are in benchmarks/LOG.md. Samples of a prompt are drawn side by side, up to 16
+that fit into 2 GiB, and written when all of these are drawn: who interrupts it loses them alone.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -32,12 +41,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.output import exit_code
+from data_pipeline.output import exit_code, positive
 from data_pipeline.staging import check_writable, staged
 from data_pipeline.tokenizer import Tokenizer
-from reformer import ConfigError, ReformerConfig
+from reformer import ConfigError, Reformer, ReformerConfig
 from reformer.generation import check_continuation
 from trainer.exported import choose_device, read_generator
+from trainer.prompts import Prompt, continuation_line, read_prompts
 from trainer.sampling import Continuations, at_once, encode, spelling, values
 
 MOST_SAMPLES = 1_000_000
@@ -47,7 +57,12 @@ MOST_SAMPLES = 1_000_000
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="EXPORT", help="folder that launch/export.py wrote")
-    parser.add_argument("prompt", metavar="PROMPT", help="what to continue; - reads it from standard input")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to continue; - reads it from standard input")
+    what.add_argument("--prompts", metavar="FILE", help="lines of JSON to continue; - reads standard input")
+    parser.add_argument(
+        "--first", type=positive, metavar="N", help="of each of --prompts the first N tokens (default: all)"
+    )
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to add (default: 200)")
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="divides the logits; 0 takes the likeliest token (default: 1)"
@@ -57,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws, from 0 on (default: 0)")
     parser.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="how many; several need --output (default: 1)"
+        "--samples", type=int, default=1, metavar="N", help="how many; several need --output or --prompts (default: 1)"
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a file for each, replacing none")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
@@ -66,16 +81,33 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_prompt(argument: str) -> bytes:
     """The bytes that were typed, or those of standard input."""
+    if argument != "-" and os.path.isfile(argument):  # noqa: PTH113 (Path's raises for long prompts)
+        print("note: the prompt is the name of a file; to continue what is in it, give - and < FILE", file=sys.stderr)
     return sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
 
 
-def check_draws(config: ReformerConfig, tokens: Tensor, n_tokens: int, draws: Mapping[str, float], bos: bool) -> None:
-    """Raises ConfigError where the tokens [T], the first of which may be BOS, cannot be continued so."""
+def read_file(argument: str, tokenizer: Tokenizer, bos: bool, n_first: int | None) -> list[Prompt]:
+    """The prompts in a file, or in standard input. Raises ConfigError where one is wrong, or there is none."""
+    name = "standard input" if argument == "-" else argument
+    with nullcontext(sys.stdin.buffer) if argument == "-" else Path(argument).open("rb") as lines:
+        prompts = list(read_prompts(lines, name, tokenizer, bos, n_first))
+    if not prompts:
+        raise ConfigError(f"{name} has no prompts: give a line of JSON for each")
+    return prompts
+
+
+def check_draws(
+    config: ReformerConfig, tokens: Tensor, n_tokens: int, draws: Mapping[str, float], bos: bool, place: str = ""
+) -> None:
+    """Raises ConfigError where the tokens [T], the first of which may be BOS, cannot be continued so.
+
+    place: what the error begins with.
+    """
     try:
         check_continuation(config, tokens, n_tokens, **draws)
     except ValueError as error:
         counted = " (BOS, which the prompt begins with, is one of them)"
-        raise ConfigError(f"{error}{counted if bos and 'max_seq_len' in str(error) else ''}") from None
+        raise ConfigError(f"{place}{error}{counted if bos and 'max_seq_len' in str(error) else ''}") from None
 
 
 def print_text(tokenizer: Tokenizer, tokens: Tensor, added: Iterable[int]) -> None:
@@ -101,20 +133,46 @@ def write_sample(file: Path, tokenizer: Tokenizer, tokens: np.ndarray) -> None:
             stream.write(tokenizer.decode(tokens))
 
 
+def drawn(
+    continuations: Continuations, seeds: Sequence[int], n_tokens: int, progress: tqdm, **draws: float
+) -> Iterator[tuple[int, list[int]]]:
+    """Of each seed the up to n_tokens tokens that it adds."""
+    side_by_side = at_once(continuations.model.config, len(continuations.prompt_T) + n_tokens)
+    for start in range(0, len(seeds), side_by_side):
+        added: dict[int, list[int]] = {seed: [] for seed in seeds[start : start + side_by_side]}
+        for step in continuations.draw(n_tokens, seeds=list(added), **draws):
+            for seed, token in step.items():
+                added[seed].append(token)
+            progress.update(len(step))
+        for seed, tokens in added.items():
+            yield seed, tokens
+            progress.update(n_tokens - len(tokens))  # of a document that ended
+
+
 def write_samples(files: Mapping[int, Path], continuations: Continuations, n_tokens: int, **draws: float) -> None:
     """A file for each seed, of the prompt and up to n_tokens tokens that are added to it."""
-    prompt, seeds = continuations.prompt_T.tolist(), list(files)
-    side_by_side = at_once(continuations.model.config, len(prompt) + n_tokens)
-    with tqdm(total=len(seeds) * n_tokens, unit="token", disable=None) as progress:
-        for start in range(0, len(seeds), side_by_side):
-            added: dict[int, list[int]] = {seed: [] for seed in seeds[start : start + side_by_side]}
-            for step in continuations.draw(n_tokens, seeds=list(added), **draws):
-                for seed, token in step.items():
-                    added[seed].append(token)
-                progress.update(len(step))
-            for seed, tokens in added.items():
-                write_sample(files[seed], continuations.tokenizer, np.array([*prompt, *tokens]))
-                progress.update(n_tokens - len(tokens))  # of a document that ended
+    prompt = continuations.prompt_T.tolist()
+    with tqdm(total=len(files) * n_tokens, unit="token", disable=None) as progress:
+        for seed, tokens in drawn(continuations, list(files), n_tokens, progress, **draws):
+            write_sample(files[seed], continuations.tokenizer, np.array([*prompt, *tokens]))
+
+
+def print_lines(
+    prompts: Sequence[Prompt],
+    model: Reformer,
+    tokenizer: Tokenizer,
+    eos: bool,
+    seeds: Sequence[int],
+    n_tokens: int,
+    **draws: float,
+) -> None:
+    """Of each prompt, a line of JSON for each seed."""
+    device = next(model.parameters()).device
+    with tqdm(total=len(prompts) * len(seeds) * n_tokens, unit="token", disable=None) as progress:
+        for prompt in prompts:
+            continuations = Continuations(model, tokenizer, prompt.tokens.to(device), eos, len(seeds))
+            for seed, tokens in drawn(continuations, seeds, n_tokens, progress, **draws):
+                print(continuation_line(prompt, tokenizer, seed, tokens), flush=True)
 
 
 def sample_files(folder: Path, tokenizer: Tokenizer, seeds: range) -> dict[int, Path]:
@@ -129,24 +187,40 @@ def sample_files(folder: Path, tokenizer: Tokenizer, seeds: range) -> dict[int, 
     return files
 
 
-def run(arguments: argparse.Namespace) -> None:
-    draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for what does not go together."""
+    is_one_to_print = arguments.output is None and arguments.prompts is None
     if arguments.samples > MOST_SAMPLES:
         raise ConfigError(f"--samples {arguments.samples} is more than {MOST_SAMPLES:,}: give fewer")
-    if arguments.samples < 1 or (arguments.samples > 1 and arguments.output is None):
-        raise ConfigError(f"--samples {arguments.samples}: give at least 1, and --output FOLDER for more than one")
+    if arguments.samples < 1 or (arguments.samples > 1 and is_one_to_print):
+        raise ConfigError(
+            f"--samples {arguments.samples}: give at least 1, and --output FOLDER or --prompts for more than one"
+        )
     if arguments.seed < 0:
         raise ConfigError(f"--seed {arguments.seed} must be at least 0")
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ConfigError(f"--samples {arguments.samples} with --temperature 0 would all be the same: leave out one")
+    if arguments.prompts is not None and arguments.output is not None:
+        raise ConfigError("--prompts writes lines to standard output: leave out --output, and add > FILE")
+    if arguments.first is not None and arguments.prompts is None:
+        raise ConfigError("--first is of --prompts: leave it out, or give these")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_arguments(arguments)
+    draws = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    seeds = range(arguments.seed, arguments.seed + arguments.samples)
     device = choose_device(arguments.device)
     model, tokenizer, ends = read_generator(arguments.folder)
-    if arguments.prompt != "-" and os.path.isfile(arguments.prompt):  # noqa: PTH113 (Path's raises for long prompts)
-        print("note: the prompt is the name of a file; to continue what is in it, give - and < FILE", file=sys.stderr)
+    if arguments.prompts is not None:
+        prompts = read_file(arguments.prompts, tokenizer, ends.bos, arguments.first)
+        for prompt in prompts:
+            check_draws(model.config, prompt.tokens, arguments.tokens, draws, ends.bos, f"{prompt.place}: ")
+        print_lines(prompts, model.to(device), tokenizer, ends.eos, seeds, arguments.tokens, **draws)
+        return
     tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
     check_draws(model.config, tokens, arguments.tokens, draws, ends.bos)  # before anything is printed
     continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos, arguments.samples)
-    seeds = range(arguments.seed, arguments.seed + arguments.samples)
     if arguments.output is None:
         steps = continuations.draw(arguments.tokens, seeds=seeds, **draws)
         print_text(tokenizer, tokens, (step[arguments.seed] for step in steps))

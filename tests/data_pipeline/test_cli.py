@@ -72,6 +72,8 @@ def test_decode_writes_bytes_to_stdout(
     for name in ("crlf.txt", "nul.txt", "controls.txt"):
         assert main(["decode", str(store.path), "--document", name]) == 0
         assert capfdbinary.readouterr().out == odd_documents[name]
+    assert main(["decode", str(store.path), "--split", "val"]) == 0
+    assert {json.loads(line)["name"] for line in capfdbinary.readouterr().out.splitlines()} == {"plain.txt"}
     assert main(["decode", str(store.path), "--row", "0"]) == 0
     assert capfdbinary.readouterr().out in b"".join(odd_documents.values())
 

@@ -1,5 +1,6 @@
 """Every byte back: by document, by row, and as files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from small_stores import write_store
 
 from data_pipeline import decode
-from data_pipeline.decode import decode_all, decode_document, decode_row
+from data_pipeline.decode import decode_all, decode_document, decode_row, decode_split
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import IntegerTokenizer, load_tokenizer
@@ -39,6 +40,34 @@ def test_every_document(tmp_path: Path, tokenizer_file: Path, settings: dict[str
     assert {"corpus.jsonl/0", "corpus.jsonl/17", "corpus.jsonl/18"} <= set(written)
     for name, content in DOCUMENTS.items():
         assert (tmp_path / "out" / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("settings", PACKINGS, ids=packing_name)
+def test_a_split_as_lines_of_json(tmp_path: Path, tokenizer_file: Path, settings: dict[str, object]) -> None:
+    held_out = ["corpus.jsonl/17", "book.txt", "corpus.jsonl/18"]
+    write_store(tmp_path / "s", DOCUMENTS, load_tokenizer(str(tokenizer_file)), held_out, **settings)
+    lines = list(decode_split(Store.open(tmp_path / "s"), "val"))
+    assert list(map(json.loads, lines)) == [
+        {"name": name, "text": content.decode()} for name, content in DOCUMENTS.items() if name in held_out
+    ]
+    assert "태초에".encode() in lines[0] and all(line.count(b"\n") == 1 for line in lines)
+
+
+def test_a_split_of_integers_is_values(tmp_path: Path) -> None:
+    contents = {"a": np.arange(700, 720, dtype="<u2").tobytes(), "b": np.array([999], "<u2").tobytes()}
+    write_store(tmp_path / "s", contents, IntegerTokenizer(1000))
+    lines = decode_split(Store.open(tmp_path / "s"), "train")
+    assert list(map(json.loads, lines)) == [{"name": "a", "values": [*range(700, 720)]}, {"name": "b", "values": [999]}]
+
+
+def test_a_split_that_json_cannot_say(tmp_path: Path) -> None:
+    write_store(tmp_path / "s", {"a": b"text", "b": b"latin \xe9"})
+    lines = decode_split(Store.open(tmp_path / "s"), "train")
+    assert json.loads(next(lines)) == {"name": "a", "text": "text"}
+    with pytest.raises(DataError, match="'b' is not UTF-8 at byte 6, as JSON must be: give --document"):
+        next(lines)
+    with pytest.raises(DataError, match="has no split 'test'"):
+        next(decode_split(Store.open(tmp_path / "s"), "test"))
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1 << 20])

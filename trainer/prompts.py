@@ -1,0 +1,85 @@
+"""Prompts as lines of JSON, and the lines of JSON that their continuations are.
+
+A line in is an object with a "text", or for models of integers with "values", as `python -m data_pipeline decode
+--split` writes them; what else it has comes back in the lines out, which have besides:
+
+    prompt          the beginning that was continued: a text, or the values
+    seed            of the draws
+    continuation    what the model added to it, likewise
+    ended           whether the model ended the document there
+
+Bytes of these texts that are not UTF-8 are replaced.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from data_pipeline.tokenizer import Tokenizer
+from reformer import ConfigError
+from trainer.sampling import encode, values
+
+
+class Prompt(NamedTuple):
+    place: str
+    """The line and its file, for errors."""
+    others: dict[str, Any]
+    """What the line has beside the text or the values."""
+    tokens: Tensor
+    """int64 [T]: the beginning that is to be continued."""
+
+
+def read_prompts(
+    lines: Iterable[bytes], name: str, tokenizer: Tokenizer, bos: bool, n_first: int | None = None
+) -> Iterator[Prompt]:
+    """The prompts in the lines of a file of this name, in order; empty lines are none.
+
+    bos: whether documents begin with BOS. n_first: how many tokens of each are taken, BOS aside; None: all.
+
+    Raises ConfigError for a line that is no such object, or whose text or values cannot be encoded.
+    """
+    field = _field(tokenizer)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"line {number} of {name}"
+        try:
+            record = json.loads(line)
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair could not be given back
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{place} is not JSON ({error}): give an object with {field!r} for each prompt") from None
+        kind = list if field == "values" else str
+        if not isinstance(record, dict) or not isinstance(record.get(field), kind):
+            raise ConfigError(f"{place} is no object with {field!r}, a {kind.__name__}: give one for each prompt")
+        given = record.pop(field)
+        text = " ".join(map(str, given)) if field == "values" else given
+        try:
+            tokens = encode(text.encode(), tokenizer, bos)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        yield Prompt(place, record, tokens if n_first is None else tokens[: bos + n_first])
+
+
+def continuation_line(prompt: Prompt, tokenizer: Tokenizer, seed: int, added: Sequence[int]) -> str:
+    """A line out, without a newline, of the tokens that were added to a prompt."""
+    said = {
+        "prompt": _spelled(tokenizer, prompt.tokens.numpy()),
+        "seed": seed,
+        "continuation": _spelled(tokenizer, np.array(added, np.int64)),
+        "ended": tokenizer.eos_id in added[-1:],
+    }
+    return json.dumps({**prompt.others, **said}, ensure_ascii=False)
+
+
+def _field(tokenizer: Tokenizer) -> str:
+    return "values" if tokenizer.kind == "integers" else "text"
+
+
+def _spelled(tokenizer: Tokenizer, tokens: np.ndarray) -> str | list[int]:
+    """The text or the values that tokens [T] stand for."""
+    if tokenizer.kind == "integers":
+        return values(tokenizer, tokens).tolist()
+    return tokenizer.decode(tokens).decode(errors="replace")
