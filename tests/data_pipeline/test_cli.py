@@ -1,5 +1,6 @@
 """The command line: what it prints, how it exits, and one clear error for each kind of bad input."""
 
+import json
 import os
 import shutil
 import subprocess

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)]
 COMMANDS = [
-    line
+    line.partition(" > ")[0]
     for language, block in BLOCKS
     if not language
     for line in block.splitlines()

@@ -120,7 +120,9 @@ def test_as_many_are_drawn_side_by_side_as_fit(n_tokens: int, memory: int, expec
 @pytest.mark.parametrize("samples", ["0", "2"])
 def test_several_samples_need_a_folder(exported: Path, call, samples: str) -> None:
     code, out, error = call(exported, "abc", "--tokens", "5", "--samples", samples)
-    assert code == 2 and out == "" and f"--samples {samples}: give at least 1, and --output FOLDER or --prompts" in error
+    assert (
+        code == 2 and out == "" and f"--samples {samples}: give at least 1, and --output FOLDER or --prompts" in error
+    )
 
 
 def test_too_many_samples_are_refused(exported: Path, tmp_path: Path, call, monkeypatch) -> None:
