@@ -20,7 +20,6 @@ same buckets, except that
 - their causal loss shifts the labels itself.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -28,15 +27,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from reformer.config import ConfigError, ReformerConfig
 from reformer.hf_names import ATTN_DROPOUT, CARRIED, DEFAULTS, FIELDS, KIND_TENSORS, TENSORS, tensor_names
 from reformer.lsh.hashing import bucket_factors
 from reformer.model import Reformer
-from reformer.weights import CONFIG_FILE, HEAD, WEIGHTS_FILE, check_tensors, refuse_shared, skeleton, write_folder
+from reformer.weights import (
+    CONFIG_FILE,
+    HEAD,
+    WEIGHTS_FILE,
+    check_tensors,
+    read_config,
+    read_tensors,
+    refuse_shared,
+    skeleton,
+    write_folder,
+)
 
 
 def load_hf(folder: str | Path, attn_dropout: float | None = None) -> Reformer:
@@ -53,8 +60,12 @@ def load_hf(folder: str | Path, attn_dropout: float | None = None) -> Reformer:
         ConfigError: a file is missing or damaged, a setting or tensor has no counterpart, is missing or misshapen.
     """
     folder = Path(folder)
-    config = config_from_hf(_read_config(folder / CONFIG_FILE), attn_dropout)
-    tensors = _read_weights(folder / WEIGHTS_FILE)
+    config = config_from_hf(read_config(folder), attn_dropout)
+    tensors = read_tensors(
+        folder,
+        "only one file of safetensors is read, no pickle and no shards; load the folder with transformers and save it "
+        "again by save_pretrained(folder, max_shard_size='1TB')",
+    )
     model = skeleton(config)
     expected = state_to_hf(model.state_dict(), config)
     way_out = "give a ReformerModelWithLMHead or ReformerForMaskedLM, saved whole, with its own config.json"
@@ -292,30 +303,6 @@ def _check_expressible(hf: Mapping[str, Any]) -> None:
     longhand = hf["longhand"]
     if not isinstance(longhand, Mapping) or not set(longhand) <= set(CARRIED):
         raise ConfigError(f"longhand={longhand!r}: expected an object of nothing but {CARRIED}; remove what is else")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: give a folder that save_pretrained or save_hf wrote") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}): copy the folder again") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold an object with the model's settings, got {type(values).__name__}")
-    return values
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} is missing: only one file of safetensors is read, no pickle and no shards; load the folder with "
-            "transformers and save it again by save_pretrained(folder, max_shard_size='1TB')"
-        ) from None
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
 
 
 def _shortest_period(layers: tuple[str, ...]) -> tuple[str, ...]:

@@ -56,17 +56,10 @@ def load_model(folder: str | Path) -> Reformer:
     Raises ConfigError where a file is missing or damaged, or does not fit the other.
     """
     folder = Path(folder)
-    config, path = _read_config(folder / CONFIG_FILE), folder / WEIGHTS_FILE
-    try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: copy the whole folder again") from None
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
     return assemble(
-        config,
-        weights,
-        f"{path} does not fit {CONFIG_FILE}",
+        _own_config(folder),
+        read_tensors(folder, "copy the whole folder again"),
+        f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}",
         "copy both files of the same folder, or take the code that they were written with",
     ).eval()
 
@@ -178,16 +171,45 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _read_config(path: Path) -> ReformerConfig:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in `config.json`, ours or Hugging Face's. Raises ConfigError where there is none."""
+    path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: give a folder that launch/export.py or save_model wrote") from None
+        wrote = "launch/export.py, save_model, save_hf or Hugging Face's save_pretrained"
+        raise ConfigError(f"{path} is missing: give a folder that {wrote} wrote") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}): copy it again") from None
-    if isinstance(values, dict) and values.get("model_type") == "reformer":
+        raise ConfigError(f"{path} cannot be read as JSON ({error}): copy the folder again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold an object with the model's settings, got {type(values).__name__}")
+    return values
+
+
+def is_hf(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of Hugging Face's Reformer."""
+    return config.get("model_type") == "reformer"
+
+
+def read_tensors(folder: Path, if_missing: str) -> dict[str, Tensor]:
+    """What `model.safetensors` holds, as views of the file. Raises ConfigError where it is missing or damaged.
+
+    if_missing: what to do then.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: {if_missing}") from None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): copy it again") from None
+
+
+def _own_config(folder: Path) -> ReformerConfig:
+    path, values = folder / CONFIG_FILE, read_config(folder)
+    if is_hf(values):
         raise ConfigError(f"{path} is of Hugging Face's Reformer: read the folder with reformer.hf.load_hf")
-    if not isinstance(values, dict) or {key: values.get(key) for key in FORMAT} != FORMAT:
+    if {key: values.get(key) for key in FORMAT} != FORMAT:
         raise ConfigError(f"{path} does not say {FORMAT}: give a folder that this version's save_model wrote")
     try:
         return ReformerConfig(**values["model"])

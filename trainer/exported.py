@@ -1,9 +1,6 @@
 """The model in a folder that launch/export.py or Hugging Face's save_pretrained wrote, and what it was trained with."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,7 +8,7 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_folder import TOKENIZER_MODEL, Ends, read_record, read_tokenizer
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
-from reformer.weights import CONFIG_FILE
+from reformer.weights import is_hf, read_config
 from trainer.config import ConfigError
 
 
@@ -31,8 +28,7 @@ def read_model(folder: Path, name: str) -> Reformer:
             f"{name} is a run or a checkpoint of one: export its model first, python launch/export.py {folder} "
             "--output exported, and give that folder"
         )
-    is_hf = _read_json(folder / CONFIG_FILE).get("model_type") == "reformer"
-    model = load_hf(folder, attn_dropout=0.0) if is_hf else load_model(folder)
+    model = load_hf(folder, attn_dropout=0.0) if is_hf(read_config(folder)) else load_model(folder)
     if any(not parameter.float().isfinite().all() for parameter in model.parameters()):
         raise ConfigError(f"{name} has weights that are not finite: give those of an earlier checkpoint")
     return model
@@ -74,12 +70,3 @@ def knows_tokenizer(folder: Path, name: str, store: Path, tokenizer_sha256: str)
             f"Build the store with --tokenizer {tokenizer}, or give another folder"
         )
     return trained_with is not None
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    """An object; an empty one where there is none to be read."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, Mapping) else {}

@@ -225,7 +225,7 @@ def test_folders_that_are_no_export(tmp_path: Path, call) -> None:
     (tmp_path / "theirs" / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": []}')
     messages = {
         "nowhere": "nowhere is not a folder: give one that launch/export.py or save_pretrained wrote",
-        "empty": "empty/config.json is missing: give a folder that launch/export.py or save_model wrote",
+        "empty": "empty/config.json is missing: give a folder that launch/export.py, save_model, save_hf or",
         "run": "export its model first, python launch/export.py",
         "checkpoint": "export its model first, python launch/export.py",
         "hf": "has no tokenizer (tokenizer.json is missing)",

@@ -204,7 +204,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a run or a checkpoint of one: export its model first, python launch/exp"):
         read_initial(tmp_path, model_config(), 0)
     (tmp_path / "model" / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read as JSON"):
         read_initial(tmp_path / "model", model_config(), 0)
 
 
