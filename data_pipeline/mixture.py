@@ -1,14 +1,15 @@
 """Several data sets in one, by weight: a pure function of the position, exact on resume.
 
 There is no sampling. Positions come in blocks of 1,000, and every block holds exactly as many samples of each source as
-its weight says, in an order of its own. So the source of a position, and which of the source's samples it is, take one
-permutation to know, and each source goes through its own epochs without a repetition or a gap.
+its weight says, the sources in an order of the block's own. The samples of a source come in the source's own order, so
+that each goes through its own epochs without a repetition or a gap.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from itertools import count
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import DataError
@@ -19,6 +20,9 @@ if TYPE_CHECKING:  # dataset.py imports PyTorch, of which nothing here makes use
 
 BLOCK_SAMPLES = 1000
 """Weights are rounded to a thousandth."""
+
+ORDER = 2
+"""Of the samples, as this file has it; in the first one, epochs of a source ran into each other."""
 
 
 class Mixture:
@@ -42,7 +46,7 @@ class Mixture:
                         f"the sources of a mixture must be alike: {key} of {name} is {value}, and of {self._names[0]} "
                         f"{first}"
                     )
-        self._edges = [0, *accumulate(self.counts[name] for name in self._names)]
+        self._counts = tuple(self.counts[name] for name in self._names)
 
     @property
     def form(self) -> "Mapping[str, str | int]":
@@ -52,7 +56,7 @@ class Mixture:
     @property
     def identity(self) -> dict[str, str | int]:
         """What the order of training follows from: see `dataset.Samples`."""
-        identity: dict[str, str | int] = {"seed": self.seed}
+        identity: dict[str, str | int] = {"seed": self.seed, "order": ORDER}
         for name, source in zip(self._names, self._sources, strict=True):
             identity |= {f"{name}.{key}": value for key, value in source.identity.items()}
             identity[f"{name}.per_thousand"] = self.counts[name]
@@ -73,11 +77,17 @@ class Mixture:
         if position < 0:
             raise IndexError(f"position {position} is negative")
         block, index = divmod(position, BLOCK_SAMPLES)
-        place = permute(index, BLOCK_SAMPLES, self.seed, block)
-        for source, (first, stop) in enumerate(pairwise(self._edges)):
-            if place < stop:
-                return source, block * (stop - first) + place - first
-        raise AssertionError("the counts of a block add up to its length")
+        source, number = _block_order(self._counts, self.seed, block)[index]
+        return source, block * self._counts[source] + number
+
+
+@functools.lru_cache(maxsize=8)  # of the few blocks that are read at one time
+def _block_order(counts: tuple[int, ...], seed: int, block: int) -> list[tuple[int, int]]:
+    """The source of each index in a block, and how many of that source's samples the block has before it."""
+    in_turn = [source for source, n_samples in enumerate(counts) for _ in range(n_samples)]
+    sources = [in_turn[permute(index, len(in_turn), seed, block)] for index in range(len(in_turn))]
+    before = [count() for _ in counts]
+    return [(source, next(before[source])) for source in sources]
 
 
 def block_counts(weights: Mapping[str, float]) -> dict[str, int]:

@@ -8,7 +8,8 @@ RUN/run.json: one object, written before the first step.
     store                               of data.store: {seq_len, vocab_size, rows: {split: number}, tokenizer_sha256,
                                         fingerprint, bos, eos}
     samples                             what the order of the samples follows from: seed, and store (its fingerprint)
-                                        and split; of a mixture NAME.store, … and NAME.per_thousand of each source
+                                        and split; of a mixture NAME.store, … and NAME.per_thousand of each source,
+                                        and order, the version of how they are mixed
     launch                              {launcher, world_size, local_world_size, device, and peak_flops: what one such
                                         device could compute in a second (peaks.py); null if unknown, then no MFU}
     n_parameters                        of the model

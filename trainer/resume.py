@@ -153,4 +153,6 @@ def _way_back(name: str) -> str:
         )
     if re.fullmatch(r"store_fingerprint\..*\.per_thousand", name):
         return "how many of 1,000 samples are its own follows from data.mixture.*.weight; set these back"
+    if name == "store_fingerprint.order":
+        return f"another version of this program mixed the stores in another order; continue with that one, {_NEW_RUN}"
     return "set it back"

@@ -96,6 +96,7 @@ def test_a_mixture_takes_the_place_of_the_store() -> None:
     samples = training_samples(data, fake_store("a"), {"books": fake_store("b"), "web": fake_store("w")}, seed=3)
     assert samples.identity == {
         "seed": 3,
+        "order": 2,
         "books.store": "hash of b",
         "books.split": "most",
         "books.seed": 3,

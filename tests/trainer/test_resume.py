@@ -98,6 +98,10 @@ def test_what_decides_about_memory_only_may_change_and_is_told(tmp_path: Path) -
             {"store_fingerprint": {"books.per_thousand": 1000}},
             "store_fingerprint.books.per_thousand was not given and is 1000",
         ),
+        (
+            {"store_fingerprint": {"order": 2}},
+            "store_fingerprint.order was not given and is 2 now: another version of this program mixed the stores in",
+        ),
         ({"train_batch_size": 8}, "train_batch_size was 4 and is 8 now"),
         ({"model": {**IDENTITY["model"], "n_layers": 3}}, "model.n_layers was 2 and is 3 now"),
         ({"run": {**IDENTITY["run"], "seed": 1}}, "run.seed was 0 and is 1 now"),
