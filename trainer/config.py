@@ -108,7 +108,8 @@ class LoopConfig(StrictConfig):
     decay_steps: int | None = Field(default=None, ge=1)
     """With decay="wsd": the steps over which the learning rate falls linearly."""
     final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Lowest learning rate, as a fraction of the peak: where cosine, linear and wsd end; inverse_sqrt's floor."""
+    """Lowest learning rate, as a fraction of the peak: where cosine, linear and wsd are when the last step is done, so
+    that a step more would have it; inverse_sqrt's floor."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
     init_from: Path | None = Field(default=None, strict=False)

@@ -1,7 +1,7 @@
 """How a run went: a text, and values for programs."""
 
 from collections.abc import Iterator
-from statistics import median_high
+from statistics import median
 from typing import Any
 
 from data_pipeline.errors import DataError
@@ -101,12 +101,12 @@ def scores(run: Curves) -> Iterator[tuple[str, str, list[Point]]]:
 
 def costs(run: Curves) -> Iterator[tuple[str, str, float, str]]:
     """What the run took, and what went wrong in it: a key, a name, a value and its format."""
-    yield "tokens_per_s", "tokens per second (median)", median_high(run.column("speed/tokens_per_s")), ",.0f"
+    yield "tokens_per_s", "tokens per second (median)", median(run.column("speed/tokens_per_s")), ",.0f"
     if shares := run.column("speed/mfu"):
-        yield "mfu", "of the devices' peak (median)", median_high(shares), ".1%"
+        yield "mfu", "of the devices' peak (median)", median(shares), ".1%"
     yield "peak_gib", "peak memory of a process, GiB", max(run.column("memory/peak_gib")), ".2f"
-    if saves := run.column("speed/save_share"):
-        yield "save_share", "share of checkpoints", saves[-1], ".1%"
+    if (saves := run.column("speed/save_share")) and saves[-1]:  # a line is written before its step's checkpoint
+        yield "save_share", "share of earlier checkpoints", saves[-1], ".1%"
     for tag, name in (("train/skipped_steps", "steps skipped"), ("train/spikes", "spikes of the loss")):
         if counts := run.column(tag):
             yield tag.removeprefix("train/"), name, counts[-1], ".0f"

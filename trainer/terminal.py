@@ -172,7 +172,7 @@ class Summary:
         )
         lines = [
             f"{state}: {self.done} of {self.steps} steps{before}, {self.n_tokens:,.0f} tokens in "
-            f"{duration(self.seconds)}, {speed:,.0f} tokens/s",
+            f"{duration(self.seconds)}, {speed:,.0f} tokens/s with evaluations and checkpoints",
             *([scores] if scores else []),
             f"checkpoints took {self.save_s / self.seconds if self.seconds else 0.0:.1%} of the time; "
             f"{counted(self.skipped_steps, 'step')} skipped, {counted(self.spikes, 'spike')} of the loss",

@@ -40,7 +40,7 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
         "  more without LSH attention          0.5000       2      0.5000       2",
         "dense attention recovered             0.3750       0      0.8125       2",
         "of the devices' peak (median)                              31.2%",
-        "share of checkpoints                                        6.2%",
+        "share of earlier checkpoints                                6.2%",
         "steps skipped                                                  3",
         "spikes of the loss                                             4",
         "1.25",

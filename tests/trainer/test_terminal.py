@@ -160,7 +160,8 @@ def test_the_summary() -> None:
     summary = Summary(Path("runs/x"), steps=10, first_step=4, done=10, scores=scores, **counts)
     first, scored, checkpoints, run, curves = summary.text().splitlines()
     assert (
-        first == "finished: 10 of 10 steps (4 of them before this start), 6,000,000 tokens in 0:01:40, 60,000 tokens/s"
+        first == "finished: 10 of 10 steps (4 of them before this start), 6,000,000 tokens in 0:01:40, 60,000 tokens/s "
+        "with evaluations and checkpoints"
     )
     assert scored == (
         "last batch, step 10: 2.5000 nats per token, 3.2500 bits per byte   "
@@ -174,4 +175,6 @@ def test_the_summary() -> None:
 def test_the_summary_of_a_run_that_was_stopped_before_it_did_anything() -> None:
     counts = {"n_tokens": 0, "seconds": 0.0, "save_s": 0.0, "skipped_steps": 0, "spikes": 0}
     summary = Summary(Path("x"), steps=10, first_step=0, done=0, scores={}, **counts)
-    assert summary.text().startswith("stopped: 0 of 10 steps, 0 tokens in 0:00:00, 0 tokens/s\ncheckpoints took 0.0%")
+    assert summary.text().startswith(
+        "stopped: 0 of 10 steps, 0 tokens in 0:00:00, 0 tokens/s with evaluations and checkpoints\ncheckpoints took 0.0"
+    )
