@@ -109,8 +109,8 @@ def main() -> int:
         refuse_other_files(folder)
         if arguments.check:
             refuse_unwritable(folder)
-            refuse_another_run(folder, job.identity, arguments.new)
-            show(outline(job))
+            known = refuse_another_run(folder, job.identity, arguments.new)
+            show(outline(replace(job, identity=known)))
             return 0
         with hold(folder) if rank == 0 else nullcontext():
             make_folders(folder)

@@ -1,23 +1,31 @@
 """What a run would be, in a few lines, for people who are about to queue it: `launch/train.py --check RANKS`."""
 
 import math
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
+from data_pipeline.errors import DataError
 from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from data_pipeline.output import counted
 from reformer.weights import skeleton
 from trainer.check import StoreFacts
-from trainer.checkpoint import published
+from trainer.checkpoint import published, read_state
 from trainer.deepspeed_settings import global_batch_size, micro_batch_size
 from trainer.flops import training_flops
 from trainer.job import Job
+from trainer.resume import changes
 from trainer.run_lock import holder
 
 
 def outline(job: Job) -> str:
-    """Its model, data, step and checkpoints in numbers, and where it would begin."""
+    """Its model, data, step and checkpoints in numbers, where it would begin, and what would change there.
+
+    job: with the identity that `resume.refuse_another_run` returns.
+    """
     n_parameters = sum(parameter.numel() for parameter in skeleton(job.config.model).parameters())
     lines = [_model(job, n_parameters), *_data(job), _step(job), _checkpoints(job, n_parameters), _beginning(job)]
+    lines += _changes(job)
     return "\n".join(lines)
 
 
@@ -69,7 +77,13 @@ def _checkpoints(job: Job, n_parameters: int) -> str:
     often = math.lcm(run.save_every or run.steps, run.keep_every)
     n_kept = run.keep_last + 1 + run.keep_best + (run.steps // often if often else 0)
     size = f"{n_parameters * 4 * (1 + n_moments) / 2**30:.3g} GiB"
-    return f"checkpoints  about {size} each, {min(n_saves, n_kept)} of them at most"
+    free = f"{shutil.disk_usage(_existing(run.dir)).free / 2**30:,.3g} GiB"
+    return f"checkpoints  about {size} each, {min(n_saves, n_kept)} of them at most; {free} are free there"
+
+
+def _existing(folder: Path) -> Path:
+    """It, or the folder that it would be made in."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _beginning(job: Job) -> str:
@@ -82,3 +96,13 @@ def _beginning(job: Job) -> str:
         return f"run          goes on from {saved[-1].path}, if that is sound, to step {run.steps:,}{at_work}"
     weights = f"the weights of {run.init_from}" if run.init_from else "untrained weights"
     return f"run          begins anew in {run.dir} with {weights}{at_work}"
+
+
+def _changes(job: Job) -> list[str]:
+    """What is not as it was in the newest checkpoint, where that can be read: what a start would say."""
+    saved = published(job.config.run.dir)
+    try:
+        before = read_state(saved[-1].path)["run"] if saved else job.identity
+    except DataError as error:
+        return [f"note: {error}"]
+    return [f"note: {name} {what}" for name, what in changes(before, job.identity).items()]

@@ -36,7 +36,13 @@ def test_a_checkpoint_is_as_large_as_weights_and_moments_in_fp32(optimizer: dict
     ids=str,
 )
 def test_as_many_are_there_at_most_as_are_saved_and_kept(run: dict[str, int], expected: int) -> None:
-    assert outline._checkpoints(job(steps=9, **run), 1).endswith(f", {expected} of them at most")
+    assert f" each, {expected} of them at most; " in outline._checkpoints(job(steps=9, **run), 1)
+
+
+def test_the_room_is_that_of_the_disk_where_the_run_is_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {tmp_path: 3 * 2**30}
+    monkeypatch.setattr(outline.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    assert outline._checkpoints(job(dir=tmp_path / "not" / "there"), 1).endswith("; 3 GiB are free there")
 
 
 def test_a_run_that_is_beyond_its_steps_has_nothing_to_do(tmp_path: Path) -> None:
@@ -49,3 +55,9 @@ def test_a_new_run_says_whose_weights_it_begins_with(tmp_path: Path) -> None:
     for weights, given in (("untrained weights", {}), ("the weights of other", {"init_from": "other"})):
         expected = f"run          begins anew in {tmp_path} with {weights}"
         assert outline._beginning(job(dir=tmp_path, **given)) == expected
+
+
+def test_a_checkpoint_that_cannot_be_read_is_a_note(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000009").mkdir(parents=True)
+    (note,) = outline._changes(job(dir=tmp_path))
+    assert note.startswith(f"note: {tmp_path}/checkpoints/step_00000009/state.json cannot be read")
