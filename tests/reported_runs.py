@@ -29,6 +29,7 @@ def make_run(folder: Path, store: Path) -> None:
     }
     record = {
         "config": config,
+        "continued": [],
         "deepspeed": {},
         "store": {"fingerprint": fingerprint},
         "samples": {"web.store": fingerprint},

@@ -55,6 +55,10 @@ def compare(given: Sequence[Curves]) -> Comparison:
     for what, of_rows in unlike(runs, sources).items():
         alike = ", ".join(of for rows, of in numbered(of_rows).items() if rows)  # where there are any
         notes.append(f"note: not all were scored on the same rows: what stands below {what!r} compares within {alike}")
+    if changed := [f"[{place}]" for place, run in enumerate(runs, start=1) if run.continued()]:
+        notes.append(
+            f"note: {' '.join(changed)} went on with other settings ('continued'): the others are the last ones"
+        )
     if not any(group.n_seeds > 1 for group in groups):
         groups = []
     notes += [

@@ -296,3 +296,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
+
+
+def spelled(value: Any) -> str:
+    """As TOML and JSON write it, which have nothing for what is left out."""
+    if value is None:
+        return "not given"
+    return str(value).lower() if isinstance(value, bool) else repr(value)

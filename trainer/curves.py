@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError, RunConfig, flatten
+from trainer.config import ConfigError, RunConfig, flatten, spelled
 from trainer.run_files import RECORD, read_metrics, read_record
 
 Point = tuple[int, float | None]
@@ -16,10 +16,39 @@ HELD_OUT = "eval/bits_per_byte"
 HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}")
 OF_ROWS = ("eval", "lsh", "reversible")
 """What tags of evaluations begin with."""
-SAID = ("deepspeed", "store", "samples", "launch", "evaluated", "versions", "git_commit")
+SAID = ("continued", "deepspeed", "store", "samples", "launch", "evaluated", "versions", "git_commit")
 """What is read of run.json besides its configuration."""
 ABSENT = "-"
 """What stands for a setting that a run does not have."""
+NEUTRAL = frozenset(
+    {
+        "run.deepspeed_config",  # the name of a file; what is in it is compared, as deepspeed.…
+        # What a run reports besides its scores, and how often: none of it changes a weight.
+        "run.log_every",
+        "run.histogram_every",
+        "run.profile_steps",
+        "run.diagnostics",
+        "run.sample_tokens",
+        "run.ablation_rows",
+        "run.spike_deviations",
+        # Which checkpoints it leaves: a run that resumes goes on as if nothing had happened.
+        "run.save_every",
+        "run.keep_last",
+        "run.keep_every",
+        "run.keep_best",
+        # When it gives up: until then its numbers are the same.
+        "run.on_full_disk",
+        "run.max_nonfinite",
+        "run.watchdog_factor",
+        "run.watchdog_min_s",
+    }
+)
+"""Settings that change no score. (`settings` leaves out run.dir.)
+
+Not among them are run.eval_every, since the best of more evaluations is lower; run.sequence_parallel and the model's
+keep_ends, ff_chunk_tokens and loss_chunk_tokens, which change how sums are rounded; and data.on_damage, which may leave
+out rows.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +85,15 @@ class Curves:
         of_sources = [(source.store, samples[f"{name}.store"]) for name, source in data.mixture.items()]
         return [(data.store, self.record["store"]["fingerprint"]), *of_sources]
 
+    def continued(self) -> list[str]:
+        """Of each resume with settings that change scores: after which step, and what they were until then."""
+        said = []
+        for each in self.record["continued"]:
+            was = [f"{name} was {spelled(value)}" for name, value in each["before"].items() if changes_scores(name)]
+            if was:
+                said.append(f"at step {each['step']}, before which {', '.join(was)}")
+        return said
+
     def _evaluated(self, name: str, key: str, default: Any) -> Any:
         return self.record["evaluated"].get(name, {}).get(key, default)
 
@@ -77,6 +115,11 @@ class Curves:
         """The lowest bits per byte of held-out rows; None where there are none."""
         finite = [(bits, step) for step, bits in self.points(HELD_OUT) if bits is not None]
         return min(finite)[::-1] if finite else None
+
+
+def changes_scores(name: str) -> bool:
+    """Whether a setting may: where a run lies does not, nor what is NEUTRAL."""
+    return name != "run.dir" and name not in NEUTRAL
 
 
 def read_curves(path: Path) -> Curves:
@@ -130,6 +173,8 @@ def settings(run: Curves) -> dict[str, Any]:
     evaluated = {"data.store.fingerprint": record["store"]["fingerprint"]}
     table = flatten({**run.config.model_dump(mode="json"), **said, **place, **evaluated})
     del table["run.dir"]  # always another
+    if continued := run.continued():
+        table["continued"] = "; ".join(continued)
     return {name: re.sub(HASH, r"\1", value) if isinstance(value, str) else value for name, value in table.items()}
 
 

@@ -7,42 +7,13 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from trainer.curves import Curves, settings, shown
+from trainer.curves import NEUTRAL, Curves, settings, shown
 
 SEED = re.compile(r"run\.seed|model\.seed|samples\.(.*\.)?seed")
 """samples.…: run.seed, as run.json says it of a mixture and of each of its stores."""
 STORE = re.compile(r"data\.store|data\.mixture\..*\.store")
 """Folders: what is in them is compared, by the fingerprints of stores."""
 COMMIT = "git_commit"
-NEUTRAL = frozenset(
-    {
-        "run.deepspeed_config",  # the name of a file; what is in it is compared, as deepspeed.…
-        # What a run reports besides its scores, and how often: none of it changes a weight.
-        "run.log_every",
-        "run.histogram_every",
-        "run.profile_steps",
-        "run.diagnostics",
-        "run.sample_tokens",
-        "run.ablation_rows",
-        "run.spike_deviations",
-        # Which checkpoints it leaves: a run that resumes goes on as if nothing had happened.
-        "run.save_every",
-        "run.keep_last",
-        "run.keep_every",
-        "run.keep_best",
-        # When it gives up: until then its numbers are the same.
-        "run.on_full_disk",
-        "run.max_nonfinite",
-        "run.watchdog_factor",
-        "run.watchdog_min_s",
-    }
-)
-"""Settings that change no score. (curves.settings leaves out run.dir.)
-
-Not among them are run.eval_every, since the best of more evaluations is lower; run.sequence_parallel and the model's
-keep_ends, ff_chunk_tokens and loss_chunk_tokens, which change how sums are rounded; and data.on_damage, which may leave
-out rows.
-"""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from trainer.rank_faults import lost_ranks
 from trainer.record import count_stop, write_record
 from trainer.reporter import Reporter
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
-from trainer.resume import changes
+from trainer.resume import changes, differing
 from trainer.schedule import due, lr_factor
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place, timed
@@ -80,7 +80,9 @@ class Trainer:
         refuse_different(self.plan.dir, job.identity, self.launch, device)
         self.start = checkpoint.sound_start(self.plan.dir, self.launch, device, self.reporter.say)
         self.first_step = self.start.step if self.start else 0
-        self.progress = Progress()
+        saved = checkpoint.read_state(self.start.path) if self.start else {}
+        self.progress = Progress.from_state(saved["progress"]) if saved else Progress()
+        self.identity_before = saved.get("run", job.identity)
         self.scores: dict[str, Reported] = {}  # the newest, for the summary
         self.saved_step = self.first_step
 
@@ -90,6 +92,7 @@ class Trainer:
             self.reporter.say(
                 f"nothing to do: {self.plan.dir} is at step {self.first_step}, run.steps={self.plan.steps}"
             )
+            self.say_changes()
             return 0
         self.build()
         begun, done, code = time.perf_counter(), self.first_step, 0
@@ -113,9 +116,6 @@ class Trainer:
         self.engine = build_engine(config, self.job.deepspeed)
         if self.start:
             checkpoint.load(self.engine, self.start)
-            saved = checkpoint.read_state(self.start.path)
-            self.progress = Progress.from_state(saved["progress"])
-            self.changes = changes(saved["run"], self.job.identity)
         elif self.plan.init_from:
             folder, seed = self.plan.init_from, self.plan.seed
             set_weights(self.engine, agreed_weights(folder, config.model, seed, launch, device))
@@ -150,7 +150,12 @@ class Trainer:
         if launch.rank == 0:
             checkpoint.remove_leftovers(self.plan.dir)
         record = partial(
-            write_record, self.job, device, n_parameters=n_parameters(self.engine), evaluated=self.progress.scored
+            write_record,
+            self.job,
+            device,
+            n_parameters=n_parameters(self.engine),
+            evaluated=self.progress.scored,
+            changed=differing(self.identity_before, self.job.identity),
         )
         self.reporter.open(self.first_step, record)
 
@@ -158,13 +163,17 @@ class Trainer:
         """Say where the run starts from; of a new run, evaluate the weights as they are."""
         if self.start:
             self.reporter.say(f"continuing from {self.start.path}, after step {self.first_step}")
-            for name, what in self.changes.items():
-                self.reporter.say(f"note: {name} {what}")
+            self.say_changes()
             return
         weights = f"the weights of {self.plan.init_from}" if self.plan.init_from else "untrained weights"
         first = "" if self.eval_rows is None else "; first these are evaluated"
         self.reporter.say(f"starting anew in {self.plan.dir} with {weights}{first}")
         self.evaluate(done=0)
+
+    def say_changes(self) -> None:
+        """What is not as it was when the checkpoint was written."""
+        for name, what in changes(self.identity_before, self.job.identity).items():
+            self.reporter.say(f"note: {name} {what}")
 
     @contextmanager
     def phase(self, step: int, name: str) -> Iterator[None]:

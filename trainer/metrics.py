@@ -50,6 +50,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
-from trainer.run_files import METRICS
+from trainer.run_files import BEFORE, METRICS, RECORD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,6 +78,8 @@ class Metrics:
     def __init__(self, run_dir: Path, step: int) -> None:
         """Continue the reports of a run after `step` steps, those of its checkpoint; 0 begins them anew."""
         run_dir.mkdir(parents=True, exist_ok=True)
+        self.kept = None if step else keep_former(run_dir)
+        """Where the reports of a run are that was here before, if this one begins anew."""
         self.first_step = step + 1 if step else 0
         """The first that may be reported; anything reported from it on is forgotten."""
         self._path = run_dir / METRICS
@@ -162,6 +165,26 @@ class Metrics:
             with self._record():
                 self._events.add_summary(summaries.hparams({}, {})[2])
         self._writer.close()
+
+
+def keep_former(run_dir: Path) -> Path | None:
+    """Copy what a run has reported, of which there is no checkpoint, to RUN/before/0001 or the next number.
+
+    Its checkpoints may have been removed to make room, and its curves are all that is left of it. Returns the folder;
+    None where no step was reported.
+    """
+    path = run_dir / METRICS
+    if not path.exists() or not any(map(_step_of, path.read_bytes().splitlines(keepends=True))):
+        return None
+    folder = run_dir / BEFORE
+    number = 1 + max((int(each.name) for each in folder.glob("*") if each.name.isdecimal()), default=0)
+    partial = folder / f"{number:04d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "tensorboard").mkdir(parents=True)
+    for file in (run_dir / RECORD, path, *(run_dir / "tensorboard").glob(EVENT_FILES)):
+        if file.exists():
+            shutil.copy2(file, partial / file.relative_to(run_dir))
+    return partial.rename(folder / f"{number:04d}")
 
 
 def _put_in_the_past(files: list[Path]) -> None:

@@ -3,6 +3,9 @@
 RUN/run.json: one object, written before the first step.
 
     started, resumed_from_step          ISO time; null unless resumed
+    continued                           [{step, before: {name: value}}] of each resume with other settings: after which
+                                        step, and what they were until then, null where not given; names as in
+                                        "config", and deepspeed.… as in "deepspeed"
     stops_before_a_step                 starts since the last checkpoint that were asked to stop before their first step
     config, deepspeed                   the resolved TOML side {model, data, run} and DeepSpeed's JSON
     store                               of data.store: {seq_len, vocab_size, rows: {split: number}, tokenizer_sha256,
@@ -48,14 +51,23 @@ PACKAGES = ("longhand", "deepspeed", "numpy", "zarr", "sentencepiece")
 
 
 def write_record(
-    job: Job, device: torch.device, metrics: "Metrics", n_parameters: int, evaluated: Mapping[str, Any]
+    job: Job,
+    device: torch.device,
+    metrics: "Metrics",
+    n_parameters: int,
+    evaluated: Mapping[str, Any],
+    changed: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Write RUN/run.json and show it in TensorBoard."""
+    """Write RUN/run.json and show it in TensorBoard.
+
+    changed: the values before and now of settings, since the checkpoint that the run continues from.
+    """
     device_name, run_dir = distributed.device_name(device), job.config.run.dir
     resumed_from_step = metrics.first_step - 1 if metrics.first_step else None
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_from_step": resumed_from_step,
+        "continued": continued(run_dir, resumed_from_step, {name: before for name, (before, _) in changed.items()}),
         "stops_before_a_step": stops_since(run_dir, resumed_from_step),
         "config": job.config.model_dump(mode="json"),
         "deepspeed": job.deepspeed,
@@ -74,6 +86,17 @@ def write_record(
     }
     write_json(run_dir / RECORD, record)
     show(metrics, record)
+
+
+def continued(run_dir: Path, step: int | None, before: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the record said until now of resumes before this step, and this one if settings were others before it."""
+    if step is None:
+        return []
+    try:
+        earlier = [each for each in read_record(run_dir)["continued"] if each["step"] < step]
+    except (ConfigError, KeyError):  # damaged, or of an earlier version; it is about to be replaced
+        earlier = []
+    return [*earlier, *([{"step": step, "before": dict(before)}] if before else [])]
 
 
 def stops_since(run_dir: Path, resumed_from_step: int | None) -> int:

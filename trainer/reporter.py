@@ -38,6 +38,8 @@ class Reporter:
                 return
             try:
                 self._metrics = Metrics(self.plan.dir, first_step)
+                if self._metrics.kept:
+                    self.say(f"note: there was a run without a checkpoint; its curves are in {self._metrics.kept}")
                 record(self._metrics)
             except OSError as error:
                 raise self._unwritten(error) from None

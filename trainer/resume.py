@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.errors import DataError
 from reformer.config import ConfigError, ReformerConfig
 from trainer.checkpoint import published, read_state
-from trainer.config import RunConfig, flatten
+from trainer.config import RunConfig, flatten, spelled
 from trainer.deepspeed_settings import global_batch_size
 
 FIXED = (
@@ -115,24 +115,22 @@ def _same_beginning(name: str, saved: Mapping[str, Any], current: Mapping[str, A
     return now is None or (before is not None and Path(before).resolve() == Path(now).resolve())
 
 
-def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
-    """What is not as a checkpoint's run was: what became of each value, by name."""
+def differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is not as a checkpoint's run was, by name: the value before and the one now, None for what is not given."""
     with suppress(ConfigError, TypeError):  # fields that are newer than the checkpoint had their default
         saved = {**saved, "model": ReformerConfig(**saved["model"]).model_dump(mode="json")}
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
+    values = {name: (before.get(name), now.get(name)) for name in sorted({*before, *now})}
+    return {name: (was, is_now) for name, (was, is_now) in values.items() if was != is_now}
+
+
+def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """The same in words."""
+    keeps_best = bool(current["run"].get("keep_best"))
     return {
-        name: f"was {_spelled(before.get(name))} and is {_spelled(now.get(name))} now"
-        + _evaluated_otherwise(name, before.get(name), bool(now.get("run.keep_best")))
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+        name: f"was {spelled(before)} and is {spelled(now)} now" + _evaluated_otherwise(name, before, keeps_best)
+        for name, (before, now) in differing(saved, current).items()
     }
-
-
-def _spelled(value: Any) -> str:
-    """As TOML and JSON write it, which have nothing for what is left out."""
-    if value is None:
-        return "not given"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _evaluated_otherwise(name: str, before: Any, keeps_best: bool) -> str:

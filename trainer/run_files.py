@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.config import ConfigError
 
-RECORD, METRICS = "run.json", "metrics.jsonl"
+RECORD, METRICS, BEFORE = "run.json", "metrics.jsonl", "before"
 TAIL_BYTES = 2**22
 """Thousands of lines of metrics.jsonl."""
 

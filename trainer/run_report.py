@@ -44,6 +44,7 @@ def report(run: Curves) -> tuple[str, dict[str, Any]]:
         values["unigram_bits_per_byte"] = None if isinstance(bits, DataError) else bits
     if since := run.since(HELD_OUT):
         notes.append(f"evaluations before step {since} were of other rows, or by other rounds, and are left out")
+    notes += [f"continued with other settings {each}" for each in run.continued()]
     if config.data.mixture and is_evaluated:
         notes.append(f"held out is {config.data.eval_split!r} of {config.data.store}, batches are of the mixture")
     lines += notes

@@ -67,6 +67,24 @@ def test_a_run_begun_anew_forgets_the_one_before(tmp_path: Path) -> None:
     assert list(found.AllSummaryMetadata()) == ["train/loss"]
 
 
+def test_the_curves_of_a_run_without_checkpoints_are_kept(tmp_path: Path) -> None:
+    """Of one that has come to no step there is nothing to keep."""
+    for begun, kept in ((0, None), (2, None), (0, tmp_path / "before" / "0001"), (0, tmp_path / "before" / "0002")):
+        metrics = Metrics(tmp_path, begun)
+        assert metrics.kept == kept
+        metrics.write(0 if begun == 0 and kept is None else 3, {"train/loss": float(begun)})
+        (tmp_path / "run.json").write_text(str(kept))
+        metrics.close()
+    first, second = (tmp_path / "before" / number for number in ("0001", "0002"))
+    assert [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 0, "train/loss": 0.0},
+        {"step": 3, "train/loss": 2.0},
+    ]
+    assert (first / "run.json").read_text() == "None" and (second / "run.json").read_text() == str(first)
+    assert curves(events(first))["train/loss"] == [(0, 0.0), (3, 2.0)]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
 def test_a_run_that_goes_on_is_a_row_of_the_table_already(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, 5)
     metrics.hparams({"model.d_model": 8})

@@ -24,7 +24,7 @@ from trainer.distributed import Launch
 from trainer.job import Job
 from trainer.memory import host_gib, memory_gib, peak_gib
 from trainer.metrics import Metrics
-from trainer.record import environment, show, stops_since, write_record
+from trainer.record import continued, environment, show, stops_since, write_record
 
 
 def record(d_model: int) -> dict[str, Any]:
@@ -159,13 +159,26 @@ def test_run_json_states_the_peak_that_mfu_is_of(
     config = RunConfig(model={"vocab_size": 9}, data={"store": "s"}, run=run.model_dump())
     job = Job(config, deepspeed, store, SimpleNamespace(identity={"seed": 1}), Launch("none", 0, 1, 0, 1), {})
     metrics = Metrics(tmp_path, 2)
-    write_record(job, torch.device("cpu"), metrics, n_parameters=7, evaluated={"": {"rows": "7", "since": 3}})
+    write_record(job, torch.device("cpu"), metrics, 7, {"": {"rows": "7", "since": 3}}, {"run.steps": (2, 3)})
     metrics.close()
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["launch"]["peak_flops"] == peak
     assert found["launch"]["device"] == device_name
     assert (found["resumed_from_step"], found["n_parameters"], found["store"]["fingerprint"]) == (2, 7, "abc")
     assert found["evaluated"] == {"": {"rows": "7", "since": 3}} and found["stops_before_a_step"] == 0
+    assert found["continued"] == [{"step": 2, "before": {"run.steps": 2}}]
+
+
+def test_settings_of_before_are_kept_as_far_as_the_run_is(tmp_path: Path) -> None:
+    assert continued(tmp_path, None, {}) == continued(tmp_path, 3, {}) == []
+    before = [{"step": step, "before": {"run.steps": step}} for step in (2, 4, 6)]
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}, "continued": before}))
+    assert continued(tmp_path, 7, {}) == before
+    assert continued(tmp_path, 4, {"run.steps": 5}) == [before[0], {"step": 4, "before": {"run.steps": 5}}]
+    assert continued(tmp_path, 4, {}) == before[:1], "what came after the checkpoint is forgotten"
+    assert continued(tmp_path, None, {}) == []
+    (tmp_path / "run.json").write_text('{"config": {}}')
+    assert continued(tmp_path, 4, {"run.steps": None}) == [{"step": 4, "before": {"run.steps": None}}]
 
 
 def test_stops_are_counted_until_there_is_another_checkpoint(tmp_path: Path) -> None:
