@@ -31,8 +31,9 @@ def tokenizer_files(tokenizer: Tokenizer, ends: Ends) -> dict[str, bytes]:
     return {TOKENIZER_RECORD: (json.dumps(facts, indent=2) + "\n").encode(), **model}
 
 
-def read_tokenizer(folder: Path) -> tuple[Tokenizer, Ends]:
+def read_tokenizer(folder: str | Path) -> tuple[Tokenizer, Ends]:
     """What was written. Raises DataError where it is missing or damaged."""
+    folder = Path(folder)
     path = folder / TOKENIZER_RECORD
     record = read_record(folder)
     if not record:

@@ -109,6 +109,14 @@ def remarks(
                 f"data.mixture.{name}: documents of {config.data.mixture[name].store} differ from those of "
                 f"{config.data.store} in whether they have {' and '.join(other)}"
             )
+    if run.warmup_steps >= run.steps:
+        notes.append(f"run.warmup_steps={run.warmup_steps:,}, and run.steps={run.steps:,}: the peak is hardly reached")
+    n_chunks = -(-store.seq_len // model.lsh_chunk_len)
+    if model.has_lsh and n_chunks <= 2:
+        notes.append(
+            f"model.lsh_chunk_len={model.lsh_chunk_len}: rows of {store.seq_len} tokens are at most two chunks, "
+            "of which LSH attention reaches all that dense attention does"
+        )
     rows, columns = sorted(model.axial_shape or (1, 1))
     if columns > UNEVEN * rows:
         better = next(n for n in count(model.max_seq_len) if max(near_square(n)) <= 2 * min(near_square(n)))

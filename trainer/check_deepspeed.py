@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from reformer.config import explain
+from trainer.config import OF_DEEPSPEED
 from trainer.deepspeed_settings import BATCH_KEYS, is_bf16, table
 
 ALLOWED = {
@@ -195,5 +196,7 @@ def objections(deepspeed: Mapping[str, Any]) -> list[str]:
 
 def nearest(key: str, known: set[str]) -> str:
     """What to say to an unknown key."""
+    if key in OF_DEEPSPEED:
+        return OF_DEEPSPEED[key]
     close = get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown key; did you mean '{close[0]}'?" if close else "not a key that this trainer passes to DeepSpeed"

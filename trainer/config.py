@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 
-_OF_DEEPSPEED = {
+OF_DEEPSPEED = {
     name: f"set it in DeepSpeed's JSON, as {key} (on the command line: deepspeed.{key}=...)"
     for key, names in {
         "optimizer": ("optimizer",),
@@ -93,7 +93,7 @@ class DataConfig(StrictConfig):
 class LoopConfig(StrictConfig):
     """How long to train, what to report and what to keep."""
 
-    elsewhere = _OF_DEEPSPEED
+    elsewhere = OF_DEEPSPEED
 
     dir: Path = Field(strict=False)
     """Folder of the run (checkpoints, TensorBoard events, metrics), relative to the working directory."""
@@ -211,7 +211,7 @@ def profiled_steps(text: str) -> range:
 class RunConfig(StrictConfig):
     """The TOML side of a run."""
 
-    elsewhere = _OF_DEEPSPEED
+    elsewhere = OF_DEEPSPEED
 
     model: ReformerConfig
     """The model to train."""
@@ -249,18 +249,20 @@ def load(
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """`a.b=c` as (["a", "b"], c): c is read as TOML where it is TOML, and is a string otherwise."""
+    """`a.b=c` as (["a", "b"], c): c is read as TOML where it is TOML, and is a string otherwise, or a list of words, as
+    `["local", "lsh"]` without its quotes, which a shell takes away."""
     name, equals, value = text.partition("=")
     keys = name.split(".")
     if not equals or len(keys) < 2 or not all(keys):
         sections: dict[str, type[StrictConfig]] = {"model": ReformerConfig, "data": DataConfig, "run": LoopConfig}
         meant = [f"'{table}.{text}'" for table, kind in sections.items() if equals and name in kind.model_fields]
         way_out = f"did you mean {' or '.join(meant)}?" if meant else "an override looks like run.steps=100"
-        raise ConfigError(f"cannot read '{text}': {_OF_DEEPSPEED.get(name, way_out)}")
+        raise ConfigError(f"cannot read '{text}': {OF_DEEPSPEED.get(name, way_out)}")
     try:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        return keys, value
+        words = re.fullmatch(r"\[\s*([\w-]+(?:\s*,\s*[\w-]+)*)\s*\]", value)
+        return keys, re.split(r"\s*,\s*", words[1]) if words else value
     if len(parsed) > 1:
         raise ConfigError(f"cannot read {text!r}: an override is one key and one value")
     return keys, parsed["value"]

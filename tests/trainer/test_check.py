@@ -86,6 +86,7 @@ def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len:
         ),
         ({"zero_optimization": {"stage": True}}, "deepspeed.zero_optimization.stage=True: give one of the numbers"),
         ({"zero_optimization": 2}, "this is a table of keys and values"),
+        ({"lr": 1}, r"deepspeed.lr: set it in DeepSpeed's JSON, as optimizer.params.lr \(on the command line"),
         ({"bf16": {"enable": True}}, "deepspeed.bf16: unknown key 'enable': did you mean 'enabled'"),
         ({"gradient_clipping": "none"}, "deepspeed.gradient_clipping='none'"),
         ({"gradient_clipping": True}, "deepspeed.gradient_clipping=True: give the maximum gradient norm"),
@@ -161,6 +162,21 @@ def test_steps_that_are_hardly_ever_both_evaluated_and_saved_are_remarked_on() -
     assert remarks(make_config(**often), STORE) == []
     (line,) = remarks(make_config(**{**often, "run_save_every": 75}), STORE)
     assert line.startswith("run.keep_best: evaluations and checkpoints coincide only every 150 steps and at the end (")
+
+
+def test_a_warm_up_as_long_as_the_run_is_remarked_on() -> None:
+    assert remarks(make_config(run_steps=9, run_warmup_steps=8), STORE) == []
+    (line,) = remarks(make_config(run_steps=9, run_warmup_steps=9), STORE)
+    assert line == "run.warmup_steps=9, and run.steps=9: the peak is hardly reached"
+
+
+def test_lsh_attention_that_is_dense_is_remarked_on() -> None:
+    length = STORE.seq_len
+    assert remarks(make_config(model_lsh_chunk_len=length // 2 - 2), STORE) == []
+    for chunk_len in (length // 2, 2 * length):
+        (line,) = remarks(make_config(model_lsh_chunk_len=chunk_len), STORE)
+        assert line.startswith(f"model.lsh_chunk_len={chunk_len}: rows of {length} tokens are at most two chunks")
+    assert remarks(make_config(model_lsh_chunk_len=length, model_attn_pattern=["local"]), STORE) == []
 
 
 def test_an_uneven_position_table_is_remarked_on() -> None:
