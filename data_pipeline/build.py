@@ -66,6 +66,7 @@ def build(settings: BuildSettings) -> BuildResult:
     folder = partial_path(settings.output)
     is_alone = not folder.exists()
     if (finished := _finished(settings, decisive, team, contents=is_alone)) is not None and is_alone:
+        jobs.remove_gone(folder)
         return finished
     published = False
 

@@ -14,7 +14,7 @@ depends on the process or the platform: no hash() of Python, no floating point b
 import importlib.metadata
 from collections import defaultdict
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -124,25 +124,55 @@ class Signature:
     def __init__(self) -> None:
         self._minhash = _minhash(np.full(N_PERMUTATIONS, _EMPTY))
         self._last_words = np.zeros(0, np.uint64)
+        self._open = np.zeros(0, np.uint64)
+        """The hash of a word that reaches to the end of the last block, and may go on in the next one."""
+        self._open_bytes = 0
 
     def update(self, block: bytes) -> None:
-        """Takes in the next block. No word reaches from one block into the next; shingles do."""
-        words = np.concatenate((self._last_words, _hash_words(block)))
-        self._last_words = words[-(_SHINGLE_WORDS - 1) :]
-        if len(words) >= _SHINGLE_WORDS:
-            windows = np.lib.stride_tricks.sliding_window_view(words, _SHINGLE_WORDS)
-            _add(self._minhash, _mix(windows @ _COMBINE))
+        """Takes in the next block: words and shingles reach from one into the next."""
+        if not block:
+            return
+        words = _hash_words(block)
+        hashes, n_open = words.hashes, words.n_open
+        if words.goes_on and len(self._open):
+            hashes[:1] = self._open + hashes[:1] * np.uint64(pow(BASE, self._open_bytes, 2**64))
+            n_open += self._open_bytes if len(hashes) == 1 and n_open else 0
+        else:
+            hashes = np.concatenate((self._open, hashes))
+        closed = len(hashes) - bool(n_open)
+        self._open, self._open_bytes = hashes[closed:], n_open
+        self._last_words = _add_shingles(self._minhash, np.concatenate((self._last_words, hashes[:closed])))
 
-    def value(self) -> np.ndarray:
-        """uint32 [128]. A document of fewer than five words counts as one shingle, one of none as no shingle."""
+    def value(self, is_whole: bool = True) -> np.ndarray:
+        """uint32 [128]. A whole document of fewer than five words counts as one shingle, one of none as no shingle."""
         minhash = self._minhash.copy()
-        if minhash.is_empty() and len(self._last_words):
-            _add(minhash, _mix((self._last_words * _COMBINE[: len(self._last_words)]).sum(keepdims=True)))
+        words = np.concatenate((self._last_words, self._open))
+        _add_shingles(minhash, words)
+        if is_whole and minhash.is_empty() and len(words):
+            _add(minhash, _mix((words * _COMBINE[: len(words)]).sum(keepdims=True)))
         return minhash.digest()
 
 
-def _hash_words(block: bytes) -> np.ndarray:
-    """A hash of each word, uint64 [n_words]: sum of (byte_i + 1) * BASE**i modulo 2**64, for all words at once."""
+def _add_shingles(minhash: Any, words: np.ndarray) -> np.ndarray:
+    """Adds each run of five words; returns the last four, with which the next ones make more."""
+    if len(words) >= _SHINGLE_WORDS:
+        _add(minhash, _mix(np.lib.stride_tricks.sliding_window_view(words, _SHINGLE_WORDS) @ _COMBINE))
+    return words[-(_SHINGLE_WORDS - 1) :]
+
+
+class _Words(NamedTuple):
+    """Of a block."""
+
+    hashes: np.ndarray
+    """uint64 [n_words]."""
+    goes_on: bool
+    """Whether the first begins the block, and may be the rest of one in the block before."""
+    n_open: int
+    """Bytes of the last where it ends the block, and may go on in the next; 0 where none does."""
+
+
+def _hash_words(block: bytes) -> _Words:
+    """A hash of each word: sum of (byte_i + 1) * BASE**i modulo 2**64, for all words at once."""
     classes = np.frombuffer(block.translate(_CLASSES), np.uint8)
     in_word = (classes == _WORD) | (classes == _LONE)
     symbol = np.frombuffer(block, np.uint8) == 0xE2
@@ -153,11 +183,13 @@ def _hash_words(block: bytes) -> np.ndarray:
     begins[3:] |= in_word[3:] & (classes == _LONE)[:-3]
     starts = np.flatnonzero(begins)
     if not len(starts):
-        return np.zeros(0, np.uint64)
+        return _Words(np.zeros(0, np.uint64), False, 0)
+    goes_on = starts[0] == 0 and classes[0] == _WORD
+    n_open = len(block) - int(starts[-1]) if in_word[-1] and classes[starts[-1]] == _WORD else 0
     up, down = powers(len(block))
     letters = (np.frombuffer(block.translate(_LOWER), np.uint8).astype(np.uint64) + np.uint64(1)) * in_word
     # Each word is summed with the powers of its place in the block; its own start is then divided out.
-    return np.add.reduceat(letters * up, starts) * down[starts]
+    return _Words(np.add.reduceat(letters * up, starts) * down[starts], bool(goes_on), n_open)
 
 
 def _mix(hashes: np.ndarray) -> np.ndarray:

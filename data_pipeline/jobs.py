@@ -11,6 +11,7 @@ bytes twice. What keeps other builds out is a lock (`membership`).
 """
 
 import contextlib
+import glob
 import os
 import shutil
 import threading
@@ -156,6 +157,12 @@ def membership(work: Path, job: str, what: Path, keep: Callable[[], bool]) -> It
                     shutil.rmtree(gone)
 
 
+def remove_gone(work: Path) -> None:
+    """Finishes what the last to leave was killed at: removing the work directory."""
+    for gone in work.parent.glob(f"{glob.escape(work.name)}.*.gone"):
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 class _Gone(Exception):
     """The last to leave removed the work directory while another came."""
 
@@ -196,8 +203,7 @@ def _enter(work: Path, members: BinaryIO, job: str, what: Path) -> None:
             raise DataError(f"{what} is being built by another process: wait for it to end, or stop it")
         time.sleep(0.05)
     if alone:
-        for gone in work.parent.glob(f"{work.name}.*.gone"):  # its last was killed while it removed it
-            shutil.rmtree(gone, ignore_errors=True)
+        remove_gone(work)
         for pattern in ("*.partial", "*/*.claim", "*/*.partial", "*/*.expired", "*/*.probe"):
             for leftover in work.glob(pattern):
                 leftover.unlink()

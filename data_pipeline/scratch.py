@@ -174,7 +174,7 @@ class _PartWriter:
             bad=self.bad,
             replaced=self.replaced,
             sha256=self.sha256,
-            minhash=self.signature.value() if self.signature else None,
+            minhash=self.signature.value(self.part.first and self.part.last) if self.signature else None,
         )
 
     def _body(self) -> tuple[list[tuple[str, str]], bool]:

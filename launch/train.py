@@ -11,8 +11,9 @@ Everything is checked before the processes join each other, so a mistake ends al
 Before it is queued, from any machine that sees the store: --check 64 checks the same as 64 processes would, and says
 what the run would be.
 
-The same command resumes from the newest sound checkpoint in run.dir, on any number of processes. SIGUSR1, SIGUSR2,
-SIGTERM and Ctrl-C stop the run after the current step, with a checkpoint; a second Ctrl-C stops it at once.
+The same command resumes from the newest sound checkpoint in run.dir, on any number of processes. With the folder of a
+run in place of the file, as --config runs/demo, it goes on with the settings that it was last started with. SIGUSR1,
+SIGUSR2, SIGTERM and Ctrl-C stop it after the current step, with a checkpoint; a second Ctrl-C stops it at once.
 
 Exit codes: 0 finished, 2 an error in configuration or data (printed), 75 stopped by a signal, 70 ended by the watchdog.
 """
@@ -69,7 +70,9 @@ class Template(argparse.Action):
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE.toml", help="model, data and run")
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE.toml", help="model, data and run; or the folder of a run"
+    )
     parser.add_argument("--deepspeed_config", type=Path, metavar="FILE.json", help="in place of run.deepspeed_config")
     parser.add_argument("--new", action="store_true", help="refuse to continue: run.dir must not hold a run yet")
     parser.add_argument(

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
+from trainer.run_files import RECORD, read_record
 
 OF_DEEPSPEED = {
     name: f"set it in DeepSpeed's JSON, as {key} (on the command line: deepspeed.{key}=...)"
@@ -234,18 +235,33 @@ class RunConfig(StrictConfig):
 def load(
     path: Path, overrides: Iterable[str] = (), deepspeed_path: Path | None = None
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """Read the two files and apply the overrides; the pair (TOML side, DeepSpeed side)."""
-    tables = _read(path, tomllib.loads)
+    """Read the two files and apply the overrides; the pair (TOML side, DeepSpeed side).
+
+    path: the TOML file; or the folder of a run, whose run.json has both sides as the run was last started.
+    """
+    tables, recorded = _recorded(path) if path.is_dir() else (_read(path, tomllib.loads), None)
     changes = [parse_override(override) for override in overrides]
     for keys, value in changes:
         if keys[0] != "deepspeed":
             _assign(tables, keys, value)
     config = RunConfig(**tables)
-    deepspeed = _read(deepspeed_path or path.parent / config.run.deepspeed_config, json.loads)
+    if deepspeed_path or recorded is None:
+        deepspeed = _read(deepspeed_path or path.parent / config.run.deepspeed_config, json.loads)
+    else:
+        deepspeed = recorded
     for keys, value in changes:
         if keys[0] == "deepspeed":
             _assign(deepspeed, keys[1:], value)
     return config, deepspeed
+
+
+def _recorded(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sides of a run that lies in this folder now. Raises ConfigError where its record has them not."""
+    record = read_record(run_dir)
+    tables, deepspeed = record["config"], record.get("deepspeed")
+    if not isinstance(tables.get("run"), dict) or not isinstance(deepspeed, dict):
+        raise ConfigError(f"{run_dir / RECORD} has no settings of a run and of DeepSpeed: give the files in its place")
+    return {**tables, "run": {**tables["run"], "dir": str(run_dir)}}, deepspeed
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

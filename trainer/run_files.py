@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError
+from reformer.config import ConfigError
 
 RECORD, METRICS, BEFORE = "run.json", "metrics.jsonl", "before"
 TAIL_BYTES = 2**22

@@ -5,6 +5,7 @@ import importlib.metadata
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def slow_words(text: str) -> Iterator[str]:
 @UNHURRIED
 @given(st.text(st.sampled_from("aAbBz09 \n_-é«»\u00a0—“”ßЖ가나世界、あ\u2fff\u3000\u9fff\ua000𠀀"), max_size=60))
 def test_equal_words_and_no_others_hash_equal(text: str) -> None:
-    hashes = duplicates._hash_words(text.encode()).tolist()
+    hashes = duplicates._hash_words(text.encode()).hashes.tolist()
     words = list(slow_words(text))
     assert len(hashes) == len(words)
     assert len(set(zip(words, hashes, strict=True))) == len(set(words)) == len(set(hashes))
@@ -149,6 +150,28 @@ def test_cutting_between_words_changes_nothing() -> None:
         whole.update(word.encode() + b" ")
         whole.update(b"")
     assert np.array_equal(whole.value(), signature(text))
+
+
+@UNHURRIED
+@given(st.text("ab \u00e9\u4e16\u2014.", max_size=60), st.lists(st.integers(0, 60), max_size=6))
+def test_cutting_between_characters_changes_nothing(text: str, cuts: list[int]) -> None:
+    whole = Signature()
+    for start, stop in pairwise([0, *sorted(cuts), len(text)]):
+        whole.update(text[start:stop].encode())
+        whole.value()
+    assert np.array_equal(whole.value(), signature(text))
+
+
+def test_a_word_of_many_blocks_is_one_word() -> None:
+    """Two genomes without line breaks are alike if they are the same, not if they share most of their blocks."""
+    blocks = [bytes([letter]) * 1000 for letter in b"ACGTACGT"]
+    one, same, other = Signature(), Signature(), Signature()
+    for block in blocks:
+        one.update(block)
+        same.update(block.lower())
+        other.update(block if block != blocks[3] else b"N" * 1000)
+    assert np.array_equal(one.value(), same.value()) and not (one.value() == other.value()).any()
+    assert np.array_equal(one.value(is_whole=False), signature("")), "a part of a longer word is no shingle"
 
 
 def test_value_may_be_asked_for_at_any_time() -> None:

@@ -118,6 +118,13 @@ def test_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not work.exists()
 
 
+def test_what_was_killed_while_it_removed_the_work_is_finished(tmp_path: Path) -> None:
+    for name in ("[work].1f.gone", "[work].2.gone", "w.1.gone", "[work].gone", "[work].x"):
+        (tmp_path / name / "tokens").mkdir(parents=True)
+    jobs.remove_gone(tmp_path / "[work]")
+    assert {path.name for path in tmp_path.iterdir()} == {"w.1.gone", "[work].gone", "[work].x"}
+
+
 def test_the_last_to_leave_removes_the_work(tmp_path: Path) -> None:
     work, what = tmp_path / "work", tmp_path / "store"
     with membership(work, "one", what, keep=lambda: False):

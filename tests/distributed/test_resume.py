@@ -131,6 +131,21 @@ def test_a_mixture_is_continued_where_it_was_and_by_no_other(train, store: Path,
     assert "note: eval_store_fingerprint was " in again.output
 
 
+def test_a_run_goes_on_by_its_own_folder(train, tmp_path: Path):
+    """With the settings of before, and none of the file's; what is changed is said, and stays in the record."""
+    changes = ("run.eval_every=0", "run.diagnostics=false", "model.n_hashes=1", "deepspeed.gradient_clipping=0.5")
+    whole = train(1, tmp_path / "whole", "run.decay=constant", "run.steps=3", *changes)
+    assert train(1, tmp_path / "run", "run.decay=constant", "run.steps=2", *changes).code == 0
+    again = train(1, tmp_path / "run", "--config", str(tmp_path / "run"), "run.steps=3")
+    assert again.code == 0, again.errors
+    assert [line for line in again.output.splitlines() if "note: " in line] == ["note: run.steps was 2 and is 3 now"]
+    assert curve(again) == curve(whole)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["continued"] == [{"step": 2, "before": {"run.steps": 2}}]
+    done = train(1, tmp_path / "run", "--config", str(tmp_path / "run"), "deepspeed.optimizer.params.lr=0.5")
+    assert done.code == 0 and "nothing to do" in done.output and "params.lr was" in done.output
+
+
 @pytest.fixture(scope="module")
 def finished(train, tmp_path_factory):
     run = train(1, tmp_path_factory.mktemp("finished") / "run", "run.steps=2", "run.diagnostics=false")

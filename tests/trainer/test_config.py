@@ -34,6 +34,28 @@ def test_defaults_then_file_then_command_line(config: Path) -> None:
     assert (changed.run.warmup_steps, changed.run.steps, changed.model.d_model) == (3, 7, 64)
 
 
+def test_the_folder_of_a_run_has_both_sides(config: Path, tmp_path: Path) -> None:
+    """As the run was last started, wherever it lies now; the command line changes them alike."""
+    changes = ["model.attn_pattern=[lsh]", "deepspeed.zero_optimization.stage=3"]
+    ran, deepspeed = load(config, [*changes, "run.dir=before"])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    record = {"config": ran.model_dump(mode="json"), "deepspeed": deepspeed}
+    (moved / "run.json").write_text(json.dumps(record))
+    again, same = load(moved)
+    assert same == deepspeed == {"zero_optimization": {"stage": 3}}
+    assert again == ran.model_copy(update={"run": ran.run.model_copy(update={"dir": moved})})
+    longer, other = load(moved, ["run.steps=200", "run.dir=elsewhere", "deepspeed.zero_optimization.stage=1"])
+    assert (longer.run.steps, str(longer.run.dir), other) == (200, "elsewhere", {"zero_optimization": {"stage": 1}})
+    (tmp_path / "other.json").write_text("{}")
+    assert load(moved, (), tmp_path / "other.json")[1] == {}
+    (moved / "run.json").write_text(json.dumps({"config": record["config"]}))
+    with pytest.raises(ConfigError, match=r"run.json has no settings of a run and of DeepSpeed: give the files"):
+        load(moved)
+    with pytest.raises(ConfigError, match=r"is not the folder of a run: cannot read"):
+        load(tmp_path)
+
+
 def test_deepspeed_is_read_beside_the_toml_file_and_can_be_replaced_and_changed(config: Path, tmp_path: Path) -> None:
     assert load(config)[1] == {"zero_optimization": {"stage": 2}}
     other = tmp_path / "other.json"
