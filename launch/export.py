@@ -18,6 +18,7 @@ the run found it.
 
 import argparse
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -43,9 +44,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     step = best_step(arguments.source) if arguments.best else arguments.step
-    written, note = export(arguments.source, step, arguments.output, arguments.hf, arguments.store)
-    if note:
-        print(f"note: {note}", file=sys.stderr)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        written, note = export(arguments.source, step, arguments.output, arguments.hf, arguments.store)
+    for each in [*(str(warning.message) for warning in caught), *([note] if note else [])]:
+        print(f"note: {each}", file=sys.stderr)
     print(written)
 
 
