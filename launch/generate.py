@@ -89,8 +89,11 @@ def read_prompt(argument: str) -> bytes:
 def read_file(argument: str, tokenizer: Tokenizer, bos: bool, n_first: int | None) -> list[Prompt]:
     """The prompts in a file, or in standard input. Raises ConfigError where one is wrong, or there is none."""
     name = "standard input" if argument == "-" else argument
-    with nullcontext(sys.stdin.buffer) if argument == "-" else Path(argument).open("rb") as lines:
-        prompts = list(read_prompts(lines, name, tokenizer, bos, n_first))
+    try:
+        with nullcontext(sys.stdin.buffer) if argument == "-" else Path(argument).open("rb") as lines:
+            prompts = list(read_prompts(lines, name, tokenizer, bos, n_first))
+    except OSError as error:
+        raise ConfigError(f"cannot read --prompts {name}: {error.strerror}: give a file of JSON lines") from None
     if not prompts:
         raise ConfigError(f"{name} has no prompts: give a line of JSON for each")
     return prompts

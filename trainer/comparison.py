@@ -57,7 +57,7 @@ def compare(given: Sequence[Curves]) -> Comparison:
         notes.append(f"note: not all were scored on the same rows: what stands below {what!r} compares within {alike}")
     if changed := [f"[{place}]" for place, run in enumerate(runs, start=1) if run.continued()]:
         notes.append(
-            f"note: {' '.join(changed)} went on with other settings ('continued'): the others are the last ones"
+            f"note: {' '.join(changed)} changed settings on the way ('continued' says which); the others are the last"
         )
     if not any(group.n_seeds > 1 for group in groups):
         groups = []

@@ -237,7 +237,8 @@ def load(
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Read the two files and apply the overrides; the pair (TOML side, DeepSpeed side).
 
-    path: the TOML file; or the folder of a run, whose run.json has both sides as the run was last started.
+    path: the TOML file; or the folder of a run, whose run.json has both sides as the run was last started. An override
+    of run.deepspeed_config is relative to the working directory then.
     """
     tables, recorded = _recorded(path) if path.is_dir() else (_read(path, tomllib.loads), None)
     changes = [parse_override(override) for override in overrides]
@@ -245,10 +246,10 @@ def load(
         if keys[0] != "deepspeed":
             _assign(tables, keys, value)
     config = RunConfig(**tables)
-    if deepspeed_path or recorded is None:
-        deepspeed = _read(deepspeed_path or path.parent / config.run.deepspeed_config, json.loads)
-    else:
-        deepspeed = recorded
+    beside = config.run.deepspeed_config if recorded else path.parent / config.run.deepspeed_config
+    names_file = recorded is None or any(keys == ["run", "deepspeed_config"] for keys, _ in changes)
+    deepspeed = _read(deepspeed_path or beside, json.loads) if deepspeed_path or names_file else recorded
+    assert deepspeed is not None
     for keys, value in changes:
         if keys[0] == "deepspeed":
             _assign(deepspeed, keys[1:], value)
@@ -277,7 +278,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     try:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        words = re.fullmatch(r"\[\s*([\w-]+(?:\s*,\s*[\w-]+)*)\s*\]", value)
+        words = re.fullmatch(r"\[\s*([a-z][\w-]*(?:\s*,\s*[a-z][\w-]*)*)\s*,?\s*\]", value)
         return keys, re.split(r"\s*,\s*", words[1]) if words else value
     if len(parsed) > 1:
         raise ConfigError(f"cannot read {text!r}: an override is one key and one value")

@@ -16,7 +16,7 @@ HELD_OUT = "eval/bits_per_byte"
 HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28,}")
 OF_ROWS = ("eval", "lsh", "reversible")
 """What tags of evaluations begin with."""
-SAID = ("continued", "deepspeed", "store", "samples", "launch", "evaluated", "versions", "git_commit")
+SAID = ("deepspeed", "store", "samples", "launch", "evaluated", "versions", "git_commit")
 """What is read of run.json besides its configuration."""
 ABSENT = "-"
 """What stands for a setting that a run does not have."""
@@ -88,8 +88,8 @@ class Curves:
     def continued(self) -> list[str]:
         """Of each resume with settings that change scores: after which step, and what they were until then."""
         said = []
-        for each in self.record["continued"]:
-            was = [f"{name} was {spelled(value)}" for name, value in each["before"].items() if changes_scores(name)]
+        for each in self.record.get("continued", []):
+            was = [f"{name} was {spelled(value)}" for name, value in each["before"].items() if name not in NEUTRAL]
             if was:
                 said.append(f"at step {each['step']}, before which {', '.join(was)}")
         return said
@@ -115,11 +115,6 @@ class Curves:
         """The lowest bits per byte of held-out rows; None where there are none."""
         finite = [(bits, step) for step, bits in self.points(HELD_OUT) if bits is not None]
         return min(finite)[::-1] if finite else None
-
-
-def changes_scores(name: str) -> bool:
-    """Whether a setting may: where a run lies does not, nor what is NEUTRAL."""
-    return name != "run.dir" and name not in NEUTRAL
 
 
 def read_curves(path: Path) -> Curves:

@@ -168,23 +168,29 @@ class Metrics:
 
 
 def keep_former(run_dir: Path) -> Path | None:
-    """Copy what a run has reported, of which there is no checkpoint, to RUN/before/0001 or the next number.
+    """Move what a run has reported, of which there is no checkpoint, to RUN/before/0001 or the next number.
 
-    Its checkpoints may have been removed to make room, and its curves are all that is left of it. Returns the folder;
-    None where no step was reported.
+    Its checkpoints may have been removed to make room, and its curves are all that is left of it. Beside metrics.jsonl
+    lie copies of run.json and of TensorBoard's files, as far as there is room. Returns the folder; None where no step
+    was reported.
     """
     path = run_dir / METRICS
-    if not path.exists() or not any(map(_step_of, path.read_bytes().splitlines(keepends=True))):
+    if not path.exists():
         return None
-    folder = run_dir / BEFORE
-    number = 1 + max((int(each.name) for each in folder.glob("*") if each.name.isdecimal()), default=0)
-    partial = folder / f"{number:04d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "tensorboard").mkdir(parents=True)
-    for file in (run_dir / RECORD, path, *(run_dir / "tensorboard").glob(EVENT_FILES)):
-        if file.exists():
-            shutil.copy2(file, partial / file.relative_to(run_dir))
-    return partial.rename(folder / f"{number:04d}")
+    with path.open("rb") as lines:
+        if not any(map(_step_of, lines)):
+            return None
+    taken = (int(each.name) for each in (run_dir / BEFORE).glob("*") if each.name.isdecimal())
+    kept = run_dir / BEFORE / f"{1 + max(taken, default=0):04d}"
+    (kept / "tensorboard").mkdir(parents=True)
+    for file in (run_dir / RECORD, *(run_dir / "tensorboard").glob(EVENT_FILES)):
+        copy = kept / file.relative_to(run_dir)
+        try:
+            shutil.copy2(file, copy)
+        except OSError:  # the disk is full, or there is no such file; all numbers are in metrics.jsonl
+            copy.unlink(missing_ok=True)
+    path.rename(kept / METRICS)  # which takes no room, and nothing is lost by a kill before it
+    return kept
 
 
 def _put_in_the_past(files: list[Path]) -> None:

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.errors import DataError
@@ -99,10 +100,9 @@ def _beginning(job: Job) -> str:
 
 
 def _changes(job: Job) -> list[str]:
-    """What is not as it was in the newest checkpoint, where that can be read: what a start would say."""
-    saved = published(job.config.run.dir)
-    try:
-        before = read_state(saved[-1].path)["run"] if saved else job.identity
-    except DataError as error:
-        return [f"note: {error}"]
-    return [f"note: {name} {what}" for name, what in changes(before, job.identity).items()]
+    """What is not as it was in the newest checkpoint that can be read: what a start would say."""
+    for saved in published(job.config.run.dir)[::-1]:
+        with suppress(DataError):  # a damaged one, which is not continued from
+            before = read_state(saved.path)["run"]
+            return [f"note: {name} {what}" for name, what in changes(before, job.identity).items()]
+    return []

@@ -48,16 +48,17 @@ def read_prompts(
         place = f"line {number} of {name}"
         try:
             record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair could not be given back
+            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # which could not be given back
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{place} is not JSON ({error}): give an object with {field!r} for each prompt") from None
-        kind = list if field == "values" else str
-        if not isinstance(record, dict) or not isinstance(record.get(field), kind):
-            raise ConfigError(f"{place} is no object with {field!r}, a {kind.__name__}: give one for each prompt")
-        given = record.pop(field)
-        text = " ".join(map(str, given)) if field == "values" else given
+        given = record.pop(field, None) if isinstance(record, dict) else None
+        if field == "values" and isinstance(given, list) and all(type(value) is int for value in given):
+            given = " ".join(map(str, given))
+        elif field == "values" or not isinstance(given, str):
+            kind = "an array of integers" if field == "values" else "a string"
+            raise ConfigError(f"{place} is no object with {field!r}, {kind}: give one for each prompt")
         try:
-            tokens = encode(text.encode(), tokenizer, bos)
+            tokens = encode(given.encode(), tokenizer, bos)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
         yield Prompt(place, record, tokens if n_first is None else tokens[: bos + n_first])

@@ -67,7 +67,9 @@ def write_record(
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_from_step": resumed_from_step,
-        "continued": continued(run_dir, resumed_from_step, {name: before for name, (before, _) in changed.items()}),
+        "continued": continued(
+            run_dir, resumed_from_step, {name: before for name, (before, _) in changed.items() if name != "run.dir"}
+        ),
         "stops_before_a_step": stops_since(run_dir, resumed_from_step),
         "config": job.config.model_dump(mode="json"),
         "deepspeed": job.deepspeed,
@@ -94,7 +96,7 @@ def continued(run_dir: Path, step: int | None, before: Mapping[str, Any]) -> lis
         return []
     try:
         earlier = [each for each in read_record(run_dir)["continued"] if each["step"] < step]
-    except (ConfigError, KeyError):  # damaged, or of an earlier version; it is about to be replaced
+    except (ConfigError, KeyError, TypeError):  # damaged, or of an earlier version; it is about to be replaced
         earlier = []
     return [*earlier, *([{"step": step, "before": dict(before)}] if before else [])]
 

@@ -9,7 +9,7 @@ from data_pipeline.manifest import MANIFEST_NAME
 from reformer.config import ConfigError
 from reformer.weights import WEIGHTS_FILE
 
-RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile", "before"}
+RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
 """What tells a run's folder from others."""
 
 OTHERS = {MANIFEST_NAME, WEIGHTS_FILE}

@@ -162,6 +162,13 @@ def test_cutting_between_characters_changes_nothing(text: str, cuts: list[int]) 
     assert np.array_equal(whole.value(), signature(text))
 
 
+def test_words_and_shingles_over_more_than_two_blocks() -> None:
+    whole = Signature()
+    for block in (b"x abc", b"def", b"ghi y z", b"", b"z w v"):
+        whole.update(block)
+    assert np.array_equal(whole.value(), signature("x abcdefghi y zz w v"))
+
+
 def test_a_word_of_many_blocks_is_one_word() -> None:
     """Two genomes without line breaks are alike if they are the same, not if they share most of their blocks."""
     blocks = [bytes([letter]) * 1000 for letter in b"ACGTACGT"]

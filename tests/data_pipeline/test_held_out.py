@@ -1,5 +1,6 @@
 """What is held out by --val-input is not trained on: neither the same file, nor a copy of a document."""
 
+import random
 from pathlib import Path
 
 import fsspec
@@ -7,6 +8,8 @@ import pytest
 from on_disk import files_of
 from read_documents import write
 
+from data_pipeline import blocks, documents, stages
+from data_pipeline import build as build_module
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings
 from data_pipeline.errors import DataError
@@ -219,6 +222,24 @@ def test_near_copies_where_no_two_documents_are_equal(tmp_path: Path) -> None:
     write(tmp_path / "val/novel.txt", NOVEL)
     (problem,) = make(tmp_path, duplicates="near").problems
     assert (problem.document, problem.detail) == ("b_novel.txt", "of novel.txt")
+
+
+def test_variants_of_a_sequence_without_a_space_are_no_near_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many blocks and parts they share. A sequence that is whole in one part is a copy of the same letters."""
+    for module in (blocks, build_module, documents):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(blocks, "BOUNDARY_REACH_BYTES", 16)
+    monkeypatch.setattr(stages, "TASK_BYTES", (4096, 4096))
+    sequence = "".join(random.Random(0).choices("ACGT", k=25 * 4096))
+    write(tmp_path / "train/long.txt", sequence)
+    write(tmp_path / "train/long_variant.txt", sequence[:-1] + "N")
+    write(tmp_path / "train/y_short.txt", sequence[:400])
+    write(tmp_path / "train/z_short.txt", sequence[:400].lower())
+    write(tmp_path / "val/other.txt", sequence[:399] + "N")
+    (problem,) = make(tmp_path, duplicates="near").problems
+    assert (problem.document, problem.detail) == ("z_short.txt", "of y_short.txt")
 
 
 @pytest.mark.parametrize("duplicates", ["drop", "near"])

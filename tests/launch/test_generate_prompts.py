@@ -79,11 +79,12 @@ def test_a_line_says_whether_the_document_ended(tmp_path: Path, call) -> None:
     ("content", "said"),
     [
         (b'{"text": "a"}\n{"text": "b"\n', "line 2 of FILE is not JSON"),
-        (b'{"text": "a"}\n\n["b"]\n', "line 3 of FILE is no object with 'text', a str"),
+        (b'{"text": "a"}\n\n["b"]\n', "line 3 of FILE is no object with 'text', a string"),
         (b'{"prompt": "a"}\n', "line 1 of FILE is no object with 'text', a str"),
         (b'{"text": 5}\n', "line 1 of FILE is no object with 'text', a str"),
         (b'{"text": "\\ud800"}\n', "line 1 of FILE is not JSON"),
         (b'{"text": "\xff"}\n', "line 1 of FILE is not JSON"),
+        (b'{"text": "a", "score": NaN}\n', "line 1 of FILE is not JSON"),
         (b'{"text": "a"}\n{"text": "%s"}\n' % (b"long" * 20), "line 2 of FILE: 81 tokens and 5 more are beyond"),
         (b"\n", "FILE has no prompts"),
     ],
@@ -102,8 +103,10 @@ def test_one_wrong_line_is_refused_before_any_is_continued(
     ("values", "said"),
     [
         ("[1, 300]", "line 1 of FILE: the prompt has '300' in it"),
-        ("[true]", "line 1 of FILE: the prompt has 'True' in it"),
-        ('"1 2"', "line 1 of FILE is no object with 'values', a list"),
+        ("[-1]", "line 1 of FILE: the prompt has '-1' in it"),
+        ("[true]", "line 1 of FILE is no object with 'values', an array of integers"),
+        ('["1 2"]', "line 1 of FILE is no object with 'values', an array of integers"),
+        ('"1 2"', "line 1 of FILE is no object with 'values', an array of integers"),
     ],
 )
 def test_values_that_are_none(tmp_path: Path, call, values: str, said: str) -> None:
@@ -121,7 +124,7 @@ def test_values_that_are_none(tmp_path: Path, call, values: str, said: str) -> N
     [
         (("--prompts", "p.jsonl", "--output", "new"), "leave out --output"),
         (("abc", "--first", "3"), "--first is of --prompts"),
-        (("--prompts", "missing.jsonl"), "missing.jsonl"),
+        (("--prompts", "missing.jsonl"), "cannot read --prompts missing.jsonl: No such file or directory: give a"),
     ],
 )
 def test_what_does_not_go_together(exported: Path, call, options: tuple[str, ...], said: str) -> None:

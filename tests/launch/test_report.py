@@ -242,14 +242,14 @@ def test_a_run_that_went_on_with_other_settings_says_so(tmp_path: Path, store: P
     make_run(tmp_path / "run", store)
     make_run(tmp_path / "other", store)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    before = {"run.steps": 1, "run.log_every": 3, "run.dir": "x", "deepspeed.optimizer.params.lr": None}
+    before = {"run.steps": 1, "run.log_every": 3, "deepspeed.optimizer.params.lr": None}
     record["continued"] = [{"step": 1, "before": before}, {"step": 2, "before": {"run.save_every": 4}}]
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     said = "at step 1, before which run.steps was 1, deepspeed.optimizer.params.lr was not given"
     done = report(tmp_path / "run")
     assert f"\ncontinued with other settings {said}\n" in done.stdout and "save_every" not in done.stdout
     done = report(tmp_path / "run", tmp_path / "other", "--json", tmp_path / "both.json")
-    assert "note: [1] went on with other settings ('continued'): the others are the last ones" in done.stdout
+    assert "note: [1] changed settings on the way ('continued' says which); the others are the last\n" in done.stdout
     assert "continued  " in done.stdout and "in groups" not in done.stdout
     runs = json.loads((tmp_path / "both.json").read_text())["runs"]
     assert [run["settings"] for run in runs] == [{"continued": said}, {}]

@@ -49,6 +49,7 @@ def test_the_folder_of_a_run_has_both_sides(config: Path, tmp_path: Path) -> Non
     assert (longer.run.steps, str(longer.run.dir), other) == (200, "elsewhere", {"zero_optimization": {"stage": 1}})
     (tmp_path / "other.json").write_text("{}")
     assert load(moved, (), tmp_path / "other.json")[1] == {}
+    assert load(moved, [f"run.deepspeed_config={tmp_path / 'other.json'}"])[1] == {}
     (moved / "run.json").write_text(json.dumps({"config": record["config"]}))
     with pytest.raises(ConfigError, match=r"run.json has no settings of a run and of DeepSpeed: give the files"):
         load(moved)
@@ -75,7 +76,8 @@ def test_deepspeed_is_read_beside_the_toml_file_and_can_be_replaced_and_changed(
         ("a.b=[lsh]", ["lsh"]),
         ("a.b=[local, lsh ,x-y]", ["local", "lsh", "x-y"]),
         ("a.b=[local lsh]", "[local lsh]"),
-        ("a.b=[local,]", "[local,]"),
+        ("a.b=[local, lsh,]", ["local", "lsh"]),
+        ("a.b=[16,x]", "[16,x]"),
         ("a.b=[]", []),
         ('a.b="3"', "3"),
         ("a.b=runs/x", "runs/x"),

@@ -67,6 +67,13 @@ def test_what_changes_a_score_does(change: dict[str, Any]) -> None:
     assert repetitions([make_run(), make_run(**change)]) == [[0], [1]]
 
 
+def test_a_run_that_changed_settings_on_the_way_is_not_one_that_had_them_all_along() -> None:
+    runs = [make_run(), make_run(), make_run()]
+    for run, name in zip(runs, ("run.decay", "run.log_every"), strict=False):
+        run.record["continued"] = [{"step": 3, "before": {name: "another"}}]  # type: ignore[index]
+    assert repetitions(runs) == [[0], [1, 2]]
+
+
 def test_names_of_settings_that_change_no_score_exist() -> None:
     assert {f"run.{name}" for name in LoopConfig.model_fields} > NEUTRAL
     assert set(flatten(make_run().config.model_dump())) > NEUTRAL

@@ -19,7 +19,7 @@ from event_readers import Server, curves, events, notebook, scalars, texts
 from matplotlib.figure import Figure
 from metrics_writer import value
 
-from trainer.metrics import Metrics, _append
+from trainer.metrics import Metrics, _append, keep_former
 
 STEPS = 60
 
@@ -83,6 +83,9 @@ def test_the_curves_of_a_run_without_checkpoints_are_kept(tmp_path: Path) -> Non
     assert (first / "run.json").read_text() == "None" and (second / "run.json").read_text() == str(first)
     assert curves(events(first))["train/loss"] == [(0, 0.0), (3, 2.0)]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+    (tmp_path / "before" / "0003" / "tensorboard").mkdir(parents=True)  # of a start that was killed in it
+    assert keep_former(tmp_path) == tmp_path / "before" / "0004" and not (tmp_path / "metrics.jsonl").exists()
+    assert keep_former(tmp_path) is None
 
 
 def test_a_run_that_goes_on_is_a_row_of_the_table_already(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from evaluation import config
 
+from data_pipeline.errors import DataError
 from trainer import outline
 
 ADAM = {"type": "AdamW"}
@@ -57,7 +58,17 @@ def test_a_new_run_says_whose_weights_it_begins_with(tmp_path: Path) -> None:
         assert outline._beginning(job(dir=tmp_path, **given)) == expected
 
 
-def test_a_checkpoint_that_cannot_be_read_is_a_note(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / "step_00000009").mkdir(parents=True)
-    (note,) = outline._changes(job(dir=tmp_path))
-    assert note.startswith(f"note: {tmp_path}/checkpoints/step_00000009/state.json cannot be read")
+def test_changes_are_those_since_the_newest_checkpoint_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_state(path: Path) -> dict[str, object]:
+        if path.name == "step_00000009":
+            raise DataError("damaged")
+        return {"run": {"model": {}, "run": {"steps": int(path.name[5:])}}}
+
+    monkeypatch.setattr(outline, "read_state", read_state)
+    this = SimpleNamespace(**vars(job(dir=tmp_path)), identity={"model": {}, "run": {"steps": 7}})
+    assert outline._changes(this) == []
+    for step in (9, 4, 3):
+        (tmp_path / "checkpoints" / f"step_0000000{step}").mkdir(parents=True)
+    assert outline._changes(this) == ["note: run.steps was 4 and is 7 now"]
