@@ -246,10 +246,12 @@ def load(
         if keys[0] != "deepspeed":
             _assign(tables, keys, value)
     config = RunConfig(**tables)
-    beside = config.run.deepspeed_config if recorded else path.parent / config.run.deepspeed_config
-    names_file = recorded is None or any(keys == ["run", "deepspeed_config"] for keys, _ in changes)
-    deepspeed = _read(deepspeed_path or beside, json.loads) if deepspeed_path or names_file else recorded
-    assert deepspeed is not None
+    if recorded is None:
+        deepspeed = _read(deepspeed_path or path.parent / config.run.deepspeed_config, json.loads)
+    elif deepspeed_path or any(keys == ["run", "deepspeed_config"] for keys, _ in changes):
+        deepspeed = _read(deepspeed_path or config.run.deepspeed_config, json.loads)
+    else:
+        deepspeed = recorded
     for keys, value in changes:
         if keys[0] == "deepspeed":
             _assign(deepspeed, keys[1:], value)
