@@ -118,7 +118,7 @@ def _shared_buckets(signatures: np.ndarray, n_bands: int, n_numbers: int) -> np.
 class Signature:
     """The MinHash signature of a document, or of a part of one, that comes in blocks of bytes.
 
-    The signature of a whole is the elementwise minimum of its parts' but for the four shingles across each seam.
+    The signature of a whole is the elementwise minimum of its parts' but for words and shingles across each seam.
     """
 
     def __init__(self) -> None:

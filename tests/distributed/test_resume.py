@@ -144,6 +144,12 @@ def test_a_run_goes_on_by_its_own_folder(train, tmp_path: Path):
     assert record["continued"] == [{"step": 2, "before": {"run.steps": 2}}]
     done = train(1, tmp_path / "run", "--config", str(tmp_path / "run"), "deepspeed.optimizer.params.lr=0.5")
     assert done.code == 0 and "nothing to do" in done.output and "params.lr was" in done.output
+    reported = (again.dir / "metrics.jsonl").read_text()
+    shutil.rmtree(again.dir / "checkpoints")
+    anew = train(1, again.dir, "--config", str(again.dir))
+    kept = again.dir / "before" / "0001"
+    assert f"note: there was a run without a checkpoint; its curves are in {kept}" in anew.output
+    assert (kept / "metrics.jsonl").read_text() == reported and curve(anew) == curve(whole)
 
 
 @pytest.fixture(scope="module")
