@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.layout import StorePart, hash_file
+from data_pipeline.layout import hash_file
 from data_pipeline.manifest import DocumentRecord
+from data_pipeline.part import StorePart
 from data_pipeline.staging import staged
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import IntegerTokenizer, Tokenizer, value_dtype

@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.decode import fresh_stretches
-from data_pipeline.layout import StorePart
+from data_pipeline.part import StorePart
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import token_dtype
 

@@ -44,6 +44,15 @@ _CLASSES = _byte_classes()
 _LOWER = bytes(range(256)).lower()
 
 
+class Known(NamedTuple):
+    """Documents that a store holds already, which stay, whatever is found."""
+
+    sha256: np.ndarray
+    """uint8 [m, 32]"""
+    signatures: np.ndarray
+    """uint32 [n, 128]: of those that have one."""
+
+
 def exact(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
     """For each document the first earlier one of the same content.
 
@@ -60,29 +69,35 @@ def exact(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.where(first < 0, -2, np.where(first == np.arange(len(first)), -1, first))
 
 
-def near(signatures: np.ndarray, threshold: float) -> np.ndarray:
+def near(signatures: np.ndarray, threshold: float, known: np.ndarray) -> np.ndarray:
     """For each document the first earlier one that is kept and, by the estimate, similar to at least `threshold`.
 
-    signatures: uint32 [n, 128]. Returns int64 [n]: an index below the document's own, or -1 where there is none, in
-    which case the document is kept. A document without words is like no other. Of the pairs at the threshold at least
-    9 in 10 are compared, of more similar ones more (`_bands`). Raises DataError for a threshold outside 0.5 to 1.
+    signatures: uint32 [n, 128]. known: uint32 [m, 128], of documents that are there already. Returns int64 [n]: an
+    index below the document's own, or -1 where there is none, in which case the document is kept, or -2 where one in
+    `known` is similar. A document without words is like no other. Of the pairs at the threshold at least 9 in 10 are
+    compared, of more similar ones more (`_bands`). Raises DataError for a threshold outside 0.5 to 1.
     """
     if not 0.5 <= threshold <= 1:
         raise DataError(f"--near-threshold is {threshold:g}: expected 0.5 to 1")
+    n_known = len(known)
+    if n_known:
+        signatures = np.concatenate((known, signatures))
     original = np.full(len(signatures), -1, np.int64)
     buckets = _shared_buckets(signatures, *_bands(threshold))
     kept: dict[int, list[int]] = defaultdict(list)  # bucket -> the kept documents in it
     for i in np.flatnonzero((buckets >= 0).any(axis=1)).tolist():
         mine = [bucket for bucket in buckets[i].tolist() if bucket >= 0]
-        candidates = np.array(sorted(set().union(*(kept[bucket] for bucket in mine))), np.int64)
-        similarity = (signatures[candidates] == signatures[i]).mean(axis=1)
-        similar = candidates[similarity >= threshold]
-        if len(similar):
-            original[i] = similar[0]
-        else:
-            for bucket in mine:
-                kept[bucket].append(i)
-    return original
+        if i >= n_known:
+            candidates = np.array(sorted(set().union(*(kept[bucket] for bucket in mine))), np.int64)
+            similarity = (signatures[candidates] == signatures[i]).mean(axis=1)
+            similar = candidates[similarity >= threshold]
+            if len(similar):
+                original[i] = similar[0]
+                continue
+        for bucket in mine:
+            kept[bucket].append(i)
+    found = original[n_known:]
+    return np.select([found < 0, found < n_known], [-1, -2], found - n_known)
 
 
 def _bands(threshold: float) -> tuple[int, int]:

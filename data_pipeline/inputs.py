@@ -18,7 +18,6 @@ from data_pipeline.config import POLICIES
 from data_pipeline.documents import Reading, Span, read_parts
 from data_pipeline.errors import BadDocument, DataError
 from data_pipeline.files import InputFile, check_folders, hash_file
-from data_pipeline.layout import StorePart
 from data_pipeline.manifest import (
     UNREADABLE,
     ProblemRecord,
@@ -28,6 +27,7 @@ from data_pipeline.manifest import (
     settings_differences,
     split_mark,
 )
+from data_pipeline.part import StorePart
 
 _HASHING_THREADS = 8
 """Hashing leaves Python's lock alone, and waits for files for the rest."""
@@ -133,6 +133,16 @@ def new_files(files: Sequence[InputFile], parts: Sequence[StorePart]) -> list[In
     if fresh:
         check_folders({name: f"{name} of the store" for name in recorded} | fresh, fresh)
     return [file for file in files if file.name in fresh]
+
+
+def notes_on_signatures(parts: Sequence[StorePart], duplicates: str) -> list[str]:
+    """What the user should know of a store in which no near copies can be looked for, and some of whose parts."""
+    unsigned = [str(part.path) for part in parts if part.signatures() is None] if duplicates == "near" else []
+    return [
+        f"{path} was built by a version that did not keep its documents' signatures: near copies of them are not found "
+        "among what is added, exact ones are. To have them found, build the store again"
+        for path in unsigned
+    ]
 
 
 def check_splits(files: Sequence[InputFile], parts: Sequence[StorePart]) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline import duplicates
+from data_pipeline.duplicates import Known
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile
 from data_pipeline.manifest import DocumentRecord, ProblemRecord, SplitRecord
@@ -122,12 +123,11 @@ def merge_parts(columns: Columns) -> Documents:
     )
 
 
-def make_plan(documents: Documents, given_split: np.ndarray, known: np.ndarray, settings: PlanSettings) -> Plan:
+def make_plan(documents: Documents, given_split: np.ndarray, known: Known, settings: PlanSettings) -> Plan:
     """Decides which documents are kept, in which split, and where in which row.
 
-    given_split str [n_files]: the split that a file's documents form, or "" where the settings' split decides; known
-    uint8 [m, 32]: hashes of documents that the store holds already. Raises DataError when a split cannot be made, or no
-    document is left; but for what is appended, which may be nothing new.
+    given_split str [n_files]: the split that a file's documents form, or "" where the settings' split decides. Raises
+    DataError when a split cannot be made, or no document is left; but for what is appended, which may be nothing new.
     """
     if not len(documents.file) and not settings.appends:
         raise DataError(
@@ -266,7 +266,7 @@ def _check_left(option: str, bad: np.ndarray, dropped: np.ndarray, settings: Pla
 
 
 def _find_duplicates(
-    documents: Documents, good: np.ndarray, given: np.ndarray, known: np.ndarray, settings: PlanSettings
+    documents: Documents, good: np.ndarray, given: np.ndarray, known: Known, settings: PlanSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each document the first one that it repeats, exactly and nearly. Documents without a byte repeat none.
 
@@ -277,12 +277,12 @@ def _find_duplicates(
     candidates = np.flatnonzero(good & (documents.n_bytes > 0))
     rank = np.select([given == "test", given == "val"], [0, 1], 2)
     candidates = candidates[np.argsort(rank[candidates], kind="stable")]
-    same[candidates] = _renumber(duplicates.exact(documents.sha256[candidates], known), candidates)
+    same[candidates] = _renumber(duplicates.exact(documents.sha256[candidates], known.sha256), candidates)
     if settings.duplicates == "near":
         candidates = candidates[same[candidates] == -1]
         every = np.array_equal(candidates, np.arange(len(good)))  # then without a copy: 512 MB for a million documents
         minhash = documents.minhash if every else documents.minhash[candidates]
-        found = duplicates.near(minhash, settings.near_threshold)
+        found = duplicates.near(minhash, settings.near_threshold, known.signatures)
         near[candidates] = _renumber(found, candidates)
     return same, near
 

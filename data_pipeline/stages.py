@@ -36,6 +36,7 @@ from data_pipeline.inputs import (
     compare_with_snapshot,
     hash_files,
     new_files,
+    notes_on_signatures,
     snapshot,
 )
 from data_pipeline.jobs import alone, done_tasks, record_name, run_stage
@@ -169,6 +170,7 @@ def start(work: Work, number: int) -> None:
     files = found
     if work.append_to is not None:
         parts = store.Store.open(work.append_to).parts
+        notes += notes_on_signatures(parts, settings.duplicates)
         check_unchanged(found, parts)
         check_splits(found, parts)
         files = new_files(found, parts)
@@ -247,7 +249,7 @@ def plan(work: Work, number: int) -> None:
     columns = concatenate(record.columns for record in records)
     documents = merge_parts(columns)
     given_split = np.array([file.split or "" for file in work.files], str)
-    known = store.document_hashes(work.append_to)
+    known = store.known_documents(work.append_to)
     made = make_plan(documents, given_split, known, plan_settings(work))
     offsets = np.cumsum([0, *(int(record.columns.n_tokens.sum()) for record in records)])
     _save_arrays(folder, {"offsets": offsets, **made.segments._asdict(), "source": made.source})
@@ -360,7 +362,8 @@ def _write_sidecars(work: Work, content: Path, shards: Mapping[str, FileRecord])
     inputs = [
         InputRecord(file.name, file.n_bytes, sha256) for file, sha256 in zip(files, work.input_hashes, strict=True)
     ]
-    layout.write_sidecars(content, made.segments, made.n_rows, tokenizer, table, inputs, problems)
+    signatures = documents.minhash[made.kept] if settings.duplicates == "near" else None
+    layout.write_sidecars(content, made.segments, made.n_rows, tokenizer, table, inputs, problems, signatures)
     others = (name for name in layout.list_files(content) if name not in shards)
     records = {**shards, **{name: layout.record_file(content / name) for name in others}}
     manifest = Manifest(

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.duplicates import N_PERMUTATIONS, Known
 from data_pipeline.errors import DataError
-from data_pipeline.layout import WAY_OUT, StorePart, list_files, write_manifest
+from data_pipeline.layout import WAY_OUT, list_files, write_manifest
 from data_pipeline.manifest import (
     MANIFEST_NAME,
     DocumentRecord,
@@ -28,6 +29,7 @@ from data_pipeline.manifest import (
     settings_differences,
 )
 from data_pipeline.packing import Segments
+from data_pipeline.part import StorePart
 from data_pipeline.tokenizer import Tokenizer
 
 _PARTS_NAME = "parts"
@@ -212,10 +214,15 @@ def is_made(path: Path, settings: StoreSettings, input_sha256: str, shards: Mapp
     )
 
 
-def document_hashes(store: Path | None) -> np.ndarray:
-    """uint8 [n, 32]: the sha256 of each document of a store; none where there is no store."""
-    documents = Store.open(store).documents if store else []
-    return np.frombuffer(bytes.fromhex("".join(document.sha256 for document in documents)), np.uint8).reshape(-1, 32)
+def known_documents(path: Path | None) -> Known:
+    """What a store holds already; nothing where there is none."""
+    parts = Store.open(path).parts if path else []
+    digests = "".join(document.sha256 for part in parts for document in part.documents())
+    signatures = [found for part in parts if (found := part.signatures()) is not None]
+    return Known(
+        sha256=np.frombuffer(bytes.fromhex(digests), np.uint8).reshape(-1, 32),
+        signatures=np.concatenate([np.zeros((0, N_PERMUTATIONS), np.uint32), *signatures]),
+    )
 
 
 def list_part(store: Path, name: str) -> None:

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from data_pipeline.config import POLICIES
 from data_pipeline.decode import decode_tokens, fresh_stretches
 from data_pipeline.documents import Reading, Span, read_parts
+from data_pipeline.duplicates import N_PERMUTATIONS
 from data_pipeline.errors import BadDocument, DataError, Exhausted
 from data_pipeline.files import InputFile, find_files, hash_file
-from data_pipeline.layout import StorePart
 from data_pipeline.manifest import UNREADABLE, Manifest
 from data_pipeline.packing import Segments
+from data_pipeline.part import StorePart
 from data_pipeline.store import Store, part_path, read_part
 from data_pipeline.tokenizer import N_ENDS
 
@@ -138,7 +139,12 @@ def check_part(part: StorePart) -> list[str]:
         segments = part.segments._replace(
             row=part.segments.row - part.first_row, document=part.segments.document - part.first_document
         )
-        problems = [*_check_problems(part), *_check_rows(part, segments), *_check_cover(part, segments, documents)]
+        problems = [
+            *_check_problems(part),
+            *_check_signatures(part, documents),
+            *_check_rows(part, segments),
+            *_check_cover(part, segments, documents),
+        ]
         if not problems:  # what does not fit would only be decoded to nonsense
             problems = [*_check_splits(part, segments, documents), *_check_content(part, segments, documents)]
     except DataError as error:  # a table is damaged, without which nothing further can be checked
@@ -173,6 +179,13 @@ def _check_problems(part: StorePart) -> Iterator[str]:
     listed = Counter(f"{record.problem}/{record.action}" for record in part.problems())
     if listed != Counter(part.manifest.problems):
         yield f"{part.path} lists other problems than its manifest counts"
+
+
+def _check_signatures(part: StorePart, documents: Documents) -> Iterator[str]:
+    signatures = part.signatures()
+    n_documents = len(documents.tokens)
+    if signatures is not None and signatures.shape != (n_documents, N_PERMUTATIONS):
+        yield f"{part.path} has signatures of shape {list(signatures.shape)}, and {n_documents} documents"
 
 
 def _check_rows(part: StorePart, segments: Segments) -> Iterator[str]:

@@ -201,7 +201,7 @@ def scale(folder: str, documents: str, n_bytes: str) -> Result:
     import numpy as np
 
     from bench_pipeline.scale import made_columns, planned_shards, write_files
-    from data_pipeline import planning, stages
+    from data_pipeline import planning, stages, store
 
     work = write_files(Path(folder), int(documents), int(n_bytes))
     steps: dict[str, float] = {}
@@ -216,7 +216,7 @@ def scale(folder: str, documents: str, n_bytes: str) -> Result:
     tasks = timed("tokenize tasks", lambda: work.tasks)
     columns = made_columns(tasks)
     merged = timed("documents", lambda: planning.merge_parts(columns))
-    given_split, known = np.full(len(files), ""), np.zeros((0, 32), np.uint8)
+    given_split, known = np.full(len(files), ""), store.known_documents(None)
     plan = timed("plan", lambda: planning.make_plan(merged, given_split, known, stages.plan_settings(work)))
     shards = timed("shard tasks", lambda: planned_shards(plan, work.decisive.rows_per_shard))
     splits = timed("figures of splits", lambda: planning.split_records(merged, plan))

@@ -204,6 +204,9 @@ def test_a_document_in_parts_has_the_smallest_numbers_of_all_of_them() -> None:
 
 # Near copies
 
+NONE = np.zeros((0, 128), np.uint32)
+"""Signatures of a store without documents."""
+
 
 def test_estimates_are_as_good_as_promised() -> None:
     """Unbiased, with a standard error of sqrt(J (1 - J) / 128)."""
@@ -223,7 +226,7 @@ def test_recall_and_precision() -> None:
     texts = [" ".join(words) for words in originals]
     texts += [" ".join(edited(words, k % 50, k)) for k, words in enumerate(originals)]
     true = [true_similarity(texts[k], texts[150 + k]) for k in range(150)]
-    found = near(np.stack([signature(text) for text in texts]), 0.8)
+    found = near(np.stack([signature(text) for text in texts]), 0.8, NONE)
     assert (found[:150] == -1).all()
     assert set((found[150:] - np.arange(150))[found[150:] >= 0].tolist()) == {0}  # to its own original, or to none
     similar = [found[150 + k] >= 0 for k, s in enumerate(true) if s >= 0.87]
@@ -244,7 +247,7 @@ def test_other_scripts(alphabet: str) -> None:
 
     one, other = text(), text()
     reprint = f"{one[:1500]}。{one[1500:]}"
-    assert near(np.stack([signature(t) for t in (one, other, reprint)]), 0.8).tolist() == [-1, -1, 0]
+    assert near(np.stack([signature(t) for t in (one, other, reprint)]), 0.8, NONE).tolist() == [-1, -1, 0]
 
 
 def rows_like(first: int, changed: int) -> np.ndarray:
@@ -257,26 +260,35 @@ def rows_like(first: int, changed: int) -> np.ndarray:
 def test_copies_of_a_dropped_copy_are_kept() -> None:
     """0 ~ 1 ~ 2, but 0 and 2 differ: 1 goes, and 2 has nothing like it left."""
     rows = np.stack([rows_like(1, 0), rows_like(1, 20), rows_like(1, 40), rows_like(1, 40)])
-    assert near(rows, 0.8).tolist() == [-1, 0, -1, 2]
+    assert near(rows, 0.8, NONE).tolist() == [-1, 0, -1, 2]
+
+
+def test_what_is_there_already_stays_and_comes_first() -> None:
+    """Also where two of it are alike. 1 is like 0 alone, which goes."""
+    known = np.stack([rows_like(1, 0), rows_like(1, 10), rows_like(3, 0), np.full(128, 2**32 - 1, np.uint32)])
+    rows = np.stack([rows_like(1, 20), rows_like(1, 40), rows_like(2, 0), rows_like(2, 10), rows_like(3, 30), known[3]])
+    assert near(rows, 0.8, known).tolist() == [-2, -1, -1, 2, -1, -1]
+    assert near(rows[:0], 0.8, known).tolist() == []
+    assert near(rows[:1], 0.8, known[2:]).tolist() == [-1]
 
 
 def test_the_earliest_original_is_named() -> None:
     rows = np.stack([rows_like(9, 0), rows_like(1, 0), rows_like(1, 30), rows_like(1, 15)])
-    assert near(rows, 0.8).tolist() == [-1, -1, -1, 1]
+    assert near(rows, 0.8, NONE).tolist() == [-1, -1, -1, 1]
 
 
 def test_documents_without_words_are_like_no_other() -> None:
     texts = ["", " \n—«»", "", "Amen", "amen.", "Amen and amen"]
-    assert near(np.stack([signature(text) for text in texts]), 0.8).tolist() == [-1, -1, -1, -1, 3, -1]
+    assert near(np.stack([signature(text) for text in texts]), 0.8, NONE).tolist() == [-1, -1, -1, -1, 3, -1]
 
 
 def test_no_documents() -> None:
-    assert near(np.zeros((0, 128), np.uint32), 0.8).tolist() == []
+    assert near(np.zeros((0, 128), np.uint32), 0.8, NONE).tolist() == []
     assert exact(np.zeros((0, 32), np.uint8), np.zeros((0, 32), np.uint8)).tolist() == []
 
 
 def test_only_equal_signatures_at_threshold_one() -> None:
-    assert near(np.stack([rows_like(1, 0), rows_like(1, 1), rows_like(1, 0)]), 1.0).tolist() == [-1, -1, 0]
+    assert near(np.stack([rows_like(1, 0), rows_like(1, 1), rows_like(1, 0)]), 1.0, NONE).tolist() == [-1, -1, 0]
 
 
 @pytest.mark.parametrize("threshold", np.arange(0.5, 1.001, 0.05))
@@ -290,7 +302,7 @@ def test_bands_keep_their_promise(threshold: float) -> None:
 @pytest.mark.parametrize("threshold", [0.4, 1.01, float("nan")])
 def test_a_threshold_without_meaning_is_refused(threshold: float) -> None:
     with pytest.raises(DataError, match="--near-threshold is"):
-        near(np.zeros((0, 128), np.uint32), threshold)
+        near(np.zeros((0, 128), np.uint32), threshold, NONE)
 
 
 def test_fifty_thousand_signatures_take_seconds() -> None:
@@ -299,7 +311,7 @@ def test_fifty_thousand_signatures_take_seconds() -> None:
     rows[40_000:] = rows[:10_000]
     rows[40_000:, ::16] += np.uint32(1)
     begin = time.perf_counter()
-    found = near(rows, 0.8)
+    found = near(rows, 0.8, NONE)
     assert time.perf_counter() - begin < 10
     assert (found[:40_000] == -1).all()
     assert np.array_equal(found[40_000:], np.arange(10_000))
