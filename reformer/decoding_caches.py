@@ -16,7 +16,14 @@ from reformer.config import ReformerConfig
 from reformer.dense import dense_attention
 from reformer.local import local_attention
 from reformer.lsh.dispatch import lsh_attention
-from reformer.lsh.hashing import bucket_dtype, bucket_factors, draw_rotations, hash_to_buckets, stable_order
+from reformer.lsh.hashing import (
+    as_directions,
+    bucket_dtype,
+    bucket_factors,
+    draw_rotations,
+    hash_by_directions,
+    stable_order,
+)
 
 MOST_LATE = 128
 """Tokens added one by one until all are sorted again; 64 to 512 take the same time (measured, up to 65,536 tokens)."""
@@ -222,7 +229,7 @@ class LSHCache(SharedKeys):
         self.put(qk_BHnD, v_BHnD)
         if self.n_tokens == qk_BHnD.shape[2]:
             return self._first(qk_BHnD, v_BHnD)
-        bucket_BHR1 = hash_to_buckets(qk_BHnD, self.rotations, self.factors)
+        bucket_BHR1 = hash_by_directions(qk_BHnD, self.directions_HND, self.factors)
         token_BHW, is_seen_BHW = self._seen(self.order.add(bucket_BHR1), bucket_BHR1)
         k_BHWD, v_BHWD = self.keys.rows(token_BHW), self.values.rows(token_BHW)
         weight_BHW = (
@@ -249,6 +256,8 @@ class LSHCache(SharedKeys):
             rotations=self.rotations,
         )
         self.order = Order(buckets)
+        self.directions_HND = as_directions(self.rotations, self.factors, qk_BHnD)
+        del self.rotations  # as large
         return out
 
     def _seen(self, place_BHR1: Tensor, bucket_BHR1: Tensor) -> tuple[Tensor, Tensor]:

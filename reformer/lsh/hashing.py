@@ -96,14 +96,26 @@ def hash_to_buckets(qk_BHTD: Tensor, rotations_HDRF: Tensor, factors: tuple[int,
     With factors (f1, f2, …) the columns of the rotation are split into f_i / 2 each, every part is hashed by
     argmax([xR; -xR]), and bucket = b1 + f1 * (b2 + f2 * …). Half precision inputs are hashed in fp32.
     """
-    dtype = torch.promote_types(qk_BHTD.dtype, torch.float32)
+    return hash_by_directions(qk_BHTD, as_directions(rotations_HDRF, factors, qk_BHTD), factors)
+
+
+def as_directions(rotations_HDRF: Tensor, factors: tuple[int, ...], qk: Tensor) -> Tensor:
+    """Rotations as `hash_by_directions` takes them for vectors like qk: [H, N, D] where qk is, in fp32 or better.
+
+    All rounds in one product, the directions of a factor together, N = R*f1/2 + R*f2/2 + …, and tokens last: maxima
+    over the directions then go by whole vectors of tokens (up to a third of the time less, measured).
+    """
+    dtype = torch.promote_types(qk.dtype, torch.float32)
+    parts = to_device(rotations_HDRF, qk.device).to(dtype).split([factor // 2 for factor in factors], dim=-1)
+    return torch.cat([part.flatten(2) for part in parts], dim=-1).mT.contiguous()
+
+
+def hash_by_directions(qk_BHTD: Tensor, directions_HND: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """`hash_to_buckets`, for whoever hashes by the same rotations again and again."""
+    dtype = directions_HND.dtype
     batch, n_heads, n_tokens = qk_BHTD.shape[:3]
-    n_hashes = rotations_HDRF.shape[2]
     halves = [factor // 2 for factor in factors]
-    # All rounds in one product, the directions of a factor together, [H, R*f1/2 + R*f2/2 + …, D], and tokens last:
-    # maxima over the directions then go by whole vectors of tokens (up to a third of the time less, measured).
-    parts = to_device(rotations_HDRF, qk_BHTD.device).to(dtype).split(halves, dim=-1)
-    directions_HND = torch.cat([part.flatten(2) for part in parts], dim=-1).mT.contiguous()
+    n_hashes = directions_HND.shape[1] // sum(halves)
     buckets = torch.empty(batch, n_heads, n_hashes, n_tokens, dtype=bucket_dtype(factors), device=qk_BHTD.device)
     at_once = HASH_TOKENS
     if qk_BHTD.device.type != "cpu":

@@ -261,7 +261,7 @@ def test_under_autocast_buckets_are_those_of_the_projections() -> None:
     assert isinstance(fast, LSHCache) and isinstance(slow_cache, Slow)
     qk = torch.cat([part[0] for part in slow_cache.parts], dim=2)
     assert qk.dtype == torch.bfloat16
-    assert torch.equal(fast.order.buckets.tensor, hash_to_buckets(qk, fast.rotations, fast.factors))
+    assert torch.equal(fast.order.buckets.tensor, hash_by_directions(qk, fast.directions_HND, fast.factors))
 
 
 def test_an_interrupted_call_is_not_taken_for_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
