@@ -11,7 +11,7 @@ from reformer.decoding import Decoder
 from reformer.decoding_caches import MOST_LATE, LSHCache
 from reformer.generation import continue_tokens
 from reformer.local import local_attention_reference
-from reformer.lsh.hashing import bucket_factors, draw_rotations, hash_to_buckets
+from reformer.lsh.hashing import bucket_factors, draw_rotations, hash_by_directions, hash_to_buckets
 from reformer.lsh.reference import lsh_attention_reference
 
 
