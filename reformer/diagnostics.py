@@ -169,8 +169,8 @@ def recovered_mass(
     Computed in fp32, or in float64 for such inputs.
     """
     n_tokens = qk_HTD.shape[1]
-    segments_1T = None if segment_ids_T is None else renumbered(segment_ids_T)[None]
-    labels_HRT = sort_labels(buckets_HRT[None], segments_1T, None)[0]
+    segments, n_segments = (None, 0) if segment_ids_T is None else renumbered(segment_ids_T[None])
+    labels_HRT = sort_labels(buckets_HRT[None], segments, n_segments, None)[0]
     order_HRS, inverse_HRT = sort_by_bucket(labels_HRT, chunk_len)
     masses = []
     for head, qk in enumerate(qk_HTD.to(torch.promote_types(qk_HTD.dtype, torch.float32))):

@@ -56,7 +56,7 @@ def local_attention(
         causal=causal,
         is_lsh=False,
         key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
-        segment_ids_GT=None if segment_ids is None else by_head(renumbered(segment_ids), n_heads),
+        segment_ids_GT=None if segment_ids is None else by_head(renumbered(segment_ids)[0], n_heads),
         dropout=dropout,
         dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten().clone(),
     )

@@ -108,8 +108,8 @@ def lsh_attention(
                 dropout_keys=dropout_keys,
             )
         return out, buckets
-    segments = None if segment_ids is None else renumbered(segment_ids)
-    labels_GRT = sort_labels(buckets, segments, key_padding_mask).flatten(0, 1)
+    segments, n_segments = (None, 0) if segment_ids is None else renumbered(segment_ids)
+    labels_GRT = sort_labels(buckets, segments, n_segments, key_padding_mask).flatten(0, 1)
     if _takes_dense(backend, qk, n_hashes, chunk_len, causal, attend_across_buckets, dropout):
         is_one_chunk = n_tokens <= chunk_len  # each round shows all tokens, and equally often
         out = dense_attention(
@@ -130,7 +130,7 @@ def lsh_attention(
         is_lsh=True,
         key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
         segment_ids_GT=None if segments is None else by_head(segments, n_heads),
-        buckets_GRT=None if attend_across_buckets else renumbered(buckets.flatten(0, 1)),
+        buckets_GRT=None if attend_across_buckets else renumbered(buckets.flatten(0, 1))[0],
         duplicate_correction=duplicate_correction,
         dropout=dropout,
         dropout_keys_G=None if dropout_keys is None else dropout_keys.flatten().clone(),

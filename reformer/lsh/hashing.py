@@ -157,26 +157,37 @@ def _argmax_of_both_signs(x_Ft: Tensor) -> Tensor:
     return first.add_(is_negative.squeeze(-2), alpha=n)
 
 
-def sort_labels(buckets_BHRT: Tensor, segments_BT: Tensor | None, key_padding_mask_BT: Tensor | None) -> Tensor:
+def sort_labels(
+    buckets_BHRT: Tensor, segments_BT: Tensor | None, n_segments: int, key_padding_mask_BT: Tensor | None
+) -> Tensor:
     """Numbers [B, H, R, T] in the order of (padding, segment, bucket), by which tokens are sorted.
 
     So the chunks of a document hold hardly any other tokens than its own, however many documents share the row, and
     padding takes no place among what it pads. Without segments and padding these are the buckets themselves.
 
-    segments_BT: numbered from 0 on, see `rounds.renumbered`.
+    segments_BT, n_segments: numbered from 0 on, and how many; see `rounds.renumbered`.
     """
     if segments_BT is None and key_padding_mask_BT is None:
         return buckets_BHRT
-    segment_BT = torch.zeros_like(buckets_BHRT[:, 0, 0], dtype=torch.int64) if segments_BT is None else segments_BT
+    if segments_BT is None:
+        segments_BT, n_segments = torch.zeros_like(buckets_BHRT[:, 0, 0], dtype=torch.int64), 1
     if key_padding_mask_BT is not None:
-        segment_BT = segment_BT + ~key_padding_mask_BT.bool() * (segment_BT.max() + 1)
+        segments_BT = segments_BT + ~key_padding_mask_BT.bool() * n_segments
+        n_segments *= 2
     if buckets_BHRT.dtype not in (torch.int16, torch.int32):  # of the caller's own, of any size
         buckets_BHRT = torch.unique(buckets_BHRT, return_inverse=True)[1]
-    least, most = (int(bound) for bound in buckets_BHRT.aminmax())
+    least, most = _bounds(buckets_BHRT)
     n_buckets = most - least + 1
-    fits = (int(segment_BT.max()) + 1) * n_buckets < 2**31
-    dtype = torch.int32 if fits else torch.int64  # the narrower, the faster they are sorted
-    return segment_BT.to(dtype)[:, None, None] * n_buckets + (buckets_BHRT.to(dtype) - least)
+    dtype = torch.int32 if n_segments * n_buckets < 2**31 else torch.int64  # the narrower, the faster they are sorted
+    return segments_BT.to(dtype)[:, None, None] * n_buckets + (buckets_BHRT.to(dtype) - least)
+
+
+def _bounds(buckets: Tensor) -> tuple[int, int]:
+    """Numbers that buckets lie between. On a GPU, which the host would wait for, those of a short type."""
+    if buckets.device.type != "cpu" and buckets.dtype == torch.int16:
+        return -(2**15), 2**15 - 1
+    least, most = buckets.aminmax()
+    return int(least), int(most)
 
 
 def sort_by_bucket(buckets_GRT: Tensor, chunk_len: int) -> tuple[Tensor, Tensor]:

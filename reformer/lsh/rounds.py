@@ -48,9 +48,13 @@ def by_window(x_S: Tensor, chunk_len: int, window: int) -> Tensor:
     return x_S.as_strided((n_chunks, window, *x_S.shape[1:]), strides, x_S.storage_offset())
 
 
-def renumbered(labels: Tensor) -> Tensor:
-    """The same labels as 0, 1, 2, …: whatever integers they were, they are exact as floating-point numbers now."""
-    return torch.unique(labels, return_inverse=True)[1]
+def renumbered(labels: Tensor) -> tuple[Tensor, int]:
+    """The same labels as 0, 1, 2, …, and how many there are.
+
+    Whatever integers they were, they are exact as floating-point numbers now.
+    """
+    different, numbers = torch.unique(labels, return_inverse=True)
+    return numbers, len(different)
 
 
 def circular_reach(n_chunks: int, causal: bool) -> tuple[int, int]:

@@ -26,18 +26,21 @@ def _projected(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """x times the next directions, [N, F], both the sums of parts; zeros where no direction is left."""
+    """x times the next directions, [N, F], both the sums of parts; zeros where no direction is left.
+
+    The smallest products come first: tensor cores may cut off what they add to a larger sum, where fp32 would round.
+    """
     row, column = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, COLUMNS)[None, :]
     exists = (row < D) & (column < n_left)
     sums = tl.zeros([BLOCK, COLUMNS], tl.float32)
-    for part in tl.static_range(3):
-        start = directions + part * part_stride
+    for larger in tl.static_range(3):
+        start = directions + (2 - larger) * part_stride
         part_DF = tl.load(start + row * row_stride + column, mask=exists, other=0.0).to(OPERAND)
-        sums = tl.dot(high_ND, part_DF, sums, input_precision="ieee")
-        if PARTS > 1:
-            sums = tl.dot(middle_ND, part_DF, sums, input_precision="ieee")
         if PARTS > 2:
             sums = tl.dot(low_ND, part_DF, sums, input_precision="ieee")
+        if PARTS > 1:
+            sums = tl.dot(middle_ND, part_DF, sums, input_precision="ieee")
+        sums = tl.dot(high_ND, part_DF, sums, input_precision="ieee")
     return sums
 
 

@@ -1,8 +1,14 @@
-"""Compile the kernels for an H100, on a machine that needs no GPU: prints each one's name and shared memory in bytes.
+"""Compile the kernels for an H100, on a machine that needs no GPU: prints what each one takes.
+
+For each a line: its name, its shared memory and, spilled registers for the most part, its stack, in bytes.
 
 Triton's own front end runs as it would on the GPU, with a driver that only says what the GPU is; nothing is launched.
 """
 
+import re
+import subprocess
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -37,7 +43,18 @@ class CompileOnly:
         return lambda *arguments, **options: self.compile(*arguments, grid=grid, **options)
 
     def compile(self, *arguments: Any, **options: Any) -> None:
-        print(self.name, self.kernel.warmup(*arguments, **options).metadata.shared)
+        compiled = self.kernel.warmup(*arguments, **options)
+        print(self.name, compiled.metadata.shared, stack_bytes(compiled.asm["cubin"]))
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Of a thread, by NVIDIA's own tool, which Triton has with it."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", said)[1])  # type: ignore[index]
 
 
 def compile_for(dtype: torch.dtype, d_head: int, *, n_hashes: int, is_lsh: bool, **options: Any) -> None:
@@ -56,7 +73,8 @@ if __name__ == "__main__":
         setattr(triton_kernels, name, CompileOnly(getattr(triton_kernels, name), name))
     triton_hash_kernel.hash_kernel = CompileOnly(triton_hash_kernel.hash_kernel, "hash_kernel")
     labels = torch.zeros(2, 200, dtype=torch.int64)
-    compile_for(torch.bfloat16, 128, n_hashes=2, is_lsh=True, causal=True)
+    for dtype, d_head in ((torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float32, 128)):
+        compile_for(dtype, d_head, n_hashes=3, is_lsh=True, causal=True, segment_ids_GT=labels)
     everything = {"segment_ids_GT": labels, "key_mask_GT": labels == 0, "dropout": 0.1}
     keys = torch.zeros(2, dtype=torch.int64)
     compile_for(torch.bfloat16, 24, n_hashes=1, is_lsh=False, causal=False, dropout_keys_G=keys, **everything)

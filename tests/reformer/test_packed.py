@@ -1,10 +1,13 @@
 """Documents in one row, and padding: what tokens are sorted by, and that a document loses nothing by its company."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from reformer import lsh_attention
+from reformer.lsh import hashing
 from reformer.lsh.hashing import sort_by_bucket, sort_labels
 from reformer.lsh.reference import lexicographic, reach_counts
 from reformer.lsh.rounds import renumbered
@@ -29,7 +32,8 @@ def test_tokens_are_sorted_by_padding_segment_bucket_and_position(
         buckets = buckets * 2**61
     segments = torch.tensor([-(2**62), 7, 2**62])[numbers(3, 2, 30)] if with_segments else None
     mask = numbers(3, 2, 30) > 0 if with_padding else None
-    labels = sort_labels(buckets, None if segments is None else renumbered(segments), mask)
+    numbered = (None, 0) if segments is None else renumbered(segments)
+    labels = sort_labels(buckets, *numbered, mask)
     order, _ = sort_by_bucket(labels.flatten(0, 1), 30)
     for b in range(2):
         padding = torch.zeros(30, dtype=torch.bool) if mask is None else ~mask[b]
@@ -43,9 +47,23 @@ def test_tokens_are_sorted_by_padding_segment_bucket_and_position(
                 assert slow[r].argsort(stable=True).tolist() == expected
 
 
+def test_on_a_gpu_short_buckets_are_spaced_by_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which asks it for nothing, and is the same order."""
+    assert hashing._bounds(SimpleNamespace(device=torch.device("cuda"), dtype=torch.int16)) == (-(2**15), 2**15 - 1)
+    buckets = (numbers(5, 2, 2, R, 30) * 9000 - 2**15).to(torch.int16)
+    segments, n_segments = renumbered(numbers(3, 2, 30))
+    near = sort_labels(buckets, segments, n_segments, segments > 0)
+    monkeypatch.setattr(hashing, "_bounds", lambda buckets: (-(2**15), 2**15 - 1))
+    far = sort_labels(buckets, segments, n_segments, segments > 0)
+    assert far.dtype == torch.int32 and far.max() > near.max()
+    assert torch.equal(far.argsort(stable=True), near.argsort(stable=True))
+    many = sort_labels(buckets, segments, 2**15, None)
+    assert many.dtype == torch.int64 and torch.equal(many, sort_labels(buckets, segments, n_segments, None))
+
+
 def test_without_segments_and_padding_tokens_are_sorted_by_their_buckets() -> None:
     buckets = numbers(5, 1, 2, R, 30)
-    assert sort_labels(buckets, None, None) is buckets
+    assert sort_labels(buckets, None, 0, None) is buckets
 
 
 @pytest.mark.parametrize(
