@@ -38,7 +38,7 @@ try:
     from bench_gpu.peers import ATTENTION, LONGEST, MODEL, disagreement
     from bench_gpu.roofline import peaks_of
     from bench_gpu.testing import run_tests
-    from bench_gpu.timing import Setting, attempt, find_longest, run_items
+    from bench_gpu.timing import DeviceLost, Setting, attempt, find_longest, run_items
 
     from data_pipeline.errors import DataError
     from data_pipeline.output import exit_code, positive
@@ -50,6 +50,8 @@ except ModuleNotFoundError as error:
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
 """How far the fused path may be from the chunked one, relative to the largest number."""
+PACKED_TOKENS, PACKED_DOCUMENTS = 2**18, 37
+"""They are compared once more where so many documents share a long row, as rows do that are trained on."""
 LONGEST_SHARE = 0.25
 """Of the whole budget, what is kept for the search for the longest sequence."""
 FIRST = ("ours", "ours-attention", "ours-hash-sort", "flash")
@@ -63,8 +65,9 @@ def time_all(
 ) -> None:
     """Adds the measurements at all lengths to the record, one length after the other."""
     for sizes in shapes:
-        record["results"] += run_items(sizes, setting, record["results"], reserve_s)
-        write(file, record)
+        for result in run_items(sizes, setting, record["results"], reserve_s):
+            record["results"].append(result)
+            write(file, record)
 
 
 def judged(errors: Result, dtype: torch.dtype) -> Result:
@@ -102,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, in fp32")
     parser.add_argument("--seq-len", type=positive, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="T")
-    parser.add_argument("--budget-s", type=positive, default=510, help="for everything (default: %(default)s)")
+    parser.add_argument("--budget-s", type=positive, default=480, help="for everything (default: %(default)s)")
     parser.add_argument("--item-budget-s", type=positive, default=30, help="for a measurement (default: %(default)s)")
     names = [name for name in dict.fromkeys((*ATTENTION, *MODEL, "huggingface")) if name != LONGEST]
     parser.add_argument("--peers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -126,7 +129,8 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         )
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    budget = Budget(arguments.budget_s, arguments.item_budget_s)
+    memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
+    budget = Budget(arguments.budget_s, arguments.item_budget_s, memory_gib)
     return Setting(device, dtype, budget, peaks_of(name_of(device)), arguments.peers)
 
 
@@ -141,9 +145,9 @@ def file_for(device: torch.device) -> Path | None:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """The exit code: 1 if a test fails, the two paths disagree, or our model could not be timed."""
+    """The exit code: 1 if a test fails, the two paths disagree, our model could not be timed, or the GPU was lost."""
     setting = setting_of(arguments)
-    device, dtype, budget = setting.device, setting.dtype, setting.budget
+    device = setting.device
     sizes = Sizes(**{key: getattr(arguments, key) for key in asdict(Sizes()) if key in arguments} | {"seq_len": 0})
     config_of(replace(sizes, seq_len=max(arguments.seq_len)))  # which refuses sizes that do not go together
     file = arguments.json or file_for(device)
@@ -154,25 +158,54 @@ def check(arguments: argparse.Namespace) -> int:
         "sizes": {key: x for key, x in asdict(sizes).items() if key != "seq_len"},
     }
     write(file, record)
+    try:
+        is_sound = measure_all(arguments, setting, sizes, record, file)
+    except DeviceLost as lost:
+        record["lost"] = str(lost)
+        write(file, record)
+        print(f"error: the GPU answers no more after {lost}; what came before it is kept", file=sys.stderr)
+        is_sound = False
+    if file:
+        print(f"written: {file}", flush=True)
+    return int(not is_sound)
+
+
+def measure_all(
+    arguments: argparse.Namespace, setting: Setting, sizes: Sizes, record: Result, file: Path | None
+) -> bool:
+    """Whether what ran was as it should be. What is found is put into the record, and written, one after the other."""
+    device, dtype, budget = setting.device, setting.dtype, setting.budget
     record["tests"] = {"skipped": True} if arguments.skip_tests else run_tests()
     print("tests:", record["tests"].get("output") or json.dumps(record["tests"]), flush=True)
-    small = replace(sizes, seq_len=min(arguments.seq_len))
-    record["fused_against_chunked"] = judged(attempt(lambda: disagreement(small, device, dtype)), dtype)
-    print("fused against chunked:", json.dumps(record["fused_against_chunked"]), flush=True)
+    write(file, record)
+    compared = {}
+    for name, seq_len, n_documents in (
+        ("fused_against_chunked", min(arguments.seq_len), 1),
+        ("fused_against_chunked_packed", min(max(arguments.seq_len), PACKED_TOKENS), PACKED_DOCUMENTS),
+    ):
+        compare = partial(disagreement, replace(sizes, seq_len=seq_len), n_documents, device, dtype)
+        record[name] = compared[name] = judged(attempt(compare, device), dtype)
+        print(f"{name}:", json.dumps(record[name]), flush=True)
+        write(file, record)
     shapes = [replace(sizes, seq_len=seq_len) for seq_len in arguments.seq_len]
     first = replace(setting, peers=[name for name in arguments.peers if name in FIRST])
     others = replace(setting, peers=[name for name in arguments.peers if name not in FIRST])
     record["results"] = []
     time_all(shapes, first, record, file, LONGEST_SHARE * budget.total_s)
     ours = [x for x in record["results"] if x["peer"] == "ours" and "seconds" in x]
-    known = [(x["seq_len"], x["seconds"]) for x in ours if x["what"] == "model fwd+bwd"]
+    known = [x for x in ours if x["what"] == "model fwd+bwd"]
     if known and device.type == "cuda":  # on a CPU it would fill the machine's memory
-        record["longest"] = find_longest(sizes, known, setting)
+
+        def keep(tried: Sequence[Result]) -> None:
+            record["longest"] = {"tried": tried}
+            write(file, record)
+
+        record["longest"] = find_longest(sizes, known, setting, keep)
         print("longest:", json.dumps({key: x for key, x in record["longest"].items() if key != "tried"}))
         write(file, record)
     time_all(shapes, others, record, file)
-    is_broken = "error" in record["tests"] or not record["fused_against_chunked"]["agrees"]
-    return int(is_broken or ("ours" in arguments.peers and not known))
+    is_broken = "error" in record["tests"] or not all(errors["agrees"] for errors in compared.values())
+    return not is_broken and bool(known or "ours" not in arguments.peers)
 
 
 def write(file: Path | None, record: Result) -> None:
@@ -187,7 +220,6 @@ def write(file: Path | None, record: Result) -> None:
             unfinished.replace(file)
         except OSError as error:
             raise DataError(f"{file} cannot be written: {error}; give another --json FILE") from None
-        print(f"written: {file}", flush=True)
 
 
 def main() -> int:

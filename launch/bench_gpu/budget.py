@@ -1,6 +1,6 @@
-"""What of `launch/gpu_check.py` fits into the time that there is, and how long a sequence is worth a try.
+"""What of `launch/gpu_check.py` fits into the time and memory that there are, and how long a sequence is worth a try.
 
-Plain arithmetic on seconds and lengths; nothing here knows of torch or of a GPU.
+Plain arithmetic on seconds, GiB and lengths; nothing here knows of torch or of a GPU.
 """
 
 import time
@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 
 from bench.prediction import predict
 
-HALVINGS = 2
+HALVINGS = 1
 """How often the gap between a length that trains and one that does not is halved."""
 
 
 @dataclass
 class Budget:
-    """Seconds for everything, and for one measurement."""
+    """Seconds for everything, and for one measurement; GiB of the device's memory, where they are known."""
 
     total_s: float
     item_s: float
+    memory_gib: float | None = None
     clock: Callable[[], float] = time.monotonic
     begun: float = field(init=False)
 
@@ -40,6 +41,12 @@ class Budget:
         return (
             f"left out: about {expected_s:.0f} s expected, {left_s:.0f} s were left" if expected_s >= left_s else None
         )
+
+    def no_memory(self, earlier: Sequence[tuple[int, float]], seq_len: int) -> str | None:
+        """The same for one whose memory, from (length, GiB) of shorter ones, is not there."""
+        if self.memory_gib is None or not earlier or (gib := predict(earlier, seq_len)) <= self.memory_gib:
+            return None
+        return f"left out: about {gib:.0f} GiB expected, of {self.memory_gib:.0f} GiB"
 
 
 def expected_call_s(earlier: Sequence[tuple[int, float]], seq_len: int) -> float:

@@ -5,6 +5,7 @@ keys. Models are those of bench/peers.py, built on the GPU with parameters in th
 """
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -29,8 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reformer import Reformer, lsh_attention
 from reformer.lsh.dispatch import Backend, attention_in_chunks
-from reformer.lsh.hashing import default_buckets, draw_rotations, hash_to_buckets, sort_by_bucket
-from reformer.lsh.rounds import Layout
+from reformer.lsh.hashing import default_buckets, draw_rotations, hash_to_buckets, sort_by_bucket, sort_labels
+from reformer.lsh.rounds import Layout, by_head, renumbered
 from reformer.lsh.triton_hashing import triton_hash
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,6 +49,13 @@ def lsh(sizes: Sizes, q_BHTD: Tensor, backend: Backend | None = None) -> Attend:
     return lambda q, k, v: attend(q, v)[0]
 
 
+def segments_of(n_tokens: int, n_documents: int, device: torch.device) -> Tensor:
+    """Documents of random lengths in one row: their numbers [T]."""
+    begins = torch.zeros(n_tokens, dtype=torch.int64, device=device)
+    begins[torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))[: n_documents - 1].to(device)] = 1
+    return begins.cumsum(0)
+
+
 def hash_and_sort(sizes: Sizes, q_BHTD: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
     """What gives the order of these queries and its inverse, by rotations that are drawn once."""
     factors = default_buckets(sizes.seq_len, sizes.chunk_len)
@@ -59,6 +67,17 @@ def hash_and_sort(sizes: Sizes, q_BHTD: Tensor) -> Callable[[], tuple[Tensor, Te
 
 def layout_of(sizes: Sizes, q_BHTD: Tensor) -> Layout:
     return Layout(*hash_and_sort(sizes, q_BHTD)(), sizes.chunk_len, causal=True, is_lsh=True)
+
+
+def packed_layout_of(sizes: Sizes, q_BHTD: Tensor, n_documents: int) -> Layout:
+    """Of random buckets."""
+    shape = (1, sizes.n_heads, sizes.n_hashes, sizes.seq_len)
+    n_buckets = math.prod(default_buckets(sizes.seq_len, sizes.chunk_len))
+    buckets = torch.randint(n_buckets, shape, generator=torch.Generator().manual_seed(0)).int().to(q_BHTD.device)
+    segments, n_segments = renumbered(segments_of(sizes.seq_len, n_documents, q_BHTD.device)[None])
+    order, inverse = sort_by_bucket(sort_labels(buckets, segments, n_segments, None)[0], sizes.chunk_len)
+    of_heads = by_head(segments, sizes.n_heads)
+    return Layout(order, inverse, sizes.chunk_len, causal=True, is_lsh=True, segment_ids_GT=of_heads)
 
 
 def only_attention(sizes: Sizes, q_BHTD: Tensor) -> Attend:
@@ -117,10 +136,10 @@ def random_heads(sizes: Sizes, n: int, device: torch.device, dtype: torch.dtype)
         return [heads_of(torch.randn(1, sizes.seq_len, sizes.d_model), sizes.n_heads) for _ in range(n)]
 
 
-def disagreement(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def disagreement(sizes: Sizes, n_documents: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """How far the fused path's output and gradients are from the chunked path's, relative to their largest number."""
     q, v, d_out = (x.flatten(0, 1) for x in random_heads(sizes, 3, device, dtype))
-    layout = layout_of(sizes, q[None])
+    layout = layout_of(sizes, q[None]) if n_documents == 1 else packed_layout_of(sizes, q[None], n_documents)
     found = []
     for backend in (fused(device), "chunked"):
         inputs = [x.detach().requires_grad_() for x in (q, v)]

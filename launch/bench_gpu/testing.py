@@ -1,5 +1,7 @@
 """The tests that need a GPU, run by `launch/gpu_check.py` with pytest."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,8 +49,14 @@ def run_tests() -> Result:
 
 
 def _output(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s)
-    except subprocess.TimeoutExpired as stopped:
-        said = stopped.stdout.decode(errors="replace") if isinstance(stopped.stdout, bytes) else ""
-        return subprocess.CompletedProcess(command, 124, f"{said}\nERROR stopped after {timeout_s:.0f} s", "")
+    """What it says; stopped after `timeout_s` with all that it has started, which would go on using the GPU."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    ) as process:
+        try:
+            said, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+            return subprocess.CompletedProcess(command, 124, f"{said}\nERROR stopped after {timeout_s:.0f} s", "")
+    return subprocess.CompletedProcess(command, process.returncode, said, errors)

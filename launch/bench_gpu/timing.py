@@ -7,7 +7,7 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -40,32 +40,44 @@ class Setting:
     peers: Sequence[str]
 
 
+class DeviceLost(Exception):
+    """The device answers this process no more, as after an access to memory that is not the process's."""
+
+
 def measure(build: Callable[[], Step], device: torch.device, once: bool = False) -> Result:
-    """Seconds of a call (once: of the very first) and peak memory."""
+    """Seconds of a call (once: of the very first), of the first, which compiles, and peak memory."""
     gc.collect()  # what stood before in circles of references would count into this one's peak
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     step = build()
-    seconds = [_timed(step, 1, device)]  # compiles
-    if not once:
-        seconds = [_timed(step, 1, device)]
+    first_s = _timed(step, 1, device)
+    seconds = [first_s if once else _timed(step, 1, device)]
     if not once and (calls := min(MOST_CALLS, int(REPEAT_S / seconds[0]))):
         seconds = [_timed(step, calls, device) for _ in range(REPEATS)]
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     first_call = {"first_call": True} if once else {}
-    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_gib": peak, **first_call}
+    found = {"seconds": statistics.median(seconds), "all_seconds": seconds, "first_s": first_s, "peak_gib": peak}
+    return {**found, **first_call}
 
 
-def attempt(function: Callable[[], Result]) -> Result:
-    """Its result; what goes wrong is a result too, whatever it is: the others are still to be measured."""
+def attempt(function: Callable[[], Result], device: torch.device) -> Result:
+    """Its result; what goes wrong is a result too, whatever it is: the others are still to be measured.
+
+    Raises DeviceLost where they cannot be.
+    """
     try:
         return function()
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     except Exception as error:
         lines = str(error).strip().splitlines()
-        return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]}
+        what = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+    try:
+        _synchronize(device)
+    except Exception:
+        raise DeviceLost(what) from None
+    return {"error": what}
 
 
 def _timed(step: Step, calls: int, device: torch.device) -> float:
@@ -98,34 +110,40 @@ def items(sizes: Sizes, setting: Setting) -> list[tuple[Result, Callable[[], Ste
     return [(label, build) for label, build in found if label["peer"] in setting.peers]
 
 
-def run_items(sizes: Sizes, setting: Setting, earlier: Sequence[Result], reserve_s: float = 0.0) -> list[Result]:
+def run_items(sizes: Sizes, setting: Setting, earlier: Sequence[Result], reserve_s: float = 0.0) -> Iterator[Result]:
     """All measurements at one length, those left out included; so much time is to be left after them."""
-    results = []
     budget = setting.budget
     for label, build in items(sizes, setting):
         same = [x for x in earlier if (x["what"], x["peer"]) == (label["what"], label["peer"])]
-        points = [(x["seq_len"], x["seconds"]) for x in same if "seconds" in x]
+        measured = [x for x in same if "seconds" in x]
         stopped = next((x for x in same if "error" in x), None)
         if label["peer"] == "huggingface" and not find_spec("transformers"):
             result: Result = {"error": "transformers is not installed"}
         elif stopped:
             result = {"error": stopped["error"]}
         else:
-            expected_s = expected_call_s(points, sizes.seq_len)
+            expected_s = expected_call_s([(x["seq_len"], x["seconds"]) for x in measured], sizes.seq_len)
             once = expected_s > ONCE_S
-            if objection := budget.objection(expected_s if once else 2 * expected_s, reserve_s):
+            compile_s = max(0.0, measured[-1]["first_s"] - measured[-1]["seconds"]) if measured else 0.0
+            objection = budget.no_memory(peaks_gib(measured), sizes.seq_len)
+            objection = objection or budget.objection((1 if once else 2) * expected_s + compile_s, reserve_s)
+            if objection:
                 result = {"left_out": objection}
             else:
-                result = attempt(functools.partial(measure, build, setting.device, once))
+                result = attempt(functools.partial(measure, build, setting.device, once), setting.device)
         if label["peer"] == "ours-attention" and "seconds" in result:
             result |= achieved(
                 sizes, setting.dtype, label["what"] == "attention fwd+bwd", result["seconds"], setting.peaks
             )
         if label["what"] == "model fwd+bwd" and "seconds" in result:
             result |= training_speed(sizes, label["peer"], result["seconds"], setting.peaks)
-        results.append({**label, **result})
-        print(row(results[-1]), flush=True)
-    return results
+        print(row({**label, **result}), flush=True)
+        yield {**label, **result}
+
+
+def peaks_gib(results: Sequence[Result]) -> list[tuple[int, float]]:
+    """Peak memory by length, where it was measured."""
+    return [(x["seq_len"], x["peak_gib"]) for x in results if x.get("peak_gib")]
 
 
 def achieved(
@@ -164,30 +182,38 @@ def row(result: Result) -> str:
     return line + ("  (first call)" if result.get("first_call") else "")
 
 
-def find_longest(sizes: Sizes, known: Sequence[tuple[int, float]], setting: Setting) -> Result:
+def find_longest(
+    sizes: Sizes, known: Sequence[Result], setting: Setting, keep: Callable[[Sequence[Result]], None]
+) -> Result:
     """The longest sequence that our model trains on this device, its tokens per second and MFU.
 
-    With `keep_ends` off, which is for this. From the lengths and seconds that are known, upwards until memory or the
-    time that is left forbids it.
+    With `keep_ends` off, which is for this. From the steps that are known, upwards until memory or the time that is
+    left forbids it. `keep` is given what was tried, each time.
     """
-    points, tried = list(known), []
+    budget, tried = setting.budget, []
+    seconds, gib = {x["seq_len"]: x["seconds"] for x in known}, dict(peaks_gib(known))
+    no_time = False
 
     def trains(seq_len: int) -> bool:
+        nonlocal no_time
         label = {"what": "longest", "peer": "ours", "seq_len": seq_len}
-        if objection := setting.budget.no_time(expected_call_s(points, seq_len)):
+        if objection := budget.no_memory(list(gib.items()), seq_len):
             found: Result = {"left_out": objection}
+        elif objection := budget.no_time(expected_call_s(list(seconds.items()), seq_len)):
+            found, no_time = {"left_out": objection}, True
         else:
             shape = replace(sizes, seq_len=seq_len)
             build = functools.partial(model_training_step, LONGEST, shape, setting.device, setting.dtype)
-            found = attempt(functools.partial(measure, build, setting.device, once=True))
+            found = attempt(functools.partial(measure, build, setting.device, once=True), setting.device)
             if "seconds" in found:
                 found |= training_speed(shape, "ours", found["seconds"], setting.peaks)
+                seconds[seq_len] = found["seconds"]
+                gib.update(peaks_gib([{**label, **found}]))
         tried.append({**label, **found})
         print(row(tried[-1]), flush=True)
-        points.extend([(seq_len, found["seconds"])] if "seconds" in found else [])
+        keep(tried)
         return "seconds" in found
 
-    length = longest(trains, max(known)[0])
-    limit = "time" if any("left_out" in found for found in tried) else "memory"
-    speed = training_speed(replace(sizes, seq_len=length), "ours", dict(points)[length], setting.peaks)
-    return {"seq_len": length, **speed, "limited_by": limit, "tried": tried}
+    length = longest(trains, max(seconds))
+    speed = training_speed(replace(sizes, seq_len=length), "ours", seconds[length], setting.peaks)
+    return {"seq_len": length, **speed, "limited_by": "time" if no_time else "memory", "tried": tried}

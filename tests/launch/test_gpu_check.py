@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_check
@@ -19,38 +20,6 @@ from trainer.flops import training_flops
 ROOT = Path(__file__).parents[2]
 
 TINY = "--d-model 32 --n-layers 1 --n-heads 2 --n-hashes 2 --chunk-len 16"
-
-
-def test_budget_leaves_out_what_takes_too_long_or_comes_too_late() -> None:
-    now = 100.0
-    budget = gpu_budget.Budget(total_s=60, item_s=20, clock=lambda: now)
-    assert budget.objection(19) is None
-    assert budget.objection(21) == "left out: about 21 s expected, more than 20 s"
-    assert budget.no_time(21) is None
-    assert budget.objection(15, reserve_s=50) == "left out: about 15 s expected, 10 s were left"
-    now = 150.0
-    assert budget.objection(9) is None
-    assert budget.objection(11) == "left out: about 11 s expected, 10 s were left"
-    now = 161.0
-    assert budget.objection(0) == "left out: about 0 s expected, 0 s were left"
-
-
-def test_time_is_expected_to_grow_as_it_did() -> None:
-    assert gpu_budget.expected_call_s([], 100) == 0
-    assert gpu_budget.expected_call_s([(100, 1.0)], 400) == 16  # nothing known: with the square
-    assert gpu_budget.expected_call_s([(100, 1.0), (200, 2.0)], 800) == pytest.approx(8)
-    assert gpu_budget.expected_call_s([(100, 1.0), (200, 4.0)], 400) == pytest.approx(16)
-    assert gpu_budget.expected_call_s([(100, 1.0), (200, 1.1)], 400) == pytest.approx(
-        2.2
-    )  # overhead: no less than linear
-    assert gpu_budget.expected_call_s([(100, 1.0), (200, 9.0)], 400) == pytest.approx(36)
-
-
-@pytest.mark.parametrize(("limit", "found"), [(7, 7), (10, 10), (19, 16), (20, 20), (39, 32), (40, 40), (63, 56)])
-def test_longest_doubles_then_bisects(limit: int, found: int) -> None:
-    tried: list[int] = []
-    assert gpu_budget.longest(lambda length: tried.append(length) or length <= limit, known=4) == found
-    assert max(tried) <= max(8, 2 * limit)
 
 
 def test_roofline_by_hand() -> None:
@@ -100,7 +69,7 @@ def test_every_length_of_the_model_and_the_longest_have_their_mfu(monkeypatch: p
     def fake(build: Any, device: torch.device, once: bool = False) -> Any:
         if build.args[1].seq_len > 1024:
             raise torch.OutOfMemoryError
-        return {"seconds": 0.25, "peak_gib": 1.0}
+        return {"seconds": 0.25, "first_s": 0.5, "peak_gib": 1.0}
 
     monkeypatch.setattr(timing, "measure", fake)
     peers = ["ours", "flash", "ours-chunked"]
@@ -111,17 +80,21 @@ def test_every_length_of_the_model_and_the_longest_have_their_mfu(monkeypatch: p
         flops = training_flops(timing.config_of(timing.replace(sizes, seq_len=seq_len)), seq_len)
         return {"tokens_per_s": seq_len / 0.25, "mfu": pytest.approx(flops / 0.25e12)}
 
-    models = [x for x in timing.run_items(sizes, setting, []) if x["what"] == "model fwd+bwd"]
+    models = [x for x in timing.run_items(sizes, setting, ()) if x["what"] == "model fwd+bwd"]
     assert [(x["peer"], "mfu" in x, x["tokens_per_s"]) for x in models] == [
         ("ours", True, 1024),
         ("ours-chunked", True, 1024),
         ("flash", False, 1024),
     ]
     assert {key: models[0][key] for key in ("tokens_per_s", "mfu")} == expected(256)
-    found = timing.find_longest(sizes, [(512, 0.25)], setting)
+    kept: list[int] = []
+    known = [{"seq_len": 512, "seconds": 0.25, "peak_gib": 1.0}]
+    found = timing.find_longest(sizes, known, setting, lambda tried: kept.append(len(tried)))
+    assert kept == [1, 2, 3]
     assert found["seq_len"] == 1024
     assert {key: found[key] for key in ("tokens_per_s", "mfu")} == expected(1024)
-    assert [x.get("mfu") for x in found["tried"]] == [expected(1024)["mfu"], None, None, None]
+    assert [x.get("mfu") for x in found["tried"]] == [expected(1024)["mfu"], None, None]
+    assert found["limited_by"] == "memory"
 
 
 @pytest.mark.parametrize(
@@ -147,8 +120,37 @@ def test_what_goes_wrong_is_a_result() -> None:
     def fails(error: Exception) -> Any:
         raise error
 
-    assert timing.attempt(lambda: fails(torch.OutOfMemoryError("CUDA"))) == {"error": "out of memory"}
-    assert timing.attempt(lambda: fails(ImportError("no x\nmore"))) == {"error": "ImportError: no x"}
+    cpu = torch.device("cpu")
+    assert timing.attempt(lambda: fails(torch.OutOfMemoryError("CUDA")), cpu) == {"error": "out of memory"}
+    assert timing.attempt(lambda: fails(ImportError("no x\nmore")), cpu) == {"error": "ImportError: no x"}
+
+
+def test_what_a_lost_gpu_leaves_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an illegal access every call of CUDA fails, those of the other peers too."""
+    asked = []
+
+    def fails(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def build(name: str, sizes: Any, *_: object) -> Any:
+        asked.append((name, sizes.seq_len))
+        if len(asked) == 3:
+            monkeypatch.setattr(timing, "_synchronize", fails)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        return lambda: None
+
+    monkeypatch.setattr(timing, "attention_step", build)
+    words = f"--device cpu --seq-len 32 64 {TINY} --skip-tests --peers ours flash --json {tmp_path}/x.json"
+    monkeypatch.setattr(sys, "argv", ["launch/gpu_check.py", *words.split()])
+    monkeypatch.setattr(gpu_check, "disagreement", lambda *_: {"out": 0.0})
+    assert gpu_check.main() == 1
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert asked == [("ours", 32), ("ours", 32), ("flash", 32)]
+    assert [x["peer"] for x in record["results"]] == ["ours", "ours"]
+    assert record["lost"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert "error: the GPU answers no more after RuntimeError: CUDA error: an ill" in capsys.readouterr().err
 
 
 def test_a_peer_that_failed_or_is_missing_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,31 +165,12 @@ def test_a_peer_that_failed_or_is_missing_is_not_asked_again(monkeypatch: pytest
     monkeypatch.setattr(timing, "find_spec", lambda name: None)
     peers = [*gpu_peers.ATTENTION, *gpu_peers.MODEL]
     setting = timing.Setting(torch.device("cpu"), torch.float32, gpu_budget.Budget(100, 10), None, peers)
-    first = timing.run_items(timing.Sizes(seq_len=64), setting, [])
+    first = list(timing.run_items(timing.Sizes(seq_len=64), setting, ()))
     assert {x["error"] for x in first if x["peer"] == "huggingface"} == {"transformers is not installed"}
     n_asked = len(asked)
     assert n_asked and "huggingface" not in asked
-    second = timing.run_items(timing.Sizes(seq_len=128), setting, first)
+    second = list(timing.run_items(timing.Sizes(seq_len=128), setting, first))
     assert len(asked) == n_asked and all("error" in x for x in second)
-
-
-def test_what_takes_long_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def fake(build: Any, device: torch.device, once: bool = False) -> Any:
-        asked.append(once)
-        return {"seconds": 1.0, "peak_gib": 1.0}
-
-    monkeypatch.setattr(timing, "measure", fake)
-    setting = timing.Setting(torch.device("cpu"), torch.float32, gpu_budget.Budget(100, 25), None, ["flash"])
-
-    def earlier(seconds: float) -> Any:
-        return [{"what": "model fwd+bwd", "peer": "flash", "seq_len": 64, "seconds": seconds}]
-
-    for seconds, expected in ((2.4, [False]), (2.6, [True]), (6.3, [])):  # four times that are expected at 128
-        asked.clear()
-        model = timing.run_items(timing.Sizes(seq_len=128), setting, earlier(seconds))[-1]
-        assert model["what"] == "model fwd+bwd" and asked[2:] == expected, seconds
 
 
 def test_the_longest_is_looked_for_before_other_peers_are_timed(
@@ -197,14 +180,15 @@ def test_the_longest_is_looked_for_before_other_peers_are_timed(
 
     def run_items(sizes: Any, setting: Any, earlier: Any, reserve_s: float) -> Any:
         done.append((sizes.seq_len, tuple(setting.peers), reserve_s))
-        return [
-            {"what": "model fwd+bwd", "peer": peer, "seq_len": sizes.seq_len, "seconds": 1} for peer in setting.peers
-        ]
+        for peer in setting.peers:
+            yield {"what": "model fwd+bwd", "peer": peer, "seq_len": sizes.seq_len, "seconds": 1}
 
     monkeypatch.setattr(gpu_check, "run_items", run_items)
     monkeypatch.setattr(gpu_check, "find_longest", lambda *_: done.append("longest") or {})
     monkeypatch.setattr(gpu_check, "disagreement", lambda *_: {"out": 0.0})
+    monkeypatch.setattr(gpu_check, "attempt", lambda function, device: function())
     monkeypatch.setattr(gpu_check, "hardware", lambda *_: {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=140 * 2**30))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     words = f"--seq-len 64 128 --skip-tests --budget-s 100 --peers flex flash ours cudnn --json {tmp_path}/x.json"
@@ -261,7 +245,7 @@ def test_the_whole_flow_on_the_cpu(tmp_path: Path) -> None:
     models = [x for x in record["results"] if x["what"] == "model fwd+bwd" and "seconds" in x]
     assert all(x["tokens_per_s"] == x["seq_len"] / x["seconds"] for x in models)
     assert not any("mfu" in x for x in record["results"])  # its peak is not known
-    assert record["fused_against_chunked"]["agrees"]
+    assert record["fused_against_chunked"]["agrees"] and record["fused_against_chunked_packed"]["agrees"]
     assert "model fwd+bwd     ours" in done.stdout
 
 
@@ -284,22 +268,22 @@ def test_disagreement_is_that_of_two_paths(monkeypatch: pytest.MonkeyPatch) -> N
         return attend(*arguments) * (1.5 if len(calls) == 1 else 1.0)
 
     monkeypatch.setattr(gpu_peers, "attention_in_chunks", other)
-    found = gpu_peers.disagreement(sizes, torch.device("cpu"), torch.float32)
-    assert len(calls) == 2 and all(error == pytest.approx(0.5, rel=1e-4) for error in found.values())
+    for n_documents in (1, 5):
+        calls.clear()
+        found = gpu_peers.disagreement(sizes, n_documents, torch.device("cpu"), torch.float32)
+        assert len(calls) == 2 and all(error == pytest.approx(0.5, rel=1e-4) for error in found.values())
+
+
+def test_packed_rows_have_as_many_documents() -> None:
+    segments = gpu_peers.segments_of(1000, 7, torch.device("cpu"))
+    assert segments.unique().tolist() in (list(range(7)), list(range(1, 8)), list(range(6)))  # one may begin at 0
+    assert (segments.diff() >= 0).all()
+    q = torch.zeros(1, 4, 1000, 64)
+    assert gpu_peers.packed_layout_of(timing.Sizes(seq_len=1000), q, 7).segment_ids_GT.shape == (4, 1000)
 
 
 def test_on_a_gpu_ours_is_the_fused_path_or_an_error() -> None:
     assert gpu_peers.fused(torch.device("cuda")) == "triton"
-
-
-def test_the_longest_says_what_ended_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_long(build: Any, device: torch.device, once: bool) -> Any:
-        raise torch.OutOfMemoryError
-
-    setting = timing.Setting(torch.device("cpu"), torch.float32, gpu_budget.Budget(100, 10), None, ["ours"])
-    monkeypatch.setattr(timing, "measure", too_long)
-    assert timing.find_longest(timing.Sizes(), [(64, 0.1)], setting)["limited_by"] == "memory"
-    assert timing.find_longest(timing.Sizes(), [(64, 90.0)], setting)["limited_by"] == "time"
 
 
 @pytest.mark.parametrize(
