@@ -48,10 +48,19 @@ def compare(given: Sequence[Curves]) -> Comparison:
     ranked = sorted(range(len(given)), key=lambda place: math.inf if (of := found[place]) is None else of)
     runs = [given[place] for place in ranked]
     sources = sorted({name for run in runs for name in run.config.data.eval_splits})
-    groups = [replace(group, places=sorted(map(ranked.index, group.places))) for group in grouped(given, found)]
+    scored = [place for place, bits in enumerate(found) if bits is not None]
+    groups = [
+        replace(group, places=sorted(ranked.index(scored[place]) for place in group.places))
+        for group in grouped([given[place] for place in scored], [found[place] for place in scored])
+    ]
     notes = []
     if at is None:
         notes.append("there is no step, but for the beginning, at which all were evaluated")
+    if 0 < len(scored) < len(given):
+        others = " ".join(f"[{place}]" for place in range(len(scored) + 1, len(given) + 1))  # ranked last
+        notes.append(
+            f"note: {others} have no finite score of held-out rows after the beginning: they are compared with none"
+        )
     for what, of_rows in unlike(runs, sources).items():
         alike = ", ".join(of for rows, of in numbered(of_rows).items() if rows)  # where there are any
         notes.append(f"note: not all were scored on the same rows: what stands below {what!r} compares within {alike}")

@@ -147,8 +147,12 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
     drawn = (tmp_path / "curves.svg").read_text()  # which says in comments what its texts are
     assert all(f"<!--  {tmp_path / name} -->" in drawn for name in ("one", "two"))
     done = report(*(tmp_path / name for name in ("three", "one")))  # whose last score is not finite
-    assert re.search(rf"^\[2\] {folder}/three +2 +none +8\.1250 +0", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(rf"^\[2\] {folder}/three +2 +none +none +5\.5000 +8\.1250 +0", done.stdout, re.MULTILINE), (
+        done.stdout
+    )
     assert "what differs" not in done.stdout
+    compared_with_none = "have no finite score of held-out rows after the beginning: they are compared with none\n"
+    assert f"note: [2] {compared_with_none}" in done.stdout
 
 
 def test_of_several_what_is_no_run_is_left_out(tmp_path: Path, store: Path) -> None:
@@ -197,16 +201,13 @@ def test_evaluations_of_other_rows_are_left_out(tmp_path: Path, store: Path) -> 
     assert "evaluations before step 2 were of other rows" in done.stdout
     (tmp_path / "two" / "run.json").write_text(json.dumps({**record, "evaluated": {"": {"rows": "b", "since": 3}}}))
     done = report(tmp_path / "two", tmp_path / "one")
-    assert (
-        "at step" not in done.stdout
-        and "there is no step, but for the beginning, at which all were evaluated" in done.stdout
-    )
+    assert "  at step 2  " in done.stdout and "note: [2] have no finite score of held-out rows after" in done.stdout
     assert (
         "note: not all were scored on the same rows: what stands below 'held out' compares within [1], [2]\n"
         in done.stdout
     )
-    assert re.search("/one +2 +4\\.0625 +4\\.0625 +2 +100", done.stdout), done.stdout
-    assert re.search("/two +2 +100", done.stdout), done.stdout
+    assert re.search("/one +2 +4\\.0625 +4\\.0625 +5\\.5000 +4\\.0625 +2 +100", done.stdout), done.stdout
+    assert re.search("/two +2 +5\\.5000 +100", done.stdout), done.stdout
 
 
 def test_of_what_differs_hashes_are_shortened_and_nothing_else_is(tmp_path: Path, store: Path) -> None:

@@ -73,10 +73,27 @@ def test_the_first_group_is_that_of_the_run_given_first_and_scores_may_be_of_oth
 ) -> None:
     a0, a1, _, b0, _, _, _ = make_groups(tmp_path, store)
     assert section(report(b0, a1, a0).stdout, GROUPS)[1:] == ["[1] 8 1 2.7500", "[2] [3] 4 2 3.2500 ± 0.3536 +0.2500 1"]
-    make_other(tmp_path / "a3", store, "null", seed=3)  # its best is the first, 8.125
+    make_other(tmp_path / "a3", store, "null", seed=3)
+    with (tmp_path / "a3" / "metrics.jsonl").open("a") as file:
+        file.write('ss": 1.0}\n{"step": 3, "eval/loss": 2.75, "eval/bits_per_byte": 5.0}\n')
     done = report(a0, tmp_path / "a3")
-    assert section(done.stdout, GROUPS) == ["runs seeds held out", "[1] [2] 2 5.5625 ± 3.6239"]
+    assert "there is no step, but for the beginning, at which all were evaluated\n" in done.stdout
+    assert section(done.stdout, GROUPS) == ["runs seeds held out", "[1] [2] 2 4.0000 ± 1.4142"]
     assert "of a run at its best, mean ±" in done.stdout and "more than the first" not in done.stdout
+
+
+def test_runs_that_are_not_evaluated_yet_are_compared_with_none(tmp_path: Path, store: Path) -> None:
+    """Amid a sweep: of weights that are not trained yet scores say nothing, and do not hide what others say."""
+    a0, a1, _, b0, _, _, _ = make_groups(tmp_path, store)
+    begun = make_other(tmp_path / "b1_begun", store, "null", seed=1, model={"n_hashes": 8})
+    never = make_other(tmp_path / "c_begun", store, "null", model={"n_hashes": 2})
+    lines = (never / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (never / "metrics.jsonl").write_text("".join(line for line in lines if "eval/loss" not in line))
+    done = report(begun, a0, a1, b0, never, "--json", tmp_path / "all.json")
+    assert section(done.stdout, GROUPS)[1:] == ["[2] [3] 4 2 3.2500 ± 0.3536", "[1] 8 1 2.7500 -0.2500 1"]
+    assert "note: [4] [5] have no finite score of held-out rows after the beginning" in done.stdout
+    values = json.loads((tmp_path / "all.json").read_text())
+    assert values["step"] == 2 and [group["seeds"] for group in values["groups"]] == [2, 1]
 
 
 def test_runs_of_one_group_with_other_commits_are_noted(tmp_path: Path, store: Path) -> None:
