@@ -156,10 +156,12 @@ class Manifest(StoreSettings):
         try:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            what = "does not exist"
+            where = "" if store.is_absolute() else f" in {Path.cwd()}"
+            what = f"does not exist{where}: give its folder, if it was moved, or"
             if store.exists():
-                what = "has no manifest.json, so it is not a store" if store.is_dir() else "is a file, not a store"
-            raise DataError(f"{store} {what}: build one with python -m data_pipeline build") from None
+                kind = "has no manifest.json, so it is not a store" if store.is_dir() else "is a file, not a store"
+                what = f"{kind}:"
+            raise DataError(f"{store} {what} build one with python -m data_pipeline build") from None
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         try:

@@ -37,6 +37,7 @@ from reformer.weights import refuse_existing
 from trainer.attention_comparison import Attention, Scores, attending, check, report, score_rows
 from trainer.batches import drawn
 from trainer.exported import choose_device, read_model
+from trainer.leakage import inherited
 from trainer.token_losses import TokenLosses
 
 MOST_ROUNDS = 1024
@@ -146,7 +147,8 @@ def run(arguments: argparse.Namespace) -> None:
         model = read_model(arguments.folder, str(arguments.folder)).eval()
     store = Store.open(arguments.store)
     check_options(arguments, model, store)
-    for note in [*(str(each.message) for each in caught), *check(model, store, arguments.folder)]:
+    notes = [*check(model, store, arguments.folder), *inherited(arguments.folder, store, arguments.split)]
+    for note in [*(str(each.message) for each in caught), *notes]:
         print(f"note: {note}", file=sys.stderr)
     rows, model = RowDataset(store, arguments.split), model.to(device)
     numbers = sorted(drawn(len(rows), arguments.rows or len(rows)))

@@ -9,11 +9,10 @@
 In Python, `reformer.load_model("model")` is the model. A run may go on meanwhile; every byte of a checkpoint is checked
 before it is used. The weights are those that the optimizer updates, in fp32, whatever precision the model ran in.
 
-origin.json says of which checkpoint of which run they are (not with --hf). The tokenizer of the run's store comes with
-them, checked to be the one of the training, so that launch/generate.py continues a text; with --hf the ids of BOS and
-EOS alone, for transformers' generate() to end where a document does. Where the store is gone, damaged or another, the
-weights are written without it, and a note on standard error says so; --store says where the store is now, if not where
-the run found it.
+origin.json says of which checkpoint of which run they are (not with --hf). The tokenizer comes with them, checked to be
+the one of the training, so that launch/generate.py continues a text; with --hf the ids of BOS and EOS alone, for
+transformers' generate() to end where a document does. The run has a copy of it; --store takes it from a store. Where
+there is none, the weights are written without it, and a note on standard error says so.
 """
 
 import argparse
@@ -37,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="of a run, the checkpoint after N steps")
     which.add_argument("--best", action="store_true", help="of a run, the checkpoint with the lowest eval/loss")
-    parser.add_argument("--store", type=Path, metavar="FOLDER", help="the run's store (default: its data.store)")
+    parser.add_argument("--store", type=Path, metavar="FOLDER", help="to take the tokenizer from (default: the run)")
     parser.add_argument("--hf", action="store_true", help="write what Hugging Face's transformers reads")
     return parser.parse_args()
 

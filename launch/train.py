@@ -60,7 +60,11 @@ PATIENCE_S = 10
 class Template(argparse.Action):
     """Prints a file to begin with, as --help prints what to type."""
 
-    def __call__(self, parser: argparse.ArgumentParser, _: object, folder: object, option: object = None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, given: argparse.Namespace, folder: object, option: object = None
+    ) -> None:
+        if given.config:
+            parser.error("--template prints a file to begin with, and reads none: leave out --config")
         try:
             print(template(Path(folder) if isinstance(folder, str) else None), end="")
         except ConfigError as error:

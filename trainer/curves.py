@@ -18,6 +18,8 @@ OF_ROWS = ("eval", "lsh", "reversible")
 """What tags of evaluations begin with."""
 SAID = ("deepspeed", "store", "samples", "launch", "evaluated", "versions", "git_commit")
 """What is read of run.json besides its configuration."""
+INITIAL = "run.init_from (weights)"
+"""What stands for the weights in that folder, whatever it is called."""
 ABSENT = "-"
 """What stands for a setting that a run does not have."""
 NEUTRAL = frozenset(
@@ -178,6 +180,8 @@ def settings(run: Curves) -> dict[str, Any]:
     evaluated = {"data.store.fingerprint": record["store"]["fingerprint"]}
     table = flatten({**run.config.model_dump(mode="json"), **said, **place, **evaluated})
     del table["run.dir"]  # always another
+    if sha256 := record.get("initial_sha256"):
+        table[INITIAL] = sha256
     if continued := run.continued():
         table["continued"] = "; ".join(continued)
     return {name: re.sub(HASH, r"\1", value) if isinstance(value, str) else value for name, value in table.items()}

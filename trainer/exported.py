@@ -11,6 +11,9 @@ from reformer.hf import load_hf
 from reformer.weights import is_hf, read_config
 from trainer.config import ConfigError
 
+ORIGIN = "origin.json"
+"""Of which checkpoint of which run a model is: see export.py."""
+
 
 def read_model(folder: Path, name: str) -> Reformer:
     """The model in a folder that launch/export.py, save_model, save_hf or Hugging Face's save_pretrained wrote.
@@ -40,6 +43,8 @@ def read_generator(folder: Path) -> tuple[Reformer, Tokenizer, Ends]:
     Raises ConfigError or DataError where the folder is another one, is damaged, or has no tokenizer.
     """
     model = read_model(folder, str(folder)).eval()
+    if not model.config.causal:
+        raise ConfigError(f"the model in {folder} sees the tokens that it would have to add (causal=False)")
     tokenizer, ends = read_tokenizer(folder)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ConfigError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from trainer.curves import NEUTRAL, Curves, settings, shown
+from trainer.curves import INITIAL, NEUTRAL, Curves, settings, shown
 
 SEED = re.compile(r"run\.seed|model\.seed|samples\.(.*\.)?seed")
 """samples.…: run.seed, as run.json says it of a mixture and of each of its stores."""
@@ -101,9 +101,12 @@ def _alike(runs: Sequence[Curves], places: Iterable[int], with_commit: bool) -> 
 
 def _telling(run: Curves) -> dict[str, Any]:
     """The settings that change a score, but for seeds."""
+    table = settings(run)
+    if INITIAL in table:  # what is in the folder, and not what it is called
+        del table["run.init_from"]
     return {
         name: value
-        for name, value in settings(run).items()
+        for name, value in table.items()
         if name not in NEUTRAL and not SEED.fullmatch(name) and not STORE.fullmatch(name)
     }
 

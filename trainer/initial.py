@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,17 @@ TOKENS = ("embedding.tokens.weight", "head.weight", "head.bias")
 """Those that grow with vocab_size; with tied embeddings there is no second one."""
 
 
-def read_initial(folder: Path, config: ReformerConfig, seed: int) -> dict[str, Tensor]:
-    """The parameters, by name, with which a run of this model begins; the folder is one that `check_initial` passes.
+class Initial(NamedTuple):
+    """What a run begins with."""
+
+    parameters: dict[str, Tensor]
+    """By name."""
+    sha256: str
+    """Of those in the folder: see `weights_sha256`."""
+
+
+def read_initial(folder: Path, config: ReformerConfig, seed: int) -> Initial:
+    """What a run of this model begins with; the folder is one that `check_initial` passes.
 
     Positions and tokens that the folder does not have are drawn by the seed: tokens around the mean of those that it
     has, as far from it as they are.
@@ -38,6 +48,7 @@ def read_initial(folder: Path, config: ReformerConfig, seed: int) -> dict[str, T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `check_initial` has said it
         parameters = _parameters(read_model(folder, f"run.init_from={folder}"))
+    sha256 = weights_sha256(parameters)
     shapes = _shapes(_parameters(skeleton(config)))
     grown = _grown(shapes, _shapes(parameters))
     if {**_shapes(parameters), **grown} != shapes:
@@ -53,18 +64,17 @@ def read_initial(folder: Path, config: ReformerConfig, seed: int) -> dict[str, T
             mean = there.mean(dim=0)
             drawn = mean + drawn * (there - mean).std()
         parameters[name] = torch.cat([parameters[name], drawn[len(there) :].to(parameters[name].dtype)])
-    return parameters
+    return Initial(parameters, sha256)
 
 
-def agreed_weights(
-    folder: Path, config: ReformerConfig, seed: int, launch: Launch, device: torch.device
-) -> dict[str, Tensor]:
+def agreed_weights(folder: Path, config: ReformerConfig, seed: int, launch: Launch, device: torch.device) -> Initial:
     """What `read_initial` gives, the same on all ranks, which call this.
 
     Raises ConfigError, on one of them, where the folder cannot be read there, or is another one than that of rank 0.
     """
-    weights = together(partial(read_initial, folder, config, seed), launch, device)
-    (first,), *others = all_gather([_digest(weights)], device)
+    found = together(partial(read_initial, folder, config, seed), launch, device)
+    beginning = float(int(found.sha256[:12], 16))  # 48 bits, which float64 holds
+    (first,), *others = all_gather([beginning], device)
     different = [rank for rank, (digest,) in enumerate(others, start=1) if digest != first]
     names = hosts()
     if different:
@@ -73,7 +83,7 @@ def agreed_weights(
             f"rank 0 on {names[0]}: have all nodes see the same folder"
         )
         raise_together(error, launch, device)
-    return weights
+    return found
 
 
 def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_sha256: str) -> list[str]:
@@ -88,25 +98,22 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
     own_kinds, kinds = (
         [each.attention_kind(layer) for layer in range(each.n_layers)] for each in (config, model.config)
     )
-    changed = [
-        f"model.{name} is {own!r}, and {there[name]!r} there"
+    changed = {
+        name: f"model.{name} is {own!r}, and {there[name]!r} there"
         for name, own in config.model_dump().items()
         if own != there[name] and name not in WITHOUT_EFFECT and not (name == "attn_pattern" and own_kinds == kinds)
-    ]
+    }
     own_shapes, shapes = _shapes(_parameters(skeleton(config))), _shapes(_parameters(model))
     grown = _grown(own_shapes, shapes)
     if own_shapes != shapes | grown or any(there[name] != getattr(config, name) for name in SAME):
-        assert model.config.axial_shape is not None  # filled in by the config
-        columns = model.config.axial_shape[1]
-        such_as = f": [{config.max_seq_len // columns}, {columns}]" if config.max_seq_len % columns == 0 else ""
-        keep = f" (longer sequences are possible with as many columns in axial_shape as there{such_as})"
+        said = "; ".join(what for name, what in changed.items() if name in SAME or _decides_shapes(name, config, there))
         raise ConfigError(
-            f"run.init_from={folder} holds another model than [model]: {'; '.join(changed)}. Set [model] to that "
-            f"model{keep if config.max_seq_len > model.config.max_seq_len else ''}, or give another folder"
+            f"run.init_from={folder} holds another model than [model]: {said}. Set [model] to that model"
+            f"{_of_lengths(config, model.config)}, or give another folder"
         )
     is_known = knows_tokenizer(folder, f"run.init_from={folder}", store, tokenizer_sha256)
     unknown = f"{folder} does not say which tokenizer its model was trained with: it must be that of {store}"
-    notes = [f"{line} (run.init_from)" for line in changed] + [str(each.message) for each in caught]
+    notes = [f"{line} (run.init_from)" for line in changed.values()] + [str(each.message) for each in caught]
     first_new = {"positions": model.config.max_seq_len} if ROWS in grown else {}
     first_new |= {"tokens": model.config.vocab_size} if grown.keys() & {*TOKENS} else {}
     drawn = "{} from {} on are not in {}: they begin as random ones"
@@ -115,6 +122,33 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
         *(drawn.format(name, first, folder) for name, first in first_new.items()),
         *[unknown] * (not is_known),
     ]
+
+
+def _decides_shapes(name: str, config: ReformerConfig, there: Mapping[str, Any]) -> bool:
+    """Whether a field that is another one there has a part in the shapes of this model, or in what it may be."""
+    try:
+        other = ReformerConfig(**{**config.model_dump(), name: there[name]})
+    except ConfigError:  # such as an axial_shape that is not that of max_seq_len
+        return True
+    return _shapes(_parameters(skeleton(other))) != _shapes(_parameters(skeleton(config)))
+
+
+def _of_lengths(config: ReformerConfig, there: ReformerConfig) -> str:
+    """What is possible where max_seq_len is another one there."""
+    assert there.axial_shape is not None  # filled in by the config
+    columns = there.axial_shape[1]
+    such_as = f": [{config.max_seq_len // columns}, {columns}]" if config.max_seq_len % columns == 0 else ""
+    if config.max_seq_len > there.max_seq_len:
+        return f" (longer sequences are possible with as many columns in axial_shape as there{such_as})"
+    shorter = f" (rows may be shorter than max_seq_len: leave it at {there.max_seq_len})"
+    return shorter if config.max_seq_len < there.max_seq_len else ""
+
+
+def folder_sha256(folder: Path) -> str:
+    """`weights_sha256` of a folder that run.init_from takes. Raises ConfigError where it is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return weights_sha256(_parameters(read_model(folder, f"run.init_from={folder}")))
 
 
 def _grown(own: Mapping[str, torch.Size], there: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
@@ -131,10 +165,10 @@ def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in parameters.items()}
 
 
-def _digest(weights: Mapping[str, Tensor]) -> float:
-    """48 bits of a hash of all numbers, which float64 holds."""
+def weights_sha256(parameters: Mapping[str, Tensor]) -> str:
+    """A hash of all numbers, in fp32, and of their names: the same whatever the files are that they are read from."""
     digest = hashlib.sha256()
-    for name, tensor in weights.items():
+    for name, tensor in parameters.items():
         digest.update(name.encode())
         digest.update(tensor.float().numpy().tobytes())
-    return float(int.from_bytes(digest.digest()[:6], "little"))
+    return digest.hexdigest()

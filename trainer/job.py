@@ -14,7 +14,8 @@ from trainer.config import RunConfig, load
 from trainer.deepspeed_settings import is_bf16
 from trainer.distributed import Launch
 from trainer.initial import check_initial
-from trainer.leakage import leaks
+from trainer.leakage import inherited, leaks
+from trainer.repetition import repetition_notes
 from trainer.resume import EVAL_STORE, identity
 
 
@@ -58,6 +59,10 @@ def read_job(
         notes += check_initial(config.run.init_from, config.model, store.path, facts.tokenizer_sha256)
     if config.run.eval_every and is_new and launch.rank == 0:  # who alone says it, and reads tables for that
         notes += leaks(config.data, store, sources)
+        if config.run.init_from:
+            notes += inherited(config.run.init_from, store, config.data.eval_split)
+    if path.is_dir() and is_new and launch.rank == 0:
+        notes += repetition_notes(path, config)
     samples = training_samples(config.data, store, sources, config.run.seed)
     own = identity(config, deepspeed, samples.identity if sources else facts.fingerprint, launch.world_size)
     if sources:  # then evaluations alone read data.store, and nothing else would tell that it is another one

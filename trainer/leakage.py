@@ -1,10 +1,14 @@
-"""Documents that a mixture trains on although evaluations hold them out: reported, not refused, as it may be meant."""
+"""Documents that are trained on although evaluations hold them out: reported, not refused, as it may be meant."""
 
+import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store
-from trainer.config import DataConfig
+from trainer.config import ConfigError, DataConfig
+from trainer.exported import ORIGIN
 
 MOST_DOCUMENTS = 5_000_000
 """More would take minutes to read, for which other ranks would wait."""
@@ -48,6 +52,50 @@ def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iter
                 f"{others[at].path}) are in {split!r} of data.mixture.{name}, {source.path}, too: the run is trained "
                 "on them"
             )
+
+
+def inherited(folder: Path, store: Store, split: str) -> list[str]:
+    """A note for each store that the model in an exported folder was trained on, if it has documents of this split of
+    `store`, byte for byte.
+
+    Of other splits of `store` itself `inspect` says it. Nothing is known where origin.json or the store is not there.
+    """
+    notes = []
+    for source, trained, fingerprint in _trained_on(folder):
+        if source.manifest.fingerprint != fingerprint or max(map(_n_documents, (source, store))) > MOST_DOCUMENTS:
+            continue
+        if fingerprint == store.manifest.fingerprint and trained != split:
+            continue
+        try:
+            scored = set(_hashes(store, split))
+            shared = scored.intersection(_hashes(source, trained))
+        except DataError as error:
+            notes.append(f"whether the model in {folder} was trained on documents of {split!r} is not known: {error}")
+            continue
+        if shared:
+            notes.append(
+                f"{len(shared):,} of the {len(scored):,} documents of {split!r} of {store.path} are in {trained!r} of "
+                f"{source.path}, on which the model in {folder} was trained: they are no held-out text for it"
+            )
+    return notes
+
+
+def _trained_on(folder: Path) -> Iterator[tuple[Store, str, str]]:
+    """The stores that an exported model was trained on, as far as they are where they were: with the split, and the
+    fingerprint that the store had."""
+    try:
+        run = json.loads((folder / ORIGIN).read_bytes())["run"]
+        data, fingerprints = DataConfig(**run["data"]), run["store_fingerprint"]
+        found = [
+            (data.mixture[name].store, split, fingerprints[f"{name}.store"])
+            for name, split in data.train_splits.items()
+        ]
+        found = found or [(data.store, data.train_split, fingerprints)]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):  # not of launch/export.py, or of another version
+        return
+    for path, split, fingerprint in found:
+        with suppress(DataError):
+            yield Store.open(path), split, fingerprint
 
 
 def _n_documents(store: Store) -> int:

@@ -36,6 +36,7 @@ from trainer.record import count_stop, write_record
 from trainer.reporter import Reporter
 from trainer.reports import Progress, Spent, Step, long_step_line, own_figures, step_values, summary
 from trainer.resume import changes, differing
+from trainer.run_tokenizer import keep_tokenizer
 from trainer.schedule import due, lr_factor
 from trainer.scoring import Score
 from trainer.sequence_parallel import Place, timed
@@ -85,6 +86,7 @@ class Trainer:
         self.identity_before = saved.get("run", job.identity)
         self.scores: dict[str, Reported] = {}  # the newest, for the summary
         self.saved_step = self.first_step
+        self.initial_sha256: str | None = None
 
     def run(self) -> int:
         """Every step to the last, and what comes between them."""
@@ -118,7 +120,9 @@ class Trainer:
             checkpoint.load(self.engine, self.start)
         elif self.plan.init_from:
             folder, seed = self.plan.init_from, self.plan.seed
-            set_weights(self.engine, agreed_weights(folder, config.model, seed, launch, device))
+            parameters, self.initial_sha256 = agreed_weights(folder, config.model, seed, launch, device)
+            set_weights(self.engine, parameters)
+            del parameters
         self.place = place = Place.of(launch.rank, launch.world_size, self.plan.sequence_parallel).joined()
         if place.n_parts > 1:
             self.reporter.say(f"{place.n_parts} ranks share each sequence")
@@ -149,15 +153,21 @@ class Trainer:
         self.hosts = distributed.hosts()
         if launch.rank == 0:
             checkpoint.remove_leftovers(self.plan.dir)
-        record = partial(
-            write_record,
+        self.n_parameters = n_parameters(self.engine)
+        self.reporter.open(self.first_step, self.record)
+
+    def record(self, metrics: Metrics) -> None:
+        """Put into the folder of the run what it is, on rank 0."""
+        write_record(
             self.job,
-            device,
-            n_parameters=n_parameters(self.engine),
+            self.device,
+            metrics,
+            n_parameters=self.n_parameters,
             evaluated=self.progress.scored,
             changed=differing(self.identity_before, self.job.identity),
+            initial_sha256=self.initial_sha256,
         )
-        self.reporter.open(self.first_step, record)
+        keep_tokenizer(self.plan.dir, self.job.store, self.reporter.say)
 
     def begin(self) -> None:
         """Say where the run starts from; of a new run, evaluate the weights as they are."""

@@ -6,6 +6,8 @@ RUN/run.json: one object, written before the first step.
     continued                           [{step, before: {name: value}}] of each resume with other settings: after which
                                         step, and what they were until then, null where not given; names as in
                                         "config", and deepspeed.… as in "deepspeed"
+    initial_sha256                      of the weights in run.init_from that it began with (initial.weights_sha256);
+                                        null without that, or if an earlier version began it
     stops_before_a_step                 starts since the last checkpoint that were asked to stop before their first step
     config, deepspeed                   the resolved TOML side {model, data, run} and DeepSpeed's JSON
     store                               of data.store: {seq_len, vocab_size, rows: {split: number}, tokenizer_sha256,
@@ -57,10 +59,12 @@ def write_record(
     n_parameters: int,
     evaluated: Mapping[str, Any],
     changed: Mapping[str, tuple[Any, Any]],
+    initial_sha256: str | None,
 ) -> None:
     """Write RUN/run.json and show it in TensorBoard.
 
-    changed: the values before and now of settings, since the checkpoint that the run continues from.
+    changed: the values before and now of settings, since the checkpoint that the run continues from. initial_sha256: of
+    a run that begins; one that continues keeps its own.
     """
     device_name, run_dir = distributed.device_name(device), job.config.run.dir
     resumed_from_step = metrics.first_step - 1 if metrics.first_step else None
@@ -70,6 +74,7 @@ def write_record(
         "continued": continued(
             run_dir, resumed_from_step, {name: before for name, (before, _) in changed.items() if name != "run.dir"}
         ),
+        "initial_sha256": initial_sha256 if resumed_from_step is None else _recorded(run_dir, "initial_sha256"),
         "stops_before_a_step": stops_since(run_dir, resumed_from_step),
         "config": job.config.model_dump(mode="json"),
         "deepspeed": job.deepspeed,
@@ -99,6 +104,14 @@ def continued(run_dir: Path, step: int | None, before: Mapping[str, Any]) -> lis
     except (ConfigError, KeyError, TypeError):  # damaged, or of an earlier version; it is about to be replaced
         earlier = []
     return [*earlier, *([{"step": step, "before": dict(before)}] if before else [])]
+
+
+def _recorded(run_dir: Path, name: str) -> Any:
+    """What the record said until now; None where it does not, or is damaged, and about to be replaced."""
+    try:
+        return read_record(run_dir).get(name)
+    except ConfigError:
+        return None
 
 
 def stops_since(run_dir: Path, resumed_from_step: int | None) -> int:

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from distributed.conftest import ROOT, Run
 
+from data_pipeline.tokenizer_folder import read_tokenizer
+from trainer.initial import folder_sha256
+
 STAGE = ("deepspeed.zero_optimization.stage=3",)
 BF16 = ("deepspeed.bf16.enabled=true",)
 
@@ -34,6 +37,9 @@ def test_it_begins_where_the_other_was_and_goes_on_as_every_run(before, train, t
     assert run.column("eval/loss")[0] == other.column("eval/loss")[-1]
     assert run.column("train/lr") == other.column("train/lr"), "the course of the learning rate begins again"
     whole = run.column("train/loss")
+    began_with = json.loads((run.dir / "run.json").read_text())["initial_sha256"]
+    assert began_with == folder_sha256(own)
+    assert read_tokenizer(run.dir)[0].sha256 == json.loads((own / "tokenizer.json").read_text())["sha256"]
 
     # Who goes on has weights of its own, wherever those of the beginning are now.
     shutil.rmtree(own)
@@ -44,6 +50,7 @@ def test_it_begins_where_the_other_was_and_goes_on_as_every_run(before, train, t
         assert "after step 2" in again.output
         assert again.column("train/loss") == whole
     assert "note: " not in again.output
+    assert json.loads((run.dir / "run.json").read_text())["initial_sha256"] == began_with
     (state,) = (run.dir / "checkpoints" / "step_00000004").glob("state.json")
     assert json.loads(state.read_text())["run"]["run"]["init_from"] == str(own), "as the line that began it says"
 

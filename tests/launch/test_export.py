@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from small_stores import write_store
 from torch import Tensor
 
+from data_pipeline.store import Store
 from data_pipeline.tokenizer import IntegerTokenizer, Tokenizer, load_tokenizer
 from data_pipeline.tokenizer_folder import read_tokenizer
 from reformer import Reformer, load_model
@@ -25,6 +26,7 @@ from trainer import checkpoint, selection
 from trainer.config import RunConfig
 from trainer.distributed import Launch
 from trainer.resume import identity
+from trainer.run_tokenizer import keep_tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_group")
 TIED_OR_NOT = pytest.mark.parametrize("run", [False, True], indirect=True, ids=["untied", "tied"])
@@ -218,10 +220,39 @@ def test_transformers_is_told_where_documents_end(
         assert call(monkeypatch, run_dir, "--hf", "--output", output, "--store", tmp_path / store) == 0
         errors = capsys.readouterr().err
         assert "\nnote: n_buckets=None" in f"\n{errors}" and "Warning" not in errors
-        assert ("note: without a tokenizer" in errors) == (store == "store")
+        assert ("note: without the ids of BOS and EOS: " in errors) == (store == "store")
         config = json.loads((output / "config.json").read_bytes())
         assert (config["bos_token_id"], config["eos_token_id"]) == ids
         assert transformers.ReformerModelWithLMHead.from_pretrained(output).generation_config.eos_token_id == ids[1]
+
+
+def test_the_copy_in_the_run_is_enough_and_a_damaged_one_is_not_taken(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run_dir = run_on(tmp_path, load_tokenizer(str(tokenizer_file)), b"The lazy fox", eos=False)
+    store = Store.open(tmp_path / "store")
+    keep_tokenizer(run_dir, store, pytest.fail)
+    stamps = {path: path.stat().st_mtime_ns for path in run_dir.glob("tokenizer.*")}
+    keep_tokenizer(run_dir, store, pytest.fail)
+    assert {path.name for path in stamps} == {"tokenizer.json", "tokenizer.model"}
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "not written again"
+    shutil.move(tmp_path / "store", tmp_path / "moved")
+    assert call(monkeypatch, run_dir, "--output", tmp_path / "model") == 0
+    assert capsys.readouterr().err == ""
+    copies = [
+        [(folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer.model")]
+        for folder in (run_dir, tmp_path / "model")
+    ]
+    assert copies[0] == copies[1]
+    flip(run_dir / "tokenizer.json", -1)
+    assert call(monkeypatch, run_dir, "--output", tmp_path / "without") == 0
+    assert "store does not exist" in capsys.readouterr().err
+    assert call(monkeypatch, run_dir, "--output", tmp_path / "with", "--store", tmp_path / "moved") == 0
+    assert capsys.readouterr().err == "" and read_tokenizer(tmp_path / "with")[1].eos is False
+    said: list[str] = []
+    flip(tmp_path / "moved" / "tokenizer.model", -1)
+    keep_tokenizer(tmp_path / "other", Store.open(tmp_path / "moved"), said.append)
+    assert len(said) == 1 and "tokenizer.model is damaged" in said[0]
 
 
 def test_weights_without_a_tokenizer_where_it_cannot_be_had(

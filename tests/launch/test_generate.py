@@ -14,7 +14,7 @@ import torch
 from small_exports import NEVER, expected, tokenizer_record, write_export
 
 from data_pipeline.tokenizer import IntegerTokenizer, load_tokenizer
-from reformer import Reformer, ReformerConfig, load_model
+from reformer import Reformer, ReformerConfig, load_model, save_model
 from reformer.generation import continue_tokens
 from reformer.hf import save_hf
 from trainer import sampling
@@ -46,6 +46,14 @@ def test_the_defaults(name: str, request: pytest.FixtureRequest, call) -> None:
     message = "add at most 61" if name == "exported" else "add at most"
     code, out, error = call(folder, "ab")
     assert code == 2 and out == "" and "and 200 more are beyond max_seq_len=64" in error and message in error
+
+
+def test_a_model_that_sees_what_comes_after_continues_nothing(tmp_path: Path, call) -> None:
+    """Also where it has no tokenizer, which would not help."""
+    config = ReformerConfig(vocab_size=258, max_seq_len=64, d_model=16, n_layers=1, n_heads=2, causal=False)
+    save_model(tmp_path / "model", config, Reformer(config).state_dict())
+    code, _, error = call(tmp_path / "model", "ab")
+    assert code == 2 and error.endswith("sees the tokens that it would have to add (causal=False)\n")
 
 
 def test_sentencepiece(pieces: Path, call) -> None:

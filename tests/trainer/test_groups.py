@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trainer.config import LoopConfig, RunConfig, flatten
-from trainer.curves import Curves
+from trainer.curves import INITIAL, Curves
 from trainer.groups import NEUTRAL, Spread, band, grouped, repetitions, spread
 
 
@@ -65,6 +65,16 @@ def test_seeds_and_what_changes_no_score_make_no_groups(change: dict[str, Any]) 
 def test_what_changes_a_score_does(change: dict[str, Any]) -> None:
     """A commit, where the seeds are the same."""
     assert repetitions([make_run(), make_run(**change)]) == [[0], [1]]
+
+
+def test_weights_that_runs_began_with_are_told_apart_by_what_they_are() -> None:
+    """A folder may be written anew, or moved."""
+    runs = [make_run(run__init_from=folder, run__seed=seed) for seed, folder in enumerate(("one", "one", "moved"))]
+    for run, sha256 in zip(runs, "aba", strict=True):
+        run.record["initial_sha256"] = sha256 * 64  # type: ignore[index]
+    assert repetitions(runs) == [[0, 2], [1]]
+    first, second = grouped(runs, [1.0, 2.0, 3.0])
+    assert (first.settings, second.settings) == tuple({INITIAL: f'"{sha256 * 12}"'} for sha256 in "ab")
 
 
 def test_a_run_that_changed_settings_on_the_way_is_not_one_that_had_them_all_along() -> None:

@@ -17,7 +17,7 @@ from trainer import initial
 from trainer.config import ConfigError
 from trainer.distributed import Launch
 from trainer.exported import read_model
-from trainer.initial import ROWS, check_initial, read_initial
+from trainer.initial import ROWS, check_initial, folder_sha256, read_initial, weights_sha256
 
 pytestmark = pytest.mark.usefixtures("process_group")
 STORE, OURS = Path("data/store"), "0123abc"
@@ -48,7 +48,7 @@ def test_an_exported_model_of_the_stores_tokenizer(tmp_path: Path) -> None:
         "keep_ends": False,
     }
     assert check_initial(folder, model_config(**without_effect), STORE, OURS) == []
-    read = read_initial(folder, model_config(), 0)
+    read = read_initial(folder, model_config(), 0).parameters
     assert list(read) == [name for name, _ in model.named_parameters()]
     assert all(torch.equal(read[name], parameter) for name, parameter in model.named_parameters())
 
@@ -59,13 +59,13 @@ def test_one_of_hugging_faces_and_one_in_half_precision(tmp_path: Path) -> None:
     (tmp_path / "hf" / TOKENIZER_RECORD).write_text('{"version": "1.0"}')  # theirs has this name, too
     (note,) = check_initial(tmp_path / "hf", model.config, STORE, OURS)
     assert note == f"{tmp_path / 'hf'} {UNKNOWN}"
-    assert torch.equal(read_initial(tmp_path / "hf", model_config(), 0)["head.weight"], model.head.weight)
+    assert torch.equal(read_initial(tmp_path / "hf", model_config(), 0).parameters["head.weight"], model.head.weight)
 
     half = Reformer(model_config(tie_embeddings=True)).bfloat16()
     folder = write(tmp_path / "half", half)
     assert check_initial(folder, half.config, STORE, OURS) == [f"{folder} {UNKNOWN}"]
-    assert "head.weight" not in read_initial(folder, half.config, 0)
-    grown = read_initial(folder, model_config(tie_embeddings=True, vocab_size=30), 0)
+    assert "head.weight" not in read_initial(folder, half.config, 0).parameters
+    grown = read_initial(folder, model_config(tie_embeddings=True, vocab_size=30), 0).parameters
     assert {parameter.dtype for parameter in grown.values()} == {torch.bfloat16}
 
 
@@ -76,7 +76,9 @@ def test_hugging_faces_two_kinds_of_attention_dropout_do_not_matter(tmp_path: Pa
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**written, "local_attention_probs_dropout_prob": 0.05}))
     assert check_initial(folder, model_config(attn_dropout=0.1), STORE, OURS) == [f"{folder} {UNKNOWN}"]
-    assert torch.equal(read_initial(folder, model_config(attn_dropout=0.1), 0)["head.weight"], model.head.weight)
+    assert torch.equal(
+        read_initial(folder, model_config(attn_dropout=0.1), 0).parameters["head.weight"], model.head.weight
+    )
     assert read_model(folder, str(folder)).config == model.config
 
 
@@ -101,14 +103,15 @@ def test_a_model_of_shorter_sequences(tmp_path: Path) -> None:
         "model.axial_shape is (12, 16), and (4, 16) there (run.init_from)",
         f"positions from 64 on are not in {folder}: they begin as random ones",
     ]
-    read = read_initial(folder, longer, seed=5)
+    read, sha256 = read_initial(folder, longer, seed=5)
+    assert sha256 == folder_sha256(folder), "of what is there"
     grown = assemble(longer, read).eval()
     tokens = torch.randint(0, 20, (2, 64))
     with torch.no_grad():
         assert torch.equal(grown(tokens), model(tokens))
     rows = grown.embedding.positions.rows
-    assert torch.equal(rows, read_initial(folder, longer, seed=5)[ROWS])
-    assert not torch.equal(rows, read_initial(folder, longer, seed=6)[ROWS])
+    assert torch.equal(rows, read_initial(folder, longer, seed=5).parameters[ROWS])
+    assert not torch.equal(rows, read_initial(folder, longer, seed=6).parameters[ROWS])
     assert rows.shape == (12, 4) and 0.01 < rows[4:].std() < 0.03
 
     for other, such_as in (
@@ -120,7 +123,7 @@ def test_a_model_of_shorter_sequences(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=said + such_as):
             check_initial(folder, other, STORE, OURS)
     with pytest.raises(
-        ConfigError, match=r"axial_shape is \(2, 16\), and \(4, 16\) there. Set \[model\] to that model, or"
+        ConfigError, match=r"axial_shape is \(2, 16\), and \(4, 16\) there. Set \[model\] to that model \(rows may"
     ):
         check_initial(folder, model_config(axial_shape=(2, 16), max_seq_len=32, n_buckets=8), STORE, OURS)
 
@@ -138,13 +141,13 @@ def test_a_model_of_fewer_tokens(tmp_path: Path, tied: bool) -> None:
         f"tokens from 20 on are not in {folder}: they begin as random ones",
         f"{folder} {UNKNOWN}",
     ]
-    read = read_initial(folder, larger, seed=5)
+    read = read_initial(folder, larger, seed=5).parameters
     grown, tokens = assemble(larger, read).eval(), torch.randint(0, 20, (2, 64))
     with torch.no_grad():
         torch.testing.assert_close(grown(tokens)[..., :20], model(tokens))
     for name in initial.TOKENS[:: 2 if tied else 1]:
         old, new = read[name][:20], read[name][20:]
-        assert len(new) == 2000 and not torch.equal(new, read_initial(folder, larger, seed=6)[name][20:])
+        assert len(new) == 2000 and not torch.equal(new, read_initial(folder, larger, seed=6).parameters[name][20:])
         torch.testing.assert_close(new.mean(dim=0), old.mean(dim=0), atol=0.12 * float(old.std()), rtol=0)
         spread = (old - old.mean(dim=0)).std()
         assert float((new - new.mean(dim=0)).std() / spread) == pytest.approx(1, abs=0.1)
@@ -167,6 +170,19 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         "128, and 64 there; model.axial_dims is (8, 24), and (4, 12) there. Set [model] to that model, or give another "
         "folder"
     )
+
+
+def test_only_what_does_not_fit_is_named_and_lengths_have_a_way_out(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", kind="bytes", sha256=OURS)
+    may_differ = {"n_hashes": 8, "seed": 3, "lsh_chunk_len": 8}
+    with pytest.raises(ConfigError) as error:
+        check_initial(folder, model_config(attn_pattern=["lsh"], **may_differ), STORE, OURS)
+    assert str(error.value) == (
+        f"run.init_from={folder} holds another model than [model]: model.attn_pattern is ('lsh',), and "
+        "('local', 'lsh') there. Set [model] to that model, or give another folder"
+    )
+    with pytest.raises(ConfigError, match=r"Set .* model \(rows may be shorter than max_seq_len: leave it at 64\), or"):
+        check_initial(folder, model_config(max_seq_len=32), STORE, OURS)
 
 
 @pytest.mark.parametrize("changes", [{"n_heads": 4, "d_head": 4}, {"activation": "gelu"}], ids=str)
@@ -217,7 +233,7 @@ def test_what_hugging_face_leaves_out_is_a_note(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bias, _ = check_initial(folder, model.config, STORE, OURS)
-        assert torch.equal(read_initial(folder, model.config, 0)["head.bias"], torch.ones(20))
+        assert torch.equal(read_initial(folder, model.config, 0).parameters["head.bias"], torch.ones(20))
     assert bias.startswith(f"{folder}: lm_head.bias is not zero. It is added to the logits")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
@@ -230,7 +246,8 @@ def test_a_folder_that_has_changed_since_or_is_another_one_elsewhere(
 ) -> None:
     model, launch = Reformer(model_config()), Launch("this test")
     folder = write(tmp_path / "model", model)
-    weights = initial.agreed_weights(folder, model.config, 0, launch, CPU)
+    weights, sha256 = initial.agreed_weights(folder, model.config, 0, launch, CPU)
+    assert sha256 == folder_sha256(folder) == weights_sha256(weights)
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
     with pytest.raises(ConfigError, match="is not what it was when it was checked: keep it until the first step"):
         initial.agreed_weights(folder, model_config(d_ff=24), 0, launch, CPU)
@@ -245,10 +262,10 @@ def test_a_folder_that_has_changed_since_or_is_another_one_elsewhere(
 
 def test_what_tells_weights_apart() -> None:
     weights = {"a": torch.zeros(3), "b": torch.ones(2, dtype=torch.bfloat16)}
-    digest = initial._digest(weights)
-    assert digest == initial._digest({name: tensor.float() for name, tensor in weights.items()})
+    digest = weights_sha256(weights)
+    assert digest == weights_sha256({name: tensor.float() for name, tensor in weights.items()})
     for other in ({**weights, "a": torch.tensor([0, 0, 1e-40])}, {"c": weights["a"], "b": weights["b"]}):
-        assert initial._digest(other) != digest
+        assert weights_sha256(other) != digest
 
 
 def test_a_run_is_not_where_its_weights_come_from(tmp_path: Path) -> None:

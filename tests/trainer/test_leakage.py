@@ -1,5 +1,6 @@
 """What a mixture trains on is held against what evaluations hold out."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from small_stores import write_store
 
 from data_pipeline.store import Store
 from trainer.config import DataConfig
-from trainer.leakage import leaks
+from trainer.leakage import inherited, leaks
 
 
 @pytest.fixture
@@ -36,13 +37,55 @@ def test_documents_that_are_held_out_and_trained_on_are_counted(stores: dict[str
     assert note.startswith("1 of the 2 documents") and "are in 'val' of data.mixture.web" in note
 
 
-def test_a_table_that_is_damaged_is_a_note(stores: dict[str, Store]) -> None:
+def origin(folder: Path, data: DataConfig, fingerprints: object) -> Path:
+    """A folder as of launch/export.py: of a model that was trained on this."""
+    folder.mkdir()
+    run = {"data": data.model_dump(mode="json"), "store_fingerprint": fingerprints}
+    (folder / "origin.json").write_text(json.dumps({"run": run}))
+    return folder
+
+
+def test_what_an_exported_model_was_trained_on_is_held_against_what_it_is_scored_on(
+    tmp_path: Path, stores: dict[str, Store]
+) -> None:
+    web, books = stores["web"], stores["books"]
+    own = origin(tmp_path / "model", DataConfig(store=web.path), web.manifest.fingerprint)
+    (note,) = inherited(own, books, "val")
+    assert note == (
+        f"1 of the 2 documents of 'val' of {books.path} are in 'train' of {web.path}, on which the model in {own} was "
+        "trained: they are no held-out text for it"
+    )
+    (note,) = inherited(own, web, "train")
+    assert note.startswith("2 of the 2 documents of 'train' of ")
+    assert inherited(own, web, "val") == inherited(own, stores["clean"], "val") == [], "of one store inspect says it"
+    mixed = data(stores, "clean", "web")
+    fingerprints = {f"{name}.store": stores[name].manifest.fingerprint for name in ("clean", "web")}
+    assert len(inherited(origin(tmp_path / "mixed", mixed, fingerprints), books, "val")) == 1
+
+
+def test_where_it_is_not_known_what_a_model_was_trained_on_nothing_is_said(
+    tmp_path: Path, stores: dict[str, Store]
+) -> None:
+    web, books = stores["web"], stores["books"]
+    assert inherited(origin(tmp_path / "another", DataConfig(store=web.path), "0"), books, "val") == []
+    assert inherited(origin(tmp_path / "gone", DataConfig(store=tmp_path / "nowhere"), "0"), books, "val") == []
+    assert inherited(tmp_path / "none", books, "val") == []
+    (tmp_path / "none").mkdir()
+    for text in ("{", "[]", '{"run": {}}', '{"run": {"data": {"stores": 1}}}'):
+        (tmp_path / "none" / "origin.json").write_text(text)
+        assert inherited(tmp_path / "none", books, "val") == []
+
+
+def test_a_table_that_is_damaged_is_a_note(tmp_path: Path, stores: dict[str, Store]) -> None:
     """Training does not read it, and one rank alone looks."""
     path = stores["web"].path / "documents.jsonl"
     path.write_bytes(path.read_bytes().replace(b"page", b"Page").replace(b'"b"', b'"B"'))
     (note,) = found(stores, "web")
     assert note.startswith("whether the mixture trains on held-out documents is not known: ")
     assert "documents.jsonl" in note
+    own = origin(tmp_path / "model", DataConfig(store=stores["web"].path), stores["web"].manifest.fingerprint)
+    (note,) = inherited(own, stores["books"], "val")
+    assert note.startswith(f"whether the model in {own} was trained on documents of 'val' is not known: ")
 
 
 def test_tables_that_would_take_minutes_are_not_read(stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch) -> None:

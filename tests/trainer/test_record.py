@@ -159,7 +159,8 @@ def test_run_json_states_the_peak_that_mfu_is_of(
     config = RunConfig(model={"vocab_size": 9}, data={"store": "s"}, run=run.model_dump())
     job = Job(config, deepspeed, store, SimpleNamespace(identity={"seed": 1}), Launch("none", 0, 1, 0, 1), {})
     metrics = Metrics(tmp_path, 2)
-    write_record(job, torch.device("cpu"), metrics, 7, {"": {"rows": "7", "since": 3}}, {"run.steps": (2, 3)})
+    (tmp_path / "run.json").write_text('{"config": {}, "initial_sha256": "abc"}')
+    write_record(job, torch.device("cpu"), metrics, 7, {"": {"rows": "7", "since": 3}}, {"run.steps": (2, 3)}, None)
     metrics.close()
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["launch"]["peak_flops"] == peak
@@ -167,6 +168,7 @@ def test_run_json_states_the_peak_that_mfu_is_of(
     assert (found["resumed_from_step"], found["n_parameters"], found["store"]["fingerprint"]) == (2, 7, "abc")
     assert found["evaluated"] == {"": {"rows": "7", "since": 3}} and found["stops_before_a_step"] == 0
     assert found["continued"] == [{"step": 2, "before": {"run.steps": 2}}]
+    assert found["initial_sha256"] == "abc", "as the record of its beginning says"
 
 
 def test_settings_of_before_are_kept_as_far_as_the_run_is(tmp_path: Path) -> None:
