@@ -101,7 +101,7 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    _add_input(parser)
+    _add_input(parser, required=False)
     parser.add_argument(
         "--tokenizer",
         type=_tokenizer,
@@ -127,7 +127,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
             nargs="+",
             default=[],
             metavar="PATH",
-            help=f"documents of the split {split}; not in --input",
+            help=f"documents of the split {split}, not in --input; without --input they are all there is",
         )
     _add_text(parser)
     _add_duplicates(parser)
@@ -323,11 +323,12 @@ def _run_decode(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_input(parser: argparse.ArgumentParser) -> None:
+def _add_input(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--input",
         nargs="+",
-        required=True,
+        required=required,
+        default=[],
         metavar="PATH",
         help="files, folders, globs, fsspec URLs of these, or @FILE with one on each line: .txt, .jsonl, .parquet and "
         "FASTA (.fa, .fas, .fasta, .fna, .faa, .ffn, .frn), plain or .gz, .bgz, .zst, .xz; .npy and .npz for the "

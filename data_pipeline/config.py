@@ -105,7 +105,8 @@ class BuildSettings:
     """Settings of `python -m data_pipeline build`. Raises DataError when one of them makes no sense."""
 
     inputs: tuple[str, ...]
-    """Files, folders, globs, URLs, and lists of these (`@FILE`): see `files.py`."""
+    """Files, folders, globs, URLs, and lists of these (`@FILE`): see `files.py`. None for a store to evaluate on, which
+    `val_inputs` or `test_inputs` make."""
     tokenizer: str
     """Path of a SentencePiece model, "bytes", or "integers"."""
     output: Path
@@ -151,6 +152,12 @@ class BuildSettings:
             object.__setattr__(self, name, tuple(map(os.fspath, paths)))
         object.__setattr__(self, "output", Path(self.output))
         object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
+        if not (self.inputs or self.held_out):
+            raise DataError(
+                "no files are named: give --input, or --val-input or --test-input for a store of these alone"
+            )
+        if self.split and not (self.inputs or self.append):
+            raise DataError("--split holds out a share of the documents of --input, and there is none: leave it out")
         if not 2 <= self.seq_len <= MAX_SEQ_LEN:
             raise DataError(f"--seq-len is {self.seq_len}: expected 2 to {MAX_SEQ_LEN} tokens")
         if self.packing not in PACKINGS:

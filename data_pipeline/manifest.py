@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.config import TextSettings
 from data_pipeline.errors import DataError
+from data_pipeline.output import counted
 from data_pipeline.tokenizer import TokenizerKind
 
 FORMAT_VERSION = 2
@@ -235,7 +236,7 @@ def document_differences(old: Mapping[str, object], new: Mapping[str, object]) -
         "removed": sorted(old.keys() - new.keys()),
         "changed": sorted(name for name in old.keys() & new.keys() if old[name] != new[name]),
     }
-    return [f"{len(names)} documents {kind}: {_shorten(names)}" for kind, names in kinds.items() if names]
+    return [f"{counted(len(names), 'document')} {kind}: {_shorten(names)}" for kind, names in kinds.items() if names]
 
 
 def hash_input(inputs: Sequence[tuple[str, int, str, str | None]]) -> str:

@@ -219,7 +219,7 @@ def test_other_inputs_are_refused(make_store: Callable[..., Store], corpus: Path
     (other / "crlf.txt").unlink()
     with pytest.raises(DataError) as error:
         make_store(inputs=(str(other),))
-    for difference in ("1 documents added: new.txt", "removed: crlf.txt", "changed: plain.txt"):
+    for difference in ("1 document added: new.txt", "removed: crlf.txt", "changed: plain.txt"):
         assert difference in str(error.value)
 
 
@@ -231,7 +231,7 @@ def test_what_changed_is_noticed_after_an_append(make_store: Callable[..., Store
     make_store(inputs=(old,), split={})
     (tmp_path / "old" / "old.txt").write_text("OLD")
     make_store(inputs=(new,), split={}, append=True)
-    with pytest.raises(DataError, match=r"built from other input: 1 documents changed: old.txt"):
+    with pytest.raises(DataError, match=r"built from other input: 1 document changed: old.txt"):
         make_store(inputs=(old,), split={})
     with pytest.raises(DataError, match=r"old.txt is not what the store was built from"):
         make_store(inputs=(old, new), split={}, append=True)
@@ -252,7 +252,7 @@ def changed(make_store: Callable[..., Store], tmp_path: Path) -> Callable[..., S
 def test_times_of_files_say_nothing_of_what_they_hold(changed: Callable[..., Store], tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "store.zarr", tmp_path / "copy")
     for output in (tmp_path / "store.zarr", tmp_path / "copy"):
-        with pytest.raises(DataError, match=r"built from other input: 1 documents changed: a.txt"):
+        with pytest.raises(DataError, match=r"built from other input: 1 document changed: a.txt"):
             changed(output=output)
     for more in (False, True):
         if more:
@@ -307,7 +307,7 @@ def test_what_could_not_be_read_is_no_change_as_long_as_it_cannot(
         before = files_of(make_store(**settings).path)
         assert files_of(make_store(**settings).path) == before
         assert files_of(make_store(**settings, append=True).path) == before
-    with pytest.raises(DataError, match=r"1 documents changed: b.txt"):
+    with pytest.raises(DataError, match=r"1 document changed: b.txt"):
         make_store(**settings)
 
 

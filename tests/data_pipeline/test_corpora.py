@@ -97,7 +97,7 @@ def test_urls(tmp_path: Path, folder: Path) -> None:
     assert files_of(local.path) == files_of(remote.path)
     assert make(tmp_path / "b", "memory://books").n_rows == remote.n_rows  # already built: compared by content
     memory.pipe_file("/books/03.txt", TEXTS[3].upper().encode())
-    with pytest.raises(DataError, match=r"1 documents changed: 03.txt"):
+    with pytest.raises(DataError, match=r"1 document changed: 03.txt"):
         make(tmp_path / "b", "memory://books")
 
 

@@ -12,6 +12,7 @@ from data_pipeline import blocks, documents, stages
 from data_pipeline import build as build_module
 from data_pipeline.build import build
 from data_pipeline.config import BuildSettings
+from data_pipeline.dataset import RowDataset
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, check_held_out, find_files
 from data_pipeline.inputs import snapshot
@@ -240,6 +241,24 @@ def test_variants_of_a_sequence_without_a_space_are_no_near_copies(
     write(tmp_path / "val/other.txt", sequence[:399] + "N")
     (problem,) = make(tmp_path, duplicates="near").problems
     assert (problem.document, problem.detail) == ("z_short.txt", "of y_short.txt")
+
+
+def test_a_store_may_be_all_held_out(folder: Path) -> None:
+    """Texts to evaluate a model on."""
+    store = make(folder, inputs=())
+    assert split_of(store) == {"copied.txt": "val", "novel.txt": "val"} and list(store.manifest.splits) == ["val"]
+    assert verify(store.path) == [] and summary(store)["also_in_train"] == {"val": 0}
+    assert make(folder, inputs=()).manifest == store.manifest, "it is there"
+    after = make(folder, inputs=(), val_inputs=(), test_inputs=(str(folder / "train/other.txt"),), append=True)
+    assert split_of(after)["other.txt"] == "test" and verify(store.path) == []
+    with pytest.raises(DataError, match="has no split 'train', only test, val"):
+        RowDataset(after)
+    for changes, message in (
+        ({"val_inputs": ()}, "no files are named: give --input, or --val-input or --test-input for a store of these"),
+        ({"split": {"test": 0.5}}, "--split holds out a share of the documents of --input, and there is none: leave"),
+    ):
+        with pytest.raises(DataError, match=message):
+            make(folder, inputs=(), **changes)
 
 
 @pytest.mark.parametrize("duplicates", ["drop", "near"])

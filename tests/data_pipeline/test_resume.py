@@ -87,7 +87,7 @@ def test_other_inputs_are_refused(
     old = (books / "2.txt").read_bytes()
     (books / "2.txt").write_bytes(old + b"more\n")
     (books / "3.txt").touch()
-    differences = "1 documents added: 3.txt; 1 documents changed: 2.txt"
+    differences = "1 document added: 3.txt; 1 document changed: 2.txt"
     with pytest.raises(
         DataError, match=rf"from other inputs: {differences}. Run it with the inputs as they were, times"
     ):
@@ -128,7 +128,7 @@ def test_an_input_that_changes_meanwhile(
                 make()
         assert partial_path(tmp_path / "store").exists() == bool(n_good)
         if n_good:
-            with pytest.raises(DataError, match=r"unfinished build of .* from other inputs: 1 documents changed"):
+            with pytest.raises(DataError, match=r"unfinished build of .* from other inputs: 1 document changed"):
                 make()
         for path, (data, mtime_ns) in before.items():
             path.write_bytes(data)
