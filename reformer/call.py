@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reformer.lsh.hashing import derive_seed
+from reformer.lsh.hashing import derive_seed, to_device
 from reformer.sequence_part import WHOLE, SequencePart
 
 DROPOUT_BLOCKS = 16
@@ -69,4 +69,4 @@ class Call:
             [derive_seed(self.seed, self.step, layer, 2, sample_id, head) % 2**32 - 2**31 for head in range(n_heads)]
             for sample_id in self.sample_ids
         ]
-        return torch.tensor(keys, dtype=torch.int32, device=device)
+        return to_device(torch.tensor(keys, dtype=torch.int32, device="cpu"), device)

@@ -31,7 +31,7 @@ def make_run(folder: Path, store: Path) -> None:
         "config": config,
         "continued": [],
         "deepspeed": {},
-        "store": {"fingerprint": fingerprint},
+        "store": {"fingerprint": fingerprint, "seq_len": 100},
         "samples": {"web.store": fingerprint},
         "launch": {"device": "cpu", "world_size": 1},
         "evaluated": {name: {"rows": "a", "n_hashes": None, "since": 0} for name in ("", "web")},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, RunConfig, flatten, spelled
+from trainer.deepspeed_settings import global_batch_size
 from trainer.run_files import RECORD, read_metrics, read_record
 
 Point = tuple[int, float | None]
@@ -86,6 +87,13 @@ class Curves:
         data, samples = self.config.data, self.record["samples"]
         of_sources = [(source.store, samples[f"{name}.store"]) for name, source in data.mixture.items()]
         return [(data.store, self.record["store"]["fingerprint"]), *of_sources]
+
+    def tokens_per_step(self) -> int:
+        """Places of a batch, padding included; as the run was last started."""
+        size = global_batch_size(
+            self.record["deepspeed"], self.record["launch"]["world_size"], self.config.run.sequence_parallel
+        )
+        return size * int(self.record["store"]["seq_len"])
 
     def continued(self) -> list[str]:
         """Of each resume with settings that change scores: after which step, and what they were until then."""

@@ -136,11 +136,11 @@ def bucket_dtype(factors: tuple[int, ...]) -> torch.dtype:
     return torch.int16 if math.prod(factors) <= 2**15 else torch.int32
 
 
-def to_device(rotations: Tensor, device: torch.device) -> Tensor:
-    """Rotations where they are used, without the host waiting for a GPU: from pageable memory it would."""
-    if device.type == "cuda" and rotations.device.type == "cpu":
-        rotations = rotations.pin_memory()
-    return rotations.to(device, non_blocking=True)
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn, where it is used, without the host waiting for a GPU: from pageable memory it would."""
+    if device.type == "cuda" and drawn.device.type == "cpu":
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
 
 
 def _argmax_of_both_signs(x_Ft: Tensor) -> Tensor:

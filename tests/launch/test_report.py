@@ -143,7 +143,8 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
         r"ranks +2 in \[1\]; 1 in \[2\]",
     ):
         assert re.search(f"^{line}$", done.stdout, re.MULTILINE), (line, done.stdout)
-    assert "run.dir" not in done.stdout and "note: " not in done.stdout
+    tokens = "note: a step is 200 tokens in [1]; 100 tokens in [2]: at the same step they have not seen as many\n"
+    assert "run.dir" not in done.stdout and done.stdout.count("note: ") == done.stdout.count(tokens) == 1
     drawn = (tmp_path / "curves.svg").read_text()  # which says in comments what its texts are
     assert all(f"<!--  {tmp_path / name} -->" in drawn for name in ("one", "two"))
     done = report(*(tmp_path / name for name in ("three", "one")))  # whose last score is not finite
