@@ -1,11 +1,21 @@
-"""Show what a run is doing, or how it ended; during the run or afterwards.
+"""Show what a run is doing, or how it ended; during the run or afterwards. Of several, a line for each.
 
 python launch/status.py runs/books_64k
 python launch/status.py runs/books_64k --json
+python launch/status.py runs/sweep/*            a line each: state, step, newest loss, when it ends, by whom
+python launch/status.py runs/sweep/* --json     a line each: the object that one run has
 
 It shows who trains there, the step, which rank is furthest behind and where, the speed and the time left, recent
 losses, and the newest checkpoint that is sound: every byte of it is read. Nothing is written, so it may be asked at any
-time, on any machine that sees the folder. The exit code is 0 whatever the run does, and 2 where there is no run.
+time, on any machine that sees the folder.
+
+Of several runs the state is one word: training, starting, preempted, finished, failed, hung, killed (no exit was
+recorded) or idle (no rank has left a word). When one ends is reckoned without evaluations and checkpoints. A folder
+that is no run is named on standard error, after the lines of the others.
+
+The exit code is 0 whatever the runs do, and 2 where one of the folders is no run. So it means the same whether a
+pattern finds one run or many, and a script that waits for runs, or looks for those that failed, reads the "state" of
+--json.
 """
 
 import argparse
@@ -17,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.output import counted, exit_code
+from data_pipeline.output import BAD_INPUT, counted, exit_code
 from trainer.config import ConfigError
 from trainer.ranks import SHOWN, RankState
 from trainer.status import QUIET_S, facts
@@ -34,12 +44,14 @@ STATES = {
     "finished": "not running: it is finished",
     "idle": "not running",
 }
+RUNNING = ("training", "starting")
+LOSSES = {"train": "train loss", "eval": "held out"}
 
 
 def text(found: Mapping[str, Any]) -> str:
     """The facts for people: one on a line."""
     states = [RankState(**state) for state in found["ranks"]]
-    running = found["state"] in ("training", "starting")
+    running = found["state"] in RUNNING
     lines = [("run", found["run"]), ("state", STATES[found["state"]])]
     if running:
         lines += [("by", found["holder"])]
@@ -56,13 +68,30 @@ def text(found: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<12}{value}" for name, value in lines)
 
 
+def line(found: Mapping[str, Any], width: int) -> str:
+    """The facts on one of several runs, whose names take so many columns."""
+    said = [f"step {steps_done(found)}", *newest_loss(found["recent"])]
+    left = time_left(found)
+    said += [f"ends in {left}"] if left else []
+    said += [f"damaged checkpoints: {len(found['damaged'])}"] if found["damaged"] else []
+    said += [f"by {found['holder'].partition(', since ')[0]}"] if found["state"] in RUNNING else []
+    return f"{found['run']:<{width}}  {found['state']:<{max(map(len, STATES))}}  {', '.join(said)}"
+
+
 def progress(found: Mapping[str, Any]) -> str:
+    left = time_left(found)
+    return steps_done(found) + (f", {left} left without evaluations and checkpoints" if left else "")
+
+
+def steps_done(found: Mapping[str, Any]) -> str:
     done, steps = found["step"], found["steps"]
-    if steps is None:
-        return f"{done:,}"
-    left = found["left_s"] if found["state"] == "training" else None
-    remaining = f", {duration(left)} left without evaluations and checkpoints" if left is not None else ""
-    return f"{done:,} of {steps:,} ({done / steps:.1%}){remaining}"
+    return f"{done:,}" if steps is None else f"{done:,} of {steps:,} ({done / steps:.1%})"
+
+
+def time_left(found: Mapping[str, Any]) -> str | None:
+    """Until the last step; None where nobody trains, or it is not known."""
+    is_known = found["state"] == "training" and found["left_s"] is not None
+    return duration(found["left_s"]) if is_known else None
 
 
 def ranks_at_work(found: Mapping[str, Any], states: Sequence[RankState]) -> list[tuple[str, str]]:
@@ -107,18 +136,28 @@ def figures(
     lines = []
     if "speed/tokens_per_s" in newest and "speed/step_s" in newest:
         lines.append(("speed", f"{newest['speed/tokens_per_s']:,.0f} tokens/s, {newest['speed/step_s']:.3g} s a step"))
-    for split, name in (("train", "train loss"), ("eval", "held out")):
+    for split, name in LOSSES.items():
         if values := losses[f"{split}/loss"]:
             step, value = values[-1]
             bits = newest.get(f"{split}/bits_per_byte")
             per_byte = f", {bits:.4f} bits per byte" if bits is not None and value is not None else ""
-            number = f"{value:.4f}" if value is not None else "not finite"
-            lines.append((name, f"{number} at step {step:,}{per_byte}  {sparkline([each for _, each in values])}"))
+            lines.append((name, f"{at_step(step, value)}{per_byte}  {sparkline([each for _, each in values])}"))
     if "train/skipped_steps" in newest:
         skipped, spikes = (newest.get(f"train/{name}", 0.0) for name in ("skipped_steps", "spikes"))
         counted = f"steps skipped: {skipped:.0f}, spikes of the loss: {spikes:.0f}"
         lines.append(("trouble", f"{counted}, by step {losses['train/loss'][-1][0]:,}"))  # on the same lines
     return lines
+
+
+def newest_loss(losses: Mapping[str, Sequence[tuple[int, float | None]]]) -> list[str]:
+    """The last one, of held-out rows if both are of one step; none where there is none yet."""
+    last = [(name, *losses[f"{split}/loss"][-1]) for split, name in LOSSES.items() if losses[f"{split}/loss"]]
+    return [f"{name} {at_step(step, value)}" for name, step, value in sorted(last, key=lambda each: each[1])[-1:]]
+
+
+def at_step(step: int, value: float | None) -> str:
+    number = f"{value:.4f}" if value is not None else "not finite"
+    return f"{number} at step {step:,}"
 
 
 def sparkline(values: Sequence[float | None]) -> str:
@@ -133,14 +172,33 @@ def sparkline(values: Sequence[float | None]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run: what run.dir was")
-    parser.add_argument("--json", action="store_true", help="one JSON object with everything, for programs")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: what run.dir was")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, an object for each run, for programs")
     return parser.parse_args()
 
 
-def run(arguments: argparse.Namespace) -> None:
-    found = facts(arguments.run)
+def run(arguments: argparse.Namespace) -> int:
+    if len(arguments.runs) > 1:
+        return show_each(arguments.runs, arguments.json)
+    found = facts(arguments.runs[0])
     print(json.dumps(found, indent=1) if arguments.json else text(found))
+    return 0
+
+
+def show_each(paths: Sequence[Path], as_json: bool) -> int:
+    """A line for each run as soon as it is known, then what is wrong with the others; the exit code."""
+    width = max(len(str(path)) for path in paths)
+    errors: list[Exception] = []
+    for path in paths:
+        try:
+            found = facts(path)
+        except (ConfigError, OSError) as error:
+            errors.append(error)
+        else:
+            print(json.dumps(found) if as_json else line(found, width), flush=True)
+    for each in errors:
+        print(f"error: {each}", file=sys.stderr)
+    return BAD_INPUT if errors else 0
 
 
 def main() -> int:

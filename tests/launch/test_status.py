@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,16 +27,20 @@ SPEED = {"speed/tokens_per_s": 12_345.0, "speed/step_s": 4.0, "train/skipped_ste
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+def make_run(folder: Path) -> Path:
     """Two ranks after 6 of 100 steps, one of them further back."""
-    (tmp_path / "ranks").mkdir()
-    (tmp_path / "run.json").write_text(json.dumps({"config": {"run": {"steps": 100}}}))
-    say(tmp_path, STATE)
-    say(tmp_path, replace(STATE, rank=1, pid=101, turn=1, phase="data", waiting=False))
+    (folder / "ranks").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"config": {"run": {"steps": 100}}}))
+    say(folder, STATE)
+    say(folder, replace(STATE, rank=1, pid=101, turn=1, phase="data", waiting=False))
     lines = [{"step": step, "train/loss": 8.0 - step, "train/bits_per_byte": 9.0, **SPEED} for step in range(1, 7)]
     lines[2]["train/loss"] = None  # type: ignore[assignment]
     lines.insert(0, {"step": 0, "eval/loss": 5.5, "eval/bits_per_byte": 7.25})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "tra')
-    return tmp_path
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "tra')
+    return folder
 
 
 def say(run: Path, state: RankState) -> None:
@@ -271,3 +275,80 @@ def test_what_is_no_run(tmp_path: Path, folder: str, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(sys, "argv", ["status.py", str(path)])
     assert status.main() == 2
     assert capsys.readouterr().err.startswith(f"error: {path} is not the folder of a run: ")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """launch/status.py: its exit code, standard output and standard error."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["status.py", *map(str, words)])
+        return (status.main(), *capsys.readouterr())
+
+    return run
+
+
+def test_several_runs_have_a_line_each(tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    runs = [make_run(tmp_path / name) for name in ("at_work", "done", "failed_early")]
+    end(runs[1], "finished", "finished")
+    checkpoint(runs[1], 99)
+    checkpoint(runs[1], 100).joinpath("state.json").unlink()
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 100, "eval/loss": 1.25}\n{"step": 100, "train/loss": 1.5}\n')
+    end(runs[2], "failed: exit code 2", "failed: DataError: no")
+    (runs[2] / "metrics.jsonl").unlink()
+    (runs[2] / "run.json").unlink()
+    with held(runs[0]):
+        code, out, errors = call(*runs)
+    assert (code, errors) == (0, "")
+    assert out.splitlines() == [
+        f"{runs[0]}       training   step 6 of 100 (6.0%), train loss 2.0000 at step 6, ends in 0:06:16, "
+        "by pid 100 on n1, SLURM job 77",
+        f"{runs[1]}          finished   step 100 of 100 (100.0%), held out 1.2500 at step 100, damaged checkpoints: 1",
+        f"{runs[2]}  failed     step 0",
+    ]
+
+
+def test_of_several_runs_those_that_have_just_begun_or_diverged(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    """None of them says when it ends: that is not known."""
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    for rank in range(2):
+        say(runs[0], replace(STATE, rank=rank, step=0, phase="start"))
+    (runs[1] / "metrics.jsonl").write_text('{"step": 6, "train/loss": NaN}\n{"step": 3, "eval/loss": 2}\n')
+    with held(runs[0]):
+        _, out, _ = call(*runs)
+    assert out.splitlines() == [
+        f"{runs[0]}  starting   step 6 of 100 (6.0%), train loss 2.0000 at step 6, by pid 100 on n1, SLURM job 77",
+        f"{runs[1]}  killed     step 6 of 100 (6.0%), train loss not finite at step 6",
+    ]
+
+
+def test_several_runs_for_programs_are_an_object_each(run: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = call(run, run, "--json")
+    assert code == 0
+    for found in map(json.loads, out.splitlines()):
+        assert (found["run"], found["state"], found["step"]) == (str(run), "killed", 6)
+    assert call(run)[1] == status.text(status.facts(run)) + "\n", "one is told as ever"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_is_no_run_among_several_is_named_after_the_others(
+    tmp_path: Path, options: list[str], call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [make_run(tmp_path / name) for name in ("one", "two", "unreadable")]
+    original = trainer.status.read_hang
+
+    def read_hang(folder: Path) -> Mapping[str, Any]:
+        if folder == runs[2]:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return original(folder)
+
+    monkeypatch.setattr(trainer.status, "read_hang", read_hang)
+    code, out, errors = call(tmp_path / "none", runs[0], runs[2], runs[1], *options)
+    assert code == 2
+    assert [name in line for name, line in zip(("one", "two"), out.splitlines(), strict=True)] == [True, True]
+    no_run, unreadable = errors.splitlines()
+    assert no_run.startswith(f"error: {tmp_path / 'none'} is not the folder of a run: ")
+    assert unreadable == f"error: [Errno 13] Permission denied: '{runs[2]}'"
