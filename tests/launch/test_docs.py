@@ -99,6 +99,51 @@ assert all(p.grad is not None for p in (*model.blocks.parameters(), *model.embed
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", example + check], check=True, cwd=ROOT)
 
 
+def test_the_example_of_a_classifier_runs_and_leaves_out_padding(tmp_path: Path) -> None:
+    """With gradients in fp16 too, and with the weights of a causal model, tied or not."""
+    features, example = (b for language, b in BLOCKS if language == "python" and "Features()" in b)
+    check = """
+from reformer import save_model
+assert outputs.shape == (2, 3) and features.dtype == torch.float32 and kept.sum(dim=1).tolist() == [1000, 700]
+assert all(torch.equal(of, model.state_dict()[name]) for name, of in same.state_dict().items())
+assert read.load_state_dict(of_read) and same.config == model.config
+torch.testing.assert_close(outputs[1].float(), read(features[1, :700].mean(dim=0)), atol=0.02, rtol=0.02)
+everything = [*model.parameters(), *read.parameters()]
+scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)  # with 2**16 it leaves out the first step
+with torch.autocast("cpu", torch.float16):
+    loss = nn.functional.cross_entropy(read(model(tokens, step=0).mean(dim=1)), torch.tensor([1]))
+scaler.scale(loss).backward()
+scaler.unscale_(torch.optim.SGD(everything))
+assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in everything)
+for tied in (False, True):
+    causal = Reformer(ReformerConfig(vocab_size=256, d_model=32, max_seq_len=256, tie_embeddings=tied))
+    both = Reformer(causal.config.model_copy(update={"causal": False, "tie_embeddings": False}))
+    both.head = Features()
+    names = both.load_state_dict(causal.state_dict(), strict=False)
+    assert not names.missing_keys and all(name.startswith("head.") for name in names.unexpected_keys)
+    assert both(tokens[:, :200], step=0).shape == (1, 200, 64)
+"""
+    subprocess.run([sys.executable, "-c", features + example + check], check=True, cwd=tmp_path)
+
+
+def test_the_example_of_a_deeper_model_runs_and_a_run_may_begin_with_it(tmp_path: Path) -> None:
+    export(tmp_path)
+    write_store(tmp_path / "store", {"a": b"text"}, val=["a"], seq_len=64)
+    (example,) = (block for language, block in BLOCKS if language == "python" and "deeper" in block)
+    check = """
+from pathlib import Path
+from data_pipeline.store import Store
+from trainer.initial import check_initial, read_initial
+config = exported.config.model_copy(update={"n_layers": 12})
+(note,) = check_initial(Path("deeper"), config, Path("store"), Store.open("store").tokenizer.sha256)
+assert "does not say which tokenizer" in note
+weights = read_initial(Path("deeper"), config, seed=0)
+assert all(torch.equal(weights[name], tensor) for name, tensor in exported.state_dict().items())
+assert sum("blocks.11." in name for name in weights) > 5
+"""
+    subprocess.run([sys.executable, "-c", f"import torch\n{example}{check}"], check=True, cwd=tmp_path)
+
+
 def test_the_example_of_scores_runs_and_dense_scores_look_at_nothing_later(tmp_path: Path) -> None:
     """On what it names: an exported model of bytes, and a store."""
     write_store(tmp_path / "data" / "books_64k", {"a": b"text"}, val=["a"], seq_len=64)
