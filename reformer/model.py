@@ -117,7 +117,9 @@ class Reformer(nn.Module):
                 f"{on_meta} is on the meta device, which has shapes but no numbers: give the model memory and weights, "
                 "model.to_empty(device='cpu') and then model.load_state_dict(…), or build it on a real device"
             )
-        if self.config.tie_embeddings and self.head.weight is not self.embedding.tokens.weight:
+        # A head that somebody put in the place of ours is not tied.
+        is_tied = self.config.tie_embeddings and isinstance(self.head, OutputHead)
+        if is_tied and self.head.weight is not self.embedding.tokens.weight:
             raise RuntimeError(
                 "tie_embeddings=True, but the embedding and the head have a matrix each, as to_empty() and "
                 "load_state_dict(assign=True) leave them: set model.head.weight = model.embedding.tokens.weight"

@@ -137,7 +137,7 @@ from trainer.initial import check_initial, read_initial
 config = exported.config.model_copy(update={"n_layers": 12})
 (note,) = check_initial(Path("deeper"), config, Path("store"), Store.open("store").tokenizer.sha256)
 assert "does not say which tokenizer" in note
-weights = read_initial(Path("deeper"), config, seed=0)
+weights = read_initial(Path("deeper"), config, seed=0).parameters
 assert all(torch.equal(weights[name], tensor) for name, tensor in exported.state_dict().items())
 assert sum("blocks.11." in name for name in weights) > 5
 """

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parity import gradients
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reformer import Reformer, ReformerConfig
@@ -148,3 +149,15 @@ def test_lsh_attention_learns_to_recall_by_content() -> None:
         losses.append(loss.item())
     print(f"loss of the last 20 steps {sum(losses[-20:]) / 20:.3f}")
     assert sum(losses[-20:]) / 20 < 0.4
+
+
+def test_another_head_in_place_of_a_tied_one_is_that_one() -> None:
+    """Also if it has a matrix of its own, which nobody ties."""
+
+    class Sum(nn.Linear):
+        def forward(self, y1: Tensor, y2: Tensor, labels: Tensor | None, per_token: bool) -> Tensor:
+            return super().forward(y1 + y2)
+
+    model = Reformer(ReformerConfig(vocab_size=9, max_seq_len=16, d_model=16, n_layers=1, tie_embeddings=True))
+    model.head = Sum(16, 3)
+    assert model(torch.zeros(1, 8, dtype=torch.int64), step=0).shape == (1, 8, 3)
