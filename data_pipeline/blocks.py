@@ -24,7 +24,7 @@ _NOT_ASCII = bytes(range(0x80, 0x100))
 _CHARACTER_BEGUN = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
 
 
-def cut_blocks(chunks: Iterable[bytes], start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+def cut_blocks(chunks: Iterable[bytes], start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
     """(offset, bytes) of the blocks of a document that begin at byte `start` or later, before `stop` (None: its end).
 
     `chunks` are the document's bytes from `start` on. `start` and `stop` are multiples of BLOCK_BYTES. Blocks end

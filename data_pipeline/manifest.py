@@ -26,6 +26,8 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 UNREADABLE = "0" * 64
 """Recorded as the sha256 of an input file that could not be read, where it was allowed to leave such files out."""
+_MOST_NAMED = 3
+"""Documents that are named where some differ."""
 
 
 class _Frozen(BaseModel):
@@ -261,9 +263,9 @@ def _show(value: object) -> str:
     return str(value)
 
 
-def _shorten(names: list[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def library_versions(near: bool) -> dict[str, str]:

@@ -39,7 +39,7 @@ class StorePart:
     Cheap to make: arrays are opened when they are first read, in the process that reads them.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, first_row: int = 0, first_document: int = 0) -> None:
+    def __init__(self, path: Path, manifest: Manifest, first_row: int, first_document: int) -> None:
         self.path = path
         self.manifest = manifest
         self.first_row = first_row

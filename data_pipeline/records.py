@@ -10,6 +10,8 @@ from data_pipeline.errors import BadDocument, DataError
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
+_MOST_LISTED = 20
+"""Columns of a file that are named."""
 
 
 class Line(NamedTuple):
@@ -82,9 +84,9 @@ def _name(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _listing(names: Iterable[str], most: int = 20) -> str:
-    shown = [repr(name) for name in names]
-    return ", ".join(shown[:most] + ["..."] * (len(shown) > most)) or "none"
+def _listing(names: Iterable[str]) -> str:
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:_MOST_LISTED] + ["..."] * (len(quoted) > _MOST_LISTED)) or "none"
 
 
 def parquet_values(stream: BinaryIO, column: str) -> Iterator[bytes | None]:

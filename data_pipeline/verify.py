@@ -71,7 +71,7 @@ def verify(path: Path, quick: bool = False, sources: Sequence[str] = ()) -> list
     return [*problems, *(check_sources(store, sources, quick) if sources else ())]
 
 
-def check_sources(store: Store, sources: Sequence[str], quick: bool = False) -> Iterator[str]:
+def check_sources(store: Store, sources: Sequence[str], quick: bool) -> Iterator[str]:
     """Compares files with what the store was made of, by name, and unless `quick` their documents with the store's.
 
     Yields what is on one side only, too. Raises DataError when there is nothing that is on both.

@@ -207,7 +207,7 @@ def reached_keys(
     chunk_len: int,
     *,
     causal: bool,
-    buckets_RT: Tensor | None = None,
+    buckets_RT: Tensor | None,
 ) -> Tensor:
     """Whether query s finds key j in the chunks that it sees in any round, bool [S, T], before any mask.
 

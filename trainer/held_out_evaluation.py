@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import deepspeed
 import torch
@@ -82,7 +81,7 @@ class Evaluator:
     token_bytes: Tensor
     """int64 [V], the bytes that each token stands for."""
 
-    def held_out(self, rows: Rows, of_sources: Mapping[str, Rows] = MappingProxyType({})) -> HeldOut:
+    def held_out(self, rows: Rows, of_sources: Mapping[str, Rows]) -> HeldOut:
         """Everything that an evaluation reports. All ranks call it, and make the same passes.
 
         rows: held-out ones; of_sources: those of the mixture's stores by name, of which the loss alone is reported.

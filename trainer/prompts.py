@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(
-    lines: Iterable[bytes], name: str, tokenizer: Tokenizer, bos: bool, n_first: int | None = None
+    lines: Iterable[bytes], name: str, tokenizer: Tokenizer, bos: bool, n_first: int | None
 ) -> Iterator[Prompt]:
     """The prompts in the lines of a file of this name, in order; empty lines are none.
 

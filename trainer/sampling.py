@@ -107,7 +107,7 @@ def at_once(config: ReformerConfig, n_tokens: int) -> int:
 class Continuations:
     """Of one prompt, any number of them: its forward pass is made once."""
 
-    def __init__(self, model: Reformer, tokenizer: Tokenizer, prompt_T: Tensor, eos: bool, n_draws: int = 1) -> None:
+    def __init__(self, model: Reformer, tokenizer: Tokenizer, prompt_T: Tensor, eos: bool, n_draws: int) -> None:
         """eos: whether documents ended with EOS in training; n_draws: how many there are to be."""
         self.model, self.tokenizer, self.prompt_T, self.eos = model, tokenizer, prompt_T, eos
         self.n_left = n_draws
