@@ -102,7 +102,7 @@ def _alike(runs: Sequence[Curves], places: Iterable[int], with_commit: bool) -> 
 def _telling(run: Curves) -> dict[str, Any]:
     """The settings that change a score, but for seeds."""
     table = settings(run)
-    if INITIAL in table:  # what is in the folder, and not what it is called
+    if INITIAL in table or table["run.init_from"] is None:  # what is in the folder, and not what it is called
         del table["run.init_from"]
     return {
         name: value

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.errors import DataError
@@ -61,10 +60,16 @@ def inherited(folder: Path, store: Store, split: str) -> list[str]:
     Of other splits of `store` itself `inspect` says it. Nothing is known where origin.json or the store is not there.
     """
     notes = []
-    for source, trained, fingerprint in _trained_on(folder):
-        if source.manifest.fingerprint != fingerprint or max(map(_n_documents, (source, store))) > MOST_DOCUMENTS:
+    for path, trained, fingerprint in _trained_on(folder):
+        if fingerprint == store.manifest.fingerprint:
+            if trained == split:
+                notes.append(f"the model in {folder} was trained on {split!r} of {store.path}: it is no held-out text")
             continue
-        if fingerprint == store.manifest.fingerprint and trained != split:
+        try:
+            source = Store.open(path)
+        except DataError:
+            continue
+        if source.manifest.fingerprint != fingerprint or max(map(_n_documents, (source, store))) > MOST_DOCUMENTS:
             continue
         try:
             scored = set(_hashes(store, split))
@@ -80,9 +85,8 @@ def inherited(folder: Path, store: Store, split: str) -> list[str]:
     return notes
 
 
-def _trained_on(folder: Path) -> Iterator[tuple[Store, str, str]]:
-    """The stores that an exported model was trained on, as far as they are where they were: with the split, and the
-    fingerprint that the store had."""
+def _trained_on(folder: Path) -> list[tuple[Path, str, str]]:
+    """The stores that an exported model was trained on, by their folders then, with the split and the fingerprint."""
     try:
         run = json.loads((folder / ORIGIN).read_bytes())["run"]
         data, fingerprints = DataConfig(**run["data"]), run["store_fingerprint"]
@@ -92,10 +96,8 @@ def _trained_on(folder: Path) -> Iterator[tuple[Store, str, str]]:
         ]
         found = found or [(data.store, data.train_split, fingerprints)]
     except (OSError, ValueError, KeyError, TypeError, ConfigError):  # not of launch/export.py, or of another version
-        return
-    for path, split, fingerprint in found:
-        with suppress(DataError):
-            yield Store.open(path), split, fingerprint
+        return []
+    return found
 
 
 def _n_documents(store: Store) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trainer.config import LoopConfig, RunConfig, flatten
-from trainer.curves import INITIAL, Curves
+from trainer.curves import ABSENT, INITIAL, Curves
 from trainer.groups import NEUTRAL, Spread, band, grouped, repetitions, spread
 
 
@@ -75,6 +75,8 @@ def test_weights_that_runs_began_with_are_told_apart_by_what_they_are() -> None:
     assert repetitions(runs) == [[0, 2], [1]]
     first, second = grouped(runs, [1.0, 2.0, 3.0])
     assert (first.settings, second.settings) == tuple({INITIAL: f'"{sha256 * 12}"'} for sha256 in "ab")
+    *_, random = grouped([*runs, make_run()], [1.0, 2.0, 3.0, 4.0])
+    assert random.settings == {INITIAL: ABSENT}, "and not that no folder is given"
 
 
 def test_a_run_that_changed_settings_on_the_way_is_not_one_that_had_them_all_along() -> None:

@@ -56,7 +56,12 @@ def test_what_an_exported_model_was_trained_on_is_held_against_what_it_is_scored
         "trained: they are no held-out text for it"
     )
     (note,) = inherited(own, web, "train")
-    assert note.startswith("2 of the 2 documents of 'train' of ")
+    assert note == f"the model in {own} was trained on 'train' of {web.path}: it is no held-out text"
+    moved = Store.open(web.path.rename(tmp_path / "moved"))
+    assert inherited(own, moved, "train") == [
+        f"the model in {own} was trained on 'train' of {moved.path}: it is no held-out text"
+    ]
+    moved.path.rename(web.path)
     assert inherited(own, web, "val") == inherited(own, stores["clean"], "val") == [], "of one store inspect says it"
     mixed = data(stores, "clean", "web")
     fingerprints = {f"{name}.store": stores[name].manifest.fingerprint for name in ("clean", "web")}
