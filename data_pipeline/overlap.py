@@ -113,6 +113,8 @@ def _check(store: Store, held_out: Sequence[str], train: Sequence[Store], min_to
         if held_out.count(split) > 1:
             raise DataError(f"--held-out names {split!r} twice: name it once")
     for other in train:
+        if TRAIN not in other.manifest.splits:
+            raise DataError(f"{other.path} has no split {TRAIN!r}: name the stores that are trained on with --train")
         if not any(stop > start for start, stop in other.split_rows(TRAIN)):
             raise DataError(f"the split {TRAIN!r} of {other.path} has no rows: name another store with --train")
         if TRAIN in held_out and other.manifest.fingerprint == store.manifest.fingerprint:

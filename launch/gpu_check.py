@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -227,4 +228,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which stops the tests, like Ctrl-C
     sys.exit(main())

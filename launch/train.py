@@ -63,7 +63,7 @@ class Template(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, given: argparse.Namespace, folder: object, option: object = None
     ) -> None:
-        if given.config:
+        if given.config or any(word.startswith("--config") for word in sys.argv):
             parser.error("--template prints a file to begin with, and reads none: leave out --config")
         try:
             print(template(Path(folder) if isinstance(folder, str) else None), end="")

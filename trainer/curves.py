@@ -145,26 +145,20 @@ def read_curves(path: Path) -> Curves:
     return curves
 
 
-def scored_steps(run: Curves) -> set[int]:
-    """The steps after the beginning at which a run has a finite score of held-out rows."""
-    return {step for step, bits in run.points(HELD_OUT) if bits is not None and step}
+def trained_scores(run: Curves) -> dict[int, float]:
+    """Bits per byte of held-out rows, where finite, by step: without the beginning, whose weights are not trained."""
+    return {step: bits for step, bits in run.points(HELD_OUT) if bits is not None and step}
 
 
 def common_step(runs: Sequence[Curves]) -> int | None:
-    """The last of the `scored_steps` that all runs have which have any; None where there is none."""
-    steps = [found for run in runs if (found := scored_steps(run))]
-    return max(set.intersection(*steps), default=None) if steps else None
+    """The last step at which all runs have a score that have any (`trained_scores`); None where there is none."""
+    steps = [found.keys() for run in runs if (found := trained_scores(run))]
+    return max(set.intersection(*map(set, steps)), default=None) if steps else None
 
 
 def score(run: Curves, at: int | None) -> float | None:
-    """What runs are compared by: bits per byte of held-out rows at a step, or the best.
-
-    None for a run without `scored_steps`: of weights that are not trained yet a score says nothing.
-    """
-    if not scored_steps(run):
-        return None
-    found = run.best() if at is None else (at, dict(run.points(HELD_OUT))[at])
-    return found and found[1]
+    """What runs are compared by: the score at a step, or the best (`trained_scores`); None where there are none."""
+    return min((bits for step, bits in trained_scores(run).items() if at in (None, step)), default=None)
 
 
 def differences(runs: Sequence[Curves]) -> dict[str, list[str]]:

@@ -46,12 +46,13 @@ def grouped(runs: Sequence[Curves], scores: Sequence[float | None]) -> list[Grou
     """All runs, in the order of the first of each group."""
     rows = [run.rows("") for run in runs]
     alike = repetitions(runs)
+    by_weights = _by_weights(runs)
     names = _differing(runs, alike)
     by_seeds = [_by_seeds(runs, scores, rows, places) for places in alike]
     return [
         Group(
             places,
-            {name: shown(_telling(runs[places[0]]), name) for name in names},
+            {name: shown(_telling(runs[places[0]], by_weights), name) for name in names},
             len(mine),
             spread(mine.values()),
             spread(_less(mine[key], by_seeds[0][key]) for key in mine if key in by_seeds[0]) if index else None,
@@ -93,17 +94,22 @@ def band(runs: Sequence[Curves], tag: str) -> list[tuple[int, float, float, floa
 def _alike(runs: Sequence[Curves], places: Iterable[int], with_commit: bool) -> list[list[int]]:
     """Which of these runs have the same settings of those that change a score."""
     alike: dict[str, list[int]] = {}
+    by_weights = _by_weights(runs)
     for place in places:
-        kept = {name: value for name, value in _telling(runs[place]).items() if name != COMMIT or with_commit}
+        kept = {
+            name: value for name, value in _telling(runs[place], by_weights).items() if name != COMMIT or with_commit
+        }
         alike.setdefault(json.dumps(kept, sort_keys=True), []).append(place)
     return list(alike.values())
 
 
-def _telling(run: Curves) -> dict[str, Any]:
-    """The settings that change a score, but for seeds."""
+def _telling(run: Curves, by_weights: bool) -> dict[str, Any]:
+    """The settings that change a score, but for seeds.
+
+    by_weights: whether what is in a folder of initial weights counts, and not what it is called.
+    """
     table = settings(run)
-    if INITIAL in table or table["run.init_from"] is None:  # what is in the folder, and not what it is called
-        del table["run.init_from"]
+    table.pop("run.init_from" if by_weights else INITIAL, None)
     return {
         name: value
         for name, value in table.items()
@@ -111,9 +117,15 @@ def _telling(run: Curves) -> dict[str, Any]:
     }
 
 
+def _by_weights(runs: Sequence[Curves]) -> bool:
+    """Whether of all runs that began with the weights in a folder it is known which these were."""
+    return all(run.record.get("initial_sha256") for run in runs if run.config.run.init_from)
+
+
 def _differing(runs: Sequence[Curves], groups: Sequence[Sequence[int]]) -> list[str]:
     """Names of the settings in which groups differ, each of which has one value in each group."""
-    tables = [_telling(run) for run in runs]
+    by_weights = _by_weights(runs)
+    tables = [_telling(run, by_weights) for run in runs]
     names = sorted(set().union(*tables))
     values = {name: [{shown(tables[place], name) for place in places} for places in groups] for name in names}
     return [

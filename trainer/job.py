@@ -60,9 +60,11 @@ def read_job(
     if config.run.eval_every and is_new and launch.rank == 0:  # who alone says it, and reads tables for that
         notes += leaks(config.data, store, sources)
         if config.run.init_from:
-            notes += inherited(config.run.init_from, store, config.data.eval_split)
+            evaluated = [(store, config.data.eval_split)]
+            evaluated += [(sources[name], split) for name, split in config.data.eval_splits.items()]
+            notes += [note for each in evaluated for note in inherited(config.run.init_from, *each)]
     if path.is_dir() and is_new and launch.rank == 0:
-        notes += repetition_notes(path, config)
+        notes += repetition_notes(path, config, store, sources)
     samples = training_samples(config.data, store, sources, config.run.seed)
     own = identity(config, deepspeed, samples.identity if sources else facts.fingerprint, launch.world_size)
     if sources:  # then evaluations alone read data.store, and nothing else would tell that it is another one

@@ -1,19 +1,31 @@
 """A run that begins with the settings of another, out of its folder: what makes it no repetition of that one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from data_pipeline.store import Store
 from trainer.config import RunConfig
 from trainer.curves import Curves
 from trainer.initial import folder_sha256
 from trainer.run_files import read_record
 
 
-def repetition_notes(run: Path, config: RunConfig) -> list[str]:
-    """What is to be said where a run of this configuration begins with that in the folder `run`, a line for each."""
+def repetition_notes(run: Path, config: RunConfig, store: Store, sources: Mapping[str, Store]) -> list[str]:
+    """What is to be said where a run of this configuration begins with that in the folder `run`, a line for each.
+
+    sources: the stores of data.mixture, by name.
+    """
     record = read_record(run)
     notes = [
-        f"{run} went on with other settings {each}; what begins with its last ones is not the same run"
+        f"{run} went on with other settings {each}; what begins with its last ones may be another run"
         for each in Curves(run, record, config, ()).continued()
+    ]
+    read = {store.path: (store, record.get("store", {}).get("fingerprint"))}
+    read |= {each.path: (each, record.get("samples", {}).get(f"{name}.store")) for name, each in sources.items()}
+    notes += [
+        f"{path} is not the store that {run} read: it was built anew, or added to"
+        for path, (each, fingerprint) in read.items()
+        if fingerprint not in (None, each.manifest.fingerprint)
     ]
     folder, began_with = config.run.init_from, record.get("initial_sha256")
     if folder and began_with and folder_sha256(folder) != began_with:

@@ -12,7 +12,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.staging import publishing
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.tokenizer_folder import Ends, read_tokenizer, tokenizer_files
+from data_pipeline.tokenizer_folder import TOKENIZER_MODEL, Ends, read_tokenizer, tokenizer_files
 from trainer.config import ConfigError
 from trainer.run_files import RECORD, read_record
 
@@ -27,6 +27,8 @@ def keep_tokenizer(run_dir: Path, store: Store, say: Callable[[str], None]) -> N
     except DataError as error:
         say(f"note: no copy of the tokenizer in {run_dir}: {error}")
         return
+    if TOKENIZER_MODEL not in files:
+        (run_dir / TOKENIZER_MODEL).unlink(missing_ok=True)  # of another run, which this folder had before
     for name, content in reversed(files.items()):  # what says what it is, last
         path = run_dir / name
         if not path.exists() or path.read_bytes() != content:

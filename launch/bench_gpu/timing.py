@@ -191,7 +191,8 @@ def find_longest(
     left forbids it. `keep` is given what was tried, each time.
     """
     budget, tried = setting.budget, []
-    seconds, gib = {x["seq_len"]: x["seconds"] for x in known}, dict(peaks_gib(known))
+    seconds = {x["seq_len"]: x["seconds"] for x in known}
+    gib: dict[int, float] = {}  # of the model that is looked for alone: those that are known take more
     no_time = False
 
     def trains(seq_len: int) -> bool:

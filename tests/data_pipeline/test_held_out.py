@@ -16,6 +16,7 @@ from data_pipeline.dataset import RowDataset
 from data_pipeline.errors import DataError
 from data_pipeline.files import InputFile, check_held_out, find_files
 from data_pipeline.inputs import snapshot
+from data_pipeline.overlap import find_overlap
 from data_pipeline.report import inspect, summary
 from data_pipeline.store import Store
 from data_pipeline.verify import verify
@@ -253,6 +254,9 @@ def test_a_store_may_be_all_held_out(folder: Path) -> None:
     assert split_of(after)["other.txt"] == "test" and verify(store.path) == []
     with pytest.raises(DataError, match="has no split 'train', only test, val"):
         RowDataset(after)
+    with pytest.raises(DataError, match="has no split 'train': name the stores that are trained on with --train"):
+        find_overlap(after, ["val"], [after])
+    assert find_overlap(after, ["test"], [make(folder, "trained")])[0].overlapping == 0
     for changes, message in (
         ({"val_inputs": ()}, "no files are named: give --input, or --val-input or --test-input for a store of these"),
         ({"split": {"test": 0.5}}, "--split holds out a share of the documents of --input, and there is none: leave"),

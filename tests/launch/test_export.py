@@ -249,6 +249,9 @@ def test_the_copy_in_the_run_is_enough_and_a_damaged_one_is_not_taken(
     assert "store does not exist" in capsys.readouterr().err
     assert call(monkeypatch, run_dir, "--output", tmp_path / "with", "--store", tmp_path / "moved") == 0
     assert capsys.readouterr().err == "" and read_tokenizer(tmp_path / "with")[1].eos is False
+    write_store(tmp_path / "bytes", {"a": b"text"}, load_tokenizer("bytes"))
+    keep_tokenizer(run_dir, Store.open(tmp_path / "bytes"), pytest.fail)
+    assert read_tokenizer(run_dir)[0].kind == "bytes" and not (run_dir / "tokenizer.model").exists()
     said: list[str] = []
     flip(tmp_path / "moved" / "tokenizer.model", -1)
     keep_tokenizer(tmp_path / "other", Store.open(tmp_path / "moved"), said.append)

@@ -84,6 +84,12 @@ def test_the_longest_says_what_ended_the_search(monkeypatch: pytest.MonkeyPatch)
     assert search(0.1)["limited_by"] == "memory"
     assert search(90.0)["limited_by"] == "time"
     setting.budget.memory_gib = 140.0
-    found = search(90.0, peak_gib=100.0)
-    assert found["limited_by"] == "memory"
-    assert {x["left_out"][:15] for x in found["tried"]} == {"left out: about"}
+    fits = {"seconds": 1.0, "first_s": 1.0, "peak_gib": 100.0}
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: fits)
+    found = search(0.1, peak_gib=100.0)  # of another model, which keeps more
+    assert (found["limited_by"], found["seq_len"]) == ("memory", 128)
+    assert [x.get("left_out") for x in found["tried"]] == [
+        None,
+        "left out: about 200 GiB expected, of 140 GiB",
+        "left out: about 150 GiB expected, of 140 GiB",
+    ]

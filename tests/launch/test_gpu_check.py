@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,6 +223,33 @@ def test_tests_run_in_shares_and_failures_are_told(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(testing, "find_spec", lambda name: None)
     assert testing.run_tests() == {"error": "pytest is not installed"}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_tests_end_with_who_runs_them(tmp_path: Path, sent: signal.Signals) -> None:
+    """And what they have started: in a session of its own, which a signal of the terminal does not reach."""
+    (tmp_path / "test_long.py").write_text(
+        "import pathlib, subprocess, sys, time\ndef test_it():\n"
+        "    other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
+        "    pathlib.Path('pid').write_text(str(other.pid))\n    time.sleep(100)\n"
+    )
+    program = (
+        "import signal, sys; from pathlib import Path; from bench_gpu import testing\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        f"testing.ROOT, testing.KERNEL_TESTS = Path({str(tmp_path)!r}), ('test_long.py',)\n"
+        "testing.TRAINER_NEEDS = ('no',)\n"
+        "testing.run_tests()"
+    )
+    search = {**os.environ, "PYTHONPATH": f"{ROOT / 'launch'}{os.pathsep}{ROOT}"}
+    with subprocess.Popen([sys.executable, "-c", program], env=search, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(sent)
+        assert process.wait(60) != 0
+    other = int((tmp_path / "pid").read_text())
+    status = Path(f"/proc/{other}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
 def test_models_are_built_in_the_dtype_asked_for_and_the_default_is_restored() -> None:

@@ -82,6 +82,17 @@ def test_the_first_group_is_that_of_the_run_given_first_and_scores_may_be_of_oth
     assert "of a run at its best, mean ±" in done.stdout and "more than the first" not in done.stdout
 
 
+def test_the_best_is_of_weights_that_were_trained(tmp_path: Path, store: Path) -> None:
+    """Where there is no common step, runs that only grow worse are not all as good as their first weights."""
+    bad = make_other(tmp_path / "bad", store, "9.0")
+    worse = make_other(tmp_path / "worse", store, "null", seed=1)
+    with (worse / "metrics.jsonl").open("a") as file:
+        file.write('ss": 1.0}\n{"step": 3, "eval/loss": 7.75, "eval/bits_per_byte": 11.0}\n')
+    done = report(worse, bad)
+    assert section(done.stdout, GROUPS) == ["runs seeds held out", "[1] [2] 2 10.0000 ± 1.4142"]
+    assert f"[1] {bad}" in done.stdout and f"[2] {worse}" in done.stdout
+
+
 def test_runs_that_are_not_evaluated_yet_are_compared_with_none(tmp_path: Path, store: Path) -> None:
     """Amid a sweep: of weights that are not trained yet scores say nothing, and do not hide what others say."""
     a0, a1, _, b0, _, _, _ = make_groups(tmp_path, store)

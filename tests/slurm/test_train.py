@@ -248,13 +248,15 @@ def pretend_python(folder: Path, line: str) -> None:
 
 def test_an_element_of_an_array_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> None:
     """The last one, whose number SLURM takes for the whole array's. Each has its number in its settings."""
-    pretend_python(tmp_path, 'echo "${@: -2}"; exit $((SLURM_ARRAY_TASK_ID == 2 && !SLURM_RESTART_COUNT ? 75 : 0))')
+    pretend_python(tmp_path, 'echo "${@: -3}"; exit $((SLURM_ARRAY_TASK_ID == 2 && !SLURM_RESTART_COUNT ? 75 : 0))')
     options = ("--array=0-2%1", "--chdir", tmp_path, "--output=%a.log", "--nodes=1", "--ntasks-per-node=1")
-    job = cluster.submit(*options, SLURM / "train.sbatch", "absent.toml", "run.seed=%a", "run.dir=a b/%a/%a")
+    job = cluster.submit(*options, SLURM / "train.sbatch", "runs/%a", "run.seed=%a", "run.dir=a b/%a/%a")
     assert cluster.wait(job) == ["COMPLETED"] * 3
     logs = [(tmp_path / f"{number}.log").read_text() for number in range(3)]
     assert [log.count("ran\n") for log in logs] == [1, 1, 2]
-    assert all(f"run.seed={number} run.dir=a b/{number}/{number}\n" in log for number, log in enumerate(logs))
+    assert all(
+        f"runs/{number} run.seed={number} run.dir=a b/{number}/{number}\n" in log for number, log in enumerate(logs)
+    )
 
 
 def test_a_job_without_the_environment_of_who_submits_it_and_one_that_cannot_be_requeued(

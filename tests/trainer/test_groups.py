@@ -75,6 +75,15 @@ def test_weights_that_runs_began_with_are_told_apart_by_what_they_are() -> None:
     assert repetitions(runs) == [[0, 2], [1]]
     first, second = grouped(runs, [1.0, 2.0, 3.0])
     assert (first.settings, second.settings) == tuple({INITIAL: f'"{sha256 * 12}"'} for sha256 in "ab")
+    for run in runs[:2]:
+        del run.record["initial_sha256"]  # type: ignore[attr-defined]
+    assert repetitions(runs) == [[0, 1], [2]], "of an earlier version: by what the folder is called"
+    assert [group.settings for group in grouped(runs, [1.0, 2.0, 3.0])] == [
+        {"run.init_from": '"one"'},
+        {"run.init_from": '"moved"'},
+    ]
+    for run in runs[:2]:
+        run.record["initial_sha256"] = "a" * 64  # type: ignore[index]
     *_, random = grouped([*runs, make_run()], [1.0, 2.0, 3.0, 4.0])
     assert random.settings == {INITIAL: ABSENT}, "and not that no folder is given"
 

@@ -80,9 +80,10 @@ def test_a_folder_without_a_model_has_no_template(tmp_path: Path) -> None:
 
 
 def test_a_configuration_beside_it_is_refused() -> None:
-    command = [sys.executable, "launch/train.py", "--config", "own.toml", "--template"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and "and reads none: leave out --config" in done.stderr
+    for words in (["--config", "own.toml", "--template"], ["--template", "model", "--config=own.toml"]):
+        command = [sys.executable, "launch/train.py", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "") and "and reads none: leave out --config" in done.stderr
 
 
 def test_the_command_prints_a_file_that_only_lacks_what_is_needed(tmp_path: Path) -> None:
