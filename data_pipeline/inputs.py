@@ -136,8 +136,8 @@ def new_files(files: Sequence[InputFile], parts: Sequence[StorePart]) -> list[In
 
 
 def notes_on_signatures(parts: Sequence[StorePart], duplicates: str) -> list[str]:
-    """What the user should know of a store in which no near copies can be looked for, and some of whose parts."""
-    unsigned = [str(part.path) for part in parts if part.signatures() is None] if duplicates == "near" else []
+    """What the user should know of the parts of a store in which near copies cannot be looked for."""
+    unsigned = [part.path for part in parts if not part.has_signatures] if duplicates == "near" else []
     return [
         f"{path} was built by a version that did not keep its documents' signatures: near copies of them are not found "
         "among what is added, exact ones are. To have them found, build the store again"

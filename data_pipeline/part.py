@@ -96,13 +96,17 @@ class StorePart:
         """What was wrong with documents. Raises DataError when the list is damaged."""
         return self._read_records(PROBLEMS_NAME, ProblemRecord)
 
+    @property
+    def has_signatures(self) -> bool:
+        """Whether it was built with `--duplicates near`, and not by a version that did not keep signatures yet."""
+        return SIGNATURES_NAME in self.manifest.files
+
     def signatures(self) -> np.ndarray | None:
         """uint32 [documents, 128]: see `duplicates.Signature`; None where there are none.
 
-        A store has them if it was built with `--duplicates near`, and not by a version that did not keep them yet.
         Raises DataError when their file is damaged.
         """
-        if SIGNATURES_NAME not in self.manifest.files:
+        if not self.has_signatures:
             return None
         self._check_content(SIGNATURES_NAME)
         return np.load(self.path / SIGNATURES_NAME, allow_pickle=False)
