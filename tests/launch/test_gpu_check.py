@@ -236,6 +236,7 @@ def test_tests_end_with_who_runs_them(tmp_path: Path, sent: signal.Signals) -> N
     program = (
         "import signal, sys; from pathlib import Path; from bench_gpu import testing\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background jobs ignore
         f"testing.ROOT, testing.KERNEL_TESTS = Path({str(tmp_path)!r}), ('test_long.py',)\n"
         "testing.TRAINER_NEEDS = ('no',)\n"
         "testing.run_tests()"

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 SMALLER = {
     "--nodes=4": "--nodes=2 --ntasks-per-node=1",
     "--nodes=8": "--nodes=1 --ntasks-per-node=1",
+    "--array=1-5%2": "--array=1-2%2 --nodes=1 --ntasks-per-node=1",
     "preprocess.sbatch /data/books data/books_64k": "preprocess.sbatch {books} data/books_64k 400",
 }
 STEPS = 10
@@ -89,7 +90,7 @@ def books(tmp_path: Path) -> Path:
 
 def test_the_page_is_true(cluster: Cluster, repository: Path, books: Path) -> None:
     install, preprocess, check, train, queue, tail, status, tensorboard, *then = lines_of_the_page()
-    signal, cancel, resubmit = then
+    signal, cancel, resubmit, seeds, status_of_seeds, report = then
     metrics = repository / "runs/books_64k/metrics.jsonl"
 
     def steps() -> list[int]:
@@ -137,3 +138,8 @@ def test_the_page_is_true(cluster: Cluster, repository: Path, books: Path) -> No
     assert steps() == list(range(1, STEPS + 1))
     assert "finished" in typed(status)
     assert "train/loss" in typed(f"{tensorboard} --inspect")
+
+    assert cluster.wait(submitted(seeds), 240) == ["COMPLETED"] * 2, logs()
+    said = typed(status_of_seeds)
+    assert [line.split()[:2] for line in said.splitlines()] == [[f"runs/seed_{n}", "finished"] for n in (1, 2)]
+    assert re.search(r"^\[\d\] \[\d\] +2 +\d\.\d{4} ± \d\.\d{4}$", typed(report), re.MULTILINE)
