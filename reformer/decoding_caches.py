@@ -66,8 +66,8 @@ class LocalCache:
     def extend(self, projected: list[Tensor]) -> Tensor:
         q_BHnD, k_BHnD, v_BHnD = projected
         n_tokens = self.n_tokens + q_BHnD.shape[2]
-        # Of what is kept, as much as the newest token sees.
-        n_seen = min(n_tokens, (n_tokens - 1) % self.chunk_len + 1 + self.chunk_len)
+        # Of what is kept, as much as the newest token sees, or all of it.
+        n_seen = (n_tokens - 1) % self.chunk_len + 1 + self.chunk_len
         if not self.n_tokens:
             out_BHnD = local_attention(q_BHnD, k_BHnD, v_BHnD, chunk_len=self.chunk_len)
             self.k, self.v = k_BHnD, v_BHnD

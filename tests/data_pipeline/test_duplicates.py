@@ -339,3 +339,24 @@ def test_an_old_datasketch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.6.5")
     with pytest.raises(DataError, match=r"2\.0 or later, and 1\.6\.5 is installed"):
         Signature()
+
+
+def test_a_document_is_as_bad_as_its_worst_part() -> None:
+    n = np.zeros(3, np.int64)
+    bad = np.array([0, 2, 0])
+    sha256, minhash = np.zeros((3, 32), np.uint8), np.zeros((3, 0), np.uint32)
+    columns = Columns(n, np.array([True, False, True]), n - 1, n + 9, n + 5, n, bad, bad, sha256, minhash)
+    merged = merge_parts(columns)
+    assert merged.bad.tolist() == merged.replaced.tolist() == [2, 0]
+
+
+def test_a_word_that_ends_in_the_next_block_does_not_go_on_in_the_one_after_it() -> None:
+    whole = Signature()
+    for block in (b"x y z w a", b"b ", b"c"):
+        whole.update(block)
+    assert np.array_equal(whole.value(), signature("x y z w ab c"))
+
+
+def test_the_least_threshold_and_the_most() -> None:
+    assert near(NONE, 0.5, NONE).tolist() == []
+    assert duplicates._bands(1.0) == (2, 64)

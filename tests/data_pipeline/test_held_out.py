@@ -315,3 +315,21 @@ def test_a_split_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
         DataError, match=r"of --val-input is left of the 1 that were found: 1 with the problem unreadable. Ch"
     ):
         make(tmp_path, "other", val_inputs=(str(tmp_path / "broken"),), policies={"unreadable": "skip"})
+
+
+def test_a_copy_of_the_first_document_of_all_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "train/a.txt", "a copy")
+    write(tmp_path / "train/b.txt", "a copy")
+    (problem,) = make(tmp_path, val_inputs=(), duplicates="drop").problems
+    assert (problem.document, problem.detail) == ("b.txt", "of a.txt")
+
+
+def test_nor_does_an_append_with_new_files_move_a_document(folder: Path) -> None:
+    store = make(folder)
+    write(folder / "more/more.txt")
+    moved = {"append": True, "inputs": (str(folder / "more"),), "val_inputs": (), "test_inputs": (str(folder / "val"),)}
+    with pytest.raises(
+        DataError, match=r"is in the store already, .* in the split 'val': --append moves none to 'test'"
+    ):
+        make(folder, **moved)
+    assert Store.open(store.path).n_rows == store.n_rows

@@ -18,7 +18,7 @@ from data_pipeline import layout
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import ProblemRecord
 from data_pipeline.packing import pack
-from data_pipeline.store import Store
+from data_pipeline.store import Store, is_made
 from data_pipeline.tokenizer import ByteTokenizer, IntegerTokenizer
 from data_pipeline.verify import verify
 
@@ -193,3 +193,12 @@ def test_a_shard_never_brings_back_what_was_moved_away(tmp_path: Path) -> None:
         patch.setattr(zarr, "open_array", moved_meanwhile)
         layout.write_shard(content, 0, row)
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_store_of_other_rows_is_not_the_one_that_is_made(tmp_path: Path) -> None:
+    """As by another --on-bad, which is no setting of a store."""
+    manifest = write_store(tmp_path / "s", {"a.txt": b"some text"})
+    shards = {name: record for name, record in manifest.files.items() if name.startswith("tokens/c/")}
+    others = {name: record.model_copy(update={"sha256": "0" * 64}) for name, record in shards.items()}
+    assert shards and is_made(tmp_path / "s", manifest, manifest.input_sha256, shards)
+    assert not is_made(tmp_path / "s", manifest, manifest.input_sha256, others)

@@ -17,16 +17,18 @@ from safetensors.torch import save_file
 from small_stores import write_store
 from torch import Tensor
 
+from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import IntegerTokenizer, Tokenizer, load_tokenizer
-from data_pipeline.tokenizer_folder import read_tokenizer
+from data_pipeline.tokenizer_folder import Ends, read_tokenizer
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
 from trainer import checkpoint, selection
 from trainer.config import RunConfig
 from trainer.distributed import Launch
+from trainer.export import ids_of_ends
 from trainer.resume import identity
-from trainer.run_tokenizer import keep_tokenizer
+from trainer.run_tokenizer import keep_tokenizer, recorded_tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_group")
 TIED_OR_NOT = pytest.mark.parametrize("run", [False, True], indirect=True, ids=["untied", "tied"])
@@ -313,3 +315,45 @@ def test_what_cannot_be_exported(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_copy_in_the_run_that_is_of_another_tokenizer_is_not_taken(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_file))
+    run_dir = run_on(tmp_path, tokenizer, b"The lazy fox")
+    write_store(tmp_path / "bytes", {"a": b"The lazy fox"})
+    keep_tokenizer(run_dir, Store.open(tmp_path / "bytes"), pytest.fail)
+    assert call(monkeypatch, run_dir, "--output", tmp_path / "model") == 0
+    assert read_tokenizer(tmp_path / "model")[0].sha256 == tokenizer.sha256
+    shutil.move(tmp_path / "store", tmp_path / "moved")
+    assert call(monkeypatch, run_dir, "--output", tmp_path / "without") == 0
+    assert "note: without a tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", [{}, {"store": None}, {"store": []}], ids=str)
+def test_a_record_that_does_not_say_which_tokenizer(tmp_path: Path, record: dict) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}, **record}))
+    with pytest.raises(DataError, match=r"run.json does not say which tokenizer the run was trained with: give a che"):
+        recorded_tokenizer(tmp_path)
+
+
+def test_a_folder_that_is_there_is_refused_before_weights_are_read(
+    run, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("trainer.export.read_checkpoint", lambda *_: pytest.fail("read"))
+    assert call(monkeypatch, run[0], "--output", run[0]) == 2
+    assert "run exists and is not an empty folder" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_named_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    run_dir = run_on(tmp_path, load_tokenizer("bytes"), b"The lazy fox")
+    monkeypatch.chdir(run_dir / "checkpoints")
+    assert call(monkeypatch, folder_of(run_dir, 1).name, "--output", tmp_path / "model") == 0
+    assert capsys.readouterr().err == "" and read_tokenizer(tmp_path / "model")[0].kind == "bytes"
+
+
+def test_ends_that_documents_do_not_have_are_no_ids() -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert ids_of_ends(tokenizer, Ends(True, False)) == {"bos_token_id": 256, "eos_token_id": None}
+    assert ids_of_ends(tokenizer, Ends(False, True)) == {"bos_token_id": None, "eos_token_id": 257}

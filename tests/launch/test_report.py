@@ -16,7 +16,7 @@ from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import DataConfig
 from trainer.curve_plot import plot_runs
-from trainer.curves import differences, read_curves
+from trainer.curves import differences, read_curves, settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -325,3 +325,46 @@ def test_a_picture_of_several_runs_has_room_for_what_differs(
     plot_runs([runs[0], replace(runs[1], metrics=[*runs[1].metrics, *later])], tmp_path / "x.png")
     (low, high), (left, _) = pictures[1].axes[0].get_ylim(), pictures[1].axes[0].get_xlim()
     assert low < 2.0 and 4.0625 < high < 8 and left == 1, "the shorter one is seen, too"
+
+
+def test_a_run_that_changed_settings_is_named_by_its_rank(tmp_path: Path, store: Path) -> None:
+    for name in ("changed", "best"):
+        make_run(tmp_path / name, store)
+    file = tmp_path / "changed" / "run.json"
+    record = json.loads(file.read_text()) | {"continued": [{"step": 1, "before": {"run.steps": 1}}]}
+    file.write_text(json.dumps(record))
+    metrics = tmp_path / "best" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("4.0625", "3.5"))
+    done = report(tmp_path / "changed", tmp_path / "best")
+    assert "note: [2] changed settings on the way" in done.stdout
+
+
+def test_where_no_run_has_a_score_none_is_compared_with_none(tmp_path: Path, store: Path) -> None:
+    for name in ("one", "two"):
+        make_run(tmp_path / name, store)
+        metrics = tmp_path / name / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text("".join(line for line in lines if "eval/loss" not in line))
+    done = report(tmp_path / "one", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert "there is no step, but for the beginning" in done.stdout and "are compared with none" not in done.stdout
+
+
+def test_a_layer_whose_mass_is_not_finite_does_not_count(tmp_path: Path, store: Path) -> None:
+    make_run(tmp_path / "run", store)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    text = metrics.read_text().replace('"lsh/layer01/recovered_mass": 0.75', '"lsh/layer01/recovered_mass": null')
+    metrics.write_text(re.sub(r'(recovered_mass"): 0\.(25|5)\b', r"\1: null", text))
+    assert read_curves(tmp_path / "run").recovered_mass() == [(2, 0.875)]
+
+
+def test_without_a_mixture_samples_are_no_setting(tmp_path: Path, store: Path) -> None:
+    make_run(tmp_path / "run", store)
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    record["samples"]["seed"] = 3
+    file.write_text(json.dumps(record))
+    assert settings(read_curves(tmp_path / "run"))["samples.seed"] == 3
+    record["config"]["data"]["mixture"] = {}
+    file.write_text(json.dumps(record))
+    assert not any(name.startswith("samples") for name in settings(read_curves(tmp_path / "run")))

@@ -384,3 +384,15 @@ def test_table_of_errors() -> None:
     printed = table((torch.bfloat16,))
     print(f"\n{printed}")
     assert len(printed.splitlines()) == 1 + len(MODES)
+
+
+def test_dropout_keys_that_change_before_the_backward() -> None:
+    """As where a caller draws them anew into the same memory."""
+    qk, v = torch.randn(2, 1, 2, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for change in (0, 1):
+        leaves, keys = [qk.clone().requires_grad_(), v.clone().requires_grad_()], torch.tensor([[3, 4]])
+        out = dense_attention(*leaves, dropout=0.5, dropout_keys=keys)
+        keys += change
+        found.append(torch.autograd.grad(out.sum(), leaves))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

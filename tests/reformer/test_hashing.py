@@ -1,5 +1,6 @@
 """Buckets by their definition, and the sort."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,7 @@ def test_default_number_of_buckets() -> None:
     assert default_buckets(1_048_576, 64) == (128, 256)
     assert default_buckets(4096, 64) == (128,)
     assert default_buckets(6144, 64) == (16, 16)  # 256 are the nearest to 192
+    assert default_buckets(5120, 64) == (8, 16)  # 128 are nearer to 160 than 256
     assert default_buckets(1, 64) == (2,)
     assert bucket_factors(None, 65_536, 64) == (32, 64)
     assert bucket_factors((4, 8), 10, 64) == (4, 8)
@@ -87,3 +89,10 @@ def test_sort_is_stable_and_padded() -> None:
     order, inverse = sort_by_bucket(buckets, 4)
     assert order.tolist() == [[[1, 3, 0, 2, 4, 5, 6, 7]]]
     assert inverse.tolist() == [[[2, 0, 3, 1, 4]]]
+
+
+def test_seeds_are_of_integers_alone() -> None:
+    assert derive_seed(np.int64(3), 1) == derive_seed(3, 1)
+    for part in (1.5, 3.0, "3"):
+        with pytest.raises(TypeError):
+            derive_seed(part, 1)  # type: ignore[arg-type]

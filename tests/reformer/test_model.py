@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from reformer import Reformer, ReformerConfig
 from reformer.arguments import check_tokens
+from reformer.feed_forward import FeedForward
 from reformer.positions import AxialPositions
 
 SMALL = {"vocab_size": 20, "max_seq_len": 64, "d_model": 16, "n_layers": 2, "n_heads": 2, "lsh_chunk_len": 8}
@@ -161,3 +162,10 @@ def test_another_head_in_place_of_a_tied_one_is_that_one() -> None:
     model = Reformer(ReformerConfig(vocab_size=9, max_seq_len=16, d_model=16, n_layers=1, tie_embeddings=True))
     model.head = Sum(16, 3)
     assert model(torch.zeros(1, 8, dtype=torch.int64), step=0).shape == (1, 8, 3)
+
+
+def test_the_norm_of_a_feed_forward_layer_has_the_epsilon_of_the_configuration() -> None:
+    layer = FeedForward(ReformerConfig(vocab_size=2, d_model=8, n_heads=2, max_seq_len=16, norm_eps=0.5)).double()
+    x = torch.randn(1, 5, 8, dtype=torch.float64)
+    inner = F.linear(F.layer_norm(x, (8,), eps=0.5), layer.in_weight).relu()
+    assert torch.allclose(layer(x)[0], F.linear(inner, layer.out_weight), rtol=0, atol=1e-12)

@@ -101,3 +101,15 @@ def test_padding_takes_no_place_among_what_it_pads() -> None:
     _, place = sort_by_bucket(buckets, L)
     same = (place[0] >= L).all(dim=0)
     assert same.sum() > 10 and torch.equal(found[0][same], found[1][same])
+
+
+def test_padding_of_many_documents_needs_twice_as_many_labels() -> None:
+    buckets = torch.tensor([[[[-(2**15), 2**15 - 1]]]], dtype=torch.int16)
+    labels = sort_labels(buckets, torch.tensor([[19_999, 0]]), 20_000, torch.tensor([[False, True]]))
+    assert labels.dtype == torch.int64 and labels.flatten().argsort().tolist() == [1, 0]
+
+
+def test_large_buckets_of_the_callers_own() -> None:
+    buckets = torch.tensor([[[[2**31 - 2, 2**31 - 1]]]], dtype=torch.int32)
+    labels = sort_labels(buckets, torch.tensor([[1, 0]]), 2, None)
+    assert labels.dtype == torch.int32 and labels.flatten().argsort().tolist() == [1, 0]

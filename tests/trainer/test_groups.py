@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from trainer.comparison import LONGEST, by_value, label, shortened
 from trainer.config import LoopConfig, RunConfig, flatten
 from trainer.curves import ABSENT, INITIAL, Curves
-from trainer.groups import NEUTRAL, Spread, band, grouped, repetitions, spread
+from trainer.groups import NEUTRAL, Group, Spread, band, grouped, repetitions, spread
 
 
 def make_run(commit: str = "c", store: str = "s", fingerprint: str = "f", **changes: Any) -> Curves:
@@ -146,3 +147,43 @@ def test_a_band_is_of_the_steps_that_all_have() -> None:
         low, metrics=[{"step": step, "eval/bits_per_byte": bits} for step, bits in enumerate((4.0, 7.0, 1.0))]
     )
     assert band([low, high], "eval/bits_per_byte") == [(0, 4.0, 4.0, 4.0), (1, 6.0, 5.0, 7.0)]
+
+
+def test_groups_come_in_the_order_of_their_first_runs() -> None:
+    assert repetitions([make_run(), make_run(run__steps=30), make_run("d")]) == [[0], [1], [2]]
+
+
+def test_the_order_of_settings_in_a_file_makes_no_groups() -> None:
+    runs = [make_run(), make_run()]
+    for run, names in zip(runs, ("ab", "ba"), strict=True):
+        run.record["deepspeed"] = dict.fromkeys(names, 1)  # type: ignore[index]
+    assert repetitions(runs) == [[0, 1]]
+
+
+def test_folders_of_a_mixtures_stores_make_no_groups() -> None:
+    runs = [make_run(run__seed=i, data__mixture={"web": {"store": "vw"[i], "weight": 1.0}}) for i in (0, 1)]
+    for run in runs:
+        run.record["samples"] = {"web.store": "f"}  # type: ignore[index]
+    assert repetitions(runs) == [[0, 1]]
+
+
+def test_a_band_has_no_step_at_which_a_score_is_not_finite() -> None:
+    low = make_run()
+    lines = [{"step": 0, "eval/bits_per_byte": 5.0}, {"step": 1, "eval/bits_per_byte": None}]
+    assert band([low, replace(low, metrics=lines)], "eval/bits_per_byte") == [(0, 4.5, 4.0, 5.0)]
+
+
+def test_long_values_that_begin_alike_are_said_whole() -> None:
+    one, other = f"{'x' * 50}1", f"{'x' * 50}2"
+    assert by_value([one, other, one]) == f"{one} in [1] [3]; {other} in [2]"
+    assert by_value([one, "y"]) == f"{'x' * 39}… in [1]; y in [2]"
+    assert shortened("x" * LONGEST) == "x" * LONGEST
+    assert shortened("x" * (LONGEST + 1)) == "x" * (LONGEST - 1) + "…"
+
+
+def test_settings_that_nobody_would_read_are_not_a_label() -> None:
+    settings = {f"model.setting_{number}": "1" * 20 for number in range(4)}
+    group = Group([0, 2], settings, 1, None, None, True)
+    assert label(group) == "[1] [3]"
+    few = dict([*settings.items()][:2])
+    assert label(replace(group, settings=few)) == f"setting_0={'1' * 20}, setting_1={'1' * 20}"

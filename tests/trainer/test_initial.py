@@ -253,11 +253,12 @@ def test_a_folder_that_has_changed_since_or_is_another_one_elsewhere(
         initial.agreed_weights(folder, model_config(d_ff=24), 0, launch, CPU)
 
     monkeypatch.setattr(initial, "hosts", lambda: ["alpha", "beta", "gamma"])
-    monkeypatch.setattr(initial, "all_gather", lambda own, _: [own, own, [own[0] + 1]])
-    with pytest.raises(
-        ConfigError, match=r"other weights for rank 2 on gamma than for rank 0 on alpha: have all nodes"
-    ):
-        initial.agreed_weights(folder, model.config, 0, launch, CPU)
+    for other in (1, -1):
+        monkeypatch.setattr(initial, "all_gather", lambda own, _, other=other: [own, own, [own[0] + other]])
+        with pytest.raises(
+            ConfigError, match=r"other weights for rank 2 on gamma than for rank 0 on alpha: have all nodes"
+        ):
+            initial.agreed_weights(folder, model.config, 0, launch, CPU)
 
 
 def test_what_tells_weights_apart() -> None:

@@ -133,3 +133,32 @@ def test_no_table_is_read_that_nothing_is_looked_for_in(
 
 def test_nothing_is_said_where_nothing_is_shared(stores: dict[str, Store]) -> None:
     assert found(stores, "books", "clean") == found(stores) == []
+
+
+def test_a_source_that_would_take_minutes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_store(tmp_path / "few", {"v": b"page"}, val=("v",))
+    write_store(tmp_path / "many", {"a": b"page", "b": b"another", "c": b"third", "d": b"fourth"})
+    few, many = Store.open(tmp_path / "few"), Store.open(tmp_path / "many")
+    mixture = {"many": {"store": many.path, "weight": 1.0}}
+    monkeypatch.setattr("trainer.leakage.MOST_DOCUMENTS", 3)
+    assert leaks(DataConfig(store=few.path, mixture=mixture), few, {"many": many}) == [
+        f"data.mixture.many has too many documents to look for held-out ones of {few.path} there"
+    ]
+
+
+def test_nor_are_too_many_held_out_documents(stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.leakage.MOST_DOCUMENTS", 3)
+    books = stores["books"].path
+    assert found(stores, "clean") == [
+        f"data.mixture.clean has too many documents to look for held-out ones of {books} there"
+    ]
+
+
+def test_nor_are_they_before_an_exported_model_is_scored(
+    tmp_path: Path, stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web, books = stores["web"], stores["books"]
+    own = origin(tmp_path / "model", DataConfig(store=web.path), web.manifest.fingerprint)
+    assert inherited(own, books, "val")
+    monkeypatch.setattr("trainer.leakage.MOST_DOCUMENTS", 3)
+    assert inherited(own, books, "val") == []

@@ -43,4 +43,4 @@ def test_other_weights_and_settings_that_were_changed_on_the_way(tmp_path: Path)
     ]
     assert len(repetition_notes(run_dir, config(run={"dir": tmp_path / "again"}), store, {})) == 1
     (run_dir / "run.json").write_text('{"config": {}}')
-    assert repetition_notes(run_dir, other, store, {"web": store}) == [], "of an earlier version, which does not say"
+    assert repetition_notes(run_dir, other, store, {"web": store}) == [], "of an earlier version, which says nothing"
