@@ -26,7 +26,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -60,8 +60,6 @@ INPUTS_NAME = "inputs.jsonl"
 PROBLEMS_NAME = "problems.jsonl"
 SIGNATURES_NAME = "signatures.npy"
 TOKENIZER_NAME = "tokenizer.model"
-
-Record = TypeVar("Record")
 
 
 class ArrayLayout(NamedTuple):
