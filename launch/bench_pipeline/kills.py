@@ -180,6 +180,8 @@ def kill_at_random(process: psutil.Popen, watch: Watch, rng: random.Random, mode
         for member in job:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
+    # What a killed mpirun leaves there keeps the next one of the same number from starting.
+    shutil.rmtree(Path(tempfile.gettempdir()) / f"ompi.{process.pid}", ignore_errors=True)
     kill.then = {None: "hung", 0: "finished", -9: "was killed"}.get(code, "stopped")
     return kill
 
