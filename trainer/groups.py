@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -46,13 +46,13 @@ def grouped(runs: Sequence[Curves], scores: Sequence[float | None]) -> list[Grou
     """All runs, in the order of the first of each group."""
     rows = [run.rows("") for run in runs]
     alike = repetitions(runs)
-    by_weights = _by_weights(runs)
-    names = _differing(runs, alike)
+    tables = _telling(runs)
+    names = _differing(tables, alike)
     by_seeds = [_by_seeds(runs, scores, rows, places) for places in alike]
     return [
         Group(
             places,
-            {name: shown(_telling(runs[places[0]], by_weights), name) for name in names},
+            {name: shown(tables[places[0]], name) for name in names},
             len(mine),
             spread(mine.values()),
             spread(_less(mine[key], by_seeds[0][key]) for key in mine if key in by_seeds[0]) if index else None,
@@ -67,10 +67,10 @@ def repetitions(runs: Sequence[Curves]) -> list[list[int]]:
 
     Commits tell runs apart only where some of the same settings and seeds have different ones.
     """
-    groups = []
-    for places in _alike(runs, range(len(runs)), with_commit=False):
+    tables, groups = _telling(runs), []
+    for places in _alike(tables, range(len(runs)), with_commit=False):
         has_twins = len({_seeds(runs[place]) for place in places}) < len(places)
-        groups += _alike(runs, places, with_commit=True) if has_twins else [places]
+        groups += _alike(tables, places, with_commit=True) if has_twins else [places]
     return sorted(groups)
 
 
@@ -91,41 +91,34 @@ def band(runs: Sequence[Curves], tag: str) -> list[tuple[int, float, float, floa
     return [(step, mean(values), min(values), max(values)) for step, values in columns]
 
 
-def _alike(runs: Sequence[Curves], places: Iterable[int], with_commit: bool) -> list[list[int]]:
-    """Which of these runs have the same settings of those that change a score."""
+def _alike(tables: Sequence[Mapping[str, Any]], places: Iterable[int], with_commit: bool) -> list[list[int]]:
+    """Which of the runs at these places have the same settings."""
     alike: dict[str, list[int]] = {}
-    by_weights = _by_weights(runs)
     for place in places:
-        kept = {
-            name: value for name, value in _telling(runs[place], by_weights).items() if name != COMMIT or with_commit
-        }
+        kept = {name: value for name, value in tables[place].items() if name != COMMIT or with_commit}
         alike.setdefault(json.dumps(kept, sort_keys=True), []).append(place)
     return list(alike.values())
 
 
-def _telling(run: Curves, by_weights: bool) -> dict[str, Any]:
-    """The settings that change a score, but for seeds.
+def _telling(runs: Sequence[Curves]) -> list[dict[str, Any]]:
+    """Of each run the settings that change a score, but for seeds.
 
-    by_weights: whether what is in a folder of initial weights counts, and not what it is called.
+    Of a folder of initial weights what is in it counts, and not what it is called, where that is known of all runs.
     """
-    table = settings(run)
-    table.pop("run.init_from" if by_weights else INITIAL, None)
-    return {
-        name: value
-        for name, value in table.items()
-        if name not in NEUTRAL and not SEED.fullmatch(name) and not STORE.fullmatch(name)
-    }
+    by_weights = all(run.record.get("initial_sha256") for run in runs if run.config.run.init_from)
+    other_name = "run.init_from" if by_weights else INITIAL
+    return [
+        {
+            name: value
+            for name, value in settings(run).items()
+            if name != other_name and name not in NEUTRAL and not SEED.fullmatch(name) and not STORE.fullmatch(name)
+        }
+        for run in runs
+    ]
 
 
-def _by_weights(runs: Sequence[Curves]) -> bool:
-    """Whether of all runs that began with the weights in a folder it is known which these were."""
-    return all(run.record.get("initial_sha256") for run in runs if run.config.run.init_from)
-
-
-def _differing(runs: Sequence[Curves], groups: Sequence[Sequence[int]]) -> list[str]:
+def _differing(tables: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[int]]) -> list[str]:
     """Names of the settings in which groups differ, each of which has one value in each group."""
-    by_weights = _by_weights(runs)
-    tables = [_telling(run, by_weights) for run in runs]
     names = sorted(set().union(*tables))
     values = {name: [{shown(tables[place], name) for place in places} for places in groups] for name in names}
     return [

@@ -74,7 +74,7 @@ def write_record(
         "continued": continued(
             run_dir, resumed_from_step, {name: before for name, (before, _) in changed.items() if name != "run.dir"}
         ),
-        "initial_sha256": initial_sha256 if resumed_from_step is None else _recorded(run_dir, "initial_sha256"),
+        "initial_sha256": initial_sha256 if resumed_from_step is None else _until_now(run_dir).get("initial_sha256"),
         "stops_before_a_step": stops_since(run_dir, resumed_from_step),
         "config": job.config.model_dump(mode="json"),
         "deepspeed": job.deepspeed,
@@ -100,26 +100,23 @@ def continued(run_dir: Path, step: int | None, before: Mapping[str, Any]) -> lis
     if step is None:
         return []
     try:
-        earlier = [each for each in read_record(run_dir)["continued"] if each["step"] < step]
-    except (ConfigError, KeyError, TypeError):  # damaged, or of an earlier version; it is about to be replaced
+        earlier = [each for each in _until_now(run_dir)["continued"] if each["step"] < step]
+    except (KeyError, TypeError):  # of an earlier version
         earlier = []
     return [*earlier, *([{"step": step, "before": dict(before)}] if before else [])]
 
 
-def _recorded(run_dir: Path, name: str) -> Any:
-    """What the record said until now; None where it does not, or is damaged, and about to be replaced."""
+def _until_now(run_dir: Path) -> dict[str, Any]:
+    """The record; nothing of a new run, or where it is damaged, and about to be replaced."""
     try:
-        return read_record(run_dir).get(name)
+        return read_record(run_dir)
     except ConfigError:
-        return None
+        return {}
 
 
 def stops_since(run_dir: Path, resumed_from_step: int | None) -> int:
     """How many starts from this step were asked to stop before their first, by the record; 0 where that has none."""
-    try:
-        before = read_record(run_dir)
-    except ConfigError:  # of a new run; or damaged, and about to be replaced
-        return 0
+    before = _until_now(run_dir)
     return int(before.get("stops_before_a_step") or 0) if before.get("resumed_from_step") == resumed_from_step else 0
 
 
