@@ -43,7 +43,7 @@ import torch.distributed as dist  # noqa: E402
 from data_pipeline.errors import DataError  # noqa: E402
 from data_pipeline.output import INTERRUPTED, positive, print_utf8  # noqa: E402
 from trainer.config import ConfigError  # noqa: E402
-from trainer.distributed import Launch, detect  # noqa: E402
+from trainer.distributed import Launch, detect, end_by  # noqa: E402
 from trainer.job import read_job  # noqa: E402
 from trainer.loop import train  # noqa: E402
 from trainer.outline import outline  # noqa: E402
@@ -138,4 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_by(main)

@@ -10,10 +10,11 @@ import re
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -304,6 +305,25 @@ def device_name(device: torch.device) -> str:
 def stop() -> None:
     """Leave the run in order."""
     dist.destroy_process_group()
+
+
+def end_by(main: Callable[[], int]) -> NoReturn:
+    """End this process with the exit code of `main`.
+
+    Where it has joined a run and not left it in order, the interpreter is not taken down: threads of gloo may still
+    hold tensors of the last collective, which then abort the process, whose exit code is lost (pytorch/pytorch#179291).
+    """
+    try:
+        sys.exit(main())
+    except BaseException as end:
+        if not dist.is_initialized():
+            raise
+        code = end.code if isinstance(end, SystemExit) else 1
+        if not isinstance(end, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def hosts() -> list[str]:
