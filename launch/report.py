@@ -8,9 +8,10 @@ python launch/report.py runs/demo/run --plot loss.png
 python launch/report.py runs/one runs/two runs/three --plot losses.png        a line each, and what differs
 python launch/report.py runs/rounds_* --json rounds.json                      the same as values, for programs
 
-Of runs that differ in seeds alone (run.seed, model.seed; what changes no score may differ too) there is a line for each
-group, and what it has more than the group of the run that was given first. Where several are given, what is no run, or
-has no training step yet, is left out.
+Several runs are compared at the last step at which all were evaluated; where their steps have different numbers of
+tokens, after the most tokens. What is no run, or has no training step yet, is left out. Of runs that differ in seeds
+alone (run.seed, model.seed; what changes no score may differ too) there is a line for each group, and what it has more
+than the group of the run that was given first.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from trainer.run_report import report
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: what run.dir was")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the bits per byte by step (.png or .svg)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the bits per byte (.png or .svg)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what is said as values")
     return parser.parse_args()
 

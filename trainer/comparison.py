@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from data_pipeline.output import table
-from trainer.curves import ABSENT, HELD_OUT, Curves, common_step, differences, score, unlike
+from trainer.curves import ABSENT, HELD_OUT, Curves, common_tokens, differences, score, steps_are_alike, unlike
 from trainer.groups import Group, Spread, grouped
 from trainer.run_report import cells, costs, n_steps, run_values
 from trainer.scoring import source_tag
@@ -29,8 +29,8 @@ class Comparison:
 
     runs: Sequence[Curves]
     """The best first."""
-    at: int | None
-    """The step at which they are compared; None: each at its best."""
+    tokens: int | None
+    """After how many, padding included, they are compared; None: each at its best."""
     differences: dict[str, list[str]]
     """What is not the same for all runs, by name: of each."""
     sources: Sequence[str]
@@ -40,11 +40,25 @@ class Comparison:
     notes: Sequence[str]
     """What a reader must know not to be misled."""
 
+    @property
+    def step(self) -> int | None:
+        """The one at which they are compared, where it is the same for all."""
+        if self.tokens is None or not steps_are_alike(self.runs):
+            return None
+        return self.tokens // self.runs[0].tokens_per_step()
+
+    @property
+    def place(self) -> str:
+        """Where they are compared, in words."""
+        if self.tokens is None:
+            return "at its best"
+        return f"after {self.tokens:,} tokens" if self.step is None else f"at step {self.step}"
+
 
 def compare(given: Sequence[Curves]) -> Comparison:
     """Several runs, beside each other."""
-    at = common_step(given)
-    found = [score(run, at) for run in given]
+    tokens = common_tokens(given)
+    found = [score(run, tokens) for run in given]
     ranked = sorted(range(len(given)), key=lambda place: math.inf if (of := found[place]) is None else of)
     runs = [given[place] for place in ranked]
     sources = sorted({name for run in runs for name in run.config.data.eval_splits})
@@ -54,8 +68,9 @@ def compare(given: Sequence[Curves]) -> Comparison:
         for group in grouped([given[place] for place in scored], [found[place] for place in scored])
     ]
     notes = []
-    if at is None:
-        notes.append("there is no step, but for the beginning, at which all were evaluated")
+    if tokens is None:
+        place = "step" if steps_are_alike(given) else "number of tokens"
+        notes.append(f"there is no {place}, but for the beginning, at which all were evaluated")
     if 0 < len(scored) < len(given):
         others = " ".join(f"[{place}]" for place in range(len(scored) + 1, len(given) + 1))  # ranked last
         notes.append(
@@ -64,7 +79,7 @@ def compare(given: Sequence[Curves]) -> Comparison:
     of_steps = numbered([f"{run.tokens_per_step():,} tokens" for run in runs])
     if len(of_steps) > 1:
         each = "; ".join(f"{tokens} in {alike}" for tokens, alike in of_steps.items())
-        notes.append(f"note: a step is {each}: at the same step they have not seen as many")
+        notes.append(f"note: a step is {each}: they are compared where they have seen as many")
     for what, of_rows in unlike(runs, sources).items():
         alike = ", ".join(of for rows, of in numbered(of_rows).items() if rows)  # where there are any
         notes.append(f"note: not all were scored on the same rows: what stands below {what!r} compares within {alike}")
@@ -79,26 +94,29 @@ def compare(given: Sequence[Curves]) -> Comparison:
         for group in groups
         if not group.is_of_one_commit
     ]
-    return Comparison(runs, at, differences(runs), sources, groups, notes)
+    return Comparison(runs, tokens, differences(runs), sources, groups, notes)
 
 
 def comparison_text(compared: Comparison) -> str:
     """The text of the report on several runs, best first; each has a number, since names may be long."""
-    runs, at, sources = compared.runs, compared.at, compared.sources
-    there = [] if at is None else [f"at step {at}", *(f"of {name}" for name in sources)]
+    runs, tokens, sources = compared.runs, compared.tokens, compared.sources
+    there = [] if tokens is None else [compared.place, *(f"of {name}" for name in sources)]
     heads = ["run", "steps", "held out", *there, "best", "step", "tokens/s", "GiB"]
-    rows = [[f"[{i}] {run.path}", *numbers(run, at, sources)] for i, run in enumerate(runs, start=1)]
-    common = "" if at is None else ", at the last that all have"
+    rows = [[f"[{i}] {run.path}", *numbers(run, tokens, sources)] for i, run in enumerate(runs, start=1)]
+    common = "" if tokens is None else ", at the last that all have"
     said = f"held out: bits per byte, at each run's last evaluation{common}, and at its best"
-    lines = [table([heads, *rows]), "", said, *compared.notes, *group_lines(compared.groups, at)]
+    lines = [table([heads, *rows]), "", said, *compared.notes, *group_lines(compared.groups, compared.place)]
     if different := compared.differences:
         width = max(map(len, different))
         lines += ["", "what differs:", *(f"{name:<{width}}  {by_value(each)}" for name, each in different.items())]
     return "\n".join(lines)
 
 
-def group_lines(groups: Sequence[Group], at: int | None) -> list[str]:
-    """What chance makes of scores: a table with a row for each group of runs that differ in seeds alone."""
+def group_lines(groups: Sequence[Group], place: str) -> list[str]:
+    """What chance makes of scores: a table with a row for each group of runs that differ in seeds alone.
+
+    place: where scores are compared, in words.
+    """
     if not groups:
         return []
     is_paired = any(group.more for group in groups)
@@ -106,8 +124,7 @@ def group_lines(groups: Sequence[Group], at: int | None) -> list[str]:
     heads += ["more than the first", "pairs"] if is_paired else []
     lines = ["", "in groups, of runs that differ in seeds alone:"]
     lines += [table([heads, *(group_row(group, is_paired) for group in groups)]), ""]
-    where = "at its best" if at is None else f"at step {at}"
-    lines.append(f"held out: bits per byte of a run {where}, mean ± standard deviation over seeds")
+    lines.append(f"held out: bits per byte of a run {place}, mean ± standard deviation over seeds")
     if is_paired:
         lines += [
             "more than the first: each run less the run with the same seeds (run.seed, model.seed) in the first line,",
@@ -146,13 +163,15 @@ def short_names(names: Iterable[str]) -> list[str]:
 def comparison_values(compared: Comparison) -> dict[str, Any]:
     """What `comparison_text` says, as values: `runs`, best first, and `groups`, in the order given.
 
-    Of each run, besides `run_values`: `settings`, those in which runs differ, and `at_step`, scores by tag. Of each
-    group its runs, settings and number of seeds; `held_out` and `more_than_first`: n, mean and sd, null if not known.
+    They are compared after `tokens`, at `step`: null where each is at its best, or where steps have different tokens.
+    Of each run, besides `run_values`: `settings`, those in which runs differ, and `at_step`, the scores there by tag.
+    Of each group its runs, settings and number of seeds; `held_out` and `more_than_first`: n, mean and sd, null if not
+    known.
     """
     tags = [HELD_OUT, *(source_tag(name, "bits_per_byte") for name in compared.sources)]
     runs = []
     for place, run in enumerate(compared.runs):
-        there = {} if compared.at is None else {tag: dict(run.points(tag)).get(compared.at) for tag in tags}
+        there = {} if compared.tokens is None else {tag: run.finite(tag, True).get(compared.tokens) for tag in tags}
         differing = {name: of_each[place] for name, of_each in compared.differences.items()}
         runs.append({**run_values(run), "at_step": there, "settings": parsed(differing)})
     groups = [
@@ -165,7 +184,8 @@ def comparison_values(compared: Comparison) -> dict[str, Any]:
         }
         for group in compared.groups
     ]
-    return {"step": compared.at, "runs": runs, "groups": groups, "notes": list(compared.notes)}
+    compared_at = {"tokens": compared.tokens, "step": compared.step}
+    return {**compared_at, "runs": runs, "groups": groups, "notes": list(compared.notes)}
 
 
 def parsed(settings: Mapping[str, str]) -> dict[str, Any]:
@@ -173,16 +193,16 @@ def parsed(settings: Mapping[str, str]) -> dict[str, Any]:
     return {name: json.loads(value) for name, value in settings.items() if value != ABSENT}
 
 
-def numbers(run: Curves, at: int | None, sources: Sequence[str]) -> list[str]:
+def numbers(run: Curves, tokens: int | None, sources: Sequence[str]) -> list[str]:
     """Of a run in the order of the heads; empty where there is no such thing."""
-    evaluations, best = run.points(HELD_OUT), run.best()
-    curves = [dict(run.points(tag)) for tag in (HELD_OUT, *(source_tag(name, "bits_per_byte") for name in sources))]
-    there = [cells((at, curve[at]))[0] if at in curve else "" for curve in curves]
+    evaluations, best, scale = run.points(HELD_OUT), run.best(), run.tokens_per_step()
+    tags = [HELD_OUT, *(source_tag(name, "bits_per_byte") for name in sources)]
+    there = ["".join(cells(each)[0] for each in run.points(tag) if each[0] * scale == tokens) for tag in tags]
     cost = {key: f"{value:{form}}" for key, _, value, form in costs(run)}
     return [
         str(n_steps(run)),
         cells(evaluations[-1])[0] if evaluations else "",
-        *([] if at is None else there),
+        *([] if tokens is None else there),
         *(cells(best) if best else ("", "")),
         cost["tokens_per_s"],
         cost["peak_gib"],

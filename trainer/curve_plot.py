@@ -1,10 +1,10 @@
-"""Pictures of bits per byte by step: of a run, of several, of groups of runs."""
+"""Pictures of bits per byte: of a run, of several, of groups of runs; by step, or by tokens where steps have others."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.curves import HELD_OUT, Curves
+from trainer.curves import HELD_OUT, Curves, steps_are_alike
 from trainer.groups import band
 
 TRAINING = "train/bits_per_byte"
@@ -23,12 +23,13 @@ def plot_run(run: Curves, file: Path) -> None:
 
 def plot_runs(runs: Sequence[Curves], file: Path) -> None:
     """Both of each run, which its folder names."""
-    figure, axes = _figure(len(runs))
+    by_tokens = not steps_are_alike(runs)
+    figure, axes = _figure(len(runs), by_tokens)
     held_out = []
     for number, run in enumerate(runs):
-        _draw(axes, run, TRAINING, "-", color=f"C{number}", alpha=0.3)
+        _draw(axes, run, TRAINING, "-", by_tokens, color=f"C{number}", alpha=0.3)
         style = f"{_marker(number)}--"
-        held_out.append(_draw(axes, run, HELD_OUT, style, color=f"C{number}", label=_plain(str(run.path))))
+        held_out.append(_draw(axes, run, HELD_OUT, style, by_tokens, color=f"C{number}", label=_plain(str(run.path))))
     _zoom(axes, held_out)
     figure.legend(title="held-out documents (faint: training batches)", loc="outside upper center")
     figure.savefig(file, dpi=150)
@@ -37,34 +38,37 @@ def plot_runs(runs: Sequence[Curves], file: Path) -> None:
 def plot_groups(groups: Sequence[Sequence[Curves]], labels: Sequence[str], file: Path) -> None:
     """Of the held-out rows, at the steps at which all runs of a group have a score: the mean, and from the lowest to
     the highest a band."""
-    figure, axes = _figure(len(groups))
+    by_tokens = not steps_are_alike([run for runs in groups for run in runs])
+    figure, axes = _figure(len(groups), by_tokens)
     held_out = []
     for number, (runs, label) in enumerate(zip(groups, labels, strict=True)):
-        points = band(runs, HELD_OUT)
-        steps, means, lows, highs = zip(*points, strict=True) if points else ((), (), (), ())
-        axes.plot(steps, means, f"{_marker(number)}-", color=f"C{number}", label=_plain(label))
-        axes.fill_between(steps, lows, highs, color=f"C{number}", alpha=0.15, linewidth=0)
-        held_out.append([*zip(steps, lows, strict=True), *zip(steps, highs, strict=True)])
+        points = band(runs, HELD_OUT, by_tokens)
+        places, means, lows, highs = zip(*points, strict=True) if points else ((), (), (), ())
+        axes.plot(places, means, f"{_marker(number)}-", color=f"C{number}", label=_plain(label))
+        axes.fill_between(places, lows, highs, color=f"C{number}", alpha=0.15, linewidth=0)
+        held_out.append([*zip(places, lows, strict=True), *zip(places, highs, strict=True)])
     _zoom(axes, held_out)
     title = "held-out documents: mean of runs that differ in seeds alone, and from the lowest to the highest"
     figure.legend(title=title, loc="outside upper center")
     figure.savefig(file, dpi=150)
 
 
-def _figure(n_lines: int) -> tuple[Any, Any]:
+def _figure(n_lines: int, by_tokens: bool = False) -> tuple[Any, Any]:
     """An empty picture and its axes, with room for a legend of so many lines above."""
     from trainer.figures import Figure  # matplotlib's, which takes a while: only a drawing needs it
 
     figure: Any = Figure(figsize=(7, 3.5 + 0.22 * (n_lines and n_lines + 1)), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel="step", ylabel="bits per byte")
+    axes.set(xlabel="tokens" if by_tokens else "step", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     return figure, axes
 
 
-def _draw(axes: Any, run: Curves, tag: str, style: str, **options: Any) -> list[tuple[int, float]]:
+def _draw(
+    axes: Any, run: Curves, tag: str, style: str, by_tokens: bool = False, **options: Any
+) -> list[tuple[int, float]]:
     """A curve; its points."""
-    points = [(step, bits) for step, bits in run.points(tag) if bits is not None]
+    points = [*run.finite(tag, by_tokens).items()]
     axes.plot(*zip(*points, strict=True) if points else ((), ()), style, **options)
     return points
 
@@ -75,8 +79,8 @@ def _marker(number: int) -> str:
 
 def _zoom(axes: Any, curves: Sequence[Sequence[tuple[int, float]]]) -> None:
     """Show the part after half of the shortest curve: their beginnings would leave no room for what differs."""
-    last = min((max(step for step, _ in points) for points in curves if points), default=0)
-    later = [bits for points in curves for step, bits in points if 2 * step > last]
+    last = min((max(place for place, _ in points) for points in curves if points), default=0)
+    later = [bits for points in curves for place, bits in points if 2 * place > last]
     if later:
         low, high = min(later), max(later)
         margin = 0.1 * (high - low) or 0.02 * high

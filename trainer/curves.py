@@ -72,6 +72,11 @@ class Curves:
             (int(values["step"]), values[tag]) for values in self.metrics if tag in values and values["step"] >= since
         ]
 
+    def finite(self, tag: str, by_tokens: bool) -> dict[int, float]:
+        """Those that are finite, by step; or by the tokens of the steps until then, padding included."""
+        scale = self.tokens_per_step() if by_tokens else 1
+        return {step * scale: value for step, value in self.points(tag) if value is not None}
+
     def since(self, tag: str) -> int:
         """The first step whose value of a tag compares with the newest: evaluations were of other rows before it."""
         first, *others = tag.split("/")
@@ -109,7 +114,7 @@ class Curves:
 
     def column(self, tag: str) -> list[float]:
         """The finite values of a tag."""
-        return [value for _, value in self.points(tag) if value is not None]
+        return [*self.finite(tag, by_tokens=False).values()]
 
     def recovered_mass(self) -> list[Point]:
         """Of each evaluation the share of dense attention that LSH attention recovers, the mean of its layers."""
@@ -123,8 +128,8 @@ class Curves:
 
     def best(self) -> Point | None:
         """The lowest bits per byte of held-out rows; None where there are none."""
-        finite = [(bits, step) for step, bits in self.points(HELD_OUT) if bits is not None]
-        return min(finite)[::-1] if finite else None
+        found = [(bits, step) for step, bits in self.finite(HELD_OUT, by_tokens=False).items()]
+        return min(found)[::-1] if found else None
 
 
 def read_curves(path: Path) -> Curves:
@@ -146,19 +151,25 @@ def read_curves(path: Path) -> Curves:
 
 
 def trained_scores(run: Curves) -> dict[int, float]:
-    """Bits per byte of held-out rows, where finite, by step: without the beginning, whose weights are not trained."""
-    return {step: bits for step, bits in run.points(HELD_OUT) if bits is not None and step}
+    """Bits per byte of held-out rows, where finite, by tokens: without the beginning, whose weights are not trained."""
+    return {tokens: bits for tokens, bits in run.finite(HELD_OUT, by_tokens=True).items() if tokens}
 
 
-def common_step(runs: Sequence[Curves]) -> int | None:
-    """The last step at which all runs have a score that have any (`trained_scores`); None where there is none."""
-    steps = [found.keys() for run in runs if (found := trained_scores(run))]
-    return max(set.intersection(*map(set, steps)), default=None) if steps else None
+def common_tokens(runs: Sequence[Curves]) -> int | None:
+    """The most tokens after which all runs have a score that have any (`trained_scores`); None where there are none."""
+    places = [found.keys() for run in runs if (found := trained_scores(run))]
+    return max(set.intersection(*map(set, places)), default=None) if places else None
 
 
-def score(run: Curves, at: int | None) -> float | None:
-    """What runs are compared by: the score at a step, or the best (`trained_scores`); None where there are none."""
-    return min((bits for step, bits in trained_scores(run).items() if at in (None, step)), default=None)
+def score(run: Curves, tokens: int | None) -> float | None:
+    """What runs are compared by: the score after so many tokens, or the best (`trained_scores`); None where there are
+    none."""
+    return min((bits for after, bits in trained_scores(run).items() if tokens in (None, after)), default=None)
+
+
+def steps_are_alike(runs: Sequence[Curves]) -> bool:
+    """Whether a step has the same number of tokens in all of them."""
+    return len({run.tokens_per_step() for run in runs}) == 1
 
 
 def differences(runs: Sequence[Curves]) -> dict[str, list[str]]:

@@ -83,12 +83,13 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(len(numbers), mean(numbers), stdev(numbers) if len(numbers) > 1 else None)
 
 
-def band(runs: Sequence[Curves], tag: str) -> list[tuple[int, float, float, float]]:
-    """Of each step at which all these runs have a finite value of a tag: step, mean, lowest and highest."""
-    curves = [{step: value for step, value in run.points(tag) if value is not None} for run in runs]
-    steps = sorted(set.intersection(*map(set, curves)))
-    columns = [(step, [curve[step] for curve in curves]) for step in steps]
-    return [(step, mean(values), min(values), max(values)) for step, values in columns]
+def band(runs: Sequence[Curves], tag: str, by_tokens: bool) -> list[tuple[int, float, float, float]]:
+    """Of each step (or number of tokens) at which all these runs have a finite value of a tag: it, mean, lowest and
+    highest."""
+    curves = [run.finite(tag, by_tokens) for run in runs]
+    places = sorted(set.intersection(*map(set, curves)))
+    columns = [(place, [curve[place] for curve in curves]) for place in places]
+    return [(place, mean(values), min(values), max(values)) for place, values in columns]
 
 
 def _alike(tables: Sequence[Mapping[str, Any]], places: Iterable[int], with_commit: bool) -> list[list[int]]:

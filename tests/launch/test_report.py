@@ -123,7 +123,8 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
         make_run(tmp_path / name, store)
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     record["config"]["model"]["n_hashes"] = 8  # of the other, the record does not say it
-    record |= {"deepspeed": {"optimizer": {"params": {"lr": 0.5}}}, "launch": {"device": "cpu", "world_size": 2}}
+    deepspeed = {"optimizer": {"params": {"lr": 0.5}}, "train_batch_size": 1}
+    record |= {"deepspeed": deepspeed, "launch": {"device": "cpu", "world_size": 2}}
     (tmp_path / "two" / "run.json").write_text(json.dumps(record))
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().replace("4.0625", "3.5")
     more = '{"step": 3, "eval/loss": 3.0, "eval/bits_per_byte": 4.5}\n'
@@ -143,8 +144,7 @@ def test_runs_are_compared_by_their_scores_and_by_what_differs(tmp_path: Path, s
         r"ranks +2 in \[1\]; 1 in \[2\]",
     ):
         assert re.search(f"^{line}$", done.stdout, re.MULTILINE), (line, done.stdout)
-    tokens = "note: a step is 200 tokens in [1]; 100 tokens in [2]: at the same step they have not seen as many\n"
-    assert "run.dir" not in done.stdout and done.stdout.count("note: ") == done.stdout.count(tokens) == 1
+    assert "run.dir" not in done.stdout and "note: " not in done.stdout
     drawn = (tmp_path / "curves.svg").read_text()  # which says in comments what its texts are
     assert all(f"<!--  {tmp_path / name} -->" in drawn for name in ("one", "two"))
     done = report(*(tmp_path / name for name in ("three", "one")))  # whose last score is not finite

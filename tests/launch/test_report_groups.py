@@ -107,6 +107,58 @@ def test_runs_that_are_not_evaluated_yet_are_compared_with_none(tmp_path: Path, 
     assert values["step"] == 2 and [group["seeds"] for group in values["groups"]] == [2, 1]
 
 
+def in_larger_steps(run: Path, *evaluations: str) -> Path:
+    """Batches of two rows in place of one, and what was reported between the first step and the second."""
+    record = json.loads((run / "run.json").read_text())
+    record |= {"deepspeed": {"train_batch_size": 2}}
+    (run / "run.json").write_text(json.dumps(record))
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines[:2], *evaluations, *lines[2:]]))
+    return run
+
+
+def test_runs_of_other_batches_are_compared_after_as_many_tokens(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of 100 tokens and one of 200, in the text, the values and the picture."""
+    a0, a1, *_ = make_groups(tmp_path, store)
+    early = '{"step": 1, "eval/loss": 3.0, "eval/bits_per_byte": 3.25, "eval/source/web/bits_per_byte": 6.5}'
+    b0 = in_larger_steps(make_other(tmp_path / "large0", store, "2.5"), early)
+    done = report(a0, a1, b0, "--json", tmp_path / "all.json", "--plot", tmp_path / "curves.svg")
+    assert done.returncode == 0, done.stderr
+    table = [" ".join(line.split()) for line in done.stdout.splitlines()[:4]]
+    assert table == [
+        "run steps held out after 200 tokens of web best step tokens/s GiB",
+        f"[1] {a0} 2 3.0000 3.0000 5.5000 3.0000 2 100 1.25",
+        f"[2] {b0} 2 2.5000 3.2500 6.5000 2.5000 2 100 1.25",
+        f"[3] {a1} 2 3.5000 3.5000 5.5000 3.5000 2 100 1.25",
+    ]
+    said = "note: a step is 100 tokens in [1] [3]; 200 tokens in [2]: they are compared where they have seen as many\n"
+    assert done.stdout.count("note: ") == done.stdout.count(said) == 1
+    assert section(done.stdout, GROUPS)[1:] == ["[1] [3] - 2 3.2500 ± 0.3536", "[2] 2 1 3.2500 +0.2500 1"]
+    assert "held out: bits per byte of a run after 200 tokens, mean ±" in done.stdout
+    values = json.loads((tmp_path / "all.json").read_text())
+    assert (values["step"], values["tokens"]) == (None, 200)
+    assert values["runs"][1]["at_step"] == {"eval/bits_per_byte": 3.25, "eval/source/web/bits_per_byte": 6.5}
+
+    pictures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: pictures.append(figure))
+    assert report(a0, a1, b0, "--plot", "groups.png").returncode == report(a0, b0, "--plot", "x.png").returncode == 0
+    for (axes,) in (picture.axes for picture in pictures):
+        assert axes.get_xlabel() == "tokens" and axes.get_xlim()[0] == 100, "half of the shorter one is left out"
+        drawn = {str(line.get_label()): list(line.get_xdata()) for line in axes.lines}
+        (large,) = (tokens for name, tokens in drawn.items() if "train_batch_size=2" in name or str(b0) in name)
+        assert large == [0, 200, 400]
+
+
+def test_runs_of_other_batches_that_never_saw_as_many_tokens(tmp_path: Path, store: Path) -> None:
+    a0, *_ = make_groups(tmp_path, store)
+    done = report(a0, in_larger_steps(make_other(tmp_path / "large", store, "3.5")))
+    assert "there is no number of tokens, but for the beginning, at which all were evaluated\n" in done.stdout
+    assert "after" not in done.stdout.splitlines()[0]
+
+
 def test_runs_of_one_group_with_other_commits_are_noted(tmp_path: Path, store: Path) -> None:
     one = make_other(tmp_path / "one", store, "3.0", git_commit="a" * 40)
     two = make_other(tmp_path / "two", store, "4.0", seed=1, git_commit="b" * 40)
@@ -117,7 +169,7 @@ def test_json_says_what_the_text_says(tmp_path: Path, store: Path) -> None:
     paths, file = make_groups(tmp_path, store), tmp_path / "all.json"
     assert report(*paths, "--json", file).returncode == 0
     values = json.loads(file.read_text())
-    assert values["step"] == 2 and values["notes"] == []
+    assert values["step"] == 2 and values["tokens"] == 200 and values["notes"] == []
     assert [Path(run["run"]).name for run in values["runs"]] == ["b0", "a0", "b1", "a1", "a2", "c2", "b5"]
     first = values["runs"][0]
     assert first["settings"] == {

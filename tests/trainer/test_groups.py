@@ -146,7 +146,7 @@ def test_a_band_is_of_the_steps_that_all_have() -> None:
     high = replace(
         low, metrics=[{"step": step, "eval/bits_per_byte": bits} for step, bits in enumerate((4.0, 7.0, 1.0))]
     )
-    assert band([low, high], "eval/bits_per_byte") == [(0, 4.0, 4.0, 4.0), (1, 6.0, 5.0, 7.0)]
+    assert band([low, high], "eval/bits_per_byte", by_tokens=False) == [(0, 4.0, 4.0, 4.0), (1, 6.0, 5.0, 7.0)]
 
 
 def test_groups_come_in_the_order_of_their_first_runs() -> None:
@@ -170,7 +170,7 @@ def test_folders_of_a_mixtures_stores_make_no_groups() -> None:
 def test_a_band_has_no_step_at_which_a_score_is_not_finite() -> None:
     low = make_run()
     lines = [{"step": 0, "eval/bits_per_byte": 5.0}, {"step": 1, "eval/bits_per_byte": None}]
-    assert band([low, replace(low, metrics=lines)], "eval/bits_per_byte") == [(0, 4.5, 4.0, 5.0)]
+    assert band([low, replace(low, metrics=lines)], "eval/bits_per_byte", False) == [(0, 4.5, 4.0, 5.0)]
 
 
 def test_long_values_that_begin_alike_are_said_whole() -> None:
