@@ -83,7 +83,12 @@ def load_hf(folder: str | Path, attn_dropout: float | None = None) -> Reformer:
 
 
 def save_hf(
-    model: Reformer, folder: str | Path, *, bos_token_id: int | None = None, eos_token_id: int | None = None
+    model: Reformer,
+    folder: str | Path,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    others: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a folder that transformers' `from_pretrained` and our `load_hf` read. It appears when it is complete.
 
@@ -93,6 +98,7 @@ def save_hf(
     and where LSH layers have n_buckets=None, a number that transformers takes from the first sequence for all others.
 
     bos_token_id, eos_token_id: what documents began and ended with, for transformers' `generate`; None: with nothing.
+    others: more files to put beside these, their contents by name.
 
     Raises:
         ConfigError: the configuration has no counterpart, a parameter is not whole (partitioned by ZeRO-3), or shares
@@ -110,7 +116,7 @@ def save_hf(
     tensors = state_to_hf(fold_head_bias(untied(state)), model.config)
     _warn_of_padding(model.config)
     _warn_of_buckets(model.config)
-    write_folder(Path(folder), config, tensors)
+    write_folder(Path(folder), config, tensors, others)
 
 
 def config_from_hf(values: Mapping[str, Any], attn_dropout: float | None = None) -> ReformerConfig:

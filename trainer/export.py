@@ -1,8 +1,8 @@
 """The weights of a checkpoint, written as a model that needs neither DeepSpeed nor the trainer; exported.py reads it.
 
-config.json, model.safetensors    the model, as reformer.save_model writes it
-origin.json                       {checkpoint, step, run: as in its state.json}
-tokenizer.json, tokenizer.model   of the run: see run_tokenizer.py
+config.json, model.safetensors    the model, as reformer.save_model writes it, or for transformers reformer.hf.save_hf
+origin.json                       {checkpoint, step, run: as in its state.json, tokenizer_sha256: null if not known}
+tokenizer.json, tokenizer.model   of the run: see run_tokenizer.py; not for transformers, which has its own
 """
 
 import json
@@ -42,18 +42,20 @@ def export(source: Path, step: int | None, output: Path, hf: bool, store: Path |
             f"without {without}: {error}. The weights are whole; to have both, export again with --store, the folder "
             "of a store of this tokenizer"
         )
+    others = {ORIGIN: origin(path, state, found[0].sha256 if found else None)}
     if hf:
-        save_hf(assemble(config, weights), output, **(ids_of_ends(*found) if found else {}))
+        save_hf(assemble(config, weights), output, **(ids_of_ends(*found) if found else {}), others=others)
     else:
-        save_model(output, config, weights, {ORIGIN: origin(path, state), **(tokenizer_files(*found) if found else {})})
+        save_model(output, config, weights, {**others, **(tokenizer_files(*found) if found else {})})
     n_parameters = sum(weight.numel() for weight in weights.values())
     return f"wrote {output}: {n_parameters:,} parameters after {state['step']} steps, from {path}", note
 
 
-def origin(checkpoint: Path, state: Mapping[str, Any]) -> bytes:
-    """Where weights come from: the checkpoint, its step, and the configuration, stores and batch of its run."""
+def origin(checkpoint: Path, state: Mapping[str, Any], tokenizer_sha256: str | None) -> bytes:
+    """Where weights come from: the checkpoint, its step, the configuration, stores and batch of its run, and the
+    tokenizer's hash if it is known."""
     record = {"checkpoint": str(checkpoint.absolute()), "step": state["step"], "run": state["run"]}
-    return (json.dumps(record, indent=2) + "\n").encode()
+    return (json.dumps({**record, "tokenizer_sha256": tokenizer_sha256}, indent=2) + "\n").encode()
 
 
 def ids_of_ends(tokenizer: Tokenizer, ends: Ends) -> dict[str, int | None]:

@@ -1,6 +1,9 @@
 """The model in a folder that launch/export.py or Hugging Face's save_pretrained wrote, and what it was trained with."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,11 +70,21 @@ def knows_tokenizer(folder: Path, name: str, store: Path, tokenizer_sha256: str)
     Raises ConfigError where that is not the one of the store, by its hash, and DataError where it cannot be read.
     """
     record = read_record(folder)
-    trained_with = record.get("sha256")
+    trained_with = record.get("sha256", read_origin(folder).get("tokenizer_sha256"))
     if trained_with not in (None, tokenizer_sha256):
         tokenizer = record["kind"] if record.get("kind") in ("bytes", "integers") else folder / TOKENIZER_MODEL
+        way_out = f"--tokenizer {tokenizer}" if "sha256" in record else "that of the run in its origin.json"
         raise ConfigError(
             f"{name} was trained with another tokenizer than that of {store}, so their token ids do not mean the same. "
-            f"Build the store with --tokenizer {tokenizer}, or give another folder"
+            f"Build the store with {way_out}, or give another folder"
         )
     return trained_with is not None
+
+
+def read_origin(folder: Path) -> Mapping[str, Any]:
+    """What is said of where the model comes from; nothing where no launch/export.py has said it, or it is damaged."""
+    try:
+        record = json.loads((folder / ORIGIN).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, Mapping) else {}

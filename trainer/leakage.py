@@ -1,13 +1,12 @@
 """Documents that are trained on although evaluations hold them out: reported, not refused, as it may be meant."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from trainer.config import ConfigError, DataConfig
-from trainer.exported import ORIGIN
+from trainer.exported import read_origin
 
 MOST_DOCUMENTS = 5_000_000
 """More would take minutes to read, for which other ranks would wait."""
@@ -88,14 +87,14 @@ def inherited(folder: Path, store: Store, split: str) -> list[str]:
 def _trained_on(folder: Path) -> list[tuple[Path, str, str]]:
     """The stores that an exported model was trained on, by their folders then, with the split and the fingerprint."""
     try:
-        run = json.loads((folder / ORIGIN).read_bytes())["run"]
+        run = read_origin(folder)["run"]
         data, fingerprints = DataConfig(**run["data"]), run["store_fingerprint"]
         found = [
             (data.mixture[name].store, split, fingerprints[f"{name}.store"])
             for name, split in data.train_splits.items()
         ]
         found = found or [(data.store, data.train_split, fingerprints)]
-    except (OSError, ValueError, KeyError, TypeError, ConfigError):  # not of launch/export.py, or of another version
+    except (ValueError, KeyError, TypeError, ConfigError):  # not of launch/export.py, or of another version
         return []
     return found
 

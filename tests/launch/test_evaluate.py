@@ -285,6 +285,13 @@ def test_hugging_face_s_folder(store: Store, call, tmp_path: Path) -> None:
     ours, theirs = (call(tmp_path / folder, store.path) for folder in ("own", "theirs"))
     assert "does not say which tokenizer" in theirs[2] and theirs[2].startswith("note: ") and ours[2] == ""
     assert theirs[0] == 0 and theirs[1].splitlines()[3][:40] == ours[1].splitlines()[3][:40]
+    origin = tmp_path / "theirs/origin.json"  # which export.py --hf writes
+    origin.write_text(json.dumps({"tokenizer_sha256": store.manifest.tokenizer_sha256}))
+    assert call(tmp_path / "theirs", store.path)[2] == ""
+    origin.write_text('{"tokenizer_sha256": "another"}')
+    code, _, errors = call(tmp_path / "theirs", store.path)
+    assert code == 2 and "was trained with another tokenizer than that of" in errors
+    assert "Build the store with that of the run in its origin.json, or" in errors
 
 
 def test_a_model_without_lsh_layers(store: Store, call, tmp_path: Path) -> None:

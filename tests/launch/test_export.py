@@ -223,6 +223,9 @@ def test_transformers_is_told_where_documents_end(
         errors = capsys.readouterr().err
         assert "\nnote: n_buckets=None" in f"\n{errors}" and "Warning" not in errors
         assert ("note: without the ids of BOS and EOS: " in errors) == (store == "store")
+        origin = json.loads((output / "origin.json").read_bytes())
+        known = None if store == "store" else tokenizer.sha256
+        assert (origin["checkpoint"], origin["tokenizer_sha256"]) == (str(folder_of(run_dir, 1)), known)
         config = json.loads((output / "config.json").read_bytes())
         assert (config["bos_token_id"], config["eos_token_id"]) == ids
         assert transformers.ReformerModelWithLMHead.from_pretrained(output).generation_config.eos_token_id == ids[1]
