@@ -4,6 +4,7 @@
     python launch/generate.py exported "It was a dark" --tokens 200 --temperature 0.8 --top-p 0.9 --seed 0
     python launch/generate.py exported "" --temperature 0              a new document; the likeliest token each time
     python launch/generate.py exported - < chapter.txt > longer.txt    the text of standard input, its last newline too
+    python launch/generate.py exported - --last 8000 < book.txt        its last 8,000 tokens, if it is too long
     python launch/generate.py exported "67 60 52 48"                   a model of integers: values, with spaces between
     python launch/generate.py exported - < piece.npy                   or an array of them
     python launch/generate.py exported "" --samples 16 --output new    16 files, new/seed0000.txt and so on
@@ -60,9 +61,9 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to continue; - reads it from standard input")
     what.add_argument("--prompts", metavar="FILE", help="lines of JSON to continue; - reads standard input")
-    parser.add_argument(
-        "--first", type=positive, metavar="N", help="of each of --prompts the first N tokens (default: all)"
-    )
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--first", type=positive, metavar="N", help="of each prompt the first N tokens (default: all)")
+    part.add_argument("--last", type=positive, metavar="N", help="of each prompt the last N tokens")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to add (default: 200)")
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="divides the logits; 0 takes the likeliest token (default: 1)"
@@ -86,12 +87,12 @@ def read_prompt(argument: str) -> bytes:
     return sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
 
 
-def read_file(argument: str, tokenizer: Tokenizer, bos: bool, n_first: int | None) -> list[Prompt]:
+def read_file(argument: str, tokenizer: Tokenizer, bos: bool, n_first: int | None, n_last: int | None) -> list[Prompt]:
     """The prompts in a file, or in standard input. Raises ConfigError where one is wrong, or there is none."""
     name = "standard input" if argument == "-" else argument
     try:
         with nullcontext(sys.stdin.buffer) if argument == "-" else Path(argument).open("rb") as lines:
-            prompts = list(read_prompts(lines, name, tokenizer, bos, n_first))
+            prompts = list(read_prompts(lines, name, tokenizer, bos, n_first, n_last))
     except OSError as error:
         raise ConfigError(f"cannot read --prompts {name}: {error.strerror}: give a file of JSON lines") from None
     if not prompts:
@@ -100,17 +101,20 @@ def read_file(argument: str, tokenizer: Tokenizer, bos: bool, n_first: int | Non
 
 
 def check_draws(
-    config: ReformerConfig, tokens: Tensor, n_tokens: int, draws: Mapping[str, float], bos: bool, place: str = ""
+    config: ReformerConfig, tokens: Tensor, n_tokens: int, draws: Mapping[str, float], bos_id: int, place: str = ""
 ) -> None:
-    """Raises ConfigError where the tokens [T], the first of which may be BOS, cannot be continued so.
+    """Raises ConfigError where the tokens [T] cannot be continued so.
 
     place: what the error begins with.
     """
     try:
         check_continuation(config, tokens, n_tokens, **draws)
     except ValueError as error:
-        counted = " (BOS, which the prompt begins with, is one of them)"
-        raise ConfigError(f"{place}{error}{counted if bos and 'max_seq_len' in str(error) else ''}") from None
+        more = ""
+        if "max_seq_len" in str(error):
+            counted = " (BOS, which the prompt begins with, is one of them)" if tokens[0] == bos_id else ""
+            more = f"{counted}, or take the end of the prompt with --last N"
+        raise ConfigError(f"{place}{error}{more}") from None
 
 
 def print_text(tokenizer: Tokenizer, tokens: Tensor, added: Iterable[int]) -> None:
@@ -205,8 +209,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--samples {arguments.samples} with --temperature 0 would all be the same: leave out one")
     if arguments.prompts is not None and arguments.output is not None:
         raise ConfigError("--prompts writes lines to standard output: leave out --output, and add > FILE")
-    if arguments.first is not None and arguments.prompts is None:
-        raise ConfigError("--first is of --prompts: leave it out, or give these")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -215,14 +217,15 @@ def run(arguments: argparse.Namespace) -> None:
     seeds = range(arguments.seed, arguments.seed + arguments.samples)
     device = choose_device(arguments.device)
     model, tokenizer, ends = read_generator(arguments.folder)
+    part = (ends.bos, arguments.first, arguments.last)
     if arguments.prompts is not None:
-        prompts = read_file(arguments.prompts, tokenizer, ends.bos, arguments.first)
+        prompts = read_file(arguments.prompts, tokenizer, *part)
         for prompt in prompts:
-            check_draws(model.config, prompt.tokens, arguments.tokens, draws, ends.bos, f"{prompt.place}: ")
+            check_draws(model.config, prompt.tokens, arguments.tokens, draws, tokenizer.bos_id, f"{prompt.place}: ")
         print_lines(prompts, model.to(device), tokenizer, ends.eos, seeds, arguments.tokens, **draws)
         return
-    tokens = encode(read_prompt(arguments.prompt), tokenizer, ends.bos).to(device)
-    check_draws(model.config, tokens, arguments.tokens, draws, ends.bos)  # before anything is printed
+    tokens = encode(read_prompt(arguments.prompt), tokenizer, *part).to(device)
+    check_draws(model.config, tokens, arguments.tokens, draws, tokenizer.bos_id)  # before anything is printed
     continuations = Continuations(model.to(device), tokenizer, tokens, ends.eos, arguments.samples)
     if arguments.output is None:
         steps = continuations.draw(arguments.tokens, seeds=seeds, **draws)

@@ -3,7 +3,7 @@
 A line in is an object with a "text", or for models of integers with "values", as `python -m data_pipeline decode
 --split` writes them; what else it has comes back in the lines out, which have besides:
 
-    prompt          the beginning that was continued: a text, or the values
+    prompt          what was continued: a text, or the values
     seed            of the draws
     continuation    what the model added to it, likewise
     ended           whether the model ended the document there
@@ -29,15 +29,15 @@ class Prompt(NamedTuple):
     others: dict[str, Any]
     """What the line has beside the text or the values."""
     tokens: Tensor
-    """int64 [T]: the beginning that is to be continued."""
+    """int64 [T]: what is to be continued."""
 
 
 def read_prompts(
-    lines: Iterable[bytes], name: str, tokenizer: Tokenizer, bos: bool, n_first: int | None
+    lines: Iterable[bytes], name: str, tokenizer: Tokenizer, bos: bool, n_first: int | None, n_last: int | None
 ) -> Iterator[Prompt]:
     """The prompts in the lines of a file of this name, in order; empty lines are none.
 
-    bos: whether documents begin with BOS. n_first: how many tokens of each are taken, BOS aside; None: all.
+    bos, n_first, n_last: see `encode`.
 
     Raises ConfigError for a line that is no such object, or whose text or values cannot be encoded.
     """
@@ -58,10 +58,10 @@ def read_prompts(
             kind = "an array of integers" if field == "values" else "a string"
             raise ConfigError(f"{place} is no object with {field!r}, {kind}: give one for each prompt")
         try:
-            tokens = encode(given.encode(), tokenizer, bos)
+            tokens = encode(given.encode(), tokenizer, bos, n_first, n_last)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
-        yield Prompt(place, record, tokens if n_first is None else tokens[: bos + n_first])
+        yield Prompt(place, record, tokens)
 
 
 def continuation_line(prompt: Prompt, tokenizer: Tokenizer, seed: int, added: Sequence[int]) -> str:

@@ -28,15 +28,23 @@ MEMORY = 2**31
 """Bytes that they and the prompt may keep, all together; one alone may keep any number."""
 
 
-def encode(text: bytes, tokenizer: Tokenizer, bos: bool) -> Tensor:
-    """The ids [T] of the beginning of a document. Raises ConfigError where the text cannot be encoded."""
+def encode(
+    text: bytes, tokenizer: Tokenizer, bos: bool, n_first: int | None = None, n_last: int | None = None
+) -> Tensor:
+    """The ids [T] of the beginning of a document. Raises ConfigError where the text cannot be encoded.
+
+    bos: whether documents begin with BOS. n_first: how many tokens are taken at most, BOS aside; n_last: the same from
+    the end, without BOS if the beginning is left out, as in a row that begins amid a document.
+    """
     try:
         tokens = integers(text, tokenizer.bos_id) if tokenizer.kind == "integers" else tokenizer.encode(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"the prompt is not UTF-8 at byte {error.start} ({error.reason}): convert it") from None
     if not len(tokens) and not bos:
         raise ConfigError("the prompt is empty, and documents of this model begin without BOS: give it a beginning")
-    return torch.tensor([tokenizer.bos_id] * bos + tokens.tolist(), dtype=torch.int64)
+    if n_last is not None and n_last < len(tokens):
+        return torch.tensor(tokens[-n_last:].tolist(), dtype=torch.int64)
+    return torch.tensor([tokenizer.bos_id] * bos + tokens[:n_first].tolist(), dtype=torch.int64)
 
 
 def integers(text: bytes, n_values: int) -> np.ndarray:

@@ -210,8 +210,10 @@ def test_a_prompt_that_is_no_text(exported: Path, pieces: Path, call) -> None:
         (("--tokens", "5", "--top-p", "0"), "top_p=0.0 must be above 0 and at most 1"),
         (
             ("--tokens", "61"),
-            "4 tokens and 61 more are beyond max_seq_len=64: add at most 60 (BOS, which the prompt begins with, is one",
+            "4 tokens and 61 more are beyond max_seq_len=64: add at most 60 (BOS, which the prompt begins with, is one "
+            "of them), or take the end of the prompt with --last N\n",
         ),
+        (("--tokens", "63", "--last", "2"), "2 tokens and 63 more are beyond max_seq_len=64: add at most 62, or take"),
     ],
 )
 def test_what_is_asked_for_is_checked_before_anything_is_printed(
@@ -219,7 +221,19 @@ def test_what_is_asked_for_is_checked_before_anything_is_printed(
 ) -> None:
     code, out, error = call(exported, "abc", *arguments)
     assert code == 2 and out == "" and error.startswith("error: ") and message in error
-    assert ("BOS" in error) == ("max_seq_len" in error)
+    assert ("BOS" in error) == ("max_seq_len" in error and "--last" not in arguments)
+
+
+def test_a_part_of_a_prompt(exported: Path, call) -> None:
+    def continued(prompt: str, *part: str) -> str:
+        code, out, error = call(exported, prompt, "--tokens", "9", *part)
+        assert (code, error) == (0, "")
+        return out
+
+    whole = continued("abc")
+    assert whole.startswith("abc") and len(whole) > 4
+    assert continued("abcd" * 99, "--first", "3") == whole == continued("abc", "--last", "3")
+    assert continued("x" * 99 + "abc", "--last", "3").startswith("abc"), "without BOS"
 
 
 def test_folders_that_are_no_export(tmp_path: Path, call) -> None:

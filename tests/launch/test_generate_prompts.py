@@ -68,6 +68,17 @@ def test_integers(tmp_path: Path, call) -> None:
     assert one["prompt"] + one["continuation"] == [int(word) for word in alone]
 
 
+def test_the_last_tokens_of_each_prompt_without_bos_if_its_beginning_is_left_out(
+    exported: Path, tmp_path: Path, call
+) -> None:
+    file = write_lines(tmp_path / "prompts.jsonl", {"text": "x" * 99 + "my words"}, {"text": "my words"})
+    code, out, error = call(exported, "--prompts", file, "--last", "8", "--tokens", "9")
+    assert code == 0, error
+    for said, before in zip(map(json.loads, out.splitlines()), ([], [256]), strict=True):
+        added = expected(exported, [*before, *b"my words"], 9, top_p=0.95, seed=0).decode(errors="replace")
+        assert (said["prompt"], said["continuation"]) == ("my words", added)
+
+
 def test_a_line_says_whether_the_document_ended(tmp_path: Path, call) -> None:
     folder = write_export(tmp_path / "ends", 258, tokenizer_record(), biases=(NEVER, 100.0))
     code, out, _ = call(folder, "--prompts", write_lines(tmp_path / "prompts.jsonl", {"text": "all"}), "--tokens", "9")
@@ -123,7 +134,6 @@ def test_values_that_are_none(tmp_path: Path, call, values: str, said: str) -> N
     ("options", "said"),
     [
         (("--prompts", "p.jsonl", "--output", "new"), "leave out --output"),
-        (("abc", "--first", "3"), "--first is of --prompts"),
         (("--prompts", "missing.jsonl"), "cannot read --prompts missing.jsonl: No such file or directory: give a"),
     ],
 )
