@@ -39,27 +39,26 @@ class Call:
     part: SequencePart = WHOLE
     """Which part of a sequence the tokens are."""
 
-    def dropout_scale(self, like_BTM: Tensor, layer: int, half: Literal["attention", "feed_forward"]) -> Tensor | None:
-        """Factors [B, T, M]: 0 where an element is dropped, 1 / (1 - p) elsewhere; None without dropout."""
+    def kept(self, like_BTM: Tensor, layer: int, half: Literal["attention", "feed_forward"]) -> Tensor | None:
+        """bool [B, T, M], False where an element of a half's output is dropped; None without dropout."""
         if not self.dropout:
             return None
         place = (self.seed, self.step, layer, int(half == "attention"))
-        masks = [self._kept(like_BTM, derive_seed(*place, sample_id)) for sample_id in self.sample_ids]
-        # In fp32 or better: the forward and the backward of a block must use the same numbers, whatever they scale.
-        return torch.stack(masks).to(torch.promote_types(like_BTM.dtype, torch.float32)) / (1 - self.dropout)
+        kept_BTM = torch.empty_like(like_BTM, dtype=torch.bool)
+        for kept_TM, sample_id in zip(kept_BTM, self.sample_ids, strict=True):
+            self._draw(kept_TM, derive_seed(*place, sample_id))
+        return kept_BTM
 
-    def _kept(self, like_BTM: Tensor, seed: int) -> Tensor:
-        """Which elements [T, M] of a sample are not dropped: the same however its sequence is cut into parts."""
-        _, n_tokens, width = like_BTM.shape
+    def _draw(self, kept_TM: Tensor, seed: int) -> None:
+        """Which elements of a sample are not dropped: the same however its sequence is cut into parts."""
+        n_tokens, width = kept_TM.shape
         start, block_len = self.part.start(n_tokens), -(-self.part.seq_len(n_tokens) // DROPOUT_BLOCKS)
-        first, last = start // block_len, (start + n_tokens - 1) // block_len
-        drawn = []
-        for block in range(first, last + 1):
-            generator = torch.Generator(like_BTM.device).manual_seed(derive_seed(seed, block))
-            uniform = torch.rand(block_len, width, generator=generator, device=like_BTM.device, dtype=torch.float32)
-            drawn.append(uniform >= self.dropout)
-        skipped = start - first * block_len
-        return torch.cat(drawn)[skipped : skipped + n_tokens]
+        for block in range(start // block_len, (start + n_tokens - 1) // block_len + 1):
+            generator = torch.Generator(kept_TM.device).manual_seed(derive_seed(seed, block))
+            uniform = torch.rand(block_len, width, generator=generator, device=kept_TM.device, dtype=torch.float32)
+            begin = block * block_len - start  # where the block stands among these tokens
+            own = kept_TM[max(begin, 0) : begin + block_len]
+            torch.ge(uniform[max(-begin, 0) :][: len(own)], self.dropout, out=own)
 
     def attn_dropout_keys(self, layer: int, n_heads: int, device: torch.device) -> Tensor | None:
         """int32 [B, H], what decides which attention weights are dropped; None without attention dropout."""

@@ -54,12 +54,12 @@ class ReversibleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The attention half's output [B, T, M] after dropout, and the buckets; `held` as in the layer itself."""
         attended, buckets = self.attention(x2, call, buckets, held=held)
-        return _scaled(attended, call.dropout_scale(attended, self.layer, "attention")), buckets
+        return _dropped(attended, call.kept(attended, self.layer, "attention"), call.dropout), buckets
 
     def feed(self, y1: Tensor, call: Call) -> Tensor:
         """The feed-forward half's output [B, T, M] after dropout."""
         fed, _ = self.feed_forward(y1)
-        return _scaled(fed, call.dropout_scale(fed, self.layer, "feed_forward"))
+        return _dropped(fed, call.kept(fed, self.layer, "feed_forward"), call.dropout)
 
     def forward(
         self,
@@ -95,13 +95,13 @@ class ReversibleBlock(nn.Module):
 
         Returns that half's output after dropout, or None if it is not needed.
         """
-        scale = call.dropout_scale(at.x1, self.layer, "feed_forward")
+        kept = call.kept(at.x1, self.layer, "feed_forward")
         with torch.enable_grad():
             y1 = at.x1.detach().requires_grad_()
-            fed, inner_product = self.feed_forward(y1, _scaled(at.d_x2, scale), needs_output)
+            fed, inner_product = self.feed_forward(y1, _dropped(at.d_x2, kept, call.dropout), needs_output)
         inner_product.backward()
         at.d_x1 = _gradient(y1).add_(at.d_x1)
-        return None if fed is None else _scaled(fed, scale)
+        return None if fed is None else _dropped(fed, kept, call.dropout)
 
     def attend_backward(
         self,
@@ -112,19 +112,22 @@ class ReversibleBlock(nn.Module):
         needs_output: bool = True,
     ) -> Tensor | None:
         """The same for the attention half and the gradient of its input, `at.x2`."""
-        scale = call.dropout_scale(at.x2, self.layer, "attention")
+        kept = call.kept(at.x2, self.layer, "attention")
         with torch.enable_grad():
             x2 = at.x2.detach().requires_grad_()
+            dropped = _dropped(at.d_x1, kept, call.dropout)
             attended, inner_product = self.attention(
-                x2, call, buckets, held=held, d_out_BTM=_scaled(at.d_x1, scale), needs_output=needs_output
+                x2, call, buckets, held=held, d_out_BTM=dropped, needs_output=needs_output
             )
+        del dropped
         inner_product.backward()
         at.d_x2 = _gradient(x2).add_(at.d_x2)
-        return None if attended is None else _scaled(attended, scale)
+        return None if attended is None else _dropped(attended, kept, call.dropout)
 
 
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else (x * scale).to(x.dtype)
+def _dropped(x: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
+    """x with zeros where it is not kept, the rest by 1 / (1 - dropout)."""
+    return x if kept is None else (x * kept).mul_(1 / (1 - dropout))
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -15,12 +15,11 @@ def test_dropout_keeps_the_mean_and_differs_by_everything_that_it_depends_on() -
     like = torch.empty(2, 300, 40)
     masks: list[Tensor] = []
     for seed, step, layer, half in itertools.product((6, 5), (0, 1), (0, 1), ("attention", "feed_forward")):
-        scale = Call(seed, step, sample_ids=(3, 8), dropout=0.25).dropout_scale(like, layer, half)
-        assert scale is not None and scale.dtype == torch.float32
-        assert set(scale.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
-        assert abs(scale.mean().item() - 1) < 0.02
-        masks.extend(scale)
-    again = Call(seed=5, step=1, sample_ids=(8,), dropout=0.25).dropout_scale(like, 1, "feed_forward")
+        kept = Call(seed, step, sample_ids=(3, 8), dropout=0.25).kept(like, layer, half)
+        assert kept is not None and kept.dtype == torch.bool
+        assert abs(kept.float().mean().item() - 0.75) < 0.015
+        masks.extend(kept)
+    again = Call(seed=5, step=1, sample_ids=(8,), dropout=0.25).kept(like[:1], 1, "feed_forward")
     assert again is not None and torch.equal(again[0], masks[-1])
     for one, other in itertools.combinations(masks, 2):
         agreement = (one == other).float().mean().item()
@@ -31,9 +30,9 @@ def test_rotations_and_masks_do_not_depend_on_torchs_default_dtype() -> None:
     like = torch.empty(1, 50, 40, dtype=torch.float32)
 
     def drawn() -> list[Tensor]:
-        scale = Call(seed=5, sample_ids=(3,), dropout=0.001).dropout_scale(like, 0, "attention")
-        assert scale is not None
-        return [scale, draw_rotations(2, 8, 2, (16,), 1, 2, 3)]
+        kept = Call(seed=5, sample_ids=(3,), dropout=0.001).kept(like, 0, "attention")
+        assert kept is not None
+        return [kept, draw_rotations(2, 8, 2, (16,), 1, 2, 3)]
 
     expected, default = drawn(), torch.get_default_dtype()
     try:

@@ -201,9 +201,9 @@ def test_without_the_attention_of_lsh_layers() -> None:
 def test_a_part_drops_what_the_whole_does(n_tokens: int, n_parts: int) -> None:
     """Blocks of masks begin and end elsewhere than parts do; and no two of them are alike."""
     like = torch.empty(2, n_tokens, 6)
-    whole = Call(1, 2, (3, 4), dropout=0.4).dropout_scale(like, 0, "attention")
+    whole = Call(1, 2, (3, 4), dropout=0.4).kept(like, 0, "attention")
     parts = [
-        Call(1, 2, (3, 4), dropout=0.4, part=SequencePart(i, n_parts, torch.clone)).dropout_scale(
+        Call(1, 2, (3, 4), dropout=0.4, part=SequencePart(i, n_parts, torch.clone)).kept(
             like[:, : n_tokens // n_parts], 0, "attention"
         )
         for i in range(n_parts)
@@ -225,7 +225,7 @@ def test_a_part_draws_no_masks_but_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     for n_parts in (1, 4):
         for index in range(n_parts):
             part = SequencePart(index, n_parts, torch.clone)
-            Call(1, 2, (3,), dropout=0.4, part=part).dropout_scale(torch.empty(1, 64 // n_parts, 6), 0, "attention")
+            Call(1, 2, (3,), dropout=0.4, part=part).kept(torch.empty(1, 64 // n_parts, 6), 0, "attention")
             assert sum(drawn) == 64 // n_parts
             drawn.clear()
 
