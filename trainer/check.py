@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from data_pipeline.store import Store
 from reformer.config import ConfigError, near_square
-from trainer.check_deepspeed import batch, clipping, keys, objections, precision, zero_stage
+from trainer.check_deepspeed import batch, keys, objections, precision, switches, zero_stage
 from trainer.check_offload import offload
 from trainer.check_optimizer import optimizer, tables_of_no_width
 from trainer.config import DataConfig, RunConfig
@@ -62,7 +62,7 @@ def check(
     problems = [
         *keys(deepspeed),
         *(_sharing(config, store, world_size) or batch(deepspeed, world_size, config.run.sequence_parallel)),
-        *clipping(deepspeed),
+        *switches(deepspeed),
         # These make sense for a valid stage only.
         *(zero_stage(deepspeed) or [*precision(deepspeed), *optimizer(deepspeed), *offload(deepspeed)]),
         *_data(config, store, sources),

@@ -6,7 +6,7 @@ returns one line for each problem: the value, what was expected and the way out.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
@@ -78,14 +78,37 @@ CONTRADICTING = {
 
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
 """Tables in which DeepSpeed refuses unknown keys, and what they are parsed by."""
+BOOLEAN = (bool, bool | None)
 
 
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 """What ZeRO sends between ranks with 4 or 8 bits a number."""
 
 
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 1
+
+
+def _is_limit(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 0
+
+
+COMMUNICATED = ("fp32", "bf16", "fp16")
+SWITCH: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "give true or false")
+SCALARS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "gradient_clipping": (_is_limit, "give the maximum gradient norm, or 0 for no limit"),
+    "steps_per_print": (_is_count, "give a number >= 1"),
+    "communication_data_type": (lambda value: value in (*COMMUNICATED, None), f"give one of {COMMUNICATED}"),
+    "wall_clock_breakdown": SWITCH,
+    "memory_breakdown": SWITCH,
+    "zero_allow_untested_optimizer": SWITCH,
+    "zero_force_ds_cpu_optimizer": SWITCH,
+}
+"""What others of ALLOWED may be, and what to say where one is something else, which DeepSpeed would find late."""
+
+
 def keys(deepspeed: Mapping[str, Any]) -> list[str]:
-    """Keys are known and not refused, and tables are tables."""
+    """Keys are known and not refused, tables are tables, and single values are of their kinds."""
     problems = []
     for key in deepspeed:
         if key in REFUSED and deepspeed[key] != HARMLESS.get(key, {"enabled": False}):
@@ -94,6 +117,8 @@ def keys(deepspeed: Mapping[str, Any]) -> list[str]:
             problems.append(f"deepspeed.{key}: {nearest(key, ALLOWED)}")
         elif key in TABLES and not isinstance(deepspeed[key], Mapping):
             problems.append(f"deepspeed.{key}: this is a table of keys and values (got {deepspeed[key]!r})")
+        elif key in SCALARS and not SCALARS[key][0](deepspeed[key]):
+            problems.append(f"deepspeed.{key}={deepspeed[key]!r}: {SCALARS[key][1]}")
         elif known := TABLES.get(key):
             unknown = [name for name in deepspeed[key] if name not in known]
             problems += [f"deepspeed.{key}.{name}: {nearest(name, known)}" for name in unknown]
@@ -102,6 +127,16 @@ def keys(deepspeed: Mapping[str, Any]) -> list[str]:
         if value if values is None else value in values:
             problems.append(f"deepspeed.{section}.{key}={value!r}: {reason}; leave it out")
     return problems
+
+
+def switches(deepspeed: Mapping[str, Any]) -> list[str]:
+    """DeepSpeed takes text such as "off" for true and false, too, which others that read the same value do not."""
+    return [
+        f"deepspeed.{section}.{key}={value!r}: {SWITCH[1]}"
+        for section, known in SECTIONS.items()
+        for key, value in table(deepspeed, section).items()
+        if isinstance(value, str) and key in known.model_fields and known.model_fields[key].annotation in BOOLEAN
+    ]
 
 
 def batch(deepspeed: Mapping[str, Any], world_size: int, n_parts: int = 1) -> list[str]:
@@ -130,10 +165,6 @@ def batch(deepspeed: Mapping[str, Any], world_size: int, n_parts: int = 1) -> li
     return [f"deepspeed.train_batch_size={size} is not divisible by {parts}: {' or '.join(map(str, near))} would do"]
 
 
-def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and value >= 1
-
-
 def precision(deepspeed: Mapping[str, Any]) -> list[str]:
     """Gradients and moments are of types that DeepSpeed has, for this ZeRO stage and on this device."""
     zero, bf16, types = (table(deepspeed, key) for key in ("zero_optimization", "bf16", "data_types"))
@@ -158,14 +189,6 @@ def precision(deepspeed: Mapping[str, Any]) -> list[str]:
             "set deepspeed.zero_optimization.stage to 1, 2 or 3, or leave it out"
         ]
     return []
-
-
-def clipping(deepspeed: Mapping[str, Any]) -> list[str]:
-    """The gradient's largest norm is a number."""
-    limit = deepspeed.get("gradient_clipping", 0.0)
-    if isinstance(limit, float | int) and not isinstance(limit, bool) and limit >= 0:
-        return []
-    return [f"deepspeed.gradient_clipping={limit!r}: give the maximum gradient norm, or 0 for no limit"]
 
 
 def zero_stage(deepspeed: Mapping[str, Any]) -> list[str]:

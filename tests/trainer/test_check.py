@@ -98,7 +98,18 @@ def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len:
         ({"optimizer": {**DEEPSPEED["optimizer"], "lr": 1}}, "deepspeed.optimizer.lr: "),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "without bf16_optimizer_states=True"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "quantized_weights=True: .* for GPUs only"),
-        ({"communication_data_type": "fp8"}, "Invalid communication_data_type"),
+        (
+            {"communication_data_type": "fp8"},
+            r"deepspeed.communication_data_type='fp8': give one of \('fp32', 'bf16', ",
+        ),
+        ({"communication_data_type": 3}, "deepspeed.communication_data_type=3: give one of"),
+        ({"steps_per_print": 0}, "deepspeed.steps_per_print=0: give a number >= 1"),
+        ({"steps_per_print": "a"}, "deepspeed.steps_per_print='a': give a number >= 1"),
+        ({"wall_clock_breakdown": "x"}, "deepspeed.wall_clock_breakdown='x': give true or false"),
+        ({"memory_breakdown": 3}, "deepspeed.memory_breakdown=3: give true or false"),
+        ({"bf16": {"enabled": "False"}}, "deepspeed.bf16.enabled='False': give true or false"),
+        ({"zero_optimization": {"compute_grad_norm": "no"}}, "compute_grad_norm='no': give true or false"),
+        ({"zero_optimization": {"overlap_comm": "off"}}, "overlap_comm='off': give true or false"),
         (
             {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
             "with weights in bf16 needs ZeRO",
@@ -131,6 +142,8 @@ def test_deepspeed_works_out_what_is_left_out_of_the_batch(batch: dict[str, Any]
     [
         {"fp16": {"enabled": False}},
         {"prescale_gradients": False, "gradient_predivide_factor": 1},
+        {"wall_clock_breakdown": True, "memory_breakdown": False, "steps_per_print": 7, "gradient_clipping": 1},
+        {"zero_allow_untested_optimizer": True, "communication_data_type": None},
         {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 0, "legacy_stage1": False}},
     ],
 )
