@@ -20,6 +20,9 @@ BOUNDARY_REACH_BYTES = 1 << 16
 
 Settle = Callable[[BadDocument], None]
 
+_MARK, _MARKING = "\udfff", "longhand.marking"
+"""What no decoder gives, half of a surrogate pair, and the name of the way to give it for what is not valid."""
+codecs.register_error(_MARKING, lambda error: (_MARK, error.end))  # type: ignore[attr-defined]  # it is of decoding
 _NOT_ASCII = bytes(range(0x80, 0x100))
 _CHARACTER_BEGUN = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
 
@@ -75,9 +78,28 @@ def decode_chunks(
             position += len(chunk)
         if not ended_early():
             yield encode_text(_decode(decoder, b"", position, settle), settle)
-    except UnicodeError as error:  # has no place, so that a decoder cannot go on after it either
-        way_out = f": without one it is {encoding}-le or {encoding}-be" if encoding in ("utf-16", "utf-32") else ""
-        raise BadDocument("encoding", f"is not valid {encoding} ({error}{way_out})") from error
+    except UnicodeError as error:
+        raise _lost(error, encoding) from error
+
+
+def decode_marking(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
+    """The same without anything to settle: a byte that UTF-8 never has stands for what is not valid.
+
+    Raises BadDocument("encoding") where `decode_chunks` does.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)(_MARKING)
+    try:
+        for chunk in itertools.chain(chunks, [b""]):
+            text = decoder.decode(chunk, final=not chunk)
+            yield text.encode("utf-8", "surrogatepass").replace(_MARK.encode("utf-8", "surrogatepass"), b"\xff")
+    except UnicodeError as error:
+        raise _lost(error, encoding) from error
+
+
+def _lost(error: UnicodeError, encoding: str) -> BadDocument:
+    """Of an error that has no place, so that a decoder cannot go on after it either."""
+    way_out = f": without one it is {encoding}-le or {encoding}-be" if encoding in ("utf-16", "utf-32") else ""
+    return BadDocument("encoding", f"is not valid {encoding} ({error}{way_out})")
 
 
 def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, position: int, settle: Settle) -> str:

@@ -19,6 +19,7 @@ from data_pipeline.blocks import (
     compose_characters,
     cut_blocks,
     decode_chunks,
+    decode_marking,
     drop_byte_order_mark,
     drop_cut_character,
     encode_text,
@@ -216,8 +217,9 @@ def _json_parts(file: InputFile, span: Span, reading: Reading) -> Iterator[Part]
     # A line begins at the span's first byte only if a newline precedes it.
     begin = max(span.start - 1, 0)
     chunks, encoding = read_content(file, begin), reading.text.encoding
-    if "\n".encode(encoding) != b"\n":  # such as UTF-16, in which lines cannot be told before it is decoded
-        chunks, encoding = decode_chunks(chunks, encoding, _raise, lambda: False), "utf-8"
+    is_of_lines = "\n".encode(encoding) == b"\n"
+    if not is_of_lines:  # such as UTF-16, in which lines cannot be told before it is decoded
+        chunks = decode_marking(chunks, encoding)
     limit = reading.text.max_record_bytes
     for line in split_lines(chunks, begin, limit):
         if line.offset >= span.stop and span.stop < file.n_bytes:
@@ -225,7 +227,7 @@ def _json_parts(file: InputFile, span: Span, reading: Reading) -> Iterator[Part]
         if line.offset < span.start or (line.n_bytes <= limit and not line.content.strip()):
             continue
         part = Part()
-        part.blocks = _json_blocks(part, line, encoding, reading)
+        part.blocks = _json_blocks(part, line, encoding if is_of_lines else "utf-8", reading)
         yield part
 
 
@@ -234,7 +236,7 @@ def _json_blocks(part: Part, line: Line, encoding: str, reading: Reading) -> Ite
     if line.n_bytes > limit:
         raise _oversized(f"the line at byte {line.offset}", line.n_bytes, limit)
     settle = _settle(part, reading)
-    text = json_text(line, encoding, reading.text.field, settle)
+    text = json_text(line, encoding, reading.text, settle)
     yield from _normal_blocks(part, [encode_text(text, settle)], reading)
 
 

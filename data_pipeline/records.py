@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from data_pipeline.blocks import Settle, invalid_text
+from data_pipeline.config import TextSettings
 from data_pipeline.errors import BadDocument, DataError
 
 _BATCH_BYTES = 4 << 20
@@ -42,11 +43,16 @@ def split_lines(chunks: Iterable[bytes], offset: int, limit: int) -> Iterator[Li
         yield Line(offset, n_bytes, bytes(content))
 
 
-def json_text(line: Line, encoding: str, field: str, settle: Settle) -> str:
-    """The text in a field of a JSON line. Raises BadDocument("unreadable") where there is none."""
+def json_text(line: Line, encoding: str, given: TextSettings, settle: Settle) -> str:
+    """The text in a field of a JSON line. Raises BadDocument("unreadable") where there is none.
+
+    encoding: that of the line: UTF-8, marked by `decode_marking`, if lines cannot be told in that of the file.
+    """
+    field = given.field
     try:
         content = line.content.decode(encoding)
     except UnicodeDecodeError as error:
+        error.encoding = given.encoding
         settle(invalid_text(error, line.offset))
         content = line.content.decode(encoding, errors="replace")
     if line.offset == 0:

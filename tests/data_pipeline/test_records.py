@@ -151,6 +151,25 @@ def test_json_lines_in_another_encoding(tmp_path: Path, encoding: str) -> None:
     assert [result for _, result, _ in read(file, reading(encoding=encoding))] == ["천지".encode()] * 2
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "cp949", "utf-16", "utf-16-le", "utf-32-be"])
+def test_what_is_not_valid_in_a_line_concerns_that_line_alone(tmp_path: Path, encoding: str) -> None:
+    """Also where lines cannot be told before the file is decoded."""
+    lines = [json.dumps({"text": text}) + "\n" for text in ("one", "t?o", "three")]
+    data = "".join(lines).encode(encoding)
+    mark, broken = "?".encode(encoding), {1: b"\xff", 2: b"\x00\xdc", 4: b"\x00\x11\x00\x00"}
+    mark = mark[-len("o".encode(encoding + "-le" * (encoding == "utf-16"))) :]  # without a byte order mark
+    file = save(tmp_path / "a.jsonl", data.replace(mark, broken[len(mark)]))
+    for policy, second in (("replace", "t\ufffdo".encode()), ("skip", "encoding"), ("strict", "encoding")):
+        one, two, three = read(file, reading(encoding=encoding, policies={"encoding": policy}))
+        assert (one[1], three[1]) == (b"one", b"three")
+        if policy == "replace":
+            (found,) = two[2]
+            assert (two[1], found.problem) == (second, "encoding")
+            assert found.detail.startswith(f"is not valid {encoding.removesuffix('-le')}")
+        else:
+            assert two[1][0] == second and f"is not valid {encoding.removesuffix('-le')}" in two[1][1]
+
+
 def test_truncated_json_lines_lose_the_record_in_which_they_end(tmp_path: Path) -> None:
     compressor = zstandard.ZstdCompressor().compressobj()
     data = json_lines({"text": "one"}, {"text": "two"})[:-5]
