@@ -32,7 +32,7 @@ def partial_path(output: Path) -> Path:
     Raises DataError for "." and the like, which no rename can put in place.
     """
     if not output.name:
-        raise DataError(f"--output {output} has no name of its own: give one, such as {output / 'output'}")
+        raise DataError(f"the output {output} has no name of its own: give one, such as {output / 'output'}")
     return output.with_name(f".{output.name}.partial")
 
 
@@ -72,11 +72,13 @@ def unwritable(what: str, error: OSError) -> DataError:
 def staged(output: Path) -> Iterator[Path]:
     """Yields a path to make a file or directory at. It becomes `output` when the block ends well, else it is removed.
 
-    Raises DataError when its folder cannot be written to, when another process is writing the same output, or when one
-    has taken its name by the end.
+    Of a link it is what that leads to. Raises DataError when its folder cannot be written to, when another process is
+    writing the same output, or when one has taken its name by the end.
     """
-    check_writable(output.parent, f"--output {output}")
+    if output.is_symlink():  # which a rename cannot put a folder in place of
+        output = output.resolve()
     partial = partial_path(output)
+    check_writable(output.parent, f"--output {output}")
     with _locked(partial, output):
         content = partial / _CONTENT
         _remove_leftover(content)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data_pipeline.dataset import RowDataset
 from data_pipeline.output import exit_code, table
-from data_pipeline.staging import check_json, check_writable
+from data_pipeline.staging import check_json, check_writable, partial_path
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
 from reformer.weights import refuse_existing
@@ -94,6 +94,7 @@ def check_options(arguments: argparse.Namespace, model: Reformer, store: Store) 
         if len(arguments.attention) > 1:
             raise ConfigError("--per-token is of one setting of --attention: give one, and a folder for each")
         refuse_existing(arguments.per_token)
+        partial_path(arguments.per_token)
         check_writable(arguments.per_token.parent, f"--per-token {arguments.per_token}")
     full = [name for name in store.manifest.splits if len(RowDataset(store, name))]
     if arguments.split not in full:

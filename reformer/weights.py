@@ -152,7 +152,7 @@ def write_folder(
 
     A process that is killed meanwhile leaves a folder `.NAME.….partial` behind, which may be removed.
     """
-    folder = folder.absolute()
+    folder = folder.resolve() if folder.is_symlink() else folder.absolute()  # no rename puts a folder in a link's place
     refuse_existing(folder)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")  # two may write at once: the first wins
     partial.mkdir(parents=True)

@@ -133,5 +133,13 @@ def test_an_output_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_store(tmp_path / "store", {"a.txt": b"text"})
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(DataError, match=r"--output \. has no name of its own: give one, such as output"):
+    with pytest.raises(DataError, match=r"the output \. has no name of its own: give one, such as output"):
         decode_all(Store.open(tmp_path / "store"), Path())
+
+
+def test_an_output_that_is_a_link(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", {"a.txt": b"text"})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert decode_all(Store.open(tmp_path / "store"), tmp_path / "link") == 1
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty/a.txt").read_bytes() == b"text"

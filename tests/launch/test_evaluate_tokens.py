@@ -103,10 +103,16 @@ def test_windows_that_overlap_are_as_many_documents(exported: Path, call, tmp_pa
     assert errors[1] > 0.7 * errors[0]
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is_scored(exported: Path, call, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused_before_anything_is_scored(
+    exported: Path, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = make_store(tmp_path / "store", "book")
     code, out, error = call(exported, store.path, "--per-token", store.path)
     assert (code, out) == (2, "") and f"{store.path} exists and is not an empty folder" in error
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    code, out, error = call(exported, store.path, "--per-token", ".")
+    assert (code, out) == (2, "") and "the output . has no name of its own" in error
     code, out, error = call(exported, store.path, "--per-token", tmp_path / "new", "--attention", "1", "2")
     assert (code, out) == (2, "") and "--per-token is of one setting of --attention" in error
     (tmp_path / "file").write_text("x")

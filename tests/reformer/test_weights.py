@@ -70,11 +70,13 @@ def test_other_files_lie_beside_the_model(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("folder", ["new/deeper/model", "."])
+@pytest.mark.parametrize("folder", ["new/deeper/model", ".", "../link"])
 def test_any_folder_that_is_not_there_or_empty_will_do(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to("other")
     monkeypatch.chdir(tmp_path / "empty")
     save_model(folder, CONFIG, parameters(CONFIG))
     assert load_model(tmp_path / "empty" / folder).config == CONFIG
