@@ -21,6 +21,7 @@ pattern finds one run or many, and a script that waits for runs, or looks for th
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -45,6 +46,9 @@ STATES = {
     "idle": "not running",
 }
 RUNNING = ("training", "starting")
+WORDLESS = "ended without a word"
+ADDRESS = re.compile(r"\[[\w.:%]+\]:\d+")
+"""As gloo names the other end of a connection, which each rank has another of."""
 LOSSES = {"train": "train loss", "eval": "held out"}
 
 
@@ -113,15 +117,27 @@ def ranks_at_work(found: Mapping[str, Any], states: Sequence[RankState]) -> list
 
 
 def endings(states: Sequence[RankState]) -> list[tuple[str, str]]:
-    """What became of the ranks, those of one fate on one line; where one was, if that says anything."""
+    """What became of the ranks, those of one fate on one line; where one was, if that says anything.
+
+    First who ended without a word, then by number: errors of many ranks are mostly that another is gone.
+    """
     fates: dict[str, list[RankState]] = {}
     for state in states:
-        fates.setdefault(state.ended or "ended without a word", []).append(state)
-    alone = {fate for fate, same in fates.items() if len(same) == 1 and fate not in ("finished", "preempted")}
+        fates.setdefault(ADDRESS.sub("another", state.ended or WORDLESS), []).append(state)
+    found = sorted(fates.items(), key=lambda of: (of[0] != WORDLESS, len(of[1])))
+    lines = [("ended", f"{ranks([state.rank for state in same])}: {fate}{place(fate, same)}") for fate, same in found]
+    more = [state.rank for _, same in found[SHOWN:] for state in same]
+    return lines[:SHOWN] + (
+        [("ended", f"{ranks(more)}: in {counted(len(found) - SHOWN, 'other way')}")] if more else []
+    )
+
+
+def place(fate: str, same: Sequence[RankState]) -> str:
+    """Where the ranks of one fate were, if that says anything."""
+    if len(same) > 1 or fate in ("finished", "preempted"):
+        return ""
     # Who was killed wrote this some seconds before.
-    seen = {fate: " " if same[0].ended else ", last seen " for fate, same in fates.items()}
-    places = {fate: f"{seen[fate]}{same[0].place}" if fate in alone else "" for fate, same in fates.items()}
-    return [("ended", f"{ranks([state.rank for state in same])}: {fate}{places[fate]}") for fate, same in fates.items()]
+    return f"{' ' if same[0].ended else ', last seen '}{same[0].place}"
 
 
 def ranks(numbers: Sequence[int]) -> str:
@@ -144,8 +160,8 @@ def figures(
             lines.append((name, f"{at_step(step, value)}{per_byte}  {sparkline([each for _, each in values])}"))
     if "train/skipped_steps" in newest:
         skipped, spikes = (newest.get(f"train/{name}", 0.0) for name in ("skipped_steps", "spikes"))
-        counted = f"steps skipped: {skipped:.0f}, spikes of the loss: {spikes:.0f}"
-        lines.append(("trouble", f"{counted}, by step {losses['train/loss'][-1][0]:,}"))  # on the same lines
+        counts = f"steps skipped: {skipped:.0f}, spikes of the loss: {spikes:.0f}"
+        lines.append(("trouble", f"{counts}, by step {losses['train/loss'][-1][0]:,}"))  # on the same lines
     return lines
 
 

@@ -11,7 +11,8 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from traceback import walk_tb
+from types import FrameType, TracebackType
 
 from trainer.run_files import write_json
 
@@ -150,10 +151,24 @@ def is_waiting(frame: FrameType) -> bool:
 def line_of_code(frame: FrameType) -> str:
     """The innermost line of this project's code under which a thread is; the innermost of all if there is none."""
     ours: FrameType | None = frame
-    while ours is not None and _module(ours).partition(".")[0] not in _OURS:
+    while ours is not None and not _is_ours(ours):
         ours = ours.f_back
-    code, line = (ours or frame).f_code, (ours or frame).f_lineno
-    return f"{'/'.join(Path(code.co_filename).parts[-2:])}:{line} in {code.co_name}"
+    return _spelled(ours or frame, (ours or frame).f_lineno)
+
+
+def line_of_error(traceback: TracebackType) -> str:
+    """The same of where an error came up."""
+    places = list(walk_tb(traceback))
+    ours = [place for place in places if _is_ours(place[0])]
+    return _spelled(*(ours or places)[-1])
+
+
+def _spelled(frame: FrameType, line: int) -> str:
+    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{line} in {frame.f_code.co_name}"
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return _module(frame).partition(".")[0] in _OURS
 
 
 def _module(frame: FrameType) -> str:

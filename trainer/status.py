@@ -6,6 +6,7 @@ Nothing is written, and every byte of a checkpoint is read before it is called s
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ def facts(run: Path) -> dict[str, Any]:
     # A run that was stopped between two lines (run.log_every) has its last step in the checkpoint only.
     done = max([0, *(line["step"] for line in metrics), *([sound["step"]] if sound else [])])
     left_s = (steps - done) * newest["speed/step_s"] if steps is not None and "speed/step_s" in newest else None
-    paths = {state.rank: state_path(run, state.rank) for state in states}  # a new start removes some
-    written = {rank: path.stat().st_mtime for rank, path in paths.items() if path.exists()}  # by one clock
+    written = {}
+    for state in states:
+        with suppress(FileNotFoundError):  # a new start removes some
+            written[state.rank] = state_path(run, state.rank).stat().st_mtime  # all by one clock
     return {
         "run": str(run),
         "state": state_of(who, states, hang, started="train/loss" in newest and not any(map(is_loading, states))),

@@ -97,7 +97,7 @@ class Watchdog:
             self._end()
         self._closed.set()
         self._thread.join()
-        self._write(ranks.ending(error) if error is not None else self.outcome)
+        self._write(ranks.ending(error) if error is not None else self.outcome, traceback)
         if self._stacks is not None:
             self._stacks.close()
 
@@ -120,11 +120,13 @@ class Watchdog:
             return max(self._min_s, COLLECTIVE_TIMEOUT.total_seconds())
         return max(self._min_s, self._factor * self._longest_s[phase])
 
-    def _state(self, ended: str | None = None) -> RankState:
+    def _state(self, ended: str | None = None, traceback: TracebackType | None = None) -> RankState:
+        """What to say; `traceback`: of the error that ended it, where there is one."""
         if self._last_words:  # where it hung, not where the error comes that others are gone
             return replace(self._last_words, ended=ended)
         place, frames = self._phase, sys._current_frames()
         main = frames.get(self._main)
+        here = ranks.line_of_code(main) if main else "?"
         return RankState(
             rank=self._launch.rank,
             world_size=self._launch.world_size,
@@ -135,7 +137,7 @@ class Watchdog:
             phase=place.phase,
             in_phase_s=round(self._clock() - place.since_s, 3),
             limit_s=self._limit_s(place.phase),
-            at=ranks.line_of_code(main) if main else "?",
+            at=here if traceback is None else ranks.line_of_error(traceback),
             # Of any thread: on GPUs, autograd runs DeepSpeed's hooks in one of its own.
             waiting=any(ranks.is_waiting(frame) for frame in frames.values()),
             time=time.time(),
@@ -240,9 +242,9 @@ class Watchdog:
         states = {state.rank: state for state in ranks.read_states(self._run_dir, self._launch.world_size)}
         return list((states | {self._launch.rank: self._state()}).values())
 
-    def _write(self, ended: str | None = None) -> None:
+    def _write(self, ended: str | None = None, traceback: TracebackType | None = None) -> None:
         with self._tolerance():
-            ranks.write_state(self._run_dir, self._state(ended))
+            ranks.write_state(self._run_dir, self._state(ended, traceback))
             self._cannot_write = False
 
     def _clear(self) -> None:

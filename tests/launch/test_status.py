@@ -184,6 +184,25 @@ def test_what_became_of_a_run(run: Path, endings: list[str | None], state: str, 
     assert "left" not in lines_of(run)["step"]
 
 
+def test_who_ended_without_a_word_comes_before_those_who_lost_a_connection_by_it(run: Path) -> None:
+    """Each of these names another port."""
+    gloo = "failed: RuntimeError: [pair.cc:547] Connection closed by peer [127.0.0.1]:{}. This is a network error"
+    ended = [None if rank == 2 else gloo.format(50_000 + rank) for rank in range(40)]
+    end(run, *ended)
+    said = [line for line in status.text(status.facts(run)).splitlines() if line.startswith("ended")]
+    assert len(said) == 2 and "rank 2: ended without a word, last seen in 'backward' of step 7" in said[0]
+    assert said[1].endswith(
+        "ranks 0, 1, 3, 4, 5, 6, 7, 8 and 31 more: failed: RuntimeError: [pair.cc:547] Connection closed by peer "
+        "another. This is a network error"
+    )
+
+
+def test_of_many_fates_some_are_shown(run: Path) -> None:
+    end(run, *(f"failed: DataError: row {rank}" for rank in range(12)))
+    said = [line for line in status.text(status.facts(run)).splitlines() if line.startswith("ended")]
+    assert len(said) == 9 and said[-1].split(maxsplit=1)[1] == "ranks 8, 9, 10, 11: in 4 other ways"
+
+
 def test_what_the_watchdog_ended(run: Path) -> None:
     verdict = "the run hangs: the others wait for rank 1\n  rank 1 gives no sign of life"
     (run / "ranks" / "hang.json").write_text(json.dumps({"rank": 0, "verdict": verdict}))

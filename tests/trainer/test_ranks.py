@@ -8,11 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import pytest
 
 from trainer import ranks
-from trainer.ranks import RankState, holding_up, is_waiting, judge, line_of_code, parse_state, read_states, write_state
+from trainer.ranks import (
+    RankState,
+    holding_up,
+    is_waiting,
+    judge,
+    line_of_code,
+    line_of_error,
+    parse_state,
+    read_states,
+    write_state,
+)
 
 STATE = RankState(0, 4, "n1", 100, 7, 3, "forward", 1.0, 30.0, "trainer/loop.py:12 in step", True, 1e9)
 
@@ -128,6 +139,22 @@ def test_the_line_of_code_is_one_of_ours() -> None:
     assert line_of_code(call_in("trainer.loop", "torch.nn")) == "trainer/loop.py:2 in call"
     with ThreadPoolExecutor() as elsewhere:  # under nothing of ours
         assert elsewhere.submit(lambda: line_of_code(call_in("torch.nn"))).result() == "torch/nn.py:2 in call"
+
+
+def test_the_line_of_an_error_is_the_innermost_of_ours() -> None:
+    def fail() -> NoReturn:
+        raise ValueError
+
+    made = types.ModuleType("torch.nn")
+    exec(compile("def call(inner):\n    inner()", "/lib/torch/nn.py", "exec"), made.__dict__)
+    loop = types.ModuleType("trainer.loop")
+    exec(compile("def step(call, inner):\n\n    call(inner)", "/lib/trainer/loop.py", "exec"), loop.__dict__)
+    with pytest.raises(ValueError) as error:
+        loop.step(made.call, fail)
+    assert line_of_error(error.tb) == "trainer/loop.py:3 in step"
+    with pytest.raises(ValueError) as error:
+        made.call(fail)
+    assert line_of_error(error.tb) == f"trainer/test_ranks.py:{fail.__code__.co_firstlineno + 1} in fail"
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,7 @@ def test_how_it_ended(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Watchdog(tmp_path, ALONE, 20.0, 300.0):
         print(1 / 0)
     assert state(tmp_path).ended == "failed: ZeroDivisionError: division by zero"
+    assert state(tmp_path).at.endswith("in test_how_it_ended"), "not where the watchdog wrote it"
 
 
 def test_rank_0_removes_what_was_said_by_ranks_that_there_are_no_more(tmp_path: Path) -> None:
