@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from bench.plot import Record, check_output, draw
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return exit_code(partial(run, parse_arguments()))
+    return exit_code(lambda: run(parse_arguments()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import os
 import shlex
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 from bench.corpora import write_standard_library
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return exit_code(partial(run, parse_arguments()))
+    return exit_code(lambda: run(parse_arguments()))
 
 
 if __name__ == "__main__":

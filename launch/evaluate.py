@@ -21,7 +21,6 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -199,8 +198,7 @@ def show(record: Mapping[str, Any], first: Scores, arguments: argparse.Namespace
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    return exit_code(partial(run, arguments), ConfigError)
+    return exit_code(lambda: run(parse_arguments()), ConfigError)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ there is none, the weights are written without it, and a note on standard error 
 import argparse
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 
 from data_pipeline.output import exit_code
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return exit_code(partial(run, parse_arguments()), ConfigError)
+    return exit_code(lambda: run(parse_arguments()), ConfigError)
 
 
 if __name__ == "__main__":

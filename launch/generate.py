@@ -34,7 +34,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +234,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return exit_code(partial(run, parse_arguments()), ConfigError, FloatingPointError)
+    return exit_code(lambda: run(parse_arguments()), ConfigError, FloatingPointError)
 
 
 if __name__ == "__main__":

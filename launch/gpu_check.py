@@ -224,7 +224,7 @@ def write(file: Path | None, record: Result) -> None:
 
 
 def main() -> int:
-    return exit_code(partial(check, parse_arguments()), ConfigError)
+    return exit_code(lambda: check(parse_arguments()), ConfigError)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from data_pipeline.output import exit_code, reader_may_leave
@@ -85,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return exit_code(partial(run, parse_arguments()), ConfigError)
+    return exit_code(lambda: run(parse_arguments()), ConfigError)
 
 
 if __name__ == "__main__":

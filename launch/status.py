@@ -24,7 +24,6 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +217,7 @@ def show_each(paths: Sequence[Path], as_json: bool) -> int:
 
 
 def main() -> int:
-    return exit_code(partial(run, parse_arguments()), ConfigError)
+    return exit_code(lambda: run(parse_arguments()), ConfigError)
 
 
 if __name__ == "__main__":

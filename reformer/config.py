@@ -79,6 +79,10 @@ def _known(name: str, model: type[BaseModel]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"the known keys are {', '.join(known)}"
 
 
+MEMORY_ONLY = ("ff_chunk_tokens", "loss_chunk_tokens", "keep_ends")
+"""Fields that decide about memory, and about rounding, but not about what is computed."""
+
+
 class ReformerConfig(StrictConfig):
     """Shape and behaviour of a `Reformer` (Kitaev, Kaiser, Levskaya, ICLR 2020)."""
 
@@ -165,10 +169,10 @@ class ReformerConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:
-        if self.axial_shape is not None and math.prod(self.axial_shape) != self.max_seq_len:
-            rows, columns = self.axial_shape
+        rows, columns = self.axial_shape or (1, self.max_seq_len)
+        if (n_positions := max(rows, 0) * max(columns, 0)) != self.max_seq_len:
             raise ValueError(
-                f"axial_shape=({rows}, {columns}) covers {rows * columns} positions, but max_seq_len="
+                f"axial_shape=({rows}, {columns}) covers {n_positions} positions, but max_seq_len="
                 f"{self.max_seq_len}: give factors whose product is max_seq_len, such as "
                 f"{near_square(self.max_seq_len)}, or leave axial_shape out"
             )

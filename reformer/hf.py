@@ -21,6 +21,7 @@ same buckets, except that
 """
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,7 +142,7 @@ def config_from_hf(values: Mapping[str, Any], attn_dropout: float | None = None)
         return ReformerConfig(**fields)
     except ConfigError as error:
         known = {**FIELDS, "attn_dropout": ATTN_DROPOUT[layers[0]]}
-        names = [f"{ours} is {theirs}" for ours, theirs in known.items() if ours in str(error)]
+        names = [f"{ours} is {theirs}" for ours, theirs in known.items() if re.search(rf"\b{ours}\b", str(error))]
         raise ConfigError(f"{error}\nIn config.json, {', '.join(names) or 'see longhand'}") from None
 
 

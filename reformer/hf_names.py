@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from reformer.config import ReformerConfig
+from reformer.config import MEMORY_ONLY, ReformerConfig
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -27,7 +27,7 @@ FIELDS = {
 ATTN_DROPOUT = {kind: f"{kind}_attention_probs_dropout_prob" for kind in ("local", "lsh")}
 """What attn_dropout is called there, for each kind of attention."""
 
-CARRIED = ("ff_chunk_tokens", "keep_ends", "loss_chunk_tokens", "seed")
+CARRIED = (*MEMORY_ONLY, "seed")
 """Fields that Hugging Face has no use for. They travel under the key "longhand", which transformers keeps."""
 
 DEFAULTS: dict[str, Any] = {

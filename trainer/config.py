@@ -6,6 +6,7 @@ beating the one before: the defaults below, the file, `a.b=c` on the command lin
 How the two files, the data and the number of ranks must fit together is written in check.py.
 """
 
+import datetime
 import json
 import re
 import tomllib
@@ -284,7 +285,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         return keys, re.split(r"\s*,\s*", words[1]) if words else value
     if len(parsed) > 1:
         raise ConfigError(f"cannot read {text!r}: an override is one key and one value")
-    return keys, parsed["value"]
+    is_time = isinstance(parsed["value"], datetime.date | datetime.time)  # of which no key is, but a name may look so
+    return keys, value if is_time else parsed["value"]
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reformer import Reformer, ReformerConfig
+from reformer.config import MEMORY_ONLY
 from reformer.positions import POSITION_STD
 from reformer.weights import skeleton
 from trainer.config import ConfigError
@@ -22,7 +23,7 @@ from trainer.exported import knows_tokenizer, read_model
 
 SAME = ("n_heads", "d_head", "activation")
 """Fields of the model that must be as they were: with others the same tensors, which may fit, mean something else."""
-WITHOUT_EFFECT = ("dropout", "attn_dropout", "ff_chunk_tokens", "loss_chunk_tokens", "keep_ends")
+WITHOUT_EFFECT = ("dropout", "attn_dropout", *MEMORY_ONLY)
 """Those that may change without being remarked on: they are about training, or memory."""
 ROWS = "embedding.positions.rows"
 """The only tensor that grows with max_seq_len, if axial_shape keeps its number of columns."""

@@ -12,7 +12,7 @@ from data_pipeline.output import counted
 from reformer.weights import skeleton
 from trainer.check import StoreFacts
 from trainer.checkpoint import published, read_state
-from trainer.deepspeed_settings import global_batch_size, micro_batch_size
+from trainer.deepspeed_settings import global_batch_size, micro_batch_size, table
 from trainer.flops import training_flops
 from trainer.job import Job
 from trainer.resume import changes
@@ -69,7 +69,7 @@ def _step(job: Job) -> str:
 
 
 def _checkpoints(job: Job, n_parameters: int) -> str:
-    """Weights and moments are saved in fp32; of Adafactor's there are few. Signals may add to the number."""
+    """Weights and moments as DeepSpeed keeps them; of Adafactor's there are few. Signals may add to the number."""
     run, optimizer = job.config.run, job.deepspeed["optimizer"]
     n_moments = (
         0 if optimizer["type"].lower() == "adafactor" else 3 if optimizer.get("params", {}).get("amsgrad") else 2
@@ -77,7 +77,8 @@ def _checkpoints(job: Job, n_parameters: int) -> str:
     n_saves = -(-run.steps // run.save_every) if run.save_every else 1
     often = math.lcm(run.save_every or run.steps, run.keep_every)
     n_kept = run.keep_last + 1 + run.keep_best + (run.steps // often if often else 0)
-    size = f"{n_parameters * 4 * (1 + n_moments) / 2**30:.3g} GiB"
+    n_bytes = 2 if table(job.deepspeed, "bf16").get("bf16_master_weights_and_grads") else 4
+    size = f"{n_parameters * n_bytes * (1 + n_moments) / 2**30:.3g} GiB"
     free = f"{shutil.disk_usage(_existing(run.dir)).free / 2**30:,.3g} GiB"
     return f"checkpoints  about {size} each, {min(n_saves, n_kept)} of them at most; {free} are free there"
 

@@ -48,9 +48,12 @@ def read_prompts(
         place = f"line {number} of {name}"
         try:
             record = json.loads(line)
-            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # which could not be given back
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{place} is not JSON ({error}): give an object with {field!r} for each prompt") from None
+        try:
+            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:
+            raise ConfigError(f"{place} has a value that could not be given back ({error}): leave it out") from None
         given = record.pop(field, None) if isinstance(record, dict) else None
         if field == "values" and isinstance(given, list) and all(type(value) is int for value in given):
             given = " ".join(map(str, given))

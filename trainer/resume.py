@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from reformer.config import ConfigError, ReformerConfig
+from reformer.config import MEMORY_ONLY, ConfigError, ReformerConfig
 from trainer.checkpoint import published, read_state
 from trainer.config import RunConfig, flatten, spelled
 from trainer.deepspeed_settings import global_batch_size
@@ -34,7 +34,7 @@ EVAL_STORE = "eval_store_fingerprint"
 
 _NEW_RUN = "begin a new run with these weights (launch/export.py, then run.init_from)"
 
-FREE = ("deepspeed.optimizer.params.lr", "model.ff_chunk_tokens", "model.loss_chunk_tokens", "model.keep_ends")
+FREE = ("deepspeed.optimizer.params.lr", *(f"model.{name}" for name in MEMORY_ONLY))
 """Exceptions to FIXED, which may change: the course of the learning rate, as by run.steps and run.decay; and what
 decides about memory, which changes the numbers by rounding only."""
 

@@ -48,6 +48,7 @@ def test_a_configuration_does_not_change() -> None:
         ({"n_buckets": ()}, "must be even"),
         ({"attn_pattern": ()}, "attn_pattern is empty"),
         ({"axial_shape": (3, 4)}, r"axial_shape=\(3, 4\) covers 12 positions, but max_seq_len=65536.*\(256, 256\)"),
+        ({"axial_shape": (-256, -256)}, r"axial_shape=\(-256, -256\) covers 0 positions, but max_seq_len=65536"),
         ({"axial_dims": (3, 4)}, "must sum to d_model=256"),
         ({"axial_dims": (-4, 260)}, "must sum to d_model=256"),
         ({"attn_pattern": ["global"]}, "'attn_pattern.0'"),

@@ -79,7 +79,7 @@ def test_tensor_names_cover_the_state_exactly_once() -> None:
         ),
         (
             {"attn_layers": ["lsh"], "lsh_attention_probs_dropout_prob": 1.5},
-            r"'attn_dropout'(.|\n)*attn_dropout is lsh_attention_probs_dropout_prob",
+            r"'attn_dropout'(.|\n)*In config.json, attn_dropout is lsh_attention_probs_dropout_prob",
         ),
         ({"axial_pos_shape": [8, 6, 2]}, r"axial_pos_shape=\[8, 6, 2\].*two axes"),
         ({"axial_pos_shape": "8"}, "axial_pos_shape='8'"),

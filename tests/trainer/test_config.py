@@ -83,6 +83,8 @@ def test_deepspeed_is_read_beside_the_toml_file_and_can_be_replaced_and_changed(
         ("a.b=runs/x", "runs/x"),
         ("a.b=", ""),
         ("a.b=x=y", "x=y"),
+        ("a.b=2026-11-29", "2026-11-29"),
+        ("a.b=12:30:00", "12:30:00"),
     ],
 )
 def test_override_values(text: str, value: object) -> None:

@@ -25,6 +25,12 @@ def test_a_checkpoint_is_as_large_as_weights_and_moments_in_fp32(optimizer: dict
     assert f"about {expected} GiB each" in outline._checkpoints(job(optimizer), 2**28)
 
 
+def test_a_checkpoint_of_bf16_master_weights_is_half_as_large() -> None:
+    halves = job()
+    halves.deepspeed["bf16"] = {"bf16_master_weights_and_grads": True}
+    assert "about 1.5 GiB each" in outline._checkpoints(halves, 2**28)
+
+
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
