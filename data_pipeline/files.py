@@ -5,25 +5,21 @@ the same store wherever it lies, and however it is compressed: `a.txt.gz` is nam
 bytes, in order and in bounded memory; a file that is not what it was when it was found is an error, never a surprise.
 """
 
-import glob
 import hashlib
 import os
-import posixpath
-import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from data_pipeline.compression import FEED_BYTES, expand
 from data_pipeline.errors import BadDocument, DataError, InputChanged
+from data_pipeline.finding import find
 from data_pipeline.kinds import Wanted, compression_of, kind_of, without_compression
-from data_pipeline.manifest import MANIFEST_NAME
-from data_pipeline.urls import file_system, mtime_ns
+from data_pipeline.urls import described, file_system, mtime_ns
 
 _CHUNK_BYTES = 1 << 20
 
@@ -63,15 +59,6 @@ class InputFile:
         return compression_of(self.location)
 
 
-class _Found(NamedTuple):
-    """A file before it has its name: `below` is its path below the place where it was looked for."""
-
-    below: str
-    location: str
-    n_bytes: int
-    mtime_ns: int | None
-
-
 def find_files(
     inputs: Sequence[str], held_out: Mapping[str, Sequence[str]], arrays: bool, notes: list[str] | None = None
 ) -> list[InputFile]:
@@ -91,7 +78,7 @@ def find_files(
         InputFile(without_compression(found.below), found.location, found.n_bytes, found.mtime_ns, split)
         for split, sources in by_split
         for source in sources
-        for found in _find(source, wanted)
+        for found in find(source, wanted)
     ]
     files.sort(key=lambda file: file.name)
     for one, other in pairwise(files):
@@ -165,146 +152,10 @@ def _check_kind(file: InputFile, arrays: bool) -> None:
         raise DataError(f"{file.location} is an array: use --tokenizer integers with --vocab-size")
 
 
-def _find(source: str, wanted: Wanted) -> Iterator[_Found]:
-    if source.startswith("@"):
-        return _find_listed(source, wanted)
-    if "://" in source:
-        return _find_remote(source, wanted)
-    path = Path(source).absolute()
-    if path.is_dir():
-        return _find_in_folder(path, wanted)
-    if not path.exists() and glob.has_magic(source):
-        return _find_matches(str(Path(source)))
-    if not path.exists():
-        raise DataError(f"input {source} does not exist: expected a file, a folder, a glob, @LIST or a URL")
-    return iter([_stat(path.name, str(path))])
-
-
-def _find_listed(source: str, wanted: Wanted) -> Iterator[_Found]:
-    """The inputs that stand in a file. Each is named as it stands there: many listed files may share a last name."""
-    try:
-        lines = Path(source[1:]).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the list of inputs {source[1:]}: {error}") from error
-    inputs = [line.strip() for line in lines if line.strip()]
-    if not inputs:
-        raise DataError(f"the list of inputs {source[1:]} is empty: expected a path or URL on each line")
-    for line in inputs:
-        if line.startswith("@"):
-            raise DataError(f"the list of inputs {source[1:]} names the list {line}: a list holds paths and URLs only")
-        folder = _listed_folder(line)
-        for found in _find(line, wanted):
-            yield found._replace(below=posixpath.join(folder, found.below))
-
-
-def _listed_folder(line: str) -> str:
-    """Where the files of a listed input are below, as a relative path."""
-    path = posixpath.normpath(line.partition("://")[2] or line)
-    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    if glob.has_magic(path):
-        return "/".join(parts[: _first_magic(parts)])
-    return "/".join(parts if "://" not in line and Path(line).is_dir() else parts[:-1])
-
-
-def _first_magic(parts: Sequence[str]) -> int:
-    return next(number for number, part in enumerate(parts) if glob.has_magic(part))
-
-
-def _find_in_folder(folder: Path, wanted: Wanted) -> Iterator[_Found]:
-    n_found = 0
-    pending = [(str(folder), "")]
-    while pending:
-        location, below = pending.pop()
-        try:
-            entries = list(os.scandir(location))
-        except OSError as error:
-            raise DataError(f"cannot read folder {location}: {error.strerror}") from error
-        if {"zarr.json", MANIFEST_NAME} <= {entry.name for entry in entries}:
-            continue  # a store, perhaps the one that is built: its tables are no documents
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                if entry.is_symlink():
-                    raise DataError(
-                        f"{entry.path} is a link to a folder: name that folder as an input of its own, or remove the "
-                        "link"
-                    )
-                pending.append((entry.path, f"{below}{entry.name}/"))
-            elif wanted.has(entry.path, str(folder)):
-                n_found += 1
-                yield _stat(below + entry.name, entry.path)
-    if not n_found:
-        raise _nothing_in(str(folder), wanted)
-
-
-def _nothing_in(folder: str, wanted: Wanted) -> DataError:
-    kinds = ".npy or .npz" if wanted.arrays else ".txt, .jsonl, .parquet or FASTA"
-    return DataError(
-        f"no {kinds} files in {folder}: expected at least one, in it or below it, compressed or not. A file of another "
-        "kind can be named directly"
-    )
-
-
-def _find_matches(pattern: str) -> Iterator[_Found]:
-    parts = pattern.split("/")
-    root = "/".join(parts[: _first_magic(parts)])
-    paths = [path for path in glob.iglob(pattern, recursive=True) if not Path(path).is_dir()]  # noqa: PTH207 (absolute)
-    if not paths:
-        raise DataError(f"no file matches {pattern}: expected at least one")
-    return (_stat(path.removeprefix(root).lstrip("/"), str(Path(path).absolute())) for path in paths)
-
-
-def _stat(below: str, path: str) -> _Found:
-    try:
-        status = os.stat(path)  # noqa: PTH116 (a Path for each of a million files takes seconds)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path} is not a regular file: leave it out of the corpus")
-    return _Found(below, path, status.st_size, status.st_mtime_ns)
-
-
-def _find_remote(url: str, wanted: Wanted) -> Iterator[_Found]:
-    system, path = file_system(url)
-    try:
-        if system.isfile(path):
-            root, infos = posixpath.dirname(path), {path: system.info(path)}
-        elif glob.has_magic(path):
-            parts = path.split("/")
-            root, infos = "/".join(parts[: _first_magic(parts)]), system.glob(path, detail=True)
-        else:
-            root, infos = path, system.find(path, detail=True)
-            infos = {path: info for path, info in infos.items() if not _is_hidden(path.removeprefix(root))}
-            infos = {
-                path: info
-                for path, info in infos.items()
-                if info["type"] == "file" and wanted.has(system.unstrip_protocol(path), url)
-            }
-    except Exception as error:  # storage clients raise errors of their own
-        raise DataError(f"cannot list {url}: {_describe(error)}") from error
-    infos = {path: info for path, info in infos.items() if info["type"] == "file"}
-    if not infos:
-        raise _nothing_in(url, wanted)
-    for path, info in infos.items():
-        if info["size"] is None:
-            raise DataError(f"the size of {path} in {url} is not known, and it is needed: copy the file to a disk")
-        location = system.unstrip_protocol(path)
-        yield _Found(path.removeprefix(root).lstrip("/"), location, info["size"], mtime_ns(info))
-
-
-def _is_hidden(below: str) -> bool:
-    return any(part.startswith(".") for part in below.split("/"))
-
-
-def _describe(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
-
-
 def _unreadable(error: Exception) -> BadDocument:
     if isinstance(error, MemoryError):  # says nothing of the file
         raise error
-    return BadDocument("unreadable", f"cannot be read: {_describe(error)}")
+    return BadDocument("unreadable", f"cannot be read: {described(error)}")
 
 
 def _changed(file: InputFile) -> InputChanged:

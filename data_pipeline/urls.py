@@ -29,3 +29,8 @@ def mtime_ns(info: dict[str, Any]) -> int | None:
     if isinstance(time, datetime):
         time = time.timestamp()
     return None if time is None else int(time * 1e9)
+
+
+def described(error: Exception) -> str:
+    """What an error says: storage clients raise their own."""
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)

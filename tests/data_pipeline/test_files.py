@@ -17,6 +17,7 @@ from small_stores import write_store
 from data_pipeline.errors import BadDocument, DataError, InputChanged
 from data_pipeline.files import InputFile, find_files, hash_file, open_raw, read_content
 from data_pipeline.inputs import new_files
+from data_pipeline.manifest import MANIFEST_NAME
 from data_pipeline.store import Store
 
 
@@ -146,7 +147,11 @@ def test_a_list_names_its_files_as_it_says(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\n", "list is empty"), (b"missing.txt\n", "missing.txt does not exist"), (b"@list\n", "names the list @list")],
+    [
+        (b"\n", "list is empty"),
+        (b"missing.txt\n", "missing.txt does not exist.*of the list .*list, whose paths are relative to the"),
+        (b"@list\n", "names the list @list"),
+    ],
 )
 def test_lists_that_make_no_sense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
@@ -180,8 +185,29 @@ def test_a_link_to_a_folder_is_not_left_out_in_silence(tmp_path: Path) -> None:
     write(tmp_path / "corpus/a.txt", b"a")
     write(tmp_path / "elsewhere/b.txt", b"b")
     (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="corpus/link is a link to a folder: name that folder as an input of its own"):
-        names(tmp_path / "corpus")
+    for corpus in (tmp_path / "corpus", f"file://{tmp_path / 'corpus'}"):
+        with pytest.raises(DataError, match="corpus/link is a link to a folder: name that folder as an input of its"):
+            names(corpus)
+
+
+def test_stores_are_no_input_however_they_are_found(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> None:
+    """Their tables are JSON lines. A folder that has only one of the two files is none."""
+    tables = [
+        f"{store}/{name}"
+        for store in ("store", "deep/store")
+        for name in ("documents.jsonl", "zarr.json", MANIFEST_NAME)
+    ]
+    others = ["a.jsonl", "deep/b.jsonl", "other/c.jsonl", "other/zarr.json"]
+    for name in [*tables, *others]:
+        write(tmp_path / name, b"text")
+        memory.pipe(f"/corpus/{name}", b"text")
+    expected = ["a.jsonl", "deep/b.jsonl", "other/c.jsonl"]
+    for corpus in (str(tmp_path), f"file://{tmp_path}", "memory://corpus"):
+        assert names(corpus) == names(f"{corpus}/**/*.jsonl") == expected
+    for place in (f"{tmp_path}/store", "memory://corpus/store"):
+        with pytest.raises(DataError, match=r"no file matches|no \.txt, "):
+            names(f"{place}/*.jsonl")
+        assert names(f"{place}/documents.jsonl") == ["documents.jsonl"], "who names it wants it"
 
 
 @pytest.mark.parametrize("other", ["two/a.txt", "two/a.txt.gz"])
@@ -250,6 +276,8 @@ def test_urls_of_files_folders_and_globs(memory: fsspec.AbstractFileSystem) -> N
     assert names("memory://books") == names("memory://books/") == ["a.txt", "deep/b.txt"]
     assert names("memory://books/**/*.txt.gz") == ["deep/b.txt"]
     assert names("memory://books/d.md") == ["d.md"]
+    assert names("memory://books/**/*.txt") == ["a.txt"], "what is hidden is not matched"
+    assert names("memory://books/.hidden/*.txt") == ["c.txt"], "but where the glob asks for it"
     files = find_files(["memory://books"], {}, False)
     assert [b"".join(read_content(file)) for file in files] == [b"text", b"text"]
     assert files[1].n_bytes == len(gzip.compress(b"text"))
