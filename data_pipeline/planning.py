@@ -150,7 +150,7 @@ def make_plan(documents: Documents, given_split: np.ndarray, known: Known, setti
     segments, split_rows = _pack_splits(documents.n_tokens[kept], split, names, settings)
     source = documents.scratch_start[kept][segments.document] + segments.document_start
     plan = Plan(segments, source, kept, split, same, near, names, split_rows, notes)
-    plan.notes.extend(_notes_on_fallback(documents, plan))
+    plan.notes.extend(_notes_on_fallback(documents, plan, settings.appends))
     plan.notes.extend([] if settings.appends else _notes_on_rows(documents, plan, settings))
     return plan
 
@@ -177,14 +177,15 @@ def notes_on_items(documents: Documents, kept: np.ndarray, files: Sequence[Input
     ]
 
 
-def _notes_on_fallback(documents: Documents, plan: Plan) -> list[str]:
+def _notes_on_fallback(documents: Documents, plan: Plan, appends: bool) -> list[str]:
     """What the user should know of text for which the tokenizer has no pieces."""
     n_fallback, n_tokens = (
         np.bincount(plan.split, column[plan.kept], len(plan.split_names))
         for column in (documents.n_byte_fallback, documents.n_tokens)
     )
     shares = zip(plan.split_names, n_fallback / np.maximum(n_tokens, 1), strict=True)
-    much = [f"{share:.0%} of the tokens of {name}" for name, share in shares if share > _MUCH_FALLBACK]
+    of = "added to" if appends else "of"
+    much = [f"{share:.0%} of the tokens {of} {name}" for name, share in shares if share > _MUCH_FALLBACK]
     if not much:
         return []
     return [
@@ -200,11 +201,21 @@ def _notes_on_rows(documents: Documents, plan: Plan, settings: PlanSettings) -> 
     tokens = dict(zip(plan.split_names, np.bincount(plan.split, weights, len(plan.split_names)), strict=True))
     total = sum(tokens[name] for name in ("train", *settings.split))  # without those of files that are named
     shares = {name: tokens[name] / max(total, 1) for name in settings.split}
+    held = dict(zip(plan.split_names, np.bincount(plan.split, minlength=len(plan.split_names)), strict=True))
+    n_documents = sum(held[name] for name in ("train", *settings.split))
+
+    def is_far_off(share: float, asked: float) -> bool:
+        return not asked / _FAR_OFF <= share <= asked * _FAR_OFF
+
+    def cause(name: str, asked: float) -> str:
+        few = is_far_off(held[name] / max(n_documents, 1), asked)
+        return f"being {held[name]:,} of {n_documents:,}" if few else "since documents differ in length"
+
     notes = [
-        f"{name}={asked:g} of the documents are {shares[name]:.2g} of the tokens, since documents differ in length: to "
-        "choose, name files with --val-input or --test-input"
+        f"{name}={asked:g} of the documents are {shares[name]:.2g} of the tokens, {cause(name, asked)}: to choose, "
+        "name files with --val-input or --test-input"
         for name, asked in settings.split.items()
-        if not asked / _FAR_OFF <= shares[name] <= asked * _FAR_OFF
+        if is_far_off(shares[name], asked)
     ]
     if remnants := _notes_on_remnants(weights, plan, settings):
         return notes + remnants  # instead of advice for shorter rows

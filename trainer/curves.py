@@ -54,6 +54,10 @@ out rows.
 """
 
 
+STORE = re.compile(r"data\.store|data\.mixture\..*\.store")
+"""Folders: what is in them is compared, by the fingerprints of stores."""
+
+
 @dataclass(frozen=True)
 class Curves:
     """What a run has reported so far."""
@@ -101,10 +105,18 @@ class Curves:
         return size * int(self.record["store"]["seq_len"])
 
     def continued(self) -> list[str]:
-        """Of each resume with settings that change scores: after which step, and what they were until then."""
+        """Of each resume with settings that change scores: after which step, and what they were until then.
+
+        What folders are called is not among them: a run goes on with the stores that it had, and run.init_from is not
+        read again.
+        """
         said = []
         for each in self.record.get("continued", []):
-            was = [f"{name} was {spelled(value)}" for name, value in each["before"].items() if name not in NEUTRAL]
+            was = [
+                f"{name} was {spelled(value)}"
+                for name, value in each["before"].items()
+                if name not in NEUTRAL and name != "run.init_from" and not STORE.fullmatch(name)
+            ]
             if was:
                 said.append(f"at step {each['step']}, before which {', '.join(was)}")
         return said
@@ -181,7 +193,7 @@ def differences(runs: Sequence[Curves]) -> dict[str, list[str]]:
 
 def shown(table: Mapping[str, Any], name: str) -> str:
     """A setting as it is to be shown: as JSON, or that there is none."""
-    return json.dumps(table[name]) if name in table else ABSENT
+    return json.dumps(table[name], ensure_ascii=False) if name in table else ABSENT
 
 
 def settings(run: Curves) -> dict[str, Any]:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from trainer.curves import INITIAL, NEUTRAL, Curves, settings, shown
+from trainer.curves import INITIAL, NEUTRAL, STORE, Curves, settings, shown
 
 SEED = re.compile(r"run\.seed|model\.seed|samples\.(.*\.)?seed")
 """samples.…: run.seed, as run.json says it of a mixture and of each of its stores."""
-STORE = re.compile(r"data\.store|data\.mixture\..*\.store")
-"""Folders: what is in them is compared, by the fingerprints of stores."""
 COMMIT = "git_commit"
 
 

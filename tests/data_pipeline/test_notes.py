@@ -145,6 +145,6 @@ def test_text_that_the_tokenizer_has_no_pieces_for_is_told(tmp_path: Path) -> No
     share, _, told = note.partition(" of the tokens of val ")
     assert told == TOLD and share.endswith("%") and 50 < int(share[:-1]) <= 100
     (note,) = notes(tmp_path, **{**text, "inputs": (str(tmp_path / "nfd"),)}, append=True)
-    assert note.partition(" of the tokens of train ")[2] == TOLD
+    assert note.partition(" of the tokens added to train ")[2] == TOLD
     composed = {**text, "inputs": (str(tmp_path / "nfd"),), "text": TextSettings(normalize=("nfc",))}
     assert notes(tmp_path, **composed, output=tmp_path / "composed") == ()

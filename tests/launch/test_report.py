@@ -245,7 +245,8 @@ def test_a_run_that_went_on_with_other_settings_says_so(tmp_path: Path, store: P
     make_run(tmp_path / "other", store)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     before = {"run.steps": 1, "run.log_every": 3, "deepspeed.optimizer.params.lr": None}
-    record["continued"] = [{"step": 1, "before": before}, {"step": 2, "before": {"run.save_every": 4}}]
+    names = {"data.store": "was", "data.mixture.web.store": "was", "run.init_from": "was"}  # of folders that moved
+    record["continued"] = [{"step": 1, "before": {**before, **names}}, {"step": 2, "before": {"run.save_every": 4}}]
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     said = "at step 1, before which run.steps was 1, deepspeed.optimizer.params.lr was not given"
     done = report(tmp_path / "run")
