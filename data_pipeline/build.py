@@ -9,6 +9,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +39,7 @@ from data_pipeline.tokenizer import PIECE_CHARS, Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+_BELOW = 'put the call of build() below `if __name__ == "__main__":`, in a script that is a file (docs/library.md)'
 _ONE_CODEC_THREAD = {"threading.max_workers": 1}
 """Of Zarr, where processes are the parallelism."""
 
@@ -56,9 +58,11 @@ def build(settings: BuildSettings) -> BuildResult:
     """Builds the store that `settings` describe, or finds that it is there; as one process of a team, if there is one.
 
     What was done when it is interrupted is kept, in a directory beside the output, for the next time. Raises DataError
-    for input or settings that make no store, when the output is there but was made of other input or settings, and
-    when another job is building it.
+    for input or settings that make no store, when the output is there but was made of other input or settings, when
+    another job is building it, and in a worker process that runs the script which made it.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks it itself
+        raise DataError(f"build() was called again by a worker process that it started: {_BELOW}")
     team = find_team(os.environ)
     if settings.output.is_symlink():  # which a rename cannot put a store in place of
         settings = replace(settings, output=settings.output.resolve())
@@ -212,6 +216,8 @@ def _go_through_in_processes(work: Work, workers: int) -> None:
         for other in others:
             other.result()
     except BrokenProcessPool as error:
+        if getattr(sys.modules["__main__"], "__spec__", None) is None:  # not python -m
+            raise DataError(f"a worker process ended: if memory ran out, take fewer workers; else {_BELOW}") from error
         raise DataError(
             "a worker process was killed, perhaps because memory ran out: run the same command again, with fewer "
             "--workers. What is done is kept"

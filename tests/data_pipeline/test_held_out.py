@@ -210,8 +210,10 @@ def test_splits_that_are_far_off_by_tokens_and_padding_are_told(tmp_path: Path) 
     named["inputs"] = tuple(f"{tmp_path}/train/{number}.txt" for number in range(20) if number != 3)
     assert build(settings(tmp_path, "named", **named)).notes == (), "of the others, val has its share"
     few = {**options, "packing": "bestfit", "split": {"val": 0.01}, "inputs": (f"{tmp_path}/train/1[0-3].txt",)}
-    note, *_ = build(settings(tmp_path, "few", **few)).notes
-    assert note.startswith("val=0.01 of the documents are 0.25 of the tokens, being 1 of 4: to choose, name")
+    caught, note = build(settings(tmp_path, "few", **few)).notes
+    assert caught.startswith("val=0.01 caught none of 4 documents") and note.startswith(
+        "val=0.01 of the documents are 0.25 of the tokens, being 1 of 4: to choose, name"
+    )
     even = {**options, "packing": "bestfit", "split": {"val": 0.2}, "inputs": (f"{tmp_path}/train/1*.txt",)}
     assert build(settings(tmp_path, "even", **even)).notes == ()
 

@@ -1,8 +1,11 @@
 """What the processes of one build have in common, and are sent."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,3 +38,18 @@ def test_workers_are_sent_only_what_was_asked_for(make: Callable[..., Store], mo
     monkeypatch.setattr(stages, "begin", lambda work: (real(work), work.files, work.tasks))
     make(workers=3)
     assert sent == [{field.name for field in dataclasses.fields(stages.Work)}] * 2
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_script_without_a_guard_is_told_of_it(corpus: Path, tmp_path: Path, is_file: bool) -> None:
+    """Worker processes run it again; or find none, where it came by standard input."""
+    settings = f"BuildSettings(({str(corpus)!r},), tokenizer='bytes', output=Path('store'), seq_len=64, workers=2)"
+    script = "from pathlib import Path\nfrom data_pipeline.build import build\n"
+    script += f"from data_pipeline.config import BuildSettings\nbuild({settings})\n"
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, *(["script.py"] if is_file else [])]
+    done = subprocess.run(command, input=script, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "a worker process ended: if memory ran out" in last and 'build() below `if __name__ == "__main__":`' in last
+    assert ("build() was called again by a worker process that it started" in done.stderr) == is_file
