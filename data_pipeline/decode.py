@@ -5,12 +5,14 @@ rebuilt by appending. Where windows overlap, each gives what the one before it d
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.bar import Bar
 from data_pipeline.errors import DataError
 from data_pipeline.layout import hash_file
 from data_pipeline.manifest import DocumentRecord
@@ -77,15 +79,17 @@ def decode_split(store: Store, split: str) -> Iterator[bytes]:
     Raises DataError when there is no such split, or a document is not UTF-8.
     """
     store.split_rows(split)  # refuses one that is not there
-    for part in store.parts:
-        in_order = np.argsort(part.segments.document, kind="stable")
-        of_places = part.segments.document[in_order]
-        for document in part.documents():
-            if document.split == split:
+    n_documents, is_seen = store.manifest.splits[split].documents, bool(sys.stdout and sys.stdout.isatty())
+    with Bar(desc=f"decode {split}", total=n_documents, unit="document", disable=is_seen) as bar:
+        for part in store.parts:
+            in_order = np.argsort(part.segments.document, kind="stable")
+            of_places = part.segments.document[in_order]
+            for document in (each for each in part.documents() if each.split == split):
                 places = in_order[slice(*np.searchsorted(of_places, [document.id, document.id + 1]))]
                 content = b"".join(_stretches_decoded(part, places))
                 record = {"name": document.name, **_as_json(document.name, content, store.tokenizer)}
                 yield (json.dumps(record, ensure_ascii=False) + "\n").encode()
+                bar.update()
 
 
 def _as_json(name: str, content: bytes, tokenizer: Tokenizer) -> dict[str, str | list[int]]:
@@ -125,7 +129,7 @@ def decode_all(store: Store, output: Path) -> int:
         partial.mkdir()
         for document in documents:
             _create(partial, document.name)
-        for row in range(store.n_rows):
+        for row in Bar(range(store.n_rows), desc="decode", unit="row"):
             tokens = store.read_row(row)
             for stretch in fresh_stretches(store.segments_of(row), covered, lengths):
                 with (partial / documents[stretch.document].name).open("ab") as file:

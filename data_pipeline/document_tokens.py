@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from data_pipeline.bar import Bar
 from data_pipeline.decode import fresh_stretches
 from data_pipeline.part import StorePart
 from data_pipeline.store import Store
@@ -36,7 +36,7 @@ def read_documents(store: Store, split: str, what: str, wanted: np.ndarray | Non
     rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(*bounds) for bounds in store.split_rows(split))])
     if wanted is not None:
         rows = np.intersect1d(rows, store.segments.row[wanted[store.segments.document]])
-    with tqdm(total=len(rows), desc=f"{what} {store.path.name}", unit="row", disable=None) as bar:
+    with Bar(total=len(rows), desc=f"{what} {store.path.name}", unit="row") as bar:
         for part in store.parts:
             covered, lengths = np.zeros(part.stop_document, np.int64), _lengths(part)
             for batch in _batches(rows[(rows >= part.first_row) & (rows < part.stop_row)], store.seq_len):

@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from data_pipeline.bar import Bar
 from data_pipeline.config import POLICIES
 from data_pipeline.documents import Reading, Span, read_parts
 from data_pipeline.errors import BadDocument, DataError
@@ -228,7 +227,7 @@ def _hash_all(files: Sequence[InputFile], recorded: Sequence[str]) -> list[str]:
     hashes = []
     with (
         ThreadPoolExecutor(_HASHING_THREADS) as pool,
-        tqdm(desc="check", total=sum(file.n_bytes for file in files), unit="B", unit_scale=True, disable=None) as bar,
+        Bar(desc="check", total=sum(file.n_bytes for file in files), unit="B", unit_scale=True) as bar,
     ):
         for file, digest in zip(files, pool.map(_hash, files, recorded), strict=True):
             hashes.append(digest)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data_pipeline.bar import LINE_EVERY_S, how_far
 from data_pipeline.jobs import done_tasks, record_name
 from data_pipeline.scratch import RECORD_SUFFIX, read_record
 from data_pipeline.stages import Work
@@ -23,8 +24,6 @@ _POLL_S = 0.1
 _LOOKING_SHARE = 0.05
 """Of the time, at most, may go to looking: a large build has thousands of records."""
 _SUFFIXES = {"tokens": RECORD_SUFFIX, "shards": ".json"}
-_LINE_EVERY_S = 30.0
-"""From one line to the next in a log file."""
 
 
 class Progress:
@@ -66,7 +65,7 @@ class Progress:
         seen = self._before[records] & _done(self._work.folder / records, _SUFFIXES[records])
         resumed = sum(sizes[task] for task in seen)
         tokens, begun, looking_s = 0, time.monotonic(), 0.0
-        next_line = begun + _LINE_EVERY_S
+        next_line = begun + LINE_EVERY_S
         bar = tqdm(desc=stage, total=sum(sizes), initial=resumed, unit="B", unit_scale=True, disable=None)
         with bar:
             while len(seen) < len(sizes):
@@ -80,8 +79,9 @@ class Progress:
                 bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
                 bar.update(sum(sizes[task] for task in fresh))
                 if bar.disable and time.monotonic() > next_line:
-                    next_line += _LINE_EVERY_S
-                    logger.info("%s: %s", stage, _line(sum(sizes[task] for task in seen), resumed, sum(sizes), elapsed))
+                    next_line += LINE_EVERY_S
+                    done = sum(sizes[task] for task in seen)
+                    logger.info(how_far(stage, done, sum(sizes), "B", elapsed, before=resumed))
                 if closed:
                     break
         if len(seen) == len(sizes):
@@ -98,12 +98,6 @@ class Progress:
             if self._closed.wait(_POLL_S / 10):
                 return path.exists()
         return True
-
-
-def _line(done: int, resumed: int, total: int, elapsed: float) -> str:
-    left = (total - done) * elapsed / (done - resumed) if done > resumed else 0.0
-    size = f"{tqdm.format_sizeof(done)}B of {tqdm.format_sizeof(total)}B"
-    return f"{size}, {tqdm.format_interval(left)} left" if left else size
 
 
 def _done(records: Path, suffix: str) -> set[int]:

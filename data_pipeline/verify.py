@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from data_pipeline.bar import Bar
 from data_pipeline.config import POLICIES
 from data_pipeline.decode import decode_tokens, fresh_stretches
 from data_pipeline.documents import Reading, Span, read_parts
@@ -91,7 +91,7 @@ def check_sources(store: Store, sources: Sequence[str], quick: bool) -> Iterator
     yield from (f"{file.location} is there and is not recorded" for file in found if file.name not in recorded)
     for name in sorted(recorded.keys() - {file.name for file in files}):
         yield f"input {name!r} is recorded and is not there"
-    for file in tqdm(files, desc="compare sources", unit="file", disable=None):
+    for file in Bar(files, desc="compare sources", unit="file"):
         try:
             if recorded[file.name] not in (UNREADABLE, hash_file(file)):
                 yield f"{file.location} is not what the store was made of under the name {file.name!r}"
@@ -268,7 +268,7 @@ def _check_content(part: StorePart, segments: Segments, documents: Documents) ->
     wrong[documents.tokens == 0] = (documents.sha256[documents.tokens == 0] != _EMPTY).any(axis=1)
     offsets = np.searchsorted(segments.row, np.arange(part.manifest.n_rows + 1))
     rows = enumerate(_read_rows(part))
-    for row, tokens in tqdm(rows, f"verify {part.path.name}", part.manifest.n_rows, unit="row", disable=None):
+    for row, tokens in Bar(rows, f"verify {part.path.name}", part.manifest.n_rows, unit="row"):
         table = np.stack([column[offsets[row] : offsets[row + 1]] for column in segments[1:]], axis=1)
         if isinstance(tokens, DataError):
             yield str(tokens)

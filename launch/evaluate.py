@@ -25,8 +25,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from tqdm import tqdm
-
+from data_pipeline.bar import Bar
 from data_pipeline.dataset import RowDataset
 from data_pipeline.output import exit_code, table
 from data_pipeline.staging import check_json, check_writable, partial_path
@@ -160,7 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
     of_tokens = TokenLosses() if arguments.per_token else None
     try:
         for setting, name in zip(arguments.attention, names, strict=True):
-            bar = tqdm(numbers, desc=name, unit="row", disable=None, leave=False)
+            bar = Bar(numbers, desc=name, unit="row", leave=False)
             with attending(model, setting) as forward:
                 scores = score_rows(forward, rows, bar, device, of_tokens)
             if not scores.all.n_tokens:

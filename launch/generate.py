@@ -39,8 +39,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from data_pipeline.bar import Bar
 from data_pipeline.output import exit_code, positive
 from data_pipeline.staging import check_writable, staged
 from data_pipeline.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ def write_sample(file: Path, tokenizer: Tokenizer, tokens: np.ndarray) -> None:
 
 
 def drawn(
-    continuations: Continuations, seeds: Sequence[int], n_tokens: int, progress: tqdm, **draws: float
+    continuations: Continuations, seeds: Sequence[int], n_tokens: int, progress: Bar, **draws: float
 ) -> Iterator[tuple[int, list[int]]]:
     """Of each seed the up to n_tokens tokens that it adds."""
     side_by_side = at_once(continuations.model.config, len(continuations.prompt_T) + n_tokens)
@@ -158,7 +158,7 @@ def drawn(
 def write_samples(files: Mapping[int, Path], continuations: Continuations, n_tokens: int, **draws: float) -> None:
     """A file for each seed, of the prompt and up to n_tokens tokens that are added to it."""
     prompt = continuations.prompt_T.tolist()
-    with tqdm(total=len(files) * n_tokens, unit="token", disable=None) as progress:
+    with Bar(desc="generate", total=len(files) * n_tokens, unit="token") as progress:
         for seed, tokens in drawn(continuations, list(files), n_tokens, progress, **draws):
             write_sample(files[seed], continuations.tokenizer, np.array([*prompt, *tokens]))
 
@@ -174,7 +174,7 @@ def print_lines(
 ) -> None:
     """Of each prompt, a line of JSON for each seed."""
     device = next(model.parameters()).device
-    with tqdm(total=len(prompts) * len(seeds) * n_tokens, unit="token", disable=None) as progress:
+    with Bar(desc="generate", total=len(prompts) * len(seeds) * n_tokens, unit="token") as progress:
         for prompt in prompts:
             continuations = Continuations(model, tokenizer, prompt.tokens.to(device), eos, len(seeds))
             for seed, tokens in drawn(continuations, seeds, n_tokens, progress, **draws):
