@@ -8,7 +8,7 @@ was opened. A directory below `parts/` that no manifest names was left by an app
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -124,6 +124,10 @@ class Store:
     def documents(self) -> list[DocumentRecord]:
         """The document table, in the order of ids. Raises DataError when a file of it is damaged."""
         return [document for part in self.parts for document in part.documents()]
+
+    def names_of(self, documents: Container[int]) -> dict[int, str]:
+        """Names of documents, by their ids, in one pass through the table. Raises DataError as above."""
+        return {each.id: each.name for part in self.parts for each in part.documents() if each.id in documents}
 
     @cached_property
     def inputs(self) -> list[InputRecord]:

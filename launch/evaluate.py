@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
     record: dict[str, Any] = {"model": str(arguments.folder), "store": str(arguments.store), "split": arguments.split}
     names = [named(setting, model) for setting in arguments.attention]
     record |= {"seq_len": store.seq_len, "rows": numbers, "asked": names, "settings": []}
-    documents = {each.id: each.name for each in store.documents} if arguments.json else {}
+    documents: dict[int, str] = {}
     first: Scores | None = None
     of_tokens = TokenLosses() if arguments.per_token else None
     try:
@@ -164,7 +164,8 @@ def run(arguments: argparse.Namespace) -> None:
                 scores = score_rows(forward, rows, bar, device, of_tokens)
             if not scores.all.n_tokens:
                 raise ConfigError(f"the rows of {arguments.split} in {store.path} have no token to predict")
-            first = first or scores
+            if first is None:
+                first, documents = scores, store.names_of(scores.by_document) if arguments.json else {}
             record["settings"].append({"name": name, **report(scores, first, documents)})
             if arguments.json:
                 arguments.json.write_text(dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")

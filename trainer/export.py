@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.staging import check_writable
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_folder import Ends, tokenizer_files
 from reformer import ReformerConfig, save_model
@@ -28,9 +29,10 @@ def export(source: Path, step: int | None, output: Path, hf: bool, store: Path |
     transformers reads. store: a store to take the tokenizer from, if not from the run.
 
     Returns a line on what was written, and a note where it is without the tokenizer. Raises ConfigError where there is
-    no such checkpoint, none that is sound, or `output` exists.
+    no such checkpoint, none that is sound, or `output` exists, and DataError where it cannot be written.
     """
     refuse_existing(output)
+    check_writable(output.absolute().parent, f"--output {output}")
     path, state, weights = read_checkpoint(source, step)
     config = ReformerConfig(**state["run"]["model"])
     found, note = None, None

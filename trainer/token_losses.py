@@ -44,7 +44,7 @@ class TokenLosses:
     def write(self, folder: Path, store: Store) -> None:
         """Raises DataError where the folder cannot be written, or has something in it."""
         numbers = sorted(self._stretches)
-        names = {record.id: record.name for record in store.documents if record.id in self._stretches}
+        names = store.names_of(self._stretches)
         index = [{"file": f"{number:08d}.npy", "document": number, "name": names[number]} for number in numbers]
         with staged(folder) as unfinished:
             unfinished.mkdir()

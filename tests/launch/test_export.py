@@ -347,6 +347,11 @@ def test_a_folder_that_is_there_is_refused_before_weights_are_read(
     monkeypatch.setattr("trainer.export.read_checkpoint", lambda *_: pytest.fail("read"))
     assert call(monkeypatch, run[0], "--output", run[0]) == 2
     assert "run exists and is not an empty folder" in capsys.readouterr().err
+    in_the_way = run[0].parent / "file"
+    in_the_way.write_text("no folder")
+    assert call(monkeypatch, run[0], "--output", in_the_way / "model") == 2
+    said = f"cannot write to --output {in_the_way / 'model'}: {in_the_way} is not a folder: choose another"
+    assert said in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_named_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
