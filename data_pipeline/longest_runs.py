@@ -113,7 +113,7 @@ def _longest(
     if found_in is None:
         return None
     store, document = found_in
-    return Run(longest, _name(stores[store], document), str(stores[store].path))
+    return Run(longest, stores[store].names_of([document])[document], str(stores[store].path))
 
 
 def _longest_shared(index: WindowIndex, text: np.ndarray, numbers: np.ndarray, other: np.ndarray, at_least: int) -> int:
@@ -133,8 +133,3 @@ def _runs(numbers: np.ndarray) -> Iterator[tuple[int, int]]:
     for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
         if len(run):
             yield int(run[0]), int(run[-1]) + 1
-
-
-def _name(store: Store, document: int) -> str:
-    table = (one for part in store.parts for one in part.documents())
-    return next(one.name for one in table if one.id == document)

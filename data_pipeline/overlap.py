@@ -137,8 +137,7 @@ def _tokenizer(store: Store) -> str:
 
 
 def _read_held_out(store: Store, splits: Sequence[str]) -> HeldOut:
-    table = (document for part in store.parts for document in part.documents())
-    documents = [document for document in table if document.split in splits]
+    documents = [document for document in store.each_document() if document.split in splits]
     stop = np.cumsum([document.tokens for document in documents], dtype=np.int64)
     start = stop - np.array([document.tokens for document in documents], np.int64)
     tokens = np.empty(int(stop[-1]) if len(stop) else 0, token_dtype(store.vocab_size))

@@ -49,12 +49,11 @@ def _read_documents(store: Store) -> tuple[np.ndarray, list[DocumentRecord], dic
     contents = {name: array("Q") for name in ("train", *store.manifest.splits)}
 
     def documents() -> Iterator[DocumentRecord]:
-        for part in store.parts:
-            for document in part.documents():
-                lengths.append(document.tokens)
-                if document.n_bytes:
-                    contents[document.split].append(int(document.sha256[:16], 16))
-                yield document
+        for document in store.each_document():
+            lengths.append(document.tokens)
+            if document.n_bytes:
+                contents[document.split].append(int(document.sha256[:16], 16))
+            yield document
 
     longest = nsmallest(_LONGEST_SHOWN, documents(), key=lambda document: (-document.tokens, document.name))
     train = np.unique(np.array(contents.pop("train"), np.uint64))

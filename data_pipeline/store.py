@@ -8,8 +8,9 @@ was opened. A directory below `parts/` that no manifest names was left by an app
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -123,11 +124,15 @@ class Store:
     @cached_property
     def documents(self) -> list[DocumentRecord]:
         """The document table, in the order of ids. Raises DataError when a file of it is damaged."""
-        return [document for part in self.parts for document in part.documents()]
+        return list(self.each_document())
+
+    def each_document(self) -> Iterator[DocumentRecord]:
+        """The same one by one, since a table may be large. Raises DataError as above."""
+        return chain.from_iterable(part.documents() for part in self.parts)
 
     def names_of(self, documents: Container[int]) -> dict[int, str]:
         """Names of documents, by their ids, in one pass through the table. Raises DataError as above."""
-        return {each.id: each.name for part in self.parts for each in part.documents() if each.id in documents}
+        return {each.id: each.name for each in self.each_document() if each.id in documents}
 
     @cached_property
     def inputs(self) -> list[InputRecord]:

@@ -1,4 +1,4 @@
-"""The tokenizer in the folder of an exported model, which makes text of the model's tokens.
+"""The tokenizer in the folder of a run or an exported model, which makes text of the model's tokens.
 
 tokenizer.json     {"kind": "sentencepiece", "bytes" or "integers", "vocab_size", "sha256": of the tokenizer,
                     "bos" and "eos": whether documents began and ended with these in training}

@@ -104,10 +104,10 @@ def check_sources(store: Store, sources: Sequence[str], quick: bool) -> Iterator
 def check_names(store: Store) -> Iterator[str]:
     """Names that several documents have, of all parts. By hashes at first, as names take much more memory."""
     try:
-        hashes = np.fromiter((hash(document.name) for part in store.parts for document in part.documents()), np.int64)
+        hashes = np.fromiter((hash(document.name) for document in store.each_document()), np.int64)
         unique, counts = np.unique(hashes, return_counts=True)
         if suspects := set(unique[counts > 1].tolist()):
-            names = (document.name for part in store.parts for document in part.documents())
+            names = (document.name for document in store.each_document())
             found = Counter(name for name in names if hash(name) in suspects)
             yield from (f"{count} documents are named {name!r}" for name, count in found.items() if count > 1)
     except DataError:  # a table is damaged, as `check_part` says

@@ -1,6 +1,7 @@
-"""The relations between TOML, DeepSpeed's JSON, the data and the number of ranks, in one pure function.
+"""The relations between TOML, DeepSpeed's JSON, the data and the number of ranks, in one function.
 
-It runs on every rank before any process group starts, so nothing can hang, and reports every problem at once. What
+It runs on every rank before any process group starts, so no rank waits for another, and reports every problem at once.
+Of the machine it asks what DeepSpeed would compile, and whether a folder can be written to; all else is pure. What
 concerns DeepSpeed's JSON alone is in check_deepspeed.py, check_optimizer.py and check_offload.py.
 """
 

@@ -1,4 +1,4 @@
-"""Which optimizer it will be, and whether its settings are ones that it takes. Pure functions to problems.
+"""Which optimizer it will be, and whether its settings are ones that it takes. Functions to problems.
 
 An optimizer's own signature and its own opinion decide, so that settings are those of the installed PyTorch; what only
 DeepSpeed's versions of Adam cannot do, and where Adafactor would be another function, is added.

@@ -105,7 +105,4 @@ def _n_documents(store: Store) -> int:
 
 def _hashes(store: Store, split: str) -> Iterator[str]:
     """The sha256 of each document of a split that is not empty."""
-    for part in store.parts:
-        for document in part.documents():
-            if document.split == split and document.n_bytes:
-                yield document.sha256
+    return (each.sha256 for each in store.each_document() if each.split == split and each.n_bytes)
