@@ -248,7 +248,9 @@ def _read_model(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read tokenizer {path}: {error.strerror}. {_EXPECTED}") from error
+        of_folder = path / "tokenizer.model"  # of a store, a run or an exported model
+        way_out = f"Give {of_folder}" if of_folder.is_file() else _EXPECTED
+        raise DataError(f"cannot read tokenizer {path}: {error.strerror}. {way_out}") from error
 
 
 def _parse_model(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:

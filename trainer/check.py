@@ -142,9 +142,7 @@ def _sharing(config: RunConfig, store: StoreFacts, world_size: int) -> list[str]
     if not (wrong := [f"{what}, {number}" for what, number in shared.items() if number % n_parts]):
         return []
     most = math.gcd(*shared.values())
-    return [
-        f"run.sequence_parallel={n_parts} does not divide {' and '.join(wrong)}: the largest common divisor is {most}"
-    ]
+    return [f"run.sequence_parallel={n_parts} does not divide {' and '.join(wrong)}: give {most}, or a divisor of it"]
 
 
 def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts]) -> list[str]:

@@ -264,3 +264,11 @@ def test_text_that_a_model_changes_where_the_probe_does_not_look_is_refused(tmp_
     tokenizer = load_tokenizer(str(path))
     with pytest.raises(DataError, match="does not keep text exactly"):
         tokenizer.encode("\U0001d400".encode())
+
+
+def test_a_folder_with_a_model_in_it_says_where_it_is(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read tokenizer .*: Is a directory\. Expected a SentencePiece model"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cannot read tokenizer .*: Is a directory\. Give .*/tokenizer\.model"):
+        load_tokenizer(str(tmp_path))

@@ -51,10 +51,10 @@ def test_ranks_that_share_sequences_count_as_one(world_size: int, n_parts: int) 
 @pytest.mark.parametrize(
     ("world_size", "n_heads", "seq_len", "n_parts", "what"),
     [
-        (6, 4, 256, 4, "the number of ranks, 6: the largest common divisor is 2"),
-        (8, 2, 256, 4, "model.n_heads, 2: the largest common divisor is 2"),
-        (9, 3, 256, 3, "the length of the rows of data/store, 256: the largest common divisor is 1"),
-        (1, 2, 256, 4, "the number of ranks, 1 and model.n_heads, 2: the largest common divisor is 1"),
+        (6, 4, 256, 4, "the number of ranks, 6: give 2, or a divisor of it"),
+        (8, 2, 256, 4, "model.n_heads, 2: give 2, or a divisor of it"),
+        (9, 3, 256, 3, "the length of the rows of data/store, 256: give 1, or a divisor of it"),
+        (1, 2, 256, 4, "the number of ranks, 1 and model.n_heads, 2: give 1, or a divisor of it"),
     ],
 )
 def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len: int, n_parts: int, what: str) -> None:
