@@ -26,7 +26,7 @@ from reformer import ConfigError, Reformer, ReformerConfig
 from reformer.diagnostics import ablated
 from reformer.weights import assemble
 from trainer.batches import repeated_tokens, without_repeated
-from trainer.exported import knows_tokenizer
+from trainer.exported import tokenizer_notes
 from trainer.scoring import Score, masked_sums, positions, range_ends, range_masks, range_name
 from trainer.token_losses import TokenLosses
 
@@ -66,10 +66,8 @@ def check(model: Reformer, store: Store, folder: Path) -> list[str]:
             f"the model in {folder} takes {config.max_seq_len} tokens at most, and the rows of {store.path} have "
             f"{store.seq_len}: build a store with --seq-len {config.max_seq_len}"
         )
-    notes, manifest = [], store.manifest
-    if not knows_tokenizer(folder, str(folder), store.path, manifest.tokenizer_sha256):
-        unknown = "does not say which tokenizer its model was trained with"
-        notes.append(f"{folder} {unknown}: it must be that of {store.path}")
+    manifest = store.manifest
+    notes = tokenizer_notes(folder, str(folder), store.path, manifest.tokenizer_sha256)
     marks = {"bos": manifest.bos, "eos": manifest.eos}
     trained = {name: value for name, value in read_record(folder).items() if name in marks}
     if other := [name.upper() for name, value in trained.items() if value != marks[name]]:

@@ -64,8 +64,8 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def knows_tokenizer(folder: Path, name: str, store: Path, tokenizer_sha256: str) -> bool:
-    """Whether the folder says which tokenizer its model was trained with.
+def tokenizer_notes(folder: Path, name: str, store: Path, tokenizer_sha256: str) -> list[str]:
+    """A note where the folder does not say which tokenizer its model was trained with.
 
     Raises ConfigError where that is not the one of the store, by its hash, and DataError where it cannot be read.
     """
@@ -78,7 +78,8 @@ def knows_tokenizer(folder: Path, name: str, store: Path, tokenizer_sha256: str)
             f"{name} was trained with another tokenizer than that of {store}, so their token ids do not mean the same. "
             f"Build the store with {way_out}, or give another folder"
         )
-    return trained_with is not None
+    unknown = f"{folder} does not say which tokenizer its model was trained with: it must be that of {store}"
+    return [unknown] if trained_with is None else []
 
 
 def read_origin(folder: Path) -> Mapping[str, Any]:

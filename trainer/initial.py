@@ -19,7 +19,7 @@ from reformer.positions import POSITION_STD
 from reformer.weights import skeleton
 from trainer.config import ConfigError
 from trainer.distributed import Launch, all_gather, hosts, raise_together, together
-from trainer.exported import knows_tokenizer, read_model
+from trainer.exported import read_model, tokenizer_notes
 
 SAME = ("n_heads", "d_head", "activation")
 """Fields of the model that must be as they were: with others the same tensors, which may fit, mean something else."""
@@ -112,8 +112,7 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
             f"run.init_from={folder} holds another model than [model]: {said}. Set [model] to that model"
             f"{_of_lengths(config, model.config)}, or give another folder"
         )
-    is_known = knows_tokenizer(folder, f"run.init_from={folder}", store, tokenizer_sha256)
-    unknown = f"{folder} does not say which tokenizer its model was trained with: it must be that of {store}"
+    of_tokenizer = tokenizer_notes(folder, f"run.init_from={folder}", store, tokenizer_sha256)
     notes = [f"{line} (run.init_from)" for line in changed.values()] + [str(each.message) for each in caught]
     first_new = {"positions": model.config.max_seq_len} if ROWS in grown else {}
     first_new |= {"tokens": model.config.vocab_size} if grown.keys() & {*TOKENS} else {}
@@ -121,7 +120,7 @@ def check_initial(folder: Path, config: ReformerConfig, store: Path, tokenizer_s
     return [
         *notes,
         *(drawn.format(name, first, folder) for name, first in first_new.items()),
-        *[unknown] * (not is_known),
+        *of_tokenizer,
     ]
 
 
