@@ -103,7 +103,7 @@ class RowDataset(Dataset[Sample]):
     def blank_of(self, position: int, part: int, n_parts: int) -> Sample:
         """What stands in for `slice_of` where the row cannot be read: all EOS, segments as in the row, no labels."""
         start, stop = part_bounds(self.store.seq_len, part, n_parts)
-        edges = _segment_edges(self.store.segments_of(self._row_at(position)), start, stop)
+        edges = _segment_edges(self.store.lengths_of(self._row_at(position)), start, stop)
         segment_ids = _segment_ids(edges, stop - start)
         tokens = torch.full((stop - start,), self.store.manifest.eos_id)
         return Sample(tokens, torch.full_like(tokens, IGNORED_LABEL), torch.from_numpy(segment_ids))
@@ -111,7 +111,7 @@ class RowDataset(Dataset[Sample]):
     def _read(self, row: int, part: int, n_parts: int) -> Sample:
         start, stop = part_bounds(self.store.seq_len, part, n_parts)
         tokens = self.store.read_row(row, start, min(stop + 1, self.store.seq_len))
-        return make_sample(tokens, self.store.segments_of(row), start, stop)
+        return make_sample(tokens, self.store.lengths_of(row), start, stop)
 
     def _row_at(self, position: int) -> int:
         if position < 0:
@@ -142,14 +142,14 @@ def part_bounds(seq_len: int, part: int, n_parts: int) -> tuple[int, int]:
     return part * n_tokens, (part + 1) * n_tokens
 
 
-def make_sample(tokens: np.ndarray, segments: np.ndarray, start: int = 0, stop: int | None = None) -> Sample:
+def make_sample(tokens: np.ndarray, lengths: np.ndarray, start: int = 0, stop: int | None = None) -> Sample:
     """The sample of tokens [start:stop] of a row.
 
-    `tokens` are those from `start` on, with one more after `stop` unless the row ends there; `segments` [n, 4] are the
-    row's, as `Store.segments_of` gives them.
+    `tokens` are those from `start` on, with one more after `stop` unless the row ends there; `lengths` [n] those of the
+    row's segments, as `Store.lengths_of` gives them.
     """
     n_tokens = len(tokens) if stop is None else stop - start
-    edges = _segment_edges(segments, start, start + len(tokens))
+    edges = _segment_edges(lengths, start, start + len(tokens))
     tokens = tokens.astype(np.int64)
     labels = np.full(n_tokens, IGNORED_LABEL)
     n_labels = max(edges[-1] - 1, 0)
@@ -160,9 +160,9 @@ def make_sample(tokens: np.ndarray, segments: np.ndarray, start: int = 0, stop: 
     return Sample(torch.from_numpy(tokens[:n_tokens]), torch.from_numpy(labels), torch.from_numpy(segment_ids))
 
 
-def _segment_edges(segments: np.ndarray, start: int, stop: int) -> np.ndarray:
+def _segment_edges(lengths: np.ndarray, start: int, stop: int) -> np.ndarray:
     """int64 [n + 1]: where the segments of a row begin and the last one ends, within its tokens [start:stop]."""
-    return np.clip(np.concatenate([[0], segments[:, 1].cumsum()]), start, stop) - start
+    return np.clip(np.concatenate([[0], lengths.cumsum(dtype=np.int64)]), start, stop) - start
 
 
 def _segment_ids(edges: np.ndarray, n_tokens: int) -> np.ndarray:

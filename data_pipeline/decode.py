@@ -108,7 +108,7 @@ def decode_row(store: Store, row: int) -> bytes:
     """The bytes of a row, padding left out. Raises DataError when there is no such row."""
     if not 0 <= row < store.n_rows:
         raise DataError(f"{store.path} has no row {row}: expected 0 to {store.n_rows - 1}")
-    n_tokens = int(store.segments_of(row)[:, 1].sum())
+    n_tokens = int(store.lengths_of(row).sum())
     return b"".join(decode_tokens(store.tokenizer, store.read_row(row, 0, n_tokens)))
 
 

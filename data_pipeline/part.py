@@ -78,8 +78,20 @@ class StorePart:
 
     def segments_of(self, row: int) -> np.ndarray:
         """int64 [n, 4]: (start, length, document, document_start) of each stretch of a document in the row."""
-        span = slice(*self._row_offsets[row - self.first_row : row - self.first_row + 2])
-        return np.stack([column[span] for column in self.segments[1:]], axis=1)
+        return np.stack([column[self._span(row)] for column in self.segments[1:]], axis=1)
+
+    def lengths_of(self, row: int) -> np.ndarray:
+        """uint32 [n]: the lengths of these stretches, without reading the rest of the table, which is nine times as
+        large in memory: a rank that trains needs no more."""
+        return self._lengths[self._span(row)]
+
+    def _span(self, row: int) -> slice:
+        """Where the segments of a row are in the table."""
+        return slice(*self._row_offsets[row - self.first_row : row - self.first_row + 2])
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return self._read_sidecar("segments/length").astype(np.uint32)
 
     def documents(self) -> Iterator[DocumentRecord]:
         """The document table, line by line. Raises DataError when its file is damaged."""

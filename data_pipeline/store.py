@@ -173,6 +173,10 @@ class Store:
         """
         return self._part_of(row).segments_of(row)
 
+    def lengths_of(self, row: int) -> np.ndarray:
+        """uint32 [n]: the lengths of these stretches, which follow on each other. Raises as above."""
+        return self._part_of(row).lengths_of(row)
+
     def check_files(self, full: bool = False) -> list[str]:
         """What is wrong with the files of all parts: see `StorePart.check_files`."""
         return [problem for part in self.parts for problem in part.check_files(full)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from on_disk import flip
 from torch.utils.data import DataLoader
 
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset, make_sample, part_bounds
@@ -16,8 +17,7 @@ from data_pipeline.store import Store
 
 def test_labels_and_segments_by_hand() -> None:
     tokens = np.array([1, 10, 11, 2, 1, 20, 2, 2, 2], np.uint16)
-    segments = np.array([[0, 4, 7, 0], [4, 3, 9, 0]])
-    sample = make_sample(tokens, segments)
+    sample = make_sample(tokens, np.array([4, 3], np.uint32))
     x = IGNORED_LABEL
     assert sample.tokens.tolist() == [1, 10, 11, 2, 1, 20, 2, 2, 2]
     assert sample.labels.tolist() == [10, 11, 2, x, 20, 2, x, x, x]
@@ -26,7 +26,7 @@ def test_labels_and_segments_by_hand() -> None:
 
 
 def test_a_full_row_has_no_label_at_its_end() -> None:
-    sample = make_sample(np.array([5, 6, 7], np.uint16), np.array([[0, 3, 0, 100]]))
+    sample = make_sample(np.array([5, 6, 7], np.uint16), np.array([3]))
     assert sample.labels.tolist() == [6, 7, IGNORED_LABEL]
 
 
@@ -37,7 +37,6 @@ def test_random_rows_token_by_token() -> None:
         lengths = rng.integers(1, rng.integers(2, 14), size=20)
         lengths = lengths[: np.searchsorted(lengths.cumsum(), 24, side="right")]
         tokens = rng.integers(0, 9, size=24).astype(np.uint16)
-        segments = np.stack([np.concatenate([[0], lengths.cumsum()[:-1]]), lengths, lengths, lengths], axis=1)
         ids = [i + 1 for i, length in enumerate(lengths) for _ in range(length)]
         ids += [0] * (24 - len(ids))
         labels = [
@@ -45,7 +44,7 @@ def test_random_rows_token_by_token() -> None:
         ]
         for n_parts in (1, 2, 3, 24):
             for start, stop in (part_bounds(24, part, n_parts) for part in range(n_parts)):
-                part = make_sample(tokens[start : stop + 1], segments, start, stop)
+                part = make_sample(tokens[start : stop + 1], lengths, start, stop)
                 assert part.tokens.tolist() == tokens[start:stop].tolist()
                 assert part.labels.tolist() == labels[start:stop]
                 assert part.segment_ids.tolist() == ids[start:stop]
@@ -134,6 +133,20 @@ def test_a_part_reads_itself_and_one_token_more(
     for part in range(4):
         dataset.slice_of(0, part, 4)
     assert asked == [(0, 65), (64, 129), (128, 193), (192, 256)]
+
+
+def test_samples_need_no_more_of_the_table_than_lengths(make_store: Callable[..., Store]) -> None:
+    """The rest is nine times as large, in every rank that trains."""
+    store = make_store()
+    expected = list(RowDataset(store))
+    assert all(np.array_equal(store.lengths_of(row), store.segments_of(row)[:, 1]) for row in range(store.n_rows))
+    for name in ("start", "document", "document_start"):
+        flip(store.path / "segments" / name / "c/0", -1)
+    rows = RowDataset(Store.open(store.path))
+    for found, sample in zip(rows, expected, strict=True):
+        assert all(map(torch.equal, found, sample))
+    with pytest.raises(DataError, match="segments/start"):
+        rows.segments_of(0)
 
 
 def test_a_blank_has_the_segments_of_its_row_and_nothing_to_predict(make_store: Callable[..., Store]) -> None:
