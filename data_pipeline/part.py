@@ -144,7 +144,16 @@ class StorePart:
         """Rows `first` to `stop` - 1 of this part at once, [n, seq_len]. Raises as `read_row`, of the first of them."""
         return self._read(first, (slice(first - self.first_row, stop - self.first_row), slice(None)))
 
-    def _read(self, row: int, selection: tuple[int | slice, slice]) -> np.ndarray:
+    def read_chosen(self, rows: np.ndarray) -> np.ndarray:
+        """These rows of this part, int64 [n], at once: [n, seq_len]. Raises as `read_row`, of the first damaged one."""
+        try:
+            return self._read(rows[0], (rows - self.first_row, slice(None)))
+        except DataError:  # of any of them
+            for row in rows.tolist():
+                self.read_row(row)
+            raise
+
+    def _read(self, row: int, selection: tuple[int | slice | np.ndarray, slice]) -> np.ndarray:
         shard = self.path / shard_name(row - self.first_row, self.manifest.rows_per_shard)
         try:
             tokens = np.asarray(self._tokens[selection])

@@ -15,6 +15,7 @@ from small_stores import write_store
 from data_pipeline.errors import DataError
 from data_pipeline.layout import list_files, record_file, write_manifest
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, ProblemRecord
+from data_pipeline.part import StorePart
 from data_pipeline.store import Store, list_part, part_path
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.verify import verify
@@ -109,6 +110,15 @@ def test_bit_flips_in_a_shard_are_errors_that_name_row_and_shard(store: Store) -
                 assert np.array_equal(tokens, expected)
         shard.write_bytes(good)
     assert caught >= 55
+
+
+def test_of_rows_that_are_read_at_once_the_damaged_one_is_named(grown: Store) -> None:
+    part = grown.parts[1]
+    rows = np.arange(part.first_row, part.stop_row)[[0, 2]]
+    assert np.array_equal(part.read_chosen(rows), [grown.read_row(row) for row in rows])
+    flip(part.path / "tokens/c/1/0", 20, 3)
+    with pytest.raises(DataError, match=re.escape(f"row {rows[1]} of {part.path} is damaged in shard {part.path}")):
+        StorePart(part.path, part.manifest, part.first_row, part.first_document).read_chosen(rows)
 
 
 @pytest.mark.parametrize(

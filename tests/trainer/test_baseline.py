@@ -4,12 +4,14 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-from small_stores import HELD_OUT, TRAIN, cabbage_store
+from small_stores import HELD_OUT, TRAIN, cabbage_store, write_store
 
 from data_pipeline.cli import main as data_pipeline
-from data_pipeline.dataset import RowDataset
-from data_pipeline.store import Store
+from data_pipeline.dataset import IGNORED_LABEL, RowDataset
+from data_pipeline.part import StorePart
+from data_pipeline.store import Store, list_part, part_path
 from trainer.baseline import unigram_score
 from trainer.batches import drawn
 from trainer.config import DataConfig
@@ -56,6 +58,58 @@ def test_a_unigram_of_many_rows_is_of_some_that_stand_for_all(
         nats = [-math.log(counts[token] / sum(counts.values())) for token in [*HELD_OUT, 257]]
         found = unigram_score(rows.store, DataConfig(store=tmp_path / "big"), n_rows=5)
         assert found.nll == pytest.approx(sum(nats), rel=1e-12)
+
+
+def grown_store(path: Path) -> Path:
+    """Of rows that texts share, in two parts, of which both have rows of both splits."""
+    texts = {f"{number}.txt": bytes([97 + number]) * (3 * number + 1) for number in range(16)}
+    write_store(path, texts, val=["5.txt", "13.txt"])
+    write_store(
+        part_path(path, "0001"), {f"new_{name}": text.upper() for name, text in texts.items()}, val=["new_9.txt"]
+    )
+    list_part(path, "0001")
+    return path
+
+
+def counts_of(store: Path, n_rows: int) -> np.ndarray:
+    """Of n_rows rows drawn from a training split, read one by one."""
+    rows = RowDataset(Store.open(store))
+    counts = np.zeros(258)
+    for row in drawn(len(rows), n_rows):
+        labels = rows[row].labels.numpy()
+        counts += np.bincount(labels[labels != IGNORED_LABEL], minlength=258)
+    return counts * len(rows) / min(n_rows, len(rows))
+
+
+def nll_of(store: Path, counts: np.ndarray) -> float:
+    """Of the rows held out in a store, by frequencies."""
+    rows = RowDataset(Store.open(store), "val")
+    labels = np.concatenate([rows[row].labels.numpy() for row in range(len(rows))])
+    return -float(np.log((counts + 1) / (counts + 1).sum())[labels[labels != IGNORED_LABEL]].sum())
+
+
+def test_rows_are_read_many_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them or some, wherever they lie, as if they were read one by one."""
+    store = grown_store(tmp_path / "store")
+    n_rows, sizes, read = len(RowDataset(Store.open(store))), list[int](), StorePart.read_chosen
+    monkeypatch.setattr(StorePart, "read_chosen", lambda part, rows: sizes.append(len(rows)) or read(part, rows))
+    monkeypatch.setattr("trainer.baseline.BATCH_TOKENS", 5 * 16)
+    for n_read in (1, 7, 20, n_rows):
+        monkeypatch.setattr("trainer.baseline.MOST_TOKENS", 16 * n_read)
+        sizes.clear()
+        found = unigram_score(Store.open(store), DataConfig(store=store), n_rows=100)
+        assert found.nll == pytest.approx(nll_of(store, counts_of(store, n_read)), rel=1e-12)
+        assert sum(sizes) == n_read and len(sizes) <= n_read / 5 + 2 and max(sizes) <= 5
+    assert n_rows > 30
+
+
+def test_the_sources_of_a_mixture_share_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = [grown_store(tmp_path / name) for name in ("one", "two")]
+    monkeypatch.setattr("trainer.baseline.MOST_TOKENS", 16 * 20)
+    mixture = {store.name: {"store": store, "weight": 1.0, "split": "train"} for store in stores}
+    found = unigram_score(Store.open(stores[0]), DataConfig(store=stores[0], mixture=mixture), n_rows=100)
+    each = counts_of(stores[0], 10)
+    assert found.nll == pytest.approx(min(nll_of(stores[0], counts) for counts in (each, 2 * each)), rel=1e-12)
 
 
 @pytest.mark.parametrize(("words", "best"), [((b"cab", b"bag"), "mixture"), ((b"xyz", b"zoo"), "one")])
