@@ -12,10 +12,14 @@ Several runs are compared at the last step at which all were evaluated; where th
 tokens, after the most tokens. What is no run, or has no training step yet, is left out. Of runs that differ in seeds
 alone (run.seed, model.seed; what changes no score may differ too) there is a line for each group, and what it has more
 than the group of the run that was given first.
+
+Of more than 20 runs (or groups) the picture has the best ten in colour and the others in grey; of a setting with more
+than ten values those of the best three are shown, with their number and range. --json has all.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +28,7 @@ from data_pipeline.output import exit_code, reader_may_leave
 from data_pipeline.staging import check_json
 from trainer.comparison import Comparison, compare, comparison_text, comparison_values, label
 from trainer.config import ConfigError
-from trainer.curve_plot import plot_groups, plot_run, plot_runs
+from trainer.curve_plot import n_in_colour, plot_groups, plot_run, plot_runs
 from trainer.curves import Curves, read_curves
 from trainer.run_report import report
 
@@ -62,8 +66,11 @@ def draw(reported: Curves | Comparison, file: Path) -> None:
     elif not reported.groups:
         plot_runs(reported.runs, file)
     else:
-        labels = [label(group) for group in reported.groups]
-        plot_groups([[reported.runs[place] for place in group.places] for group in reported.groups], labels, file)
+        drawn = reported.groups
+        if n_in_colour(len(drawn)) < len(drawn):  # those of the best
+            drawn = sorted(drawn, key=lambda group: group.score.mean if group.score else math.inf)
+        labels = [label(group) for group in drawn]
+        plot_groups([[reported.runs[place] for place in group.places] for group in drawn], labels, file)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,10 @@ Value = TypeVar("Value", bound=str | None)
 
 LONGEST = 40
 """Characters of a setting that are shown."""
+MOST_VALUES, OF_THE_BEST = 10, 3
+"""Of a setting with more values than the first number only so many are shown, those of the best runs."""
+MOST_RUNS = 20
+"""Whose numbers are shown beside a value."""
 LONGEST_LABEL = 100
 """Characters of the settings in a line of a picture's legend."""
 
@@ -218,10 +222,32 @@ def numbered(values: Sequence[Value]) -> dict[Value, str]:
 
 
 def by_value(values: Sequence[str]) -> str:
-    """Which runs have which value of a setting."""
+    """Which runs have which value of a setting, given of each run, the best first.
+
+    Of more than MOST_VALUES how many there are, in which range if all are numbers, and those of the best runs.
+    """
+    runs = numbered(values)
     # Whole where their beginnings are alike.
-    say = shortened if len({*map(shortened, values)}) == len({*values}) else str
-    return "; ".join(f"{say(value)} in {runs}" for value, runs in numbered(values).items())
+    say = shortened if len({*map(shortened, runs)}) == len(runs) else str
+    said = [f"{say(value)} in {first_of(numbers)}" for value, numbers in runs.items()]
+    if len(said) <= MOST_VALUES:
+        return "; ".join(said)
+    return f"{len(said)} values{_range(runs)}: {'; '.join(said[:OF_THE_BEST])}; …"
+
+
+def first_of(numbers: str) -> str:
+    """The numbers of runs, and how many more there are where they are too many."""
+    each = numbers.split()
+    return numbers if len(each) <= MOST_RUNS else f"{' '.join(each[:MOST_RUNS])} and {len(each) - MOST_RUNS} more"
+
+
+def _range(values: Iterable[str]) -> str:
+    """From the least to the largest; nothing where one is no number."""
+    try:
+        ordered = sorted(values, key=float)
+    except ValueError:
+        return ""
+    return f" from {ordered[0]} to {ordered[-1]}"
 
 
 def shortened(value: str) -> str:
