@@ -1,8 +1,8 @@
 """The least that a model must beat: a unigram model of the same tokens, scored on the same held-out labels."""
 
 import numpy as np
-from tqdm import tqdm
 
+from data_pipeline.bar import Bar
 from data_pipeline.dataset import IGNORED_LABEL, RowDataset
 from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from data_pipeline.part import StorePart
@@ -44,7 +44,7 @@ def _frequencies(store: Store, split: str, most_tokens: int) -> np.ndarray:
     chosen = np.sort(rows[drawn(len(rows), max(most_tokens // store.seq_len, 1))])
     counts, at_once = np.zeros(store.vocab_size), max(BATCH_TOKENS // store.seq_len, 1)
     what = f"unigram model of {store.path.name}"
-    with tqdm(total=len(chosen), desc=what, unit="row", disable=None, leave=False) as bar:
+    with Bar(total=len(chosen), desc=what, unit="row", leave=False) as bar:
         for part in store.parts:
             ours = chosen[(chosen >= part.first_row) & (chosen < part.stop_row)]
             for start in range(0, len(ours), at_once):
