@@ -48,6 +48,7 @@ from data_pipeline.manifest import (
     library_versions,
 )
 from data_pipeline.packing import Segments
+from data_pipeline.plan_notes import notes_on_plan
 from data_pipeline.planning import (
     Documents,
     Plan,
@@ -56,7 +57,6 @@ from data_pipeline.planning import (
     document_records,
     make_plan,
     merge_parts,
-    notes_on_items,
     problem_records,
     split_records,
 )
@@ -267,8 +267,8 @@ def plan(work: Work, number: int) -> None:
     for record in records:
         sha256[record.input_file] = record.input_sha256
     _save_arrays(folder, {"inputs": sha256})
-    if work.decisive.tokenizer_kind == "integers":
-        made.notes.extend(notes_on_items(documents, made.kept, work.files))
+    arrays = work.files if work.decisive.tokenizer_kind == "integers" else []
+    made.notes.extend(notes_on_plan(documents, made, plan_settings(work), arrays))
     facts = {name: getattr(made, name) for name in _PLAN_FACTS}
     write_json(folder / f"{record_name(number)}.json", {**facts, "n_rows": made.n_rows, "problems": problems})
 
