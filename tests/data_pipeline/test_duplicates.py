@@ -305,18 +305,6 @@ def test_a_threshold_without_meaning_is_refused(threshold: float) -> None:
         near(np.zeros((0, 128), np.uint32), threshold, NONE)
 
 
-def test_fifty_thousand_signatures_take_seconds() -> None:
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, 2**32 - 1, (50_000, 128), np.uint32)
-    rows[40_000:] = rows[:10_000]
-    rows[40_000:, ::16] += np.uint32(1)
-    begin = time.perf_counter()
-    found = near(rows, 0.8, NONE)
-    assert time.perf_counter() - begin < 10
-    assert (found[:40_000] == -1).all()
-    assert np.array_equal(found[40_000:], np.arange(10_000))
-
-
 # The library
 
 
