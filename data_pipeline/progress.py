@@ -47,12 +47,11 @@ class Progress:
             self._thread.join()
 
     def _watch(self) -> None:
-        folder = self._work.folder
-        if not self._wait_for(folder / "start" / f"{record_name(0)}.json"):
+        if not self._wait_for("start"):
             return
         sizes = [sum(span.stop - span.start for span in task) for task in self._work.tasks]
         self._show("tokenize", "tokens", sizes, self._tokens_of)
-        if not self._wait_for(folder / "plan" / f"{record_name(0)}.json"):
+        if not self._wait_for("plan"):
             return
         n_rows, settings = self._work.n_rows, self._work.decisive
         bounds = [min(row, n_rows) for row in range(0, n_rows + settings.rows_per_shard, settings.rows_per_shard)]
@@ -92,11 +91,19 @@ class Progress:
         record = self._work.folder / "tokens" / f"{record_name(task)}{RECORD_SUFFIX}"
         return int(read_record(record).columns.n_tokens.sum())
 
-    def _wait_for(self, path: Path) -> bool:
-        """Whether `path` came to be before the end."""
-        while not path.exists():
-            if self._closed.wait(_POLL_S / 10):
-                return path.exists()
+    def _wait_for(self, stage: str) -> bool:
+        """Follows a stage of one task, which says nothing itself. Whether it came to its end."""
+        record = self._work.folder / stage / f"{record_name(0)}.json"
+        begun = time.monotonic()
+        next_line = begun + LINE_EVERY_S
+        with tqdm(desc=stage, bar_format="{desc}: {elapsed}", delay=1, leave=False, disable=None) as bar:
+            while not record.exists():
+                if self._closed.wait(_POLL_S / 10):
+                    return record.exists()
+                bar.update(0)
+                if bar.disable and time.monotonic() > next_line:
+                    next_line += LINE_EVERY_S
+                    logger.info("%s: %s so far", stage, tqdm.format_interval(time.monotonic() - begun))
         return True
 
 
