@@ -6,7 +6,8 @@ rebuilt by appending. Where windows overlap, each gives what the one before it d
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from data_pipeline.tokenizer import IntegerTokenizer, Tokenizer, value_dtype
 
 _DECODE_TOKENS = 1 << 20
 """Decoded at a time: a row may be tens of millions of tokens, each of which is a Python object for a moment."""
+_REMEMBERED_TOKENS = 1 << 25
 
 
 class Stretch(NamedTuple):
@@ -58,17 +60,21 @@ def decode_document(store: Store, name: str) -> Iterator[bytes]:
     for part in store.parts:
         for document in part.documents():
             if document.name == name:
-                yield from _stretches_decoded(part, np.flatnonzero(part.segments.document == document.id))
+                places = np.flatnonzero(part.segments.document == document.id)
+                yield from _stretches_decoded(part, places, part.read_row)
                 return
     raise DataError(f"{store.path} has no document {name!r}: inspect and documents.jsonl list names")
 
 
-def _stretches_decoded(part: StorePart, places: np.ndarray) -> Iterator[bytes]:
-    """The bytes of a document, whose stretches have these places [n], in order, in the part's table of segments."""
+def _stretches_decoded(part: StorePart, places: np.ndarray, read_row: Callable[..., np.ndarray]) -> Iterator[bytes]:
+    """The bytes of a document, whose stretches have these places [n], in order, in the part's table of segments.
+
+    read_row: `part.read_row`, or one that remembers.
+    """
     stop = 0
     for place in places:
         row, start, length, _, document_start = (int(column[place]) for column in part.segments)
-        tokens = part.read_row(row, start + stop - document_start, start + length)
+        tokens = read_row(row, start + stop - document_start, start + length)
         stop = document_start + length
         yield from decode_tokens(part.tokenizer, tokens)
 
@@ -82,14 +88,21 @@ def decode_split(store: Store, split: str) -> Iterator[bytes]:
     n_documents, is_seen = store.manifest.splits[split].documents, bool(sys.stdout and sys.stdout.isatty())
     with Bar(desc=f"decode {split}", total=n_documents, unit="document", disable=is_seen) as bar:
         for part in store.parts:
+            read_row = _remembering(part)
             in_order = np.argsort(part.segments.document, kind="stable")
             of_places = part.segments.document[in_order]
             for document in (each for each in part.documents() if each.split == split):
                 places = in_order[slice(*np.searchsorted(of_places, [document.id, document.id + 1]))]
-                content = b"".join(_stretches_decoded(part, places))
+                content = b"".join(_stretches_decoded(part, places, read_row))
                 record = {"name": document.name, **_as_json(document.name, content, store.tokenizer)}
                 yield (json.dumps(record, ensure_ascii=False) + "\n").encode()
                 bar.update()
+
+
+def _remembering(part: StorePart) -> Callable[[int, int, int], np.ndarray]:
+    """`part.read_row` for many short documents: of the rows read last, of _REMEMBERED_TOKENS, none is read again."""
+    whole = lru_cache(max(1, _REMEMBERED_TOKENS // part.manifest.seq_len))(part.read_row)
+    return lambda row, start, stop: whole(row)[start:stop]
 
 
 def _as_json(name: str, content: bytes, tokenizer: Tokenizer) -> dict[str, str | list[int]]:

@@ -10,6 +10,7 @@ from small_stores import write_store
 from data_pipeline import decode
 from data_pipeline.decode import decode_all, decode_document, decode_row, decode_split
 from data_pipeline.errors import DataError
+from data_pipeline.part import StorePart
 from data_pipeline.store import Store
 from data_pipeline.tokenizer import IntegerTokenizer, load_tokenizer
 
@@ -51,6 +52,26 @@ def test_a_split_as_lines_of_json(tmp_path: Path, tokenizer_file: Path, settings
         {"name": name, "text": content.decode()} for name, content in DOCUMENTS.items() if name in held_out
     ]
     assert "태초에".encode() in lines[0] and all(line.count(b"\n") == 1 for line in lines)
+
+
+@pytest.mark.parametrize("remembered", [1, 1 << 25])
+def test_of_many_short_documents_no_row_is_read_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remembered: int
+) -> None:
+    """Unless there is no room to remember it."""
+    documents = {f"{number:03d}.txt": b"word " * (1 + number % 17) for number in range(100)}
+    write_store(tmp_path / "s", documents, seq_len=256)
+    store, read, rows = Store.open(tmp_path / "s"), StorePart.read_row, list[int]()
+
+    def counting(part: StorePart, row: int, *bounds: int) -> np.ndarray:
+        rows.append(row)
+        return read(part, row, *bounds)
+
+    monkeypatch.setattr(StorePart, "read_row", counting)
+    monkeypatch.setattr(decode, "_REMEMBERED_TOKENS", remembered)
+    lines = [json.loads(line) for line in decode_split(store, "train")]
+    assert {line["name"]: line["text"].encode() for line in lines} == documents
+    assert set(rows) == set(range(store.n_rows)) and (len(rows) == store.n_rows) == (remembered > 1)
 
 
 def test_a_split_of_integers_is_values(tmp_path: Path) -> None:
