@@ -24,7 +24,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.rolling import BASE, powers
 
 N_PERMUTATIONS = 128
-"""Numbers in a signature: 512 MB for a million documents."""
+"""Numbers in a signature: 512 MB for a million documents, which a build has in memory twice for a moment."""
 
 _SHINGLE_WORDS = 5
 _EMPTY = np.uint32(2**32 - 1)  # what datasketch starts from: a signature of nothing else has seen no shingle

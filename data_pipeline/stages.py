@@ -247,15 +247,7 @@ def plan(work: Work, number: int) -> None:
     folder = work.folder / "plan"
     records = [read_record(work.folder / "tokens" / f"{record_name(n)}{RECORD_SUFFIX}") for n in range(len(work.tasks))]
     columns = concatenate(record.columns for record in records)
-    documents = merge_parts(columns)
-    given_split = np.array([file.split or "" for file in work.files], str)
-    known = store.known_documents(work.append_to)
-    made = make_plan(documents, given_split, known, plan_settings(work))
     offsets = np.cumsum([0, *(int(record.columns.n_tokens.sum()) for record in records)])
-    _save_arrays(folder, {"offsets": offsets, **made.segments._asdict(), "source": made.source})
-    _save_arrays(folder, {f"documents.{name}": column for name, column in documents._asdict().items()})
-    _save_arrays(folder, {f"plan.{name}": getattr(made, name) for name in _PLAN_ARRAYS})
-    _begin_content(work, made.n_rows)
     parts = np.concatenate(([0], np.cumsum([len(record.columns.file) for record in records])))
     document_of_part = np.cumsum(columns.first) - 1
     problems = [
@@ -264,9 +256,18 @@ def plan(work: Work, number: int) -> None:
         for part, problem, policy, detail in record.problems
     ]
     sha256 = np.zeros((len(work.files), 32), np.uint8)
-    for record in records:
-        sha256[record.input_file] = record.input_sha256
+    for files, hashes in ((record.input_file, record.input_sha256) for record in records):
+        sha256[files] = hashes
+    documents = merge_parts(columns)
+    del records, columns  # which hold all signatures once more
+    given_split = np.array([file.split or "" for file in work.files], str)
+    known = store.known_documents(work.append_to)
+    made = make_plan(documents, given_split, known, plan_settings(work))
+    _save_arrays(folder, {"offsets": offsets, **made.segments._asdict(), "source": made.source})
+    _save_arrays(folder, {f"documents.{name}": column for name, column in documents._asdict().items()})
+    _save_arrays(folder, {f"plan.{name}": getattr(made, name) for name in _PLAN_ARRAYS})
     _save_arrays(folder, {"inputs": sha256})
+    _begin_content(work, made.n_rows)
     arrays = work.files if work.decisive.tokenizer_kind == "integers" else []
     made.notes.extend(notes_on_plan(documents, made, plan_settings(work), arrays))
     facts = {name: getattr(made, name) for name in _PLAN_FACTS}
