@@ -154,7 +154,8 @@ def run(arguments: argparse.Namespace) -> None:
     record: dict[str, Any] = {"model": str(arguments.folder), "store": str(arguments.store), "split": arguments.split}
     names = [named(setting, model) for setting in arguments.attention]
     record |= {"seq_len": store.seq_len, "rows": numbers, "asked": names, "settings": []}
-    documents: dict[int, str] = {}
+    scored = {document for number in numbers for document in rows.segments_of(number)[:, 2].tolist()}
+    documents = store.names_of(scored) if arguments.json else {}
     first: Scores | None = None
     of_tokens = TokenLosses() if arguments.per_token else None
     try:
@@ -164,8 +165,7 @@ def run(arguments: argparse.Namespace) -> None:
                 scores = score_rows(forward, rows, bar, device, of_tokens)
             if not scores.all.n_tokens:
                 raise ConfigError(f"the rows of {arguments.split} in {store.path} have no token to predict")
-            if first is None:
-                first, documents = scores, store.names_of(scores.by_document) if arguments.json else {}
+            first = first or scores
             record["settings"].append({"name": name, **report(scores, first, documents)})
             if arguments.json:
                 arguments.json.write_text(dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
