@@ -17,8 +17,11 @@ class Bar(tqdm):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._in_log = not (sys.stderr and sys.stderr.isatty())
-        in_log = {"mininterval": LINE_EVERY_S, "miniters": 1, "leave": False} if self._in_log else {}
-        super().__init__(*arguments, **{**options, **in_log})
+        if self._in_log:
+            options |= {"mininterval": LINE_EVERY_S, "miniters": 1, "leave": False}
+        if not sys.stderr:  # it is closed
+            options["disable"] = True
+        super().__init__(*arguments, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if not self._in_log:

@@ -59,10 +59,8 @@ def build(settings: BuildSettings) -> BuildResult:
 
     What was done when it is interrupted is kept, in a directory beside the output, for the next time. Raises DataError
     for input or settings that make no store, when the output is there but was made of other input or settings, when
-    another job is building it, and in a worker process that runs the script which made it.
+    another job is building it, and in a process that multiprocessing is starting, unless the store is there.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks it itself
-        raise DataError(f"build() was called again by a worker process that it started: {_BELOW}")
     team = find_team(os.environ)
     if settings.output.is_symlink():  # which a rename cannot put a store in place of
         settings = replace(settings, output=settings.output.resolve())
@@ -72,6 +70,8 @@ def build(settings: BuildSettings) -> BuildResult:
     if (finished := _finished(settings, decisive, team, contents=is_alone)) is not None and is_alone:
         jobs.remove_gone(folder)
         return finished
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks it itself
+        raise DataError(f"a process that was started to work for this script runs it, and would build too: {_BELOW}")
     published = False
 
     def keep() -> bool:

@@ -63,8 +63,8 @@ def _find_listed(source: str, wanted: Wanted) -> Iterator[Found]:
         try:
             files = list(find(line, wanted))
         except DataError as error:
-            place = f"(of the list {source[1:]}, whose paths are relative to the working directory)"
-            raise DataError(f"{error} {place}") from None
+            paths = "" if "://" in line else ", whose paths are relative to the working directory"
+            raise DataError(f"{error} (of the list {source[1:]}{paths})") from None
         for found in files:
             yield found._replace(below=posixpath.join(folder, found.below))
 
@@ -124,7 +124,7 @@ def _find_matches(pattern: str) -> Iterator[Found]:
     found = (path for path in glob.iglob(pattern, recursive=True) if not Path(path).is_dir())  # noqa: PTH207 (absolute)
     paths = _outside_stores(found, root, os.path.exists)
     if not paths:
-        raise DataError(f"no file matches {pattern}: expected at least one")
+        raise DataError(f"no file matches {pattern}: expected at least one, hidden ones and those in stores aside")
     return (_stat(path.removeprefix(root).lstrip("/"), str(Path(path).absolute())) for path in paths)
 
 
@@ -179,6 +179,7 @@ def _outside_stores(paths: Iterable[str], root: str, exists: Callable[[str], boo
     @cache
     def is_inside(folder: str) -> bool:
         is_store = all(exists(posixpath.join(folder, name)) for name in _OF_STORE)
-        return is_store or (len(folder) > len(root) and is_inside(posixpath.dirname(folder)))
+        above = posixpath.dirname(folder)
+        return is_store or (len(root) <= len(above) < len(folder) and is_inside(above))
 
     return [path for path in paths if not is_inside(posixpath.dirname(path))]

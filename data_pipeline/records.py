@@ -52,8 +52,9 @@ def json_text(line: Line, encoding: str, given: TextSettings, settle: Settle) ->
     try:
         content = line.content.decode(encoding)
     except UnicodeDecodeError as error:
-        error.encoding = given.encoding
-        settle(invalid_text(error, line.offset))
+        is_marked = encoding != given.encoding  # where it was in the file is not known any more
+        marked = BadDocument("encoding", f"is not valid {given.encoding}")
+        settle(marked if is_marked else invalid_text(error, line.offset))
         content = line.content.decode(encoding, errors="replace")
     if line.offset == 0:
         content = content.removeprefix("\ufeff")

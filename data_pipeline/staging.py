@@ -76,7 +76,7 @@ def staged(output: Path) -> Iterator[Path]:
     writing the same output, or when one has taken its name by the end.
     """
     if output.is_symlink():  # which a rename cannot put a folder in place of
-        output = output.resolve()
+        output = Path(os.path.realpath(output))
     partial = partial_path(output)
     check_writable(output.parent, f"--output {output}")
     with _locked(partial, output):

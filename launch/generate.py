@@ -112,7 +112,8 @@ def check_draws(
         more = ""
         if "max_seq_len" in str(error):
             counted = " (BOS, which the prompt begins with, is one of them)" if tokens[0] == bos_id else ""
-            more = f"{counted}, or take the end of the prompt with --last N"
+            end = ", or take the end of the prompt with --last N" if n_tokens < config.max_seq_len else ""
+            more = f"{counted}{end}"
         raise ConfigError(f"{place}{error}{more}") from None
 
 

@@ -127,7 +127,11 @@ class ReversibleBlock(nn.Module):
 
 def _dropped(x: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
     """x with zeros where it is not kept, the rest by 1 / (1 - dropout)."""
-    return x if kept is None else (x * kept).mul_(1 / (1 - dropout))
+    if kept is None:
+        return x
+    # Rounded to fp32 or better: runs that an earlier version began, whose masks had this number, go on to the bit.
+    scale = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device="cpu") / (1 - dropout)
+    return (x * kept).mul_(scale.item())
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Other files may lie beside them, such as the tokenizer that launch/export.py add
 """
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -152,7 +153,8 @@ def write_folder(
 
     A process that is killed meanwhile leaves a folder `.NAME.….partial` behind, which may be removed.
     """
-    folder = folder.resolve() if folder.is_symlink() else folder.absolute()  # no rename puts a folder in a link's place
+    # No rename puts a folder in a link's place.
+    folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder.absolute()
     refuse_existing(folder)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")  # two may write at once: the first wins
     partial.mkdir(parents=True)

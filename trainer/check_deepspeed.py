@@ -93,12 +93,19 @@ def _is_limit(value: Any) -> bool:
     return type(value) in (int, float) and value >= 0
 
 
+def _is_interval(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and value >= 1)
+
+
 COMMUNICATED = ("fp32", "bf16", "fp16")
-SWITCH: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "give true or false")
+SWITCH: tuple[Callable[[Any], bool], str] = (lambda value: value in (False, True), "give true or false")
 SCALARS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradient_clipping": (_is_limit, "give the maximum gradient norm, or 0 for no limit"),
-    "steps_per_print": (_is_count, "give a number >= 1"),
-    "communication_data_type": (lambda value: value in (*COMMUNICATED, None), f"give one of {COMMUNICATED}"),
+    "steps_per_print": (_is_interval, "give a number >= 1"),
+    "communication_data_type": (
+        lambda value: value is None or str(value).lower() in COMMUNICATED,
+        f"give one of {COMMUNICATED}",
+    ),
     "wall_clock_breakdown": SWITCH,
     "memory_breakdown": SWITCH,
     "zero_allow_untested_optimizer": SWITCH,

@@ -83,7 +83,8 @@ def compare(given: Sequence[Curves]) -> Comparison:
     of_steps = numbered([f"{run.tokens_per_step():,} tokens" for run in runs])
     if len(of_steps) > 1:
         each = "; ".join(f"{tokens} in {alike}" for tokens, alike in of_steps.items())
-        notes.append(f"note: a step is {each}: they are compared where they have seen as many")
+        how = "at the same step they have not seen as many" if tokens is None else "they are compared after as many"
+        notes.append(f"note: a step is {each}: {how}")
     for what, of_rows in unlike(runs, sources).items():
         alike = ", ".join(of for rows, of in numbered(of_rows).items() if rows)  # where there are any
         notes.append(f"note: not all were scored on the same rows: what stands below {what!r} compares within {alike}")

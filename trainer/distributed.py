@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -321,9 +322,10 @@ def end_by(main: Callable[[], int]) -> NoReturn:
         code = end.code if isinstance(end, SystemExit) else 1
         if not isinstance(end, SystemExit):
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError):  # it is closed, or its reader has left
+                stream.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def hosts() -> list[str]:

@@ -20,6 +20,15 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr().err == ""
 
 
+def test_where_nobody_reads_it_there_is_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(bar, "LINE_EVERY_S", 1e-9)
+    monkeypatch.setattr("sys.stderr", None)
+    with Bar(desc="decode", total=3, unit="row") as shown:
+        shown.update()
+    assert list(Bar(range(3), desc="verify", unit="row")) == [0, 1, 2]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     for _ in Bar(range(3), desc="verify", unit="row"):

@@ -124,6 +124,14 @@ def test_names_of_a_glob_are_below_what_is_fixed_in_it(tmp_path: Path) -> None:
         names(tmp_path / "*.csv")
 
 
+def test_a_glob_whose_first_part_is_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in/a.txt", b"a")
+    first, *others = tmp_path.parts[1:]
+    assert names("/".join(["", f"{first[:-1]}?", *others, "in/*.txt"])) == ["/".join([first, *others, "in/a.txt"])]
+    monkeypatch.chdir(tmp_path)
+    assert names("*/*.txt") == names("i*/a.txt") == ["in/a.txt"]
+
+
 def test_a_file_with_a_star_in_its_name_is_itself(tmp_path: Path) -> None:
     write(tmp_path / "a[1].txt", b"text")
     assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
@@ -275,6 +283,8 @@ def test_urls_of_files_folders_and_globs(memory: fsspec.AbstractFileSystem) -> N
     files = find_files(["memory://books"], {}, False)
     assert [b"".join(read_content(file)) for file in files] == [b"text", b"text"]
     assert files[1].n_bytes == len(gzip.compress(b"text"))
+    assert names("memory://") == ["books/a.txt", "books/deep/b.txt"]
+    assert names("memory://*/*.txt") == ["books/a.txt"]
     with pytest.raises(DataError, match=r"no \.txt, .* files in memory://nowhere"):
         names("memory://nowhere")
 

@@ -40,6 +40,16 @@ def test_workers_are_sent_only_what_was_asked_for(make: Callable[..., Store], mo
     assert sent == [{field.name for field in dataclasses.fields(stages.Work)}] * 2
 
 
+READS = """
+if __name__ == "__main__":
+    import multiprocessing
+    child = multiprocessing.get_context("spawn").Process(target=print, args=("here",))
+    child.start()
+    child.join()
+    print(child.exitcode)
+"""
+
+
 @pytest.mark.parametrize("is_file", [True, False])
 def test_a_script_without_a_guard_is_told_of_it(corpus: Path, tmp_path: Path, is_file: bool) -> None:
     """Worker processes run it again; or find none, where it came by standard input."""
@@ -52,4 +62,8 @@ def test_a_script_without_a_guard_is_told_of_it(corpus: Path, tmp_path: Path, is
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "a worker process ended: if memory ran out" in last and 'build() below `if __name__ == "__main__":`' in last
-    assert ("build() was called again by a worker process that it started" in done.stderr) == is_file
+    assert ("a process that was started to work for this script runs it, and would build too" in done.stderr) == is_file
+    if is_file:  # as those of a DataLoader do, which find the store
+        (tmp_path / "script.py").write_text(f"{script.replace('workers=2', 'workers=1')}{READS}")
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "here\n0\n"), done.stderr

@@ -213,6 +213,7 @@ def test_a_prompt_that_is_no_text(exported: Path, pieces: Path, call) -> None:
             "4 tokens and 61 more are beyond max_seq_len=64: add at most 60 (BOS, which the prompt begins with, is one "
             "of them), or take the end of the prompt with --last N\n",
         ),
+        (("--tokens", "64", "--last", "1"), "1 tokens and 64 more are beyond max_seq_len=64: add at most 63\n"),
         (("--tokens", "63", "--last", "2"), "2 tokens and 63 more are beyond max_seq_len=64: add at most 62, or take"),
     ],
 )

@@ -134,7 +134,7 @@ def test_runs_of_other_batches_are_compared_after_as_many_tokens(
         f"[2] {b0} 2 2.5000 3.2500 6.5000 2.5000 2 100 1.25",
         f"[3] {a1} 2 3.5000 3.5000 5.5000 3.5000 2 100 1.25",
     ]
-    said = "note: a step is 100 tokens in [1] [3]; 200 tokens in [2]: they are compared where they have seen as many\n"
+    said = "note: a step is 100 tokens in [1] [3]; 200 tokens in [2]: they are compared after as many\n"
     assert done.stdout.count("note: ") == done.stdout.count(said) == 1
     assert section(done.stdout, GROUPS)[1:] == ["[1] [3] - 2 3.2500 ± 0.3536", "[2] 2 1 3.2500 +0.2500 1"]
     assert "held out: bits per byte of a run after 200 tokens, mean ±" in done.stdout
@@ -157,6 +157,9 @@ def test_runs_of_other_batches_that_never_saw_as_many_tokens(tmp_path: Path, sto
     done = report(a0, in_larger_steps(make_other(tmp_path / "large", store, "3.5")))
     assert "there is no number of tokens, but for the beginning, at which all were evaluated\n" in done.stdout
     assert "after" not in done.stdout.splitlines()[0]
+    assert "note: a step is 100 tokens in [1]; 200 tokens in [2]: at the same step they have not seen as many\n" in (
+        done.stdout
+    )
 
 
 def test_runs_of_one_group_with_other_commits_are_noted(tmp_path: Path, store: Path) -> None:

@@ -143,7 +143,8 @@ def test_deepspeed_works_out_what_is_left_out_of_the_batch(batch: dict[str, Any]
         {"fp16": {"enabled": False}},
         {"prescale_gradients": False, "gradient_predivide_factor": 1},
         {"wall_clock_breakdown": True, "memory_breakdown": False, "steps_per_print": 7, "gradient_clipping": 1},
-        {"zero_allow_untested_optimizer": True, "communication_data_type": None},
+        {"zero_allow_untested_optimizer": True, "communication_data_type": None, "steps_per_print": 1e5},
+        {"communication_data_type": "FP32", "steps_per_print": None, "memory_breakdown": 0},
         {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 0, "legacy_stage1": False}},
     ],
 )
