@@ -6,7 +6,7 @@ recognise each other at the output (`jobs.membership`), and which of them report
 
 import uuid
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_pipeline.config import available_cpus
 from data_pipeline.errors import DataError
@@ -58,7 +58,8 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         raise DataError(f"{name}={value!r} in the environment should be a number: unset it, or correct it") from None
 
 
-def _mpi_team(size: int) -> Team:
+def mpi_world(size: int) -> Any:
+    """MPI's communicator of the `size` processes that mpirun started. Raises DataError where mpi4py sees others."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -67,6 +68,11 @@ def _mpi_team(size: int) -> Team:
             f"mpirun started {size} processes, but mpi4py sees {world.size}: it was built for another MPI than this "
             f"mpirun's ({MPI.Get_library_version().splitlines()[0]}). Reinstall mpi4py with this MPI, or use srun"
         )
+    return world
+
+
+def _mpi_team(size: int) -> Team:
+    world = mpi_world(size)
     job = world.bcast(uuid.uuid4().hex if world.rank == 0 else None, root=0)
     return Team(f"mpi-{job}", world.rank, world.size, "MPI")
 

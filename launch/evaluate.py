@@ -154,8 +154,8 @@ def run(arguments: argparse.Namespace) -> None:
     record: dict[str, Any] = {"model": str(arguments.folder), "store": str(arguments.store), "split": arguments.split}
     names = [named(setting, model) for setting in arguments.attention]
     record |= {"seq_len": store.seq_len, "rows": numbers, "asked": names, "settings": []}
-    scored = {document for number in numbers for document in rows.segments_of(number)[:, 2].tolist()}
-    documents = store.names_of(scored) if arguments.json else {}
+    scored = (document for number in numbers for document in rows.segments_of(number)[:, 2].tolist())
+    documents = store.names_of(set(scored)) if arguments.json else {}
     first: Scores | None = None
     of_tokens = TokenLosses() if arguments.per_token else None
     try:

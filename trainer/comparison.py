@@ -10,7 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from data_pipeline.output import table
-from trainer.curves import ABSENT, HELD_OUT, Curves, common_tokens, differences, score, steps_are_alike, unlike
+from trainer.curves import (
+    ABSENT,
+    HELD_OUT,
+    Curves,
+    common_tokens,
+    continued,
+    differences,
+    score,
+    steps_are_alike,
+    unlike,
+)
 from trainer.groups import Group, Spread, grouped
 from trainer.run_report import cells, costs, n_steps, run_values
 from trainer.scoring import source_tag
@@ -88,7 +98,7 @@ def compare(given: Sequence[Curves]) -> Comparison:
     for what, of_rows in unlike(runs, sources).items():
         alike = ", ".join(of for rows, of in numbered(of_rows).items() if rows)  # where there are any
         notes.append(f"note: not all were scored on the same rows: what stands below {what!r} compares within {alike}")
-    if changed := [f"[{place}]" for place, run in enumerate(runs, start=1) if run.continued()]:
+    if changed := [f"[{place}]" for place, run in enumerate(runs, start=1) if continued(run.record)]:
         notes.append(
             f"note: {' '.join(changed)} changed settings on the way ('continued' says which); the others are the last"
         )

@@ -104,23 +104,6 @@ class Curves:
         )
         return size * int(self.record["store"]["seq_len"])
 
-    def continued(self) -> list[str]:
-        """Of each resume with settings that change scores: after which step, and what they were until then.
-
-        What folders are called is not among them: a run goes on with the stores that it had, and run.init_from is not
-        read again.
-        """
-        said = []
-        for each in self.record.get("continued", []):
-            was = [
-                f"{name} was {spelled(value)}"
-                for name, value in each["before"].items()
-                if name not in NEUTRAL and name != "run.init_from" and not STORE.fullmatch(name)
-            ]
-            if was:
-                said.append(f"at step {each['step']}, before which {', '.join(was)}")
-        return said
-
     def _evaluated(self, name: str, key: str, default: Any) -> Any:
         return self.record["evaluated"].get(name, {}).get(key, default)
 
@@ -160,6 +143,24 @@ def read_curves(path: Path) -> Curves:
     if not (curves.points("train/loss") and curves.points("speed/tokens_per_s")):
         raise ConfigError(f"{path} has no training step yet: train first, or wait for its first line")
     return curves
+
+
+def continued(record: Mapping[str, Any]) -> list[str]:
+    """Of each resume with settings that change scores, by run.json: after which step, and what they were until then.
+
+    What folders are called is not among them: a run goes on with the stores that it had, and run.init_from is not read
+    again.
+    """
+    said = []
+    for each in record.get("continued", []):
+        was = [
+            f"{name} was {spelled(value)}"
+            for name, value in each["before"].items()
+            if name not in NEUTRAL and name != "run.init_from" and not STORE.fullmatch(name)
+        ]
+        if was:
+            said.append(f"at step {each['step']}, before which {', '.join(was)}")
+    return said
 
 
 def trained_scores(run: Curves) -> dict[int, float]:
@@ -207,8 +208,8 @@ def settings(run: Curves) -> dict[str, Any]:
     del table["run.dir"]  # always another
     if sha256 := record.get("initial_sha256"):
         table[INITIAL] = sha256
-    if continued := run.continued():
-        table["continued"] = "; ".join(continued)
+    if resumes := continued(record):
+        table["continued"] = "; ".join(resumes)
     return {name: re.sub(HASH, r"\1", value) if isinstance(value, str) else value for name, value in table.items()}
 
 

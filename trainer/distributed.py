@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d
 from data_pipeline.config import available_cpus
 from data_pipeline.errors import DataError
 from data_pipeline.output import counted
+from data_pipeline.team import mpi_world
 from trainer.config import ConfigError
 
 T = TypeVar("T")
@@ -170,7 +171,7 @@ def meet(launch: Launch) -> tuple[Launch, dist.Store]:
     """Wait for rank 0, and for all ranks if this is it. Returns where that is, and the store through which the ranks
     learn of each other.
 
-    Raises ConfigError when the processes cannot find each other.
+    Raises ConfigError when the processes cannot find each other, or DataError when mpi4py does not see them.
     """
     if launch.launcher == MPIRUN and launch.world_size > 1:
         launch = _located_by_mpi(launch)
@@ -206,17 +207,11 @@ def start(launch: Launch, store: dist.Store) -> torch.device:
 def _located_by_mpi(launch: Launch) -> Launch:
     """With the address and a free port of rank 0's node. Collective; MPI has ended afterwards.
 
-    Raises ConfigError when mpi4py does not see what mpirun started.
+    Raises DataError when mpi4py does not see what mpirun started.
     """
     from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
-    if world.size != launch.world_size:
-        raise ConfigError(
-            f"mpirun started {launch.world_size} processes, but mpi4py sees {world.size}: it was built for another MPI "
-            f"than this mpirun's ({MPI.Get_library_version().splitlines()[0]}). Reinstall mpi4py with this MPI, or use "
-            "srun or torchrun"
-        )
+    world = mpi_world(launch.world_size)
     hosts = world.allgather(socket.gethostname())
     place = (local_address(hosts), free_port()) if launch.rank == 0 else None
     address, port = world.bcast(place, root=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_pipeline.store import Store
 from trainer.config import RunConfig
-from trainer.curves import Curves
+from trainer.curves import continued
 from trainer.initial import folder_sha256
 from trainer.run_files import read_record
 
@@ -18,7 +18,7 @@ def repetition_notes(run: Path, config: RunConfig, store: Store, sources: Mappin
     record = read_record(run)
     notes = [
         f"{run} went on with other settings {each}; what begins with its last ones may be another run"
-        for each in Curves(run, record, config, ()).continued()
+        for each in continued(record)
     ]
     read = {store.path: (store, record.get("store", {}).get("fingerprint"))}
     read |= {each.path: (each, record.get("samples", {}).get(f"{name}.store")) for name, each in sources.items()}

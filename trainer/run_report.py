@@ -7,7 +7,7 @@ from typing import Any
 from data_pipeline.errors import DataError
 from data_pipeline.store import Store
 from trainer.baseline import unigram_score
-from trainer.curves import HELD_OUT, Curves, Point
+from trainer.curves import HELD_OUT, Curves, Point, continued
 from trainer.scoring import source_tag
 from trainer.terminal import see_curves
 
@@ -44,7 +44,7 @@ def report(run: Curves) -> tuple[str, dict[str, Any]]:
         values["unigram_bits_per_byte"] = None if isinstance(bits, DataError) else bits
     if since := run.since(HELD_OUT):
         notes.append(f"evaluations before step {since} were of other rows, or by other rounds, and are left out")
-    notes += [f"continued with other settings {each}" for each in run.continued()]
+    notes += [f"continued with other settings {each}" for each in continued(run.record)]
     if config.data.mixture and is_evaluated:
         notes.append(f"held out is {config.data.eval_split!r} of {config.data.store}, batches are of the mixture")
     lines += notes
