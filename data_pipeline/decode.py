@@ -25,6 +25,7 @@ from data_pipeline.tokenizer import IntegerTokenizer, Tokenizer, value_dtype
 _DECODE_TOKENS = 1 << 20
 """Decoded at a time: a row may be tens of millions of tokens, each of which is a Python object for a moment."""
 _REMEMBERED_TOKENS = 1 << 25
+"""Of the rows read last, in 64 to 128 MB."""
 
 
 class Stretch(NamedTuple):
@@ -100,7 +101,7 @@ def decode_split(store: Store, split: str) -> Iterator[bytes]:
 
 
 def _remembering(part: StorePart) -> Callable[[int, int, int], np.ndarray]:
-    """`part.read_row` for many short documents: of the rows read last, of _REMEMBERED_TOKENS, none is read again."""
+    """`part.read_row` for many short documents: of the rows read last none is read again."""
     whole = lru_cache(max(1, _REMEMBERED_TOKENS // part.manifest.seq_len))(part.read_row)
     return lambda row, start, stop: whole(row)[start:stop]
 

@@ -33,7 +33,7 @@ def read_documents(store: Store, split: str, what: str, wanted: np.ndarray | Non
     `what` says on the terminal what this is done for. Raises DataError for a split that is not there, and for a damaged
     row.
     """
-    rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(*bounds) for bounds in store.split_rows(split))])
+    rows = store.rows_of(split)
     if wanted is not None:
         rows = np.intersect1d(rows, store.segments.row[wanted[store.segments.document]])
     with Bar(total=len(rows), desc=f"{what} {store.path.name}", unit="row") as bar:

@@ -82,8 +82,8 @@ def near(signatures: np.ndarray, threshold: float, known: np.ndarray) -> np.ndar
     `known` is similar. A document without words is like no other. Of the pairs at the threshold at least 9 in 10 are
     compared, of more similar ones more (`_bands`). Raises DataError for a threshold outside 0.5 to 1.
 
-    Texts on one template that are not quite similar share bands all the same: of 80,000 of them 800 million pairs. What
-    `_n_shared` and `_sketches` rule out takes a hundredth of a microsecond for each.
+    Texts on one template that are not quite similar share bands all the same, a fifth or a half of all pairs: of these,
+    `_n_shared` and `_sketches` rule out nearly all without a look at the signatures.
     """
     if not 0.5 <= threshold <= 1:
         raise DataError(f"--near-threshold is {threshold:g}: expected 0.5 to 1")

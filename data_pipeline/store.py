@@ -158,6 +158,10 @@ class Store:
             )
         return list(self.manifest.splits[split].rows)
 
+    def rows_of(self, split: str) -> np.ndarray:
+        """int64 [n]: the numbers of these rows, one by one. Raises as above."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(*bounds) for bounds in self.split_rows(split))])
+
     def read_row(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start:stop] of a row as stored, padding included; uint16 or uint32.
 

@@ -40,7 +40,7 @@ def unigram_score(store: Store, data: DataConfig, n_rows: int) -> Score:
 
 def _frequencies(store: Store, split: str, most_tokens: int) -> np.ndarray:
     """float64 [vocab_size]: how often each token is a label in all rows of a split, by those that are read."""
-    rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(*bounds) for bounds in store.split_rows(split))])
+    rows = store.rows_of(split)
     chosen = np.sort(rows[drawn(len(rows), max(most_tokens // store.seq_len, 1))])
     counts, at_once = np.zeros(store.vocab_size), max(BATCH_TOKENS // store.seq_len, 1)
     what = f"unigram model of {store.path.name}"

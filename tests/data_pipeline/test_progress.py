@@ -18,7 +18,7 @@ def test_a_long_plan_gives_signs_of_life(
     found = duplicates.exact
 
     def slow(*arrays: object) -> object:
-        time.sleep(0.5)
+        time.sleep(1)
         return found(*arrays)  # type: ignore[arg-type]
 
     monkeypatch.setattr(duplicates, "exact", slow)
