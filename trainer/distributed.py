@@ -6,6 +6,7 @@ MPI says where rank 0 is, and does nothing else.
 """
 
 import os
+import random
 import re
 import socket
 import sys
@@ -34,6 +35,11 @@ JOIN_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others to appear; a missing one should be told soon."""
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """How long a collective waits: a step on a million tokens, an evaluation or a checkpoint may take many minutes."""
+
+_PORTS = range(10_000, 20_000)
+"""Below those that systems give away (Linux: from 32768), and those that follow from the numbers of SLURM jobs."""
+_CHOICE = random.SystemRandom()
+"""Jobs of one seed on one node must not choose the same port."""
 
 _RANK_0 = "longhand/rank 0"
 """A key that rank 0 sets in the store: torchrun's own store is there before rank 0 is."""
@@ -238,9 +244,11 @@ def local_address(hosts: Sequence[str]) -> str:
 
 
 def free_port() -> int:
-    """A port of this host that nothing listens on."""
-    with socket.create_server(("", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A port of this host that nothing listens on, and that the system does not give to a connection meanwhile."""
+    while True:
+        port = _CHOICE.choice(_PORTS)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def _shared_store(launch: Launch) -> dist.Store:

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import psutil
 
+from trainer.distributed import free_port
+
 NODES = ("n0", "n1")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo", "setpriv")
 RESTARTS_AFTER_S = 5
@@ -195,9 +197,8 @@ def write_configuration(folder: Path) -> Path:
     """slurm.conf, with ports that are free now. Jobs are counted from a random number: it decides where ranks meet, and
     there may be another cluster on this machine."""
     (folder / "state").mkdir()
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in ("controller", *NODES)]
-        controller_port, *ports = [probe.getsockname()[1] for probe in probes]
+    free = {free_port() for _ in range(3 * len(NODES))}  # more than are needed: two may be the same
+    controller_port, *ports = [free.pop() for _ in ("controller", *NODES)]
     path = folder / "slurm.conf"
     for number in range(8):
         (folder / f"gpu{number}").touch()

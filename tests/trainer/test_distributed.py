@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from trainer import distributed
 from trainer.config import ConfigError
-from trainer.distributed import Launch, detect, first_host, local_address, meet
+from trainer.distributed import Launch, detect, first_host, free_port, local_address, meet
 from trainer.loop import train
 
 STEP = {
@@ -117,6 +117,14 @@ def test_local_address() -> None:
     assert local_address(["here", "no-such-host.invalid"]) == "here"
 
 
+def test_a_free_port_is_none_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = free_port()
+    with socket.create_server(("", taken)):
+        free = free_port()
+        monkeypatch.setattr(distributed, "_PORTS", [*[taken] * 99, free])
+        assert free_port() == free
+
+
 def two_ranks(rank: int, address: str, port: int) -> Launch:
     return Launch("this test", rank, 2, rank, 2, address, port)
 
@@ -146,8 +154,7 @@ def test_a_node_that_has_no_address_is_said() -> None:
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_nobody_meets_says_so(rank: int) -> None:
-    with socket.create_server(("", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with pytest.raises(ConfigError, match=f"rank {rank} of 2 did not meet the others at 127.0.0.1:{port}"):
         meet(two_ranks(rank, "127.0.0.1", port))
 
