@@ -12,6 +12,7 @@ from torch import Tensor
 from data_pipeline.dataset import RowDataset
 from data_pipeline.store import Store
 from reformer import Reformer
+from trainer.batches import HeldOutRows
 from trainer.config import RunConfig
 from trainer.distributed import Launch
 from trainer.held_out_evaluation import Evaluator, HeldOut
@@ -69,5 +70,5 @@ def report(engine: Any, plan: RunConfig, store: Store, launch: Launch) -> HeldOu
     token_bytes = torch.from_numpy(store.token_bytes.astype("int64"))
     place = Place.of(launch.rank, launch.world_size, plan.run.sequence_parallel).joined()
     evaluator = Evaluator(engine, plan, launch, place, CPU, token_bytes)
-    rows = {split: RowDataset(store, split) for split in ("train", "val")}
-    return evaluator.held_out(rows["val"], {"other": rows["train"], "same": rows["val"]})
+    rows = {split: HeldOutRows(store, split, plan.run.eval_rows) for split in ("train", "val")}
+    return evaluator.held_out({"": rows["val"], "other": rows["train"], "same": rows["val"]})

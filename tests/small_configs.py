@@ -7,6 +7,7 @@ from trainer.config import RunConfig
 
 ROWS = {"train": 10, "val": 2, "empty": 0}
 STORE = StoreFacts(seq_len=256, vocab_size=258, rows=ROWS, tokenizer_sha256="abc", fingerprint="of data/store")
+STORES = {"": STORE}
 DEEPSPEED: dict[str, Any] = {
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 1,

@@ -1,5 +1,7 @@
 """The least that a model must beat: a unigram model of the same tokens, scored on the same held-out labels."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from data_pipeline.bar import Bar
@@ -7,7 +9,7 @@ from data_pipeline.dataset import IGNORED_LABEL, RowDataset
 from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from data_pipeline.part import StorePart
 from data_pipeline.store import Store
-from trainer.batches import HeldOutRows, drawn, open_sources
+from trainer.batches import HeldOutRows, drawn, open_stores
 from trainer.config import DataConfig
 from trainer.scoring import Score
 
@@ -17,20 +19,22 @@ BATCH_TOKENS = 2**20
 """Read at a time. Rows of 256 tokens are read four times as fast as one by one, and more at a time gains nothing."""
 
 
-def unigram_score(store: Store, data: DataConfig, n_rows: int) -> Score:
+def unigram_score(data: DataConfig, n_rows: int) -> Score:
     """Token frequencies of what is trained on (one added to each), scored on the n_rows rows of evaluations.
 
     Of a mixture, those of all that it draws or of one of its sources, whichever predict these rows best: to know which
     source one reads is not much yet. At most MOST_TOKENS are read, as many of each source, in rows drawn at random.
 
-    Raises DataError when a split is missing or a row is damaged.
+    Raises DataError when a store or a split is missing or a row is damaged.
     """
+    stores = open_stores(data)
+    store = stores[""]
     held_out = HeldOutRows(store, data.eval_split, n_rows)
     targets = np.zeros(store.vocab_size, dtype=np.int64)
     for row in range(len(held_out)):
         labels = held_out[row].labels.numpy()
         targets += np.bincount(labels[labels != IGNORED_LABEL], minlength=store.vocab_size)
-    training = _training_rows(store, data)
+    training = _training_rows(stores, data)
     most = MOST_TOKENS // len(training)
     sources = [(_frequencies(source, split, most), often) for source, split, often in training]
     mix = np.sum([often * counts for counts, often in sources], axis=0)
@@ -71,11 +75,9 @@ def _nll(targets: np.ndarray, counts: np.ndarray) -> float:
     return float(targets @ (np.log(counts.sum() + len(counts)) - np.log(counts + 1)))
 
 
-def _training_rows(store: Store, data: DataConfig) -> list[tuple[Store, str, float]]:
+def _training_rows(stores: Mapping[str, Store], data: DataConfig) -> list[tuple[Store, str, float]]:
     """The stores and splits that are trained on, and how often a row of each is drawn, 1 on average."""
-    if not data.mixture:
-        return [(store, data.train_split, 1.0)]
-    stores, shares = open_sources(data), block_counts(data.weights)
-    n_rows = {name: len(RowDataset(stores[name], split)) for name, split in data.train_splits.items()}
+    shares = block_counts(data.weights)
+    n_rows = {name: len(RowDataset(stores[name], read.split)) for name, read in data.trained.items()}
     often = {name: shares[name] / BLOCK_SAMPLES * sum(n_rows.values()) / n for name, n in n_rows.items()}
-    return [(stores[name], split, often[name]) for name, split in data.train_splits.items()]
+    return [(stores[name], read.split, often[name]) for name, read in data.trained.items()]

@@ -20,8 +20,11 @@ from reformer.sequence_part import WHOLE, SequencePart
 from trainer.config import DataConfig, RunConfig
 
 
-def open_sources(data: DataConfig) -> dict[str, Store]:
-    """The stores of data.mixture by name. Raises DataError for one that is not whole."""
+def open_stores(data: DataConfig) -> dict[str, Store]:
+    """The stores that a run reads: data.store, as "", and those of data.mixture by name.
+
+    Raises DataError for one that is not whole.
+    """
 
     def opened(name: str, path: Path) -> Store:
         try:
@@ -29,15 +32,13 @@ def open_sources(data: DataConfig) -> dict[str, Store]:
         except DataError as error:
             raise DataError(f"data.mixture.{name}.store: {error}") from error
 
-    return {name: opened(name, source.store) for name, source in data.mixture.items()}
+    return {"": Store.open(data.store)} | {name: opened(name, source.store) for name, source in data.mixture.items()}
 
 
-def training_samples(data: DataConfig, store: Store, sources: Mapping[str, Store], seed: int) -> RowDataset | Mixture:
-    """What a run trains on: `sources` are the stores of data.mixture by name, `store` is data.store."""
-    if not data.mixture:
-        return RowDataset(store, data.train_split, seed)
-    rows = {name: RowDataset(sources[name], split, seed) for name, split in data.train_splits.items()}
-    return Mixture(rows, data.weights, seed)
+def training_samples(data: DataConfig, stores: Mapping[str, Store], seed: int) -> RowDataset | Mixture:
+    """What a run trains on, of the stores that `open_stores` returns."""
+    rows = {name: RowDataset(stores[name], read.split, seed) for name, read in data.trained.items()}
+    return Mixture(rows, data.weights, seed) if data.mixture else rows[""]
 
 
 class Rows(Protocol):
@@ -93,15 +94,11 @@ class HeldOutRows:
         return without_repeated(self._rows, self._numbers[index])
 
 
-def held_out_rows(store: Store, config: RunConfig) -> HeldOutRows | None:
-    """What the evaluations of a run score; None where it has none."""
-    return HeldOutRows(store, config.data.eval_split, config.run.eval_rows) if config.run.eval_every else None
-
-
-def held_out_of_sources(sources: Mapping[str, Store], config: RunConfig) -> dict[str, HeldOutRows]:
-    """What they score of the mixture's stores beside it, by the name of each that has an eval_split."""
-    splits = config.data.eval_splits if config.run.eval_every else {}
-    return {name: HeldOutRows(sources[name], split, config.run.eval_rows) for name, split in splits.items()}
+def held_out_rows(stores: Mapping[str, Store], config: RunConfig) -> dict[str, HeldOutRows]:
+    """What the evaluations of a run score, by the name of its store, those of data.store ("") first; empty without
+    evaluations."""
+    evaluated = config.data.evaluated if config.run.eval_every else {}
+    return {name: HeldOutRows(stores[name], read.split, config.run.eval_rows) for name, read in evaluated.items()}
 
 
 def drawn(n_rows: int, n: int) -> list[int]:

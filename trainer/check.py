@@ -9,9 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from data_pipeline.mixture import BLOCK_SAMPLES, block_counts
 from data_pipeline.store import Store
@@ -52,21 +50,20 @@ class StoreFacts:
 def check(
     config: RunConfig,
     deepspeed: Mapping[str, Any],
-    store: StoreFacts,
+    stores: Mapping[str, StoreFacts],
     world_size: int,
-    sources: Mapping[str, StoreFacts] = MappingProxyType({}),
 ) -> None:
     """Raise one ConfigError that names every contradiction; return if there is none.
 
-    `store` is data.store, `sources` are the stores of data.mixture by name.
+    stores: data.store, as "", and those of data.mixture by name.
     """
     problems = [
         *keys(deepspeed),
-        *(_sharing(config, store, world_size) or batch(deepspeed, world_size, config.run.sequence_parallel)),
+        *(_sharing(config, stores[""], world_size) or batch(deepspeed, world_size, config.run.sequence_parallel)),
         *switches(deepspeed),
         # These make sense for a valid stage only.
         *(zero_stage(deepspeed) or [*precision(deepspeed), *optimizer(deepspeed), *offload(deepspeed)]),
-        *_data(config, store, sources),
+        *_data(config, stores),
         *tables_of_no_width(config.model, deepspeed),
     ]
     # DeepSpeed's own opinion is asked last: it would only repeat the ones above.
@@ -77,7 +74,7 @@ def check(
 def _tiny_weights(data: DataConfig) -> list[str]:
     """A note for each source whose weight is so small that it is rounded up to one sample of a block."""
     weights = data.weights
-    shares = block_counts(weights) if weights else {}
+    shares = block_counts(weights)
     return [
         f"data.mixture.{name}.weight={weight} is {weight / sum(weights.values()):.2g} of all weights, and 1 of "
         f"{BLOCK_SAMPLES:,} samples, the least that there can be, is drawn from it"
@@ -86,11 +83,9 @@ def _tiny_weights(data: DataConfig) -> list[str]:
     ]
 
 
-def remarks(
-    config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts] = MappingProxyType({})
-) -> list[str]:
+def remarks(config: RunConfig, stores: Mapping[str, StoreFacts]) -> list[str]:
     """What is no contradiction, and may yet not be meant."""
-    model, run, notes = config.model, config.run, []
+    model, run, store, notes = config.model, config.run, stores[""], []
     if model.max_seq_len != store.seq_len:
         notes.append(
             f"model.max_seq_len={model.max_seq_len}, and the rows of {config.data.store} have {store.seq_len} "
@@ -104,7 +99,7 @@ def remarks(
                 f"(run.eval_every={run.eval_every}, run.save_every={run.save_every}); the best of these is kept"
             )
     notes += _tiny_weights(config.data)
-    for name, facts in sources.items():
+    for name, facts in stores.items():
         if other := [mark.upper() for mark in ("bos", "eos") if getattr(facts, mark) != getattr(store, mark)]:
             notes.append(
                 f"data.mixture.{name}: documents of {config.data.mixture[name].store} differ from those of "
@@ -145,8 +140,8 @@ def _sharing(config: RunConfig, store: StoreFacts, world_size: int) -> list[str]
     return [f"run.sequence_parallel={n_parts} does not divide {' and '.join(wrong)}: give {most}, or a divisor of it"]
 
 
-def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts]) -> list[str]:
-    model, data = config.model, config.data
+def _data(config: RunConfig, stores: Mapping[str, StoreFacts]) -> list[str]:
+    model, data, store = config.model, config.data, stores[""]
     problems = []
     if not model.causal:
         problems.append(
@@ -162,53 +157,32 @@ def _data(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts
             f"model.max_seq_len={model.max_seq_len}, but the rows of {data.store} have {store.seq_len} tokens: "
             f"set model.max_seq_len={store.seq_len}, and axial_shape to that product"
         )
-    problems += _splits(config, store, sources)
+    problems += _splits(config, stores)
     return problems + [
         f"data.mixture.{name}: {key} of {data.mixture[name].store} is {theirs}, that of data.store={data.store} is "
         f"{ours}: build all stores of a mixture with one tokenizer and one --seq-len"
-        for name, facts in sources.items()
+        for name, facts in stores.items()
         for key in ("tokenizer_sha256", "vocab_size", "seq_len")
         if (theirs := getattr(facts, key)) != (ours := getattr(store, key))
     ]
 
 
-class _Split(NamedTuple):
-    """A split that is read."""
-
-    key: str
-    """What names it in the configuration."""
-    name: str
-    path: Path
-    """Of its store."""
-    store: StoreFacts
-
-
-def _splits(config: RunConfig, store: StoreFacts, sources: Mapping[str, StoreFacts]) -> list[str]:
+def _splits(config: RunConfig, stores: Mapping[str, StoreFacts]) -> list[str]:
     """Splits have rows, and what evaluations read is not trained on."""
-    data = config.data
-
-    def of_source(name: str, key: str, split: str) -> _Split:
-        given = getattr(data.mixture[name], key)
-        named = f"data.mixture.{name}.{key}" if given else f"data.train_split (for data.mixture.{name})"
-        return _Split(named, split, data.mixture[name].store, sources[name])
-
-    trained = [of_source(name, "split", split) for name, split in data.train_splits.items()]
-    trained = trained or [_Split("data.train_split", data.train_split, data.store, store)]
-    evaluated = [_Split("data.eval_split", data.eval_split, data.store, store)]
-    evaluated += [of_source(name, "eval_split", split) for name, split in data.eval_splits.items()]
-    if not config.run.eval_every:
-        evaluated = []
+    trained = list(config.data.trained.items())
+    evaluated = list(config.data.evaluated.items()) if config.run.eval_every else []
     problems = []
-    for one in trained + evaluated:
-        if not one.store.rows.get(one.name):
-            way_out = "; build it with --split, or set run.eval_every=0" if one in evaluated else ""
-            full = ", ".join(f"'{known}'" for known, rows in one.store.rows.items() if rows)
-            problems.append(f"{one.key}='{one.name}' has no rows in {one.path}: its splits are {full}{way_out}")
-    for one in trained:
-        same = [each for each in evaluated if (each.name, each.store.fingerprint) == (one.name, one.store.fingerprint)]
-        if same:
+    for name, read in trained + evaluated:
+        rows = stores[name].rows
+        if not rows.get(read.split):
+            way_out = "; build it with --split, or set run.eval_every=0" if (name, read) in evaluated else ""
+            full = ", ".join(f"'{known}'" for known, n_rows in rows.items() if n_rows)
+            problems.append(f"{read.key}='{read.split}' has no rows in {read.store}: its splits are {full}{way_out}")
+    held_out = {(stores[name].fingerprint, read.split): read for name, read in reversed(evaluated)}
+    for name, read in trained:
+        if same := held_out.get((stores[name].fingerprint, read.split)):
             problems.append(
-                f"{one.key}='{one.name}' of {one.path} is also what evaluations read ({same[0].key} of "
-                f"{same[0].path}): choose another split for one of them, or set run.eval_every=0"
+                f"{read.key}='{read.split}' of {read.store} is also what evaluations read ({same.key} of "
+                f"{same.store}): choose another split for one of them, or set run.eval_every=0"
             )
     return problems

@@ -75,7 +75,7 @@ def compare(given: Sequence[Curves]) -> Comparison:
     found = [score(run, tokens) for run in given]
     ranked = sorted(range(len(given)), key=lambda place: math.inf if (of := found[place]) is None else of)
     runs = [given[place] for place in ranked]
-    sources = sorted({name for run in runs for name in run.config.data.eval_splits})
+    sources = sorted({name for run in runs for name in run.config.data.evaluated if name})
     scored = [place for place, bits in enumerate(found) if bits is not None]
     groups = [
         replace(group, places=sorted(ranked.index(scored[place]) for place in group.places))

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -52,8 +52,17 @@ class SourceConfig(StrictConfig):
     evaluated."""
 
 
+class ReadSplit(NamedTuple):
+    """A split that a run reads."""
+
+    key: str
+    """What names it in the configuration."""
+    store: Path
+    split: str
+
+
 class DataConfig(StrictConfig):
-    """What to read."""
+    """What to read. The stores are named as in `mixture`; data.store is ""."""
 
     store: Path = Field(strict=False)
     """Folder of the store that `python -m data_pipeline build` wrote, relative to the working directory."""
@@ -70,22 +79,34 @@ class DataConfig(StrictConfig):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the mixture's stores, by name."""
-        return {name: source.weight for name, source in self.mixture.items()}
+        """Of the stores that are trained on, by name."""
+        return {name: source.weight for name, source in self.mixture.items()} or {"": 1.0}
 
     @property
-    def train_splits(self) -> dict[str, str]:
-        """What is trained on of the mixture's stores, by name."""
-        return {name: source.split or self.train_split for name, source in self.mixture.items()}
+    def trained(self) -> dict[str, ReadSplit]:
+        """What is trained on, by the name of its store: of the mixture's, or of data.store if there is no mixture."""
+        of_sources = {
+            name: ReadSplit(f"data.mixture.{name}.split", source.store, source.split)
+            if source.split
+            else ReadSplit(f"data.train_split (for data.mixture.{name})", source.store, self.train_split)
+            for name, source in self.mixture.items()
+        }
+        return of_sources or {"": ReadSplit("data.train_split", self.store, self.train_split)}
 
     @property
-    def eval_splits(self) -> dict[str, str]:
-        """What is evaluated on of the mixture's stores, by the name of each of which something is."""
-        return {name: source.eval_split for name, source in self.mixture.items() if source.eval_split}
+    def evaluated(self) -> dict[str, ReadSplit]:
+        """What is evaluated on, by the name of its store: of data.store, then of each source that has an eval_split."""
+        return {"": ReadSplit("data.eval_split", self.store, self.eval_split)} | {
+            name: ReadSplit(f"data.mixture.{name}.eval_split", source.store, source.eval_split)
+            for name, source in self.mixture.items()
+            if source.eval_split
+        }
 
     @field_validator("mixture")
     @classmethod
     def _check_names(cls, mixture: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        if "" in mixture:
+            raise ValueError("a store needs a name: '' is that of data.store")
         for name, source in mixture.items():  # names of what is evaluated are parts of TensorBoard's tags
             if source.eval_split and not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(f"the name {name!r} must be of letters, digits, '_', '-' and '.'")

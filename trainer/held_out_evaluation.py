@@ -60,8 +60,6 @@ class HeldOut:
 
     values: dict[str, float]
     """By tag: see the top of this file."""
-    n_rows: int
-    """Rows that eval/loss is of."""
     by_position: dict[int, float]
     """eval/loss_at/… by the position at which each range ends; of ranges with something to predict."""
     sample: str | None
@@ -81,22 +79,23 @@ class Evaluator:
     token_bytes: Tensor
     """int64 [V], the bytes that each token stands for."""
 
-    def held_out(self, rows: Rows, of_sources: Mapping[str, Rows]) -> HeldOut:
+    def held_out(self, rows_of: Mapping[str, Rows]) -> HeldOut:
         """Everything that an evaluation reports. All ranks call it, and make the same passes.
 
-        rows: held-out ones; of_sources: those of the mixture's stores by name, of which the loss alone is reported.
+        rows_of: held-out rows of data.store, as "", and of the mixture's stores by name, of which the loss alone is
+        reported.
 
         Raises DataError, on one rank while the others end, where a row or the store's tokenizer is damaged.
         """
         plan, engine, launch, device = self.config.run, self.engine, self.launch, self.device
-        n_rows = min(plan.eval_rows, len(rows))
-        n_ablated = min(plan.ablation_rows, n_rows) if self.config.model.has_lsh else 0
+        rows = rows_of[""]
+        n_ablated = min(plan.ablation_rows, len(rows)) if self.config.model.has_lsh else 0
         watch: AbstractContextManager[dict[str, float]] = nullcontext({})
         if plan.diagnostics:
             watch = diagnosed(engine, rows, launch, self.place, device)
         engine.eval()
         with watch as diagnostics:
-            scores = self.score(rows, n_rows, n_ablated)
+            scores = self.score(rows, len(rows), n_ablated)
         by_position = {end: score.loss for end, score in scores.by_position.items() if score.n_tokens}
         values = overall(scores.all)
         values |= {position_tag(end, rows.store.seq_len): loss for end, loss in by_position.items()}
@@ -105,7 +104,7 @@ class Evaluator:
                 without = self.score(rows, n_ablated, n_ablated).first.loss
             values |= {"eval/loss_without_lsh": without, "eval/lsh_gain": without - scores.first.loss}
         known = {str(rows.identity): scores.all}
-        for name, own in of_sources.items():
+        for name, own in ((name, own) for name, own in rows_of.items() if name):
             try:
                 if (identity := str(own.identity)) not in known:
                     known[identity] = self.score(own, len(own), n_first=0).all
@@ -117,7 +116,7 @@ class Evaluator:
             values |= {source_tag(name, "loss"): score.loss, source_tag(name, "bits_per_byte"): score.bits_per_byte}
         sample = sample_continuation(engine, rows, self.config, launch, device)
         engine.train()
-        return HeldOut(values | diagnostics, n_rows, by_position, sample)
+        return HeldOut(values | diagnostics, by_position, sample)
 
     @torch.no_grad()
     def score(self, rows: Rows, n_rows: int, n_first: int) -> Totals:

@@ -12,22 +12,23 @@ MOST_DOCUMENTS = 5_000_000
 """More would take minutes to read, for which other ranks would wait."""
 
 
-def leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> list[str]:
+def leaks(data: DataConfig, stores: Mapping[str, Store]) -> list[str]:
     """A note for each source of the mixture that trains on documents which evaluations hold out, byte for byte.
 
     Of one store, `inspect` says it. A table of documents that is damaged, which training does not need, is a note too,
     and one of more than MOST_DOCUMENTS is not read.
     """
     try:
-        return list(_leaks(data, store, sources))
+        return list(_leaks(data, stores))
     except DataError as error:
         return [f"whether the mixture trains on held-out documents is not known: {error}"]
 
 
-def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iterator[str]:
-    of_sources = [(split, sources[name]) for name, split in data.eval_splits.items()]
-    # One of these may be data.store.
-    evaluated = {(split, one.manifest.fingerprint): one for split, one in [*of_sources, (data.eval_split, store)]}
+def _leaks(data: DataConfig, stores: Mapping[str, Store]) -> Iterator[str]:
+    read = [(read.split, stores[name]) for name, read in data.evaluated.items()]
+    # One of a mixture may be data.store, which goes before.
+    evaluated = {(split, one.manifest.fingerprint): one for split, one in reversed(read)}
+    sources = {name: stores[name] for name in data.mixture}
     held_out = {
         at: set(_hashes(one, at[0]))
         for at, one in evaluated.items()
@@ -39,7 +40,7 @@ def _leaks(data: DataConfig, store: Store, sources: Mapping[str, Store]) -> Iter
         looked_for = {at: others[at] for at in held_out if at in others and _n_documents(source) <= MOST_DOCUMENTS}
         for at in others.keys() - looked_for.keys():
             yield f"data.mixture.{name} has too many documents to look for held-out ones of {others[at].path} there"
-        split, shared = data.train_splits[name], {at: set[str]() for at in looked_for}
+        split, shared = data.trained[name].split, {at: set[str]() for at in looked_for}
         for sha256 in _hashes(source, split) if looked_for else ():
             for at, found in shared.items():
                 if sha256 in held_out[at]:
@@ -90,10 +91,9 @@ def _trained_on(folder: Path) -> list[tuple[Path, str, str]]:
         run = read_origin(folder)["run"]
         data, fingerprints = DataConfig(**run["data"]), run["store_fingerprint"]
         found = [
-            (data.mixture[name].store, split, fingerprints[f"{name}.store"])
-            for name, split in data.train_splits.items()
+            (read.store, read.split, fingerprints[f"{name}.store"] if name else fingerprints)
+            for name, read in data.trained.items()
         ]
-        found = found or [(data.store, data.train_split, fingerprints)]
     except (ValueError, KeyError, TypeError, ConfigError):  # not of launch/export.py, or of another version
         return []
     return found

@@ -16,7 +16,7 @@ import torch
 from data_pipeline.loader import Loader
 from trainer import checkpoint, distributed, memory
 from trainer.agreement import refuse_different
-from trainer.batches import Batch, collate, held_out_of_sources, held_out_rows
+from trainer.batches import Batch, collate, held_out_rows
 from trainer.checkpoint import SaveError
 from trainer.config import ConfigError
 from trainer.deepspeed_settings import peak_lr
@@ -138,10 +138,8 @@ class Trainer:
             n_consumed=self.first_step * self.batch_size,
             on_damage=config.data.on_damage,
         )
-        self.eval_rows = held_out_rows(self.job.store, config)
-        self.eval_of_sources = held_out_of_sources(self.job.sources, config)
-        scored = {"": self.eval_rows, **self.eval_of_sources} if self.eval_rows else {}
-        rows = {name: own.identity for name, own in scored.items()}
+        self.held_out = held_out_rows(self.job.stores, config)
+        rows = {name: own.identity for name, own in self.held_out.items()}
         self.progress = self.progress.of(rows, self.plan.eval_n_hashes, self.first_step + 1)
         self.token_bytes = torch.from_numpy(self.job.store.token_bytes.astype("int64"))
         self.evaluator = Evaluator(self.engine, config, launch, place, device, self.token_bytes)
@@ -176,7 +174,7 @@ class Trainer:
             self.say_changes()
             return
         weights = f"the weights of {self.plan.init_from}" if self.plan.init_from else "untrained weights"
-        first = "" if self.eval_rows is None else "; first these are evaluated"
+        first = "; first these are evaluated" if self.held_out else ""
         self.reporter.say(f"starting anew in {self.plan.dir} with {weights}{first}")
         self.evaluate(done=0)
 
@@ -290,11 +288,11 @@ class Trainer:
 
     def evaluate(self, done: int) -> None:
         """Report how well held-out rows are predicted after `done` steps."""
-        if self.eval_rows is None:
+        if not self.held_out:
             return
         self.watchdog.mark(done, "evaluate")
         self.refuse_replaced_stores()
-        found = self.evaluator.held_out(self.eval_rows, self.eval_of_sources)
+        found = self.evaluator.held_out(self.held_out)
         self.scores["held out"] = Reported(done, found.values["eval/loss"], found.values["eval/bits_per_byte"])
 
         def write(metrics: Metrics) -> None:
@@ -306,7 +304,7 @@ class Trainer:
                 metrics.text(done, "sample", found.sample)
 
         self.reporter.write(write)
-        for line in eval_lines(done, self.plan.steps, found.values, found.n_rows, self.eval_of_sources):
+        for line in eval_lines(done, self.plan.steps, found.values, self.held_out):
             self.reporter.say(line)
 
     def save(self, done: int, needed: bool) -> None:
@@ -348,7 +346,7 @@ class Trainer:
         """Stop where the rows of late may be another store's, before anything is said or saved that comes of them."""
 
         def look() -> None:
-            for store in (self.job.store, *self.job.sources.values()) if self.launch.rank == 0 else ():
+            for store in self.job.stores.values() if self.launch.rank == 0 else ():
                 store.refuse_replaced()
 
         together(look, self.launch, self.device)

@@ -45,9 +45,8 @@ def _model(job: Job, n_parameters: int) -> str:
 def _data(job: Job) -> Iterator[str]:
     """A line for each store that is trained on."""
     data, n_samples = job.config.data, job.config.run.steps * _batch_size(job)
-    counts = block_counts(data.weights) if data.mixture else {"": BLOCK_SAMPLES}
-    for name, count in counts.items():
-        store, split = (job.sources[name], data.train_splits[name]) if name else (job.store, data.train_split)
+    for name, count in block_counts(data.weights).items():
+        store, split = job.stores[name], data.trained[name].split
         n_rows = StoreFacts.of(store).rows[split]
         share = f"{count / BLOCK_SAMPLES:.1%} of all samples: " if name else ""
         yield (

@@ -19,7 +19,7 @@ def unigram(run: Curves) -> float | DataError:
         for path, fingerprint in run.fingerprints():
             if Store.open(path).manifest.fingerprint != fingerprint:
                 raise DataError(f"{path} is not the store that it was: it was built anew, or added to")
-        return unigram_score(Store.open(data.store), data, run.config.run.eval_rows).bits_per_byte
+        return unigram_score(data, run.config.run.eval_rows).bits_per_byte
     except DataError as error:
         return error
 

@@ -110,13 +110,11 @@ def train_line(step: int, steps: int, values: Mapping[str, float]) -> str:
     )
 
 
-def eval_lines(
-    step: int, steps: int, values: Mapping[str, float], n_rows: int, of_sources: Mapping[str, Sized]
-) -> list[str]:
-    """A line on an evaluation, and one on the held-out rows of each of the mixture's stores that has such."""
+def eval_lines(step: int, steps: int, values: Mapping[str, float], held_out: Mapping[str, Sized]) -> list[str]:
+    """A line on an evaluation, of the rows of data.store (""), and one on those of each of the mixture's stores."""
     gain = f"without LSH {values['eval/lsh_gain']:+.4f}  " if "eval/lsh_gain" in values else ""
-    scored = {"eval": f"{gain}on {n_rows} held-out rows"}
-    scored |= {f"eval/source/{name}": f"on {len(rows)} held-out rows of {name}" for name, rows in of_sources.items()}
+    scored = {"eval": f"{gain}on {len(held_out[''])} held-out rows"}
+    scored |= {f"eval/source/{name}": f"on {len(of)} held-out rows of {name}" for name, of in held_out.items() if name}
     return [
         f"eval {step:>{len(str(steps))}}/{steps}  loss {values[f'{of}/loss']:.4f}  "
         f"bits/byte {values[f'{of}/bits_per_byte']:.4f}  {on}"

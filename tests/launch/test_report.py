@@ -49,7 +49,7 @@ def test_report_names_every_figure(tmp_path: Path, store: Path) -> None:
     ):
         assert figure in done.stdout
     assert "best" not in done.stdout, "the last evaluation is"
-    unigram = unigram_score(Store.open(store), DataConfig(store=store), n_rows=64).bits_per_byte
+    unigram = unigram_score(DataConfig(store=store), n_rows=64).bits_per_byte
     assert f"{unigram:.4f} bits per byte" in done.stdout
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from reported_runs import make_run, report
 from small_stores import cabbage_store
 
-from data_pipeline.store import Store
 from trainer.baseline import unigram_score
 from trainer.config import DataConfig
 
@@ -213,7 +212,7 @@ def test_json_says_what_the_text_says(tmp_path: Path, store: Path) -> None:
         "skipped_steps": 3,
         "spikes": 4,
     }
-    unigram = unigram_score(Store.open(store), DataConfig(store=store), n_rows=64).bits_per_byte
+    unigram = unigram_score(DataConfig(store=store), n_rows=64).bits_per_byte
     assert values["unigram_bits_per_byte"] == unigram
     assert values["notes"] == [f"held out is 'val' of {store}, batches are of the mixture"]
     done = report(paths[0], "--json", tmp_path / "nowhere" / "x.json")

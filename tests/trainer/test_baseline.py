@@ -27,7 +27,7 @@ def test_unigram_score_by_hand(store: Path) -> None:
     counts = Counter([*TRAIN, eos])  # what a model predicts in a row that starts with BOS
     total = sum(counts.values()) + vocab_size
     nats = [-math.log((counts[token] + 1) / total) for token in [*HELD_OUT, eos]]
-    score = unigram_score(Store.open(store), DataConfig(store=store), n_rows=5)
+    score = unigram_score(DataConfig(store=store), n_rows=5)
     assert score.nll == pytest.approx(sum(nats), rel=1e-12)
     assert (score.n_tokens, score.n_bytes) == (len(HELD_OUT) + 1, len(HELD_OUT))
     assert score.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / len(HELD_OUT), rel=1e-12)
@@ -56,7 +56,7 @@ def test_a_unigram_of_many_rows_is_of_some_that_stand_for_all(
             for token in rows[row].labels[:99].tolist():
                 counts[token] += 8 / n_read
         nats = [-math.log(counts[token] / sum(counts.values())) for token in [*HELD_OUT, 257]]
-        found = unigram_score(rows.store, DataConfig(store=tmp_path / "big"), n_rows=5)
+        found = unigram_score(DataConfig(store=tmp_path / "big"), n_rows=5)
         assert found.nll == pytest.approx(sum(nats), rel=1e-12)
 
 
@@ -97,7 +97,7 @@ def test_rows_are_read_many_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     for n_read in (1, 7, 20, n_rows):
         monkeypatch.setattr("trainer.baseline.MOST_TOKENS", 16 * n_read)
         sizes.clear()
-        found = unigram_score(Store.open(store), DataConfig(store=store), n_rows=100)
+        found = unigram_score(DataConfig(store=store), n_rows=100)
         assert found.nll == pytest.approx(nll_of(store, counts_of(store, n_read)), rel=1e-12)
         assert sum(sizes) == n_read and len(sizes) <= n_read / 5 + 2 and max(sizes) <= 5
     assert n_rows > 30
@@ -107,7 +107,7 @@ def test_the_sources_of_a_mixture_share_what_is_read(tmp_path: Path, monkeypatch
     stores = [grown_store(tmp_path / name) for name in ("one", "two")]
     monkeypatch.setattr("trainer.baseline.MOST_TOKENS", 16 * 20)
     mixture = {store.name: {"store": store, "weight": 1.0, "split": "train"} for store in stores}
-    found = unigram_score(Store.open(stores[0]), DataConfig(store=stores[0], mixture=mixture), n_rows=100)
+    found = unigram_score(DataConfig(store=stores[0], mixture=mixture), n_rows=100)
     each = counts_of(stores[0], 10)
     assert found.nll == pytest.approx(min(nll_of(stores[0], counts) for counts in (each, 2 * each)), rel=1e-12)
 
@@ -132,7 +132,7 @@ def test_unigram_score_of_a_mixture_by_hand(store: Path, tmp_path: Path, words: 
         return sum(-math.log(counts[token] / sum(counts.values())) for token in [*HELD_OUT, eos])
 
     mixture = {"one": {"store": store, "weight": 1.0, "split": "train"}, "two": {"store": other, "weight": 3.0}}
-    found = unigram_score(Store.open(store), DataConfig(store=store, mixture=mixture), n_rows=5).nll
+    found = unigram_score(DataConfig(store=store, mixture=mixture), n_rows=5).nll
     each = {
         "mixture": nats((0.25 * 3 / 1, [TRAIN]), (0.75 * 3 / 2, others)),
         "one": nats((1, [TRAIN])),

@@ -17,9 +17,8 @@ from trainer.batches import (
     collate,
     drawn,
     evaluation_shares,
-    held_out_of_sources,
     held_out_rows,
-    open_sources,
+    open_stores,
     training_samples,
 )
 from trainer.config import DataConfig
@@ -73,27 +72,28 @@ def test_a_token_of_windows_that_overlap_is_evaluated_once(tmp_path: Path) -> No
 
 
 def test_what_is_evaluated_and_that_nothing_is_without_evaluations() -> None:
-    sources = {"books": fake_store("b"), "web": fake_store("w")}
+    stores = {"": fake_store("a"), "books": fake_store("b"), "web": fake_store("w")}
     mixture = {"books": {"store": "b", "weight": 3, "eval_split": "val"}, "web": {"store": "w", "weight": 1}}
     data = DataConfig(store="a", mixture=mixture, eval_split="test")
     run = SimpleNamespace(eval_every=5, eval_rows=3)
     config: Any = SimpleNamespace(data=data, run=run)
-    rows, of_sources = held_out_rows(fake_store("a"), config), held_out_of_sources(sources, config)
-    assert rows is not None and rows.identity == "3 rows drawn from test of hash of a"
-    assert {name: own.identity for name, own in of_sources.items()} == {"books": "3 rows drawn from val of hash of b"}
+    assert {name: rows.identity for name, rows in held_out_rows(stores, config).items()} == {
+        "": "3 rows drawn from test of hash of a",
+        "books": "3 rows drawn from val of hash of b",
+    }
     run.eval_every = 0
-    assert held_out_rows(fake_store("a"), config) is None and held_out_of_sources(sources, config) == {}
+    assert held_out_rows(stores, config) == {}
 
 
 def test_one_store_is_trained_on_as_it_is() -> None:
-    samples = training_samples(DataConfig(store="a"), fake_store("a"), {}, seed=3)
+    samples = training_samples(DataConfig(store="a"), {"": fake_store("a")}, seed=3)
     assert samples.identity == {"store": "hash of a", "split": "train", "seed": 3}
 
 
 def test_a_mixture_takes_the_place_of_the_store() -> None:
     mixture = {"books": {"store": "b", "weight": 3}, "web": {"store": "w", "weight": 1, "split": "all"}}
     data = DataConfig(store="a", mixture=mixture, train_split="most")
-    samples = training_samples(data, fake_store("a"), {"books": fake_store("b"), "web": fake_store("w")}, seed=3)
+    samples = training_samples(data, {"books": fake_store("b"), "web": fake_store("w")}, seed=3)
     assert samples.identity == {
         "seed": 3,
         "order": 2,
@@ -109,9 +109,10 @@ def test_a_mixture_takes_the_place_of_the_store() -> None:
 
 
 def test_a_store_of_a_mixture_that_is_missing_is_named_by_its_key(tmp_path: Path) -> None:
-    data = DataConfig(store="a", mixture={"web": {"store": tmp_path / "nowhere", "weight": 1}})
+    write_store(tmp_path / "a", {"a": b"text"})
+    data = DataConfig(store=tmp_path / "a", mixture={"web": {"store": tmp_path / "nowhere", "weight": 1}})
     with pytest.raises(DataError, match=f"^data.mixture.web.store: {tmp_path / 'nowhere'} does not exist"):
-        open_sources(data)
+        open_stores(data)
 
 
 def test_collate_counts_what_is_to_be_predicted() -> None:

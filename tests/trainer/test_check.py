@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from small_configs import DEEPSPEED, STORE, make_config
+from small_configs import DEEPSPEED, STORE, STORES, make_config
 
 from trainer.check import check, remarks
 from trainer.config import ConfigError
@@ -13,17 +13,17 @@ from trainer.config import ConfigError
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_a_good_configuration_passes_on_any_number_of_ranks(world_size: int) -> None:
-    check(make_config(), DEEPSPEED, STORE, world_size)
+    check(make_config(), DEEPSPEED, STORES, world_size)
 
 
 @pytest.mark.parametrize(("world_size", "n_parts"), [(2, 2), (8, 2), (4, 4), (32, 4)])
 def test_ranks_that_share_sequences_count_as_one(world_size: int, n_parts: int) -> None:
     config = make_config(run_sequence_parallel=n_parts, model_n_heads=4)
-    check(config, DEEPSPEED, STORE, world_size)
+    check(config, DEEPSPEED, STORES, world_size)
     too_many = {**DEEPSPEED, "train_batch_size": 2 * world_size // n_parts + 1, "train_micro_batch_size_per_gpu": 2}
     groups = rf"times {world_size // n_parts} \({world_size} ranks by {n_parts} for a sequence\)"
     with pytest.raises(ConfigError, match=f"is not divisible by train_micro_batch_size_per_gpu=2 {groups}"):
-        check(config, too_many, STORE, world_size)
+        check(config, too_many, STORES, world_size)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len:
     config = make_config(run_sequence_parallel=n_parts, model_n_heads=n_heads, model_d_model=12 * n_heads)
     facts = replace(STORE, seq_len=seq_len)
     with pytest.raises(ConfigError, match=f"run.sequence_parallel={n_parts} does not divide {what}"):
-        check(config, DEEPSPEED, facts, world_size)
+        check(config, DEEPSPEED, {"": facts}, world_size)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_sequences_that_cannot_be_shared(world_size: int, n_heads: int, seq_len:
 )
 def test_deepspeed_side(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(make_config(), {**deepcopy(DEEPSPEED), **changes}, STORE, world_size=2)
+        check(make_config(), {**deepcopy(DEEPSPEED), **changes}, STORES, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_deepspeed_side(changes: dict[str, Any], message: str) -> None:
 )
 def test_deepspeed_works_out_what_is_left_out_of_the_batch(batch: dict[str, Any], world_size: int) -> None:
     rest = {key: value for key, value in DEEPSPEED.items() if not key.startswith("train_")}
-    check(make_config(), {**rest, **batch}, STORE, world_size)
+    check(make_config(), {**rest, **batch}, STORES, world_size)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_deepspeed_works_out_what_is_left_out_of_the_batch(batch: dict[str, Any]
     ],
 )
 def test_what_is_switched_off_is_no_contradiction(harmless: dict[str, Any]) -> None:
-    check(make_config(), {**DEEPSPEED, **harmless}, STORE, world_size=1)
+    check(make_config(), {**DEEPSPEED, **harmless}, STORES, world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -146,50 +146,50 @@ def test_what_is_switched_off_is_no_contradiction(harmless: dict[str, Any]) -> N
 )
 def test_data_side(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(make_config(**changes), DEEPSPEED, STORE, world_size=1)
+        check(make_config(**changes), DEEPSPEED, STORES, world_size=1)
 
 
 def test_steps_that_are_hardly_ever_both_evaluated_and_saved_are_remarked_on() -> None:
     often = {"run_keep_best": True, "run_eval_every": 50, "run_save_every": 100}
-    assert remarks(make_config(**often), STORE) == []
-    (line,) = remarks(make_config(**{**often, "run_save_every": 75}), STORE)
+    assert remarks(make_config(**often), STORES) == []
+    (line,) = remarks(make_config(**{**often, "run_save_every": 75}), STORES)
     assert line.startswith("run.keep_best: evaluations and checkpoints coincide only every 150 steps and at the end (")
 
 
 def test_a_warm_up_as_long_as_the_run_is_remarked_on() -> None:
-    assert remarks(make_config(run_steps=9, run_warmup_steps=8), STORE) == []
-    (line,) = remarks(make_config(run_steps=9, run_warmup_steps=9), STORE)
+    assert remarks(make_config(run_steps=9, run_warmup_steps=8), STORES) == []
+    (line,) = remarks(make_config(run_steps=9, run_warmup_steps=9), STORES)
     assert line == "run.warmup_steps=9, and run.steps=9: the peak is hardly reached"
 
 
 def test_lsh_attention_that_is_dense_is_remarked_on() -> None:
     length = STORE.seq_len
-    assert remarks(make_config(model_lsh_chunk_len=length // 2 - 2), STORE) == []
+    assert remarks(make_config(model_lsh_chunk_len=length // 2 - 2), STORES) == []
     for chunk_len in (length // 2, 2 * length):
-        (line,) = remarks(make_config(model_lsh_chunk_len=chunk_len), STORE)
+        (line,) = remarks(make_config(model_lsh_chunk_len=chunk_len), STORES)
         assert line.startswith(f"model.lsh_chunk_len={chunk_len}: rows of {length} tokens are at most two chunks")
-    assert remarks(make_config(model_lsh_chunk_len=length, model_attn_pattern=["local"]), STORE) == []
+    assert remarks(make_config(model_lsh_chunk_len=length, model_attn_pattern=["local"]), STORES) == []
 
 
 def test_an_uneven_position_table_is_remarked_on() -> None:
     """An image of 64 x 64 x 3 values and BOS is a prime number of tokens."""
     facts = replace(STORE, seq_len=12_289)
-    (line,) = remarks(make_config(model_max_seq_len=12_289), facts)
+    (line,) = remarks(make_config(model_max_seq_len=12_289), {"": facts})
     assert line.startswith(
         "model.axial_shape=[1, 12289]: of 12289 positions 12289 have a vector of their own, which is "
     )
     assert line.endswith("Rows of 12296 tokens (--seq-len) would have a table of 106 x 116")
     facts = replace(STORE, seq_len=2**16)
-    (line,) = remarks(make_config(model_max_seq_len=2**16, model_axial_shape=[8, 8192]), facts)
+    (line,) = remarks(make_config(model_max_seq_len=2**16, model_axial_shape=[8, 8192]), {"": facts})
     assert line.endswith("which is much to learn. Left out, it would be a table of 256 x 256")
     facts = replace(STORE, seq_len=2**20)
-    assert remarks(make_config(model_max_seq_len=2**20, model_axial_shape=[64, 2**14]), facts) == []
+    assert remarks(make_config(model_max_seq_len=2**20, model_axial_shape=[64, 2**14]), {"": facts}) == []
 
 
 def test_a_weight_below_the_least_share_is_remarked_on() -> None:
     def mixed(**weights: float) -> list[str]:
         mixture = {name: {"store": "store", "weight": weight} for name, weight in weights.items()}
-        return remarks(make_config(data_mixture=mixture), STORE)
+        return remarks(make_config(data_mixture=mixture), STORES)
 
     assert mixed(one=0.001, two=0.999) == mixed(one=0.0009, two=1.0) == []
     (line,) = mixed(one=0.0001, two=1.0)
@@ -200,22 +200,22 @@ def test_a_weight_below_the_least_share_is_remarked_on() -> None:
 
 
 def test_positions_that_no_row_has_are_remarked_on() -> None:
-    assert remarks(make_config(), STORE) == []
+    assert remarks(make_config(), STORES) == []
     sources = {"wiki": {"store": "data/wiki", "weight": 1.0}, "books": {"store": "data/books", "weight": 1.0}}
     facts = {"wiki": replace(STORE, eos=not STORE.eos, bos=not STORE.bos), "books": STORE}
     mixed = make_config(data_mixture=sources)
-    (line,) = remarks(mixed, STORE, facts)
+    (line,) = remarks(mixed, {"": STORE, **facts})
     assert line == (
         f"data.mixture.wiki: documents of data/wiki differ from those of {mixed.data.store} in whether they have BOS "
         "and EOS"
     )
-    (line,) = remarks(make_config(model_max_seq_len=512), STORE)
+    (line,) = remarks(make_config(model_max_seq_len=512), STORES)
     assert line.startswith("model.max_seq_len=512, and the rows of ")
     assert line.endswith(" have 256 tokens: positions after them are not trained")
 
 
 def test_without_evaluation_no_split_is_needed_for_it() -> None:
-    check(make_config(data_eval_split="test", run_eval_every=0), DEEPSPEED, STORE, world_size=1)
+    check(make_config(data_eval_split="test", run_eval_every=0), DEEPSPEED, STORES, world_size=1)
 
 
 MIXTURE = {"books": {"store": "a", "weight": 3}, "web": {"store": "b", "weight": 1.0, "split": "val"}}
@@ -226,9 +226,9 @@ def test_a_mixture_reads_its_own_splits() -> None:
     books, web = (replace(STORE, rows=rows[name], fingerprint=f"of {name}") for name in ("a", "b"))
     held_out = replace(STORE, rows={"val": 2})
     config = make_config(data_mixture=MIXTURE)
-    check(config, DEEPSPEED, held_out, 1, {"books": books, "web": web})
+    check(config, DEEPSPEED, {"": held_out, "books": books, "web": web}, 1)
     with pytest.raises(ConfigError) as raised:
-        check(config, DEEPSPEED, held_out, 1, {"books": web, "web": books})
+        check(config, DEEPSPEED, {"": held_out, "books": web, "web": books}, 1)
     assert str(raised.value).splitlines() == [
         "data.train_split (for data.mixture.books)='train' has no rows in a: its splits are 'val'",
         "data.mixture.web.split='val' has no rows in b: its splits are 'train'",
@@ -241,41 +241,40 @@ HELD_OUT = r"is also what evaluations read \(data.eval_split of data/store\): ch
 def test_what_is_held_out_is_not_trained_on() -> None:
     config = make_config(data_train_split="val")
     with pytest.raises(ConfigError, match=f"^data.train_split='val' of data/store {HELD_OUT} .* run.eval_every=0"):
-        check(config, DEEPSPEED, STORE, world_size=1)
-    check(make_config(data_train_split="val", run_eval_every=0), DEEPSPEED, STORE, world_size=1)
+        check(config, DEEPSPEED, STORES, world_size=1)
+    check(make_config(data_train_split="val", run_eval_every=0), DEEPSPEED, STORES, world_size=1)
 
 
 def test_what_is_held_out_is_not_trained_on_in_a_mixture_either() -> None:
     """Under another path too: a store is known by its content. A source without a split has data.train_split."""
     config = make_config(data_mixture=MIXTURE)
     other = replace(STORE, fingerprint="of another")
-    check(config, DEEPSPEED, STORE, 1, {"books": STORE, "web": other})
+    check(config, DEEPSPEED, {"": STORE, "books": STORE, "web": other}, 1)
     with pytest.raises(ConfigError, match=f"^data.mixture.web.split='val' of b {HELD_OUT}"):
-        check(config, DEEPSPEED, STORE, 1, {"books": other, "web": STORE})
+        check(config, DEEPSPEED, {"": STORE, "books": other, "web": STORE}, 1)
     config = make_config(data_mixture=MIXTURE, data_train_split="val")
     inherited = r"data.train_split \(for data.mixture.books\)='val' of a"
     with pytest.raises(ConfigError, match=f"^{inherited} {HELD_OUT}"):
-        check(config, DEEPSPEED, STORE, 1, {"books": STORE, "web": other})
+        check(config, DEEPSPEED, {"": STORE, "books": STORE, "web": other}, 1)
 
 
 def test_what_is_held_out_of_a_source_is_there_and_not_trained_on() -> None:
     web = {**MIXTURE["web"], "split": "train", "eval_split": "val"}
     config = make_config(data_mixture={**MIXTURE, "web": web})
     books, other = (replace(STORE, fingerprint=f"of {name}") for name in ("books", "web"))
-    check(config, DEEPSPEED, STORE, 1, {"books": books, "web": other})
+    check(config, DEEPSPEED, {"": STORE, "books": books, "web": other}, 1)
     with pytest.raises(ConfigError, match=r"^data.mixture.web.eval_split='val' has no rows in b: its splits are 'tr"):
-        check(config, DEEPSPEED, STORE, 1, {"books": books, "web": replace(other, rows={"train": 1})})
+        check(config, DEEPSPEED, {"": STORE, "books": books, "web": replace(other, rows={"train": 1})}, 1)
     trained = {**MIXTURE["books"], "split": "val"}
     held_out = r"is also what evaluations read \(data.mixture.web.eval_split of b\): choose another"
     with pytest.raises(ConfigError, match=f"^data.mixture.books.split='val' of a {held_out}"):
         config = make_config(data_mixture={"books": trained, "web": web})
-        check(config, DEEPSPEED, STORE, 1, {"books": other, "web": other})
+        check(config, DEEPSPEED, {"": STORE, "books": other, "web": other}, 1)
     check(
         make_config(data_mixture={"books": trained, "web": web}, run_eval_every=0),
         DEEPSPEED,
-        STORE,
-        1,
-        {"books": other, "web": other},
+        {"": STORE, "books": other, "web": other},
+        world_size=1,
     )
 
 
@@ -284,10 +283,10 @@ def test_the_stores_of_a_mixture_must_agree(key: str, value: Any) -> None:
     facts = {"books": STORE, "web": replace(STORE, fingerprint="of b", **{key: value})}
     message = f"data.mixture.web: {key} of b is {value}, that of data.store=data/store is {getattr(STORE, key)}: build"
     with pytest.raises(ConfigError, match=message):
-        check(make_config(data_mixture=MIXTURE), DEEPSPEED, STORE, 1, facts)
+        check(make_config(data_mixture=MIXTURE), DEEPSPEED, {"": STORE, **facts}, 1)
 
 
 def test_all_problems_come_at_once() -> None:
     with pytest.raises(ConfigError) as raised:
-        check(make_config(model_vocab_size=300), {**DEEPSPEED, "train_batch_size": 9, "amp": {}}, STORE, world_size=2)
+        check(make_config(model_vocab_size=300), {**DEEPSPEED, "train_batch_size": 9, "amp": {}}, STORES, world_size=2)
     assert len(str(raised.value).splitlines()) == 3

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from small_configs import DEEPSPEED, STORE, make_config
+from small_configs import DEEPSPEED, STORES, make_config
 
 from trainer.check import check
 from trainer.config import ConfigError
@@ -58,7 +58,7 @@ def test_what_cannot_be_offloaded(
 ) -> None:
     monkeypatch.setattr("trainer.extensions.missing_for", lambda _: "")
     with pytest.raises(ConfigError, match=message):
-        check(make_config(), offloading(stage, **devices), STORE, world_size=2)
+        check(make_config(), offloading(stage, **devices), STORES, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_what_cannot_be_offloaded(
 def test_what_would_keep_steps_from_being_skipped_saved_or_run(section: str, key: str, value: Any) -> None:
     settings = {**DEEPSPEED, section: {**DEEPSPEED.get(section, {}), key: value}}
     with pytest.raises(ConfigError, match=rf"deepspeed.{section}.{key}=.*; leave it out"):
-        check(make_config(), settings, STORE, world_size=2)
+        check(make_config(), settings, STORES, world_size=2)
 
 
 def test_a_stage_as_text_gets_no_sentence_about_offloading() -> None:
     settings = {**DEEPSPEED, "zero_optimization": {"stage": "2", "offload_optimizer": CPU}}
     with pytest.raises(ConfigError) as raised:
-        check(make_config(), settings, STORE, world_size=2)
+        check(make_config(), settings, STORES, world_size=2)
     assert str(raised.value) == "deepspeed.zero_optimization.stage='2': give one of the numbers 0, 1, 2 and 3"
 
 
@@ -91,9 +91,9 @@ def test_nvme_needs_a_library(monkeypatch: pytest.MonkeyPatch, devices: dict[str
     missing = {"AsyncIOBuilder": "libaio with its headers (Debian: libaio-dev)"}
     monkeypatch.setattr("trainer.extensions.missing_for", missing.pop)
     with pytest.raises(ConfigError, match=r"nvme needs .*async_io, which needs libaio .*: .* device to 'cpu'"):
-        check(make_config(), offloading(3, **devices), STORE, world_size=2)
+        check(make_config(), offloading(3, **devices), STORES, world_size=2)
     monkeypatch.setattr("trainer.extensions.missing_for", lambda _: "")
-    check(make_config(), offloading(3, **devices), STORE, world_size=2)
+    check(make_config(), offloading(3, **devices), STORES, world_size=2)
 
 
 @pytest.mark.parametrize("has_fp16", [False, True])
@@ -102,7 +102,7 @@ def test_fp32_parameters_on_nvme_stay_fp32(monkeypatch: pytest.MonkeyPatch, has_
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: has_fp16)
     settings = {**offloading(3, offload_param=NVME), "bf16": {"enabled": False}}
     if has_fp16:
-        check(make_config(), settings, STORE, world_size=2)
+        check(make_config(), settings, STORES, world_size=2)
         return
     with pytest.raises(ConfigError, match=r"in fp32: .* no fp16; set deepspeed.bf16.enabled=true, or .* 'cpu'"):
-        check(make_config(), settings, STORE, world_size=2)
+        check(make_config(), settings, STORES, world_size=2)

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
+from small_configs import STORES
 
-from trainer.check import StoreFacts, check
+from trainer.check import check
 from trainer.config import ConfigError, RunConfig
 
-STORE = StoreFacts(seq_len=256, vocab_size=258, rows={"train": 10, "val": 2}, tokenizer_sha256="abc", fingerprint="")
 CONFIG = RunConfig(
     model={"vocab_size": 258, "max_seq_len": 256},
     data={"store": "data/store"},
@@ -20,12 +20,12 @@ def asked(kind: Any, stage: int = 0, offload: dict[str, Any] | None = None, **pa
     zero = {"stage": stage, **({"offload_optimizer": offload} if offload else {})}
     optimizer = {"type": kind, "params": params}
     deepspeed = {"train_batch_size": 8, "zero_optimization": zero, "optimizer": optimizer}
-    check(CONFIG, deepspeed, STORE, world_size=2)
+    check(CONFIG, deepspeed, STORES, world_size=2)
 
 
 def test_an_optimizer_must_be_given() -> None:
     with pytest.raises(ConfigError, match=r'optimizer.type=None: give "AdamW", "Adam" or "Adafactor"'):
-        check(CONFIG, {"train_batch_size": 8}, STORE, world_size=2)
+        check(CONFIG, {"train_batch_size": 8}, STORES, world_size=2)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "adafactor", 5, ["AdamW"]])
@@ -42,9 +42,9 @@ def test_adafactor_trains_no_table_of_no_width() -> None:
         {"train_batch_size": 8, "optimizer": {"type": kind, "params": {"lr": 1e-3, **more}}}
         for kind, more in (("AdamW", {"torch_adam": True}), ("Adafactor", {}))
     )
-    check(config, adamw, STORE, world_size=2)
+    check(config, adamw, STORES, world_size=2)
     with pytest.raises(ConfigError, match=r"model.axial_dims=\[0, \d+\]: Adafactor cannot train a table of width 0"):
-        check(config, adafactor, STORE, world_size=2)
+        check(config, adafactor, STORES, world_size=2)
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "adam", "Adafactor"])

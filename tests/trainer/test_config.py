@@ -159,6 +159,7 @@ def test_a_mixture_of_stores(config: Path) -> None:
             'data.mixture.a/b={store="x", weight=1, eval_split="val"}',
             r"\[data\] .*the name 'a/b' must be of letters, digits",
         ),
+        ('data.mixture={"" = {store="x", weight=1}}', r"\[data\] .*a store needs a name: '' is that of data.store"),
         ("data.mixture.web.eval_split=", r"\[data\] \[mixture.web\] 'eval_split'.*at least 1 character"),
         ("data.mixture.web.weight=inf", r"\[data\] \[mixture.web\] 'weight': input should be a finite number"),
         ("data.mixture.web.wieght=1", r"\[data\] \[mixture.web\] unknown key 'wieght': did you mean 'weight'"),

@@ -169,7 +169,7 @@ def test_everything_that_is_reported(store: Store) -> None:
     engine = PlainEngine(Reformer(config(store).model), micro_batch_size=2)
     found = report(engine, config(store), store, ALONE)
     values = found.values
-    assert engine.module.training and found.n_rows == 7
+    assert engine.module.training
     (row,) = RowDataset(store, "train")
     with torch.no_grad():
         tokens, labels, segment_ids = (x[None] for x in row)

@@ -26,7 +26,7 @@ def data(stores: dict[str, Store], *names: str, **splits: str) -> DataConfig:
 
 
 def found(stores: dict[str, Store], *names: str, **splits: str) -> list[str]:
-    return leaks(data(stores, *names, **splits), stores["books"], {name: stores[name] for name in names})
+    return leaks(data(stores, *names, **splits), {"": stores["books"], **stores})
 
 
 def test_documents_that_are_held_out_and_trained_on_are_counted(stores: dict[str, Store]) -> None:
@@ -104,9 +104,9 @@ def test_tables_that_would_take_minutes_are_not_read(stores: dict[str, Store], m
 def test_what_a_source_holds_out_is_held_against_the_other_sources(stores: dict[str, Store]) -> None:
     write = data(stores, "clean", "web").model_dump()
     write["mixture"]["web"]["eval_split"] = "val"
-    assert leaks(DataConfig(**write), stores["clean"], {name: stores[name] for name in ("clean", "web")}) == []
+    assert leaks(DataConfig(**write), {"": stores["clean"], **stores}) == []
     write["mixture"]["books"] = {"store": stores["books"].path, "weight": 1.0, "split": "val"}
-    (note,) = leaks(DataConfig(**write), stores["clean"], stores)
+    (note,) = leaks(DataConfig(**write), {"": stores["clean"], **stores})
     assert note.startswith(
         f"1 of the 1 documents that evaluations hold out ('val' of {stores['web'].path}) are in 'val'"
     )
@@ -116,8 +116,7 @@ def test_what_a_source_holds_out_is_held_against_the_other_sources(stores: dict[
 def test_data_store_that_is_a_source_too_is_looked_at_once(stores: dict[str, Store]) -> None:
     write = data(stores, "books", "web").model_dump()
     write["mixture"]["books"]["eval_split"] = "val"
-    sources = {name: stores[name] for name in ("books", "web")}
-    assert leaks(DataConfig(**write), stores["books"], sources) == found(stores, "books", "web") != []
+    assert leaks(DataConfig(**write), {"": stores["books"], **stores}) == found(stores, "books", "web") != []
 
 
 def test_no_table_is_read_that_nothing_is_looked_for_in(
@@ -141,7 +140,7 @@ def test_a_source_that_would_take_minutes_is_not_read(tmp_path: Path, monkeypatc
     few, many = Store.open(tmp_path / "few"), Store.open(tmp_path / "many")
     mixture = {"many": {"store": many.path, "weight": 1.0}}
     monkeypatch.setattr("trainer.leakage.MOST_DOCUMENTS", 3)
-    assert leaks(DataConfig(store=few.path, mixture=mixture), few, {"many": many}) == [
+    assert leaks(DataConfig(store=few.path, mixture=mixture), {"": few, "many": many}) == [
         f"data.mixture.many has too many documents to look for held-out ones of {few.path} there"
     ]
 

@@ -73,11 +73,11 @@ def test_a_store_that_is_replaced_ends_the_run_before_it_is_evaluated_or_saved(
 ) -> None:
     trainer, removes = saving
     del trainer.refuse_replaced_stores
-    trainer.eval_rows, trainer.launch = [], Launch("this test")
+    trainer.held_out, trainer.launch = {"": []}, Launch("this test")
     for name in ("evaluated", "source"):
         write_store(tmp_path / name, {"a": b"text"})
-    trainer.job.store, source = (Store.open(tmp_path / name) for name in ("evaluated", "source"))
-    trainer.job.sources = {"web": source}
+    evaluated, source = (Store.open(tmp_path / name) for name in ("evaluated", "source"))
+    trainer.job.stores = {"": evaluated, "web": source}
     trainer.save(1, needed=True)
     source.path.rename(tmp_path / "before")
     write_store(source.path, {"a": b"another"})

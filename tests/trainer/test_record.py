@@ -157,7 +157,7 @@ def test_run_json_states_the_peak_that_mfu_is_of(
     monkeypatch.setattr("trainer.record.distributed.device_name", lambda _: device_name)
     run = LoopConfig(dir=tmp_path, deepspeed_config="x.json", steps=3)
     config = RunConfig(model={"vocab_size": 9}, data={"store": "s"}, run=run.model_dump())
-    job = Job(config, deepspeed, store, SimpleNamespace(identity={"seed": 1}), Launch("none", 0, 1, 0, 1), {})
+    job = Job(config, deepspeed, {"": store}, SimpleNamespace(identity={"seed": 1}), Launch("none", 0, 1, 0, 1), {})
     metrics = Metrics(tmp_path, 2)
     (tmp_path / "run.json").write_text('{"config": {}, "initial_sha256": "abc"}')
     write_record(job, torch.device("cpu"), metrics, 7, {"": {"rows": "7", "since": 3}}, {"run.steps": (2, 3)}, None)

@@ -23,10 +23,10 @@ def test_other_weights_and_settings_that_were_changed_on_the_way(tmp_path: Path)
     record |= {"store": {"fingerprint": store.manifest.fingerprint}, "samples": {"web.store": "another"}}
     (run_dir / "run.json").write_text(json.dumps(record))
     again = config(run={"dir": tmp_path / "again", "init_from": tmp_path / "model"})
-    assert repetition_notes(run_dir, again, store, {}) == []
-    assert repetition_notes(run_dir, again, store, {"new": store}) == []
+    assert repetition_notes(run_dir, again, {"": store}) == []
+    assert repetition_notes(run_dir, again, {"": store, "new": store}) == []
     added_to = [f"{store.path} is not the store that {run_dir} read: it was built anew, or added to"]
-    assert repetition_notes(run_dir, again, store, {"web": store}) == added_to
+    assert repetition_notes(run_dir, again, {"": store, "web": store}) == added_to
     with torch.no_grad():
         model.head.bias += 1
     save_model(tmp_path / "other", model.config, model.state_dict())
@@ -35,12 +35,14 @@ def test_other_weights_and_settings_that_were_changed_on_the_way(tmp_path: Path)
     (run_dir / "run.json").write_text(json.dumps({**record, "continued": changes}))
     write_store(tmp_path / "larger", {"a": b"text", "b": b"more"})
     larger = Store.open(tmp_path / "larger")
-    assert repetition_notes(run_dir, other, larger, {}) == [
+    assert repetition_notes(run_dir, other, {"": larger}) == [
         f"{run_dir} went on with other settings at step 3, before which run.steps was 7; what begins with its last "
         "ones may be another run",
         f"{larger.path} is not the store that {run_dir} read: it was built anew, or added to",
         f"run.init_from={tmp_path}/other holds other weights than those that {run_dir} began with",
     ]
-    assert len(repetition_notes(run_dir, config(run={"dir": tmp_path / "again"}), store, {})) == 1
+    assert len(repetition_notes(run_dir, config(run={"dir": tmp_path / "again"}), {"": store})) == 1
     (run_dir / "run.json").write_text('{"config": {}}')
-    assert repetition_notes(run_dir, other, store, {"web": store}) == [], "of an earlier version, which says nothing"
+    assert repetition_notes(run_dir, other, {"": store, "web": store}) == [], (
+        "of an earlier version, which says nothing"
+    )

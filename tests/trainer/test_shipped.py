@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.toml"))
 def test_configurations_load_pass_and_build(path: Path, world_size: int) -> None:
     config, deepspeed = load(path)
     store = StoreFacts(config.model.max_seq_len, config.model.vocab_size, {"train": 100, "val": 10}, "", "")
-    check(config, deepspeed, store, world_size)
+    check(config, deepspeed, {"": store}, world_size)
     with torch.device("meta"):
         model = Reformer(config.model)
     groups = parameter_groups(model)
@@ -34,7 +34,7 @@ def test_configurations_load_pass_and_build(path: Path, world_size: int) -> None
 )
 def test_deepspeed_configurations_go_with_any_other(path: Path) -> None:
     config, deepspeed = load(ROOT / "launch" / "configs" / "enwik8_64k.toml", (), path)
-    check(config, deepspeed, StoreFacts(2**16, 258, {"train": 100, "val": 10}, "", ""), world_size=2)
+    check(config, deepspeed, {"": StoreFacts(2**16, 258, {"train": 100, "val": 10}, "", "")}, world_size=2)
 
 
 def test_weight_decay_is_for_matrices_only() -> None:

@@ -43,12 +43,12 @@ def test_the_line_of_a_step() -> None:
 def test_the_line_of_an_evaluation() -> None:
     values = {"eval/loss": 2.0, "eval/bits_per_byte": 3.0}
     line = "eval  3/10  loss 2.0000  bits/byte 3.0000  on 7 held-out rows"
-    assert eval_lines(3, 10, values, 7, {}) == [line]
-    (line_with_gain,) = eval_lines(3, 10, {**values, "eval/lsh_gain": 0.125}, 7, {})
+    assert eval_lines(3, 10, values, {"": range(7)}) == [line]
+    (line_with_gain,) = eval_lines(3, 10, {**values, "eval/lsh_gain": 0.125}, {"": range(7)})
     assert "  without LSH +0.1250  on" in line_with_gain
     values |= {"eval/source/web/loss": 2.5, "eval/source/web/bits_per_byte": 3.25}
     web = "eval  3/10  loss 2.5000  bits/byte 3.2500  on 2 held-out rows of web"
-    assert eval_lines(3, 10, values, 7, {"web": "ab"}) == [line, web]
+    assert eval_lines(3, 10, values, {"": range(7), "web": range(2)}) == [line, web]
 
 
 def test_duration() -> None:
