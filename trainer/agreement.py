@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from trainer.config import ConfigError, flatten
 from trainer.distributed import Launch, hosts, together
+from trainer.run_files import CHECKPOINTS
 
 SHOWN = 3
 """Differences that an error names."""
@@ -31,7 +32,7 @@ def refuse_different(run_dir: Path, identity: Mapping[str, Any], launch: Launch,
     if launch.world_size == 1:
         return
     # Named as a save that was interrupted, so that it is removed if this process dies before that.
-    trace = run_dir / "checkpoints" / f".partial-seen-{uuid.uuid4().hex}"
+    trace = run_dir / CHECKPOINTS / f".partial-seen-{uuid.uuid4().hex}"
     found: list[Any] = [None] * launch.world_size
     dist.all_gather_object(found, (trace.name, flatten(json.loads(json.dumps(identity)))))
     names, identities = zip(*found, strict=True)

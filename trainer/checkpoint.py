@@ -35,6 +35,7 @@ from reformer.config import ConfigError
 from trainer import state
 from trainer.config import LoopConfig
 from trainer.distributed import Launch, all_gather, all_max, all_sum, together
+from trainer.run_files import CHECKPOINTS
 from trainer.terminal import show
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class SaveError(Exception):
 
 def published(run_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step_*")
+    folders = (run_dir / CHECKPOINTS).glob("step_*")
     steps = [(match, folder) for folder in folders if (match := re.fullmatch(r"step_(\d+)", folder.name))]
     found = [Checkpoint(path, int(match[1])) for match, path in steps if path.name == _name(int(match[1]))]
     return sorted(found, key=lambda each: each.step)
@@ -152,7 +153,7 @@ def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callab
     newest = published(run_dir)[::-1] if launch.rank == 0 else []
     for number in range(int(all_max(len(newest), device))):
         step = int(all_max(newest[number].step if newest else -1, device))
-        checkpoint = Checkpoint(run_dir / "checkpoints" / _name(step), step)
+        checkpoint = Checkpoint(run_dir / CHECKPOINTS / _name(step), step)
         together(partial(_refuse_unseen, checkpoint.path), launch, device)
         found = problems(checkpoint.path, launch.rank, launch.world_size)
         for problem in found:
@@ -162,7 +163,7 @@ def sound_start(run_dir: Path, launch: Launch, device: torch.device, say: Callab
         aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
         together(partial(_put_aside, checkpoint.path, aside, acts=launch.rank == 0), launch, device)
         say(f"put aside as {aside}; trying the checkpoint before it")
-    if damaged := sorted((run_dir / "checkpoints").glob("damaged-step_*")):
+    if damaged := sorted((run_dir / CHECKPOINTS).glob("damaged-step_*")):
         raise ConfigError(
             f"no checkpoint of {run_dir} is sound: {', '.join(path.name for path in damaged)} are damaged. Remove them "
             "to start this run anew, or choose another run.dir"
@@ -210,7 +211,7 @@ def save(
 
     Raises SaveError, on all ranks, where one of them cannot write; then nothing has changed.
     """
-    final = plan.dir / "checkpoints" / _name(step)
+    final = plan.dir / CHECKPOINTS / _name(step)
     folder = final.with_name(f".partial-{final.name}")
     slices, shapes = state.local_slices(engine), state.shapes(engine)
     n_bytes = int(all_sum([sum(each.nbytes for each in slices.values())], device)[0])
@@ -301,7 +302,7 @@ def _retain(plan: LoopConfig, best_step: int | None) -> None:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what an interrupted save left behind."""
-    for leftover in (run_dir / "checkpoints").glob(".partial-*"):
+    for leftover in (run_dir / CHECKPOINTS).glob(".partial-*"):
         _delete(leftover)
 
 

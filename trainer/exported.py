@@ -13,6 +13,7 @@ from reformer import Reformer, load_model
 from reformer.hf import load_hf
 from reformer.weights import is_hf, read_config
 from trainer.config import ConfigError
+from trainer.run_files import CHECKPOINTS
 
 ORIGIN = "origin.json"
 """Of which checkpoint of which run a model is: see export.py."""
@@ -29,7 +30,7 @@ def read_model(folder: Path, name: str) -> Reformer:
     """
     if not folder.is_dir():
         raise ConfigError(f"{name} is not a folder: give one that launch/export.py or save_pretrained wrote")
-    if (folder / "checkpoints").is_dir() or (folder / "SHA256SUMS").is_file():
+    if (folder / CHECKPOINTS).is_dir() or (folder / "SHA256SUMS").is_file():
         raise ConfigError(
             f"{name} is a run or a checkpoint of one: export its model first, python launch/export.py {folder} "
             "--output exported, and give that folder"

@@ -62,7 +62,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
-from trainer.run_files import BEFORE, METRICS, RECORD
+from trainer.run_files import BEFORE, METRICS, RECORD, TENSORBOARD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ class Metrics:
         """The first that may be reported; anything reported from it on is forgotten."""
         self._path = run_dir / METRICS
         _keep_before(self._path, self.first_step)
-        self._folder = run_dir / "tensorboard"
+        self._folder = run_dir / TENSORBOARD
         if not step:
             for file in self._folder.glob(EVENT_FILES):
                 os.truncate(file, 0)  # not removed: a TensorBoard that is looking on would stay at it for ever
@@ -182,8 +182,8 @@ def keep_former(run_dir: Path) -> Path | None:
             return None
     taken = (int(each.name) for each in (run_dir / BEFORE).glob("*") if each.name.isdecimal())
     kept = run_dir / BEFORE / f"{1 + max(taken, default=0):04d}"
-    (kept / "tensorboard").mkdir(parents=True)
-    for file in (run_dir / RECORD, *(run_dir / "tensorboard").glob(EVENT_FILES)):
+    (kept / TENSORBOARD).mkdir(parents=True)
+    for file in (run_dir / RECORD, *(run_dir / TENSORBOARD).glob(EVENT_FILES)):
         copy = kept / file.relative_to(run_dir)
         try:
             shutil.copy2(file, copy)

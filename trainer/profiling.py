@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from trainer.config import profiled_steps
+from trainer.run_files import PROFILE
 from trainer.terminal import show
 
 
@@ -22,7 +23,7 @@ class Profiler:
 
     def __init__(self, run_dir: Path, profile_steps: str | None, rank: int) -> None:
         """profile_steps: run.profile_steps, "10..12" or None."""
-        self._folder, self._rank = run_dir / "profile", rank
+        self._folder, self._rank = run_dir / PROFILE, rank
         steps = profiled_steps(profile_steps) if profile_steps is not None else range(0)
         self.last_step = steps[-1] if steps else 0
         """After which the trace is to be written; 0 for none."""

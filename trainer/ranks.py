@@ -14,7 +14,7 @@ from pathlib import Path
 from traceback import walk_tb
 from types import FrameType, TracebackType
 
-from trainer.run_files import write_json
+from trainer.run_files import RANKS, write_json
 
 SHOWN = 8
 """Ranks that a message describes, at most."""
@@ -73,7 +73,7 @@ class RankState:
 
 
 def state_path(run_dir: Path, rank: int) -> Path:
-    return run_dir / "ranks" / f"rank_{rank:05d}.json"
+    return run_dir / RANKS / f"rank_{rank:05d}.json"
 
 
 def write_state(run_dir: Path, state: RankState) -> None:

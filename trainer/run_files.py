@@ -1,4 +1,5 @@
-"""Two files in the folder of a run: run.json, what the run is, and metrics.jsonl, what it has reported.
+"""What is in the folder of a run, and how two of its files are read: run.json, what the run is, and metrics.jsonl, what
+it has reported.
 
 record.py and metrics.py write them and say what is in them; they need DeepSpeed and TensorBoard, which readers do
 without. A run may go on meanwhile, so the last line of metrics.jsonl may be on its way, or cut short by a kill: it
@@ -14,7 +15,12 @@ from typing import Any
 
 from reformer.config import ConfigError
 
-RECORD, METRICS, BEFORE = "run.json", "metrics.jsonl", "before"
+RECORD, METRICS, LOCK = "run.json", "metrics.jsonl", "lock"
+CHECKPOINTS, TENSORBOARD, PROFILE, RANKS, STACKS = "checkpoints", "tensorboard", "profile", "ranks", "stacks"
+BEFORE = "before"
+"""What resumes have replaced."""
+RUN_FILES = {RECORD, METRICS, LOCK, CHECKPOINTS, TENSORBOARD, PROFILE, RANKS, STACKS}
+"""What tells a run's folder from others."""
 TAIL_BYTES = 2**22
 """Thousands of lines of metrics.jsonl."""
 

@@ -8,9 +8,7 @@ from data_pipeline.kinds import is_document
 from data_pipeline.manifest import MANIFEST_NAME
 from reformer.config import ConfigError
 from reformer.weights import WEIGHTS_FILE
-
-RUN_FILES = {"lock", "checkpoints", "metrics.jsonl", "run.json", "ranks", "stacks", "tensorboard", "profile"}
-"""What tells a run's folder from others."""
+from trainer.run_files import CHECKPOINTS, RUN_FILES
 
 OTHERS = {MANIFEST_NAME, WEIGHTS_FILE}
 """What tells a store's folder, and a model's."""
@@ -34,14 +32,14 @@ def refuse_other_files(run_dir: Path) -> None:
 def make_folders(run_dir: Path) -> None:
     """Raises ConfigError where they cannot be made."""
     try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}: choose another folder") from None
 
 
 def refuse_unwritable(run_dir: Path) -> None:
     """Raise ConfigError where `make_folders` is not going to work, as far as that is seen without trying."""
-    folder = (run_dir / "checkpoints").absolute()
+    folder = (run_dir / CHECKPOINTS).absolute()
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         reason = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)

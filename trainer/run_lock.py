@@ -5,6 +5,7 @@ however that dies, so nothing has to be cleaned up after a crash; and no child k
 cluster where the file system has locks: NFS 4 has, Lustre when mounted with `-o flock`.
 
 RUN/lock: one JSON object about the process that took it last: host, pid, job (of SLURM, or null), started (ISO time).
+It is never removed: another process may be waiting for it.
 """
 
 import json
@@ -19,9 +20,8 @@ from typing import BinaryIO
 
 from data_pipeline.locks import EXCLUSIVE, NO_LOCKS_WAY_OUT, SHARED, try_lock
 from reformer.config import ConfigError
+from trainer.run_files import LOCK
 
-LOCK = "lock"
-"""The file's name in the folder of a run. It is never removed: another process may be waiting for it."""
 PATIENCE_S = 10.0
 """How long to wait for a process that is ending."""
 _POLL_S = 0.1

@@ -11,6 +11,7 @@ from torch import Tensor
 from data_pipeline.errors import DataError
 from trainer.checkpoint import SUMS, checked, problems, published, read_state, read_weights
 from trainer.config import ConfigError
+from trainer.run_files import CHECKPOINTS
 from trainer.terminal import show
 
 NONE_YET = "wait until the run saves one (run.save_every), or have it do so now and go on later (SIGUSR1)"
@@ -21,7 +22,7 @@ def sound_checkpoint(source: Path, step: int | None) -> Path:
 
     Raises ConfigError where there is none, or the one that was asked for is damaged.
     """
-    if not (source / "checkpoints").is_dir():
+    if not (source / CHECKPOINTS).is_dir():
         if step is not None:
             raise ConfigError(f"--step {step} is for the folder of a run, and {source} has no checkpoints in it")
         if not (source / SUMS).exists():
@@ -42,7 +43,7 @@ def sound_checkpoint(source: Path, step: int | None) -> Path:
 
 def best_step(run: Path) -> int:
     """After how many steps the held-out rows were predicted best, of those that were evaluated and saved."""
-    if not (run / "checkpoints").is_dir():
+    if not (run / CHECKPOINTS).is_dir():
         raise ConfigError(f"--best is for the folder of a run, and {run} has no checkpoints in it")
     step = int(read_state(sound_checkpoint(run, None))["progress"].get("best_step", 0))
     if not step:

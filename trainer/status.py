@@ -14,7 +14,7 @@ from typing import Any
 from trainer.checkpoint import checked
 from trainer.config import ConfigError
 from trainer.ranks import RankState, holding_up, parse_state, read_bytes, state_path
-from trainer.run_files import METRICS, RECORD, read_metrics_tail, read_record
+from trainer.run_files import CHECKPOINTS, METRICS, RANKS, RECORD, STACKS, read_metrics_tail, read_record
 from trainer.run_lock import holder
 
 RECENT = 60
@@ -25,7 +25,7 @@ QUIET_S = 30.0
 
 def facts(run: Path) -> dict[str, Any]:
     """All that can be found out, as plain JSON values. Raises ConfigError where there is no run."""
-    if not any((run / name).exists() for name in (RECORD, METRICS, "checkpoints", "ranks")):
+    if not any((run / name).exists() for name in (RECORD, METRICS, CHECKPOINTS, RANKS)):
         raise ConfigError(
             f"{run} is not the folder of a run: it has neither {RECORD} nor metrics, checkpoints or ranks; give what "
             "run.dir was"
@@ -58,13 +58,13 @@ def facts(run: Path) -> dict[str, Any]:
         "quiet": [rank for rank, at in written.items() if at < max(written.values()) - QUIET_S],
         "sign_of_life_s": max(0.0, time.time() - max(written.values())) if written else None,
         "hang": hang or None,
-        "stacks": str(run / "stacks") if hang else None,
+        "stacks": str(run / STACKS) if hang else None,
     }
 
 
 def rank_states(run: Path) -> list[RankState]:
     """What each rank said last. Rank 0 removes what was said by ranks that there are no more."""
-    found = (parse_state(read_bytes(path)) for path in sorted((run / "ranks").glob("rank_*.json")))
+    found = (parse_state(read_bytes(path)) for path in sorted((run / RANKS).glob("rank_*.json")))
     return [state for state in found if state is not None]
 
 
@@ -99,7 +99,7 @@ def is_loading(state: RankState) -> bool:
 def read_hang(run: Path) -> dict[str, Any]:
     """What the watchdog left behind (hang.json); empty where there is none, or where it is just being written."""
     try:
-        found = json.loads(read_bytes(run / "ranks" / "hang.json"))
+        found = json.loads(read_bytes(run / RANKS / "hang.json"))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -121,9 +121,7 @@ def recent(metrics: Sequence[Mapping[str, Any]], tag: str) -> list[tuple[int, fl
 
 def check_checkpoints(run: Path) -> tuple[dict[str, Any] | None, dict[str, list[str]]]:
     """The newest sound checkpoint, and by path what is wrong with those that are newer or were put aside."""
-    damaged = {
-        str(path): ["was put aside when the run went on"] for path in (run / "checkpoints").glob("damaged-step_*")
-    }
+    damaged = {str(path): ["was put aside when the run went on"] for path in (run / CHECKPOINTS).glob("damaged-step_*")}
     for found, wrong in checked(run):
         if not wrong:
             return {"path": str(found.path), "step": found.step}, damaged

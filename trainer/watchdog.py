@@ -30,8 +30,7 @@ from trainer import ranks
 from trainer.checkpoint import way_on
 from trainer.distributed import COLLECTIVE_TIMEOUT, Launch
 from trainer.ranks import RankState
-from trainer.run_files import write_json
-from trainer.run_lock import LOCK
+from trainer.run_files import LOCK, RANKS, STACKS, write_json
 
 HUNG = 70
 """Exit code of a process that the watchdog ended: EX_SOFTWARE."""
@@ -62,7 +61,7 @@ class Watchdog:
         self._factor, self._min_s = factor, min_s
         self._beat_s = min(BEAT_S, min_s / 5)
         self._host, self._pid = socket.gethostname(), os.getpid()
-        self._alarm_path = run_dir / "ranks" / "hang.json"
+        self._alarm_path = run_dir / RANKS / "hang.json"
         self._old_alarm = b""
         self._paused_s = 0.0
         self._longest_s: dict[str, float] = {}
@@ -77,10 +76,10 @@ class Watchdog:
     def __enter__(self) -> Self:
         self._main = threading.get_ident()
         with self._tolerance():
-            for name in ("ranks", "stacks"):
+            for name in (RANKS, STACKS):
                 (self._run_dir / name).mkdir(parents=True, exist_ok=True)
             # Kept open, and opened to add: of a hang in the night the run has gone on by the morning.
-            self._stacks = (self._run_dir / "stacks" / f"rank_{self._launch.rank:05d}.txt").open("a", encoding="utf-8")
+            self._stacks = (self._run_dir / STACKS / f"rank_{self._launch.rank:05d}.txt").open("a", encoding="utf-8")
             if self._launch.rank == 0:
                 self._clear()
         self._old_alarm = ranks.read_bytes(self._alarm_path)

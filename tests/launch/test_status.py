@@ -17,7 +17,7 @@ import status
 import trainer.status
 from trainer import ranks, run_files
 from trainer.ranks import RankState
-from trainer.run_lock import LOCK
+from trainer.run_files import LOCK
 
 ROOT = Path(__file__).parents[2]
 

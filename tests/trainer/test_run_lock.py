@@ -20,7 +20,8 @@ import pytest
 
 from reformer.config import ConfigError
 from trainer import run_lock
-from trainer.run_lock import LOCK, hold, holder
+from trainer.run_files import LOCK
+from trainer.run_lock import hold, holder
 
 HOLD = """
 import multiprocessing, os, subprocess, sys, time

@@ -18,7 +18,7 @@ import pytest
 from trainer import ranks, watchdog
 from trainer.distributed import COLLECTIVE_TIMEOUT, Launch
 from trainer.ranks import RankState, state_path
-from trainer.run_lock import LOCK
+from trainer.run_files import LOCK
 from trainer.watchdog import HUNG, Watchdog
 
 ALONE = Launch("no launcher")
