@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.config import TextSettings
 from data_pipeline.errors import DataError
-from data_pipeline.output import counted
+from data_pipeline.output import counted, listed
 from data_pipeline.tokenizer import TokenizerKind
 
 FORMAT_VERSION = 2
@@ -238,7 +238,11 @@ def document_differences(old: Mapping[str, object], new: Mapping[str, object]) -
         "removed": sorted(old.keys() - new.keys()),
         "changed": sorted(name for name in old.keys() & new.keys() if old[name] != new[name]),
     }
-    return [f"{counted(len(names), 'document')} {kind}: {_shorten(names)}" for kind, names in kinds.items() if names]
+    return [
+        f"{counted(len(names), 'document')} {kind}: {listed(names, _MOST_NAMED)}"
+        for kind, names in kinds.items()
+        if names
+    ]
 
 
 def hash_input(inputs: Sequence[tuple[str, int, str, str | None]]) -> str:
@@ -261,11 +265,6 @@ def _show(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(value) or "none"
     return str(value)
-
-
-def _shorten(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def library_versions(near: bool) -> dict[str, str]:

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.output import BAD_INPUT, counted, exit_code
+from data_pipeline.output import BAD_INPUT, counted, exit_code, listed
 from trainer.config import ConfigError
 from trainer.ranks import SHOWN, RankState
 from trainer.status import QUIET_S, facts
@@ -63,8 +63,7 @@ def text(found: Mapping[str, Any]) -> str:
     lines += figures(found["newest"], found["recent"])
     lines += [("checkpoint", f"{found['checkpoint']['path']}, sound" if found["checkpoint"] else "none that is sound")]
     for path, wrong in found["damaged"].items():
-        more = f"; and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        lines += [("damaged", f"{path}: {wrong[0]}{more}")]
+        lines += [("damaged", f"{path}: {listed(wrong, 1, '; ')}")]
     if found["hang"]:
         verdict = found["hang"].get("verdict") or "the rank that noticed it did not come to say more"
         lines += [("hang", verdict.replace("\n", "\n" + 12 * " ")), ("stacks", found["stacks"])]
@@ -140,8 +139,7 @@ def place(fate: str, same: Sequence[RankState]) -> str:
 
 
 def ranks(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:SHOWN])) + (f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else "")
-    return f"{'rank' if len(numbers) == 1 else 'ranks'} {shown}"
+    return f"{'rank' if len(numbers) == 1 else 'ranks'} {listed(list(map(str, numbers)), SHOWN)}"
 
 
 def figures(

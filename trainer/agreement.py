@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_pipeline.output import listed
 from trainer.config import ConfigError, flatten
 from trainer.distributed import Launch, hosts, together
 from trainer.run_files import CHECKPOINTS
@@ -65,9 +66,8 @@ def refuse_different(run_dir: Path, identity: Mapping[str, Any], launch: Launch,
 
 def _difference(first: Mapping[str, Any], other: Mapping[str, Any], where: str, where_first: str) -> str:
     names = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
-    shown = "; ".join(f"{name} is {other.get(name)!r} and not {first.get(name)!r}" for name in names[:SHOWN])
-    more = f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    what = listed([f"{name} is {other.get(name)!r} and not {first.get(name)!r}" for name in names], SHOWN, "; ")
     return (
-        f"{where} has another run than {where_first}: {shown}{more}. Have all nodes see the same configuration and the "
-        "same store"
+        f"{where} has another run than {where_first}: {what}. Have all nodes see the same configuration and the same "
+        "store"
     )

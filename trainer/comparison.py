@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
-from data_pipeline.output import table
+from data_pipeline.output import listed, table
 from trainer.curves import (
     ABSENT,
     HELD_OUT,
@@ -248,8 +248,7 @@ def by_value(values: Sequence[str]) -> str:
 
 def first_of(numbers: str) -> str:
     """The numbers of runs, and how many more there are where they are too many."""
-    each = numbers.split()
-    return numbers if len(each) <= MOST_RUNS else f"{' '.join(each[:MOST_RUNS])} and {len(each) - MOST_RUNS} more"
+    return listed(numbers.split(), MOST_RUNS, " ")
 
 
 def _range(values: Iterable[str]) -> str:

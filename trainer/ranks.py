@@ -14,6 +14,7 @@ from pathlib import Path
 from traceback import walk_tb
 from types import FrameType, TracebackType
 
+from data_pipeline.output import listed
 from trainer.run_files import RANKS, write_json
 
 SHOWN = 8
@@ -118,14 +119,13 @@ def holding_up(states: Sequence[RankState], silent: Collection[int]) -> list[Ran
 def judge(states: Sequence[RankState], silent: Collection[int]) -> str:
     """What to tell people about a hang: a line that names the ranks to blame, and one on where each of them is."""
     guilty = holding_up(states, silent)
-    names = ", ".join(state.name for state in guilty[:SHOWN])
-    more = f" and {len(guilty) - SHOWN} more" if len(guilty) > SHOWN else ""
+    names = listed([state.name for state in guilty], SHOWN)
     if len(states) == 1 and not silent:
         first = f"the run hangs: {names}"
     elif len(guilty) == len(states):
-        first = f"the run hangs: no rank is behind the others: {names}{more}"
+        first = f"the run hangs: no rank is behind the others: {names}"
     else:
-        first = f"the run hangs: the others wait for {names}{more}"
+        first = f"the run hangs: the others wait for {names}"
     return "\n".join([first, *(f"  rank {state.rank} {_symptom(state, silent)}" for state in guilty[:SHOWN])])
 
 
