@@ -25,6 +25,7 @@ def run_workers(script: Path, folder: Path, arguments: Sequence[Sequence[object]
         "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
     }
     log = folder / "log"
+    log.touch()
     workers = [warm_start.start([str(script), *map(str, each)], folder, environ, log, log) for each in arguments]
     try:
         codes = warm_start.exit_codes(workers, timeout_s)

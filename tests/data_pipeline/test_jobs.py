@@ -59,22 +59,29 @@ def test_an_error_frees_the_task(tmp_path: Path) -> None:
 
 
 def test_a_claim_of_one_who_died_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "EXPIRY_S", 0.3)
     monkeypatch.setattr(jobs, "BEAT_S", 0.05)
-    records, log = tmp_path / "stage", []
+    records, log, begun, other_is_done = tmp_path / "stage", [], threading.Event(), threading.Event()
     records.mkdir()
-    (records / "00000001.claim").touch()
-    slow = threading.Thread(  # alive: it holds its claim for longer than the expiry
-        target=run_stage, args=(records, ".json", [0], lambda task: (time.sleep(1), finish(records, task, log)))
-    )
+    dead, living = (records / f"{record_name(task)}.claim" for task in (1, 0))
+    dead.touch()
+    os.utime(dead, (0, 0))
+
+    def do(task: int) -> None:
+        if task == 0:
+            begun.set()
+            other_is_done.wait(60)
+        finish(records, task, log)
+        other_is_done.set()
+
+    slow = threading.Thread(target=run_stage, args=(records, ".json", [0], do))
     slow.start()
-    time.sleep(0.1)
-    begun = time.monotonic()
-    run_stage(records, ".json", range(2), lambda task: finish(records, task, log))
+    assert begun.wait(60)
+    os.utime(living, (0, 0))  # as if it were held for longer than the expiry: who lives touches it
+    while not living.stat().st_mtime:
+        time.sleep(0.01)
+    run_stage(records, ".json", range(2), do)
     slow.join()
-    assert sorted(log) == [0, 1]
-    assert log[0] == 1
-    assert time.monotonic() - begun > 0.2
+    assert log == [1, 0]
 
 
 def test_it_stops_when_asked(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_sigkill_at_any_moment(moment: str, corpus: Path, undisturbed: Path, tmp
     assert not output.exists()
     with pytest.raises(DataError, match="does not exist"):
         Store.open(output)
-    _, alive = psutil.wait_procs(workers, timeout=10)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive, "workers outlive their parent"
 
     done = {path: path.stat().st_mtime_ns for path in (*work.glob("tokens/*.npz"), *work.glob("content/tokens/c/*/0"))}

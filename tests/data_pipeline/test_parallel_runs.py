@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from bench.corpora import write_corpus
 from bench_pipeline import flips, kills
@@ -74,7 +75,9 @@ def test_a_second_builder_is_refused(target: kills.Target, tmp_path: Path) -> No
     while not list((tmp_path / ".store.partial").glob("tokens/*.claim")):
         assert first.poll() is None
         time.sleep(0.01)
+    psutil.Process(first.pid).suspend()  # else it might end first
     second = build("serial", target, output)
+    psutil.Process(first.pid).resume()
     assert second.returncode == 2
     assert second.stderr == f"error: {output} is being built by another process: wait for it to end, or stop it\n"
     assert first.wait() == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import tokenizer as tokenizer_module
@@ -20,9 +20,11 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import find_files
 from data_pipeline.tokenizer import cut_pieces, load_tokenizer, token_dtype
 
+UNHURRIED = settings(deadline=None)  # a busy machine is no failure
 TEXT = st.text(max_size=60) | st.text(alphabet="\u2581 \t\r\n\0ab가\ufeff\u0301", max_size=60)
 
 
+@UNHURRIED
 @given(text=TEXT)
 def test_any_text_comes_back(text: str, tokenizer_file: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_file))
@@ -31,6 +33,7 @@ def test_any_text_comes_back(text: str, tokenizer_file: Path) -> None:
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
+@UNHURRIED
 @given(data=st.binary(max_size=100))
 def test_any_bytes_come_back(data: bytes) -> None:
     tokenizer = load_tokenizer("bytes")
@@ -115,6 +118,7 @@ def test_the_vocabulary_is_given_for_integers_alone(name: str, vocab_size: int |
         load_tokenizer(name, vocab_size)
 
 
+@UNHURRIED
 @given(text=TEXT)
 def test_ids_are_those_of_plain_sentencepiece(text: str, tokenizer_file: Path) -> None:
     ids = load_tokenizer(str(tokenizer_file)).encode(text.encode())

@@ -8,15 +8,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import warm_start
 from on_disk import flip
+from side_by_side import own_share
 
 from data_pipeline.cli import main as data_pipeline
 from trainer.distributed import free_port
@@ -112,7 +113,6 @@ class Run:
     code: int
     output: str
     errors: str
-    seconds: float
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -207,7 +207,7 @@ def clean_environ() -> dict[str, str]:
 
 def run(commands: list[list[str]], run_dir: Path, variables: list[dict[str, str]]) -> Run:
     """Run commands side by side, each with its variables, until all have ended."""
-    environ, begun = clean_environ(), time.perf_counter()
+    environ = clean_environ()
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, env=environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -221,14 +221,16 @@ def run(commands: list[list[str]], run_dir: Path, variables: list[dict[str, str]
             process.kill()
     output, errors = ("".join(texts) for texts in zip(*outputs, strict=True))
     codes = [process.returncode for process in processes]
-    return Run(run_dir, exit_code(codes), output, errors, time.perf_counter() - begun)
+    return Run(run_dir, exit_code(codes), output, errors)
 
 
 def run_forks(commands: list[list[str]], run_dir: Path, variables: list[dict[str, str]]) -> Run:
     """The same with `python COMMAND` for each, started warm."""
-    environ, begun = clean_environ(), time.perf_counter()
+    environ = clean_environ()
     with tempfile.TemporaryDirectory() as name:
         files = [(Path(name) / f"{i}.out", Path(name) / f"{i}.err") for i in range(len(variables))]
+        for file in chain(*files):
+            file.touch()
         processes = [
             warm_start.start(words, ROOT, environ | own, *streams)
             for words, own, streams in zip(commands, variables, files, strict=True)
@@ -240,7 +242,7 @@ def run_forks(commands: list[list[str]], run_dir: Path, variables: list[dict[str
                 process.kill()
         output, errors = ("".join(file.read_text() for file in streams) for streams in zip(*files, strict=True))
     assert None not in codes, f"not at the end after {LIMIT_S} s: {codes}\n{output}\n{errors}"
-    return Run(run_dir, exit_code(codes), output, errors, time.perf_counter() - begun)
+    return Run(run_dir, exit_code(codes), output, errors)
 
 
 def exit_code(codes: list[int]) -> int:
@@ -251,6 +253,6 @@ def exit_code(codes: list[int]) -> int:
 def free_job_id() -> int:
     """A number for a SLURM job that is also the port that follows from it, on which nothing listens."""
     while True:
-        number = random.randrange(20_000, 30_000)
+        number = random.choice(own_share(range(20_000, 30_000)))
         with suppress(OSError), socket.create_server(("", number)):
             return number

@@ -17,7 +17,6 @@ def test_a_wrong_configuration(train_by_deepspeed, tmp_path: Path):
     assert messages(run) == 1
     assert "error: [run] unknown key 'stesp': did you mean 'steps'?" in run.errors
     assert "Traceback" not in run.errors
-    assert run.seconds < 60
     assert not run.dir.exists()
 
 
@@ -51,7 +50,6 @@ def test_a_damaged_shard_found_while_training(train, damaged: Path, tmp_path: Pa
     assert messages(run) == 1
     assert f"row 0 of {damaged} is damaged in shard {damaged / 'tokens/c/0/0'}" in run.errors
     assert "Traceback" not in run.errors
-    assert run.seconds < 60
     assert not any((run.dir / "checkpoints").glob("step_*"))
 
 
@@ -71,7 +69,6 @@ def test_an_error_that_only_one_rank_has_is_not_lost(train_by_srun, tmp_path: Pa
     run = train_by_srun(2, tmp_path / "run", "run.stesp=3")
     assert run.code == 2
     assert messages(run) == 2
-    assert run.seconds < 60
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing_more(train, tmp_path: Path):

@@ -112,7 +112,6 @@ def test_a_rank_that_cannot_write_holds_up_no_other(
     assert "File too large" in run.errors
     assert f"cannot save {run.dir / 'checkpoints' / STEPS[0]}" in run.errors
     assert sound(run.dir) == []
-    assert run.seconds < 120
 
 
 def test_reports_that_find_no_room_stop_the_run_or_are_left_out(train, disk: Disk) -> None:

@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from side_by_side import own_share
 
 from trainer.distributed import free_port
 
@@ -195,7 +196,7 @@ def idle_nodes(cluster: Cluster) -> int:
 
 def write_configuration(folder: Path) -> Path:
     """slurm.conf, with ports that are free now. Jobs are counted from a random number: it decides where ranks meet, and
-    there may be another cluster on this machine."""
+    other processes of pytest have clusters on this machine."""
     (folder / "state").mkdir()
     free = {free_port() for _ in range(3 * len(NODES))}  # more than are needed: two may be the same
     controller_port, *ports = [free.pop() for _ in ("controller", *NODES)]
@@ -207,7 +208,7 @@ def write_configuration(folder: Path) -> Path:
         CONFIGURATION.format(
             host=socket.gethostname().split(".")[0],
             controller_port=controller_port,
-            first_job=random.randrange(1, 1_000_000),
+            first_job=random.choice(own_share(range(1, 10_000))),
             folder=folder,
             restarts_after_s=RESTARTS_AFTER_S,
             nodes="\n".join(NODE.format(name=name, port=port) for name, port in zip(NODES, ports, strict=True)),

@@ -85,6 +85,11 @@ class Training:
     def rank(self, number: int) -> psutil.Process:
         return psutil.Process(json.loads((self.dir / f"ranks/rank_{number:05d}.json").read_text())["pid"])
 
+    def suspend(self) -> None:
+        """Keep both ranks from going on, so that the run does not end before something else has happened."""
+        for number in range(2):
+            self.rank(number).suspend()
+
     def ends(self, state: str = "COMPLETED") -> None:
         assert self.cluster.wait(self.job, timeout_s=240) == [state], f"{self.log}\n{self.cluster.show()}"
 
@@ -114,6 +119,7 @@ def test_a_signal_and_a_more_important_job(training: Training, undisturbed: Curv
     training.wait_for_restart(1)
     assert "SIGUSR2 after step" in training.log
     training.wait_for_steps(5)
+    training.suspend()  # the other's place is made by TERM, with which SLURM sends CONT
     done = len(training.curves()["train/loss"])
     urgent = ("--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--exclusive", "--output=/dev/null")
     other = training.cluster.submit(*urgent, "--wrap", "sleep 1")
@@ -145,8 +151,7 @@ def test_the_end_of_its_time(training: Training, undisturbed: Curves) -> None:
     """
     training.submit("--signal=USR1@120")
     training.wait_for_steps(3)
-    for number in range(2):
-        training.rank(number).suspend()
+    training.suspend()
     hours, minutes, _ = training.cluster.jobs(training.job)[0]["RunTime"].split(":")
     training.limit(60 * int(hours) + int(minutes) + 2)
     training.wait_until(lambda: training.restarts() == 1, "it is requeued")
@@ -165,6 +170,7 @@ def test_a_rank_that_is_killed_and_a_node_that_is_lost(training: Training, undis
     training.ends("FAILED")
     training.submit()
     training.wait_for_steps(20)
+    training.suspend()
     with training.cluster.lost_node("n1"):
         training.wait_until(lambda: training.states() == ["PENDING"], "the job waits for the node")
     training.ends()

@@ -35,8 +35,11 @@ with hold(Path(sys.argv[1])):
 """
 CHILDREN = """
     spawned = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    forked = fork.Process(target=lambda: (begun.set(), time.sleep(60)))
     forked.start()
+    begun.wait()
     print(spawned.pid, forked.pid)
 """
 
@@ -100,8 +103,8 @@ def test_it_ends_with_an_error_too(tmp_path: Path) -> None:
 
 def test_who_comes_waits_for_the_one_who_is_leaving(tmp_path: Path) -> None:
     with other_process(tmp_path) as (process, _):
-        threading.Timer(0.5, process.terminate).start()
         begun = time.monotonic()
+        threading.Timer(0.5, process.terminate).start()
         with hold(tmp_path):
             assert time.monotonic() - begun > 0.3
 
