@@ -134,7 +134,8 @@ class Watchdog:
             step=place.step,
             turn=place.turn,
             phase=place.phase,
-            in_phase_s=round(self._clock() - place.since_s, 3),
+            # Not below 0 where what was taken out of the clock meanwhile is of the phase before, too.
+            in_phase_s=max(0.0, round(self._clock() - place.since_s, 3)),
             limit_s=self._limit_s(place.phase),
             at=here if traceback is None else ranks.line_of_error(traceback),
             # Of any thread: on GPUs, autograd runs DeepSpeed's hooks in one of its own.

@@ -160,7 +160,7 @@ def main(cases_file: str, rendezvous: str, output: str, rank: str) -> None:
     for case in cases:  # as a run does, before the processes join each other
         config = run_config(case)
         facts = StoreFacts(SEQ_LEN, config.model.vocab_size, {"train": BATCH, "val": BATCH}, "", "")
-        check(config, deepspeed_config(case, Path(output).parent), facts, RANKS)
+        check(config, deepspeed_config(case, Path(output).parent), {"": facts}, RANKS)
     PartitionedParameterProfiler.stop_event = lambda _, name, n_elements: FETCHED.update({name: n_elements})
     work_through(cases, run, rendezvous, output, rank)
 
