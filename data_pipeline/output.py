@@ -6,7 +6,8 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from data_pipeline.errors import DataError
 
@@ -59,6 +60,14 @@ def print_utf8() -> None:
     """From here on what is printed is UTF-8, and names of files are the bytes that they are."""
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed:
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def as_path(text: str | Path) -> Path:
+    """A path as people write it: a shell does not make a home of the `~` in `run.dir=~/runs`, or in a file."""
+    path = Path(text)
+    with suppress(RuntimeError):  # nobody has that name
+        return path.expanduser()
+    return path
 
 
 def positive(text: str) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.corpora import write_standard_library
 
 from data_pipeline.errors import DataError
-from data_pipeline.output import exit_code
+from data_pipeline.output import as_path, exit_code
 
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = "1024"
@@ -24,8 +24,8 @@ VOCAB_SIZE = "1024"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, metavar="PATH", help="folder of .txt files, or one file")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where all results go (default: below runs/)")
+    parser.add_argument("--corpus", type=as_path, metavar="PATH", help="folder of .txt files, or one file")
+    parser.add_argument("--output", type=as_path, metavar="DIR", help="where all results go (default: below runs/)")
     return parser.parse_args()
 
 

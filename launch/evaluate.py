@@ -22,12 +22,11 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from json import dumps
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from data_pipeline.bar import Bar
 from data_pipeline.dataset import RowDataset
-from data_pipeline.output import exit_code, table
+from data_pipeline.output import as_path, exit_code, table
 from data_pipeline.staging import check_json, check_writable, partial_path
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
@@ -58,8 +57,8 @@ def attention(word: str) -> Attention:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="EXPORT", help="folder of the model")
-    parser.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
+    parser.add_argument("folder", type=as_path, metavar="EXPORT", help="folder of the model")
+    parser.add_argument("store", type=as_path, metavar="STORE", help="folder of the store")
     parser.add_argument("--split", default="val", metavar="NAME", help="whose rows (default: val)")
     parser.add_argument("--rows", type=int, metavar="N", help="score N of them, always the same draw (default: all)")
     parser.add_argument(
@@ -71,10 +70,10 @@ def parse_arguments() -> argparse.Namespace:
         help="for LSH layers: N rounds, dense or none; several are compared (default: as in training)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, with those of every document")
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="write the scores, with those of every document")
     parser.add_argument(
         "--per-token",
-        type=Path,
+        type=as_path,
         metavar="FOLDER",
         help="write the loss of every token, an array for each document (trainer/token_losses.py); of one --attention",
     )

@@ -18,9 +18,8 @@ there is none, the weights are written without it, and a note on standard error 
 import argparse
 import sys
 import warnings
-from pathlib import Path
 
-from data_pipeline.output import exit_code
+from data_pipeline.output import as_path, exit_code
 from trainer.config import ConfigError
 from trainer.export import export
 from trainer.selection import best_step
@@ -28,14 +27,14 @@ from trainer.selection import best_step
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT", help="folder of a run, or of one checkpoint")
+    parser.add_argument("source", type=as_path, metavar="RUN|CHECKPOINT", help="folder of a run, or of one checkpoint")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="to write; it appears when complete"
+        "--output", type=as_path, required=True, metavar="FOLDER", help="to write; it appears when complete"
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="of a run, the checkpoint after N steps")
     which.add_argument("--best", action="store_true", help="of a run, the checkpoint with the lowest eval/loss")
-    parser.add_argument("--store", type=Path, metavar="FOLDER", help="to take the tokenizer from (default: the run)")
+    parser.add_argument("--store", type=as_path, metavar="FOLDER", help="to take the tokenizer from (default: the run)")
     parser.add_argument("--hf", action="store_true", help="write what Hugging Face's transformers reads")
     return parser.parse_args()
 

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.bar import Bar
-from data_pipeline.output import exit_code, positive
+from data_pipeline.output import as_path, exit_code, positive
 from data_pipeline.staging import check_writable, staged
 from data_pipeline.tokenizer import Tokenizer
 from reformer import ConfigError, Reformer, ReformerConfig
@@ -56,7 +56,7 @@ MOST_SAMPLES = 1_000_000
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="EXPORT", help="folder that launch/export.py wrote")
+    parser.add_argument("folder", type=as_path, metavar="EXPORT", help="folder that launch/export.py wrote")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to continue; - reads it from standard input")
     what.add_argument("--prompts", metavar="FILE", help="lines of JSON to continue; - reads standard input")
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--samples", type=int, default=1, metavar="N", help="how many; several need --output or --prompts (default: 1)"
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a file for each, replacing none")
+    parser.add_argument("--output", type=as_path, metavar="FOLDER", help="write a file for each, replacing none")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda where there is one)")
     return parser.parse_args()
 

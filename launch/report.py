@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.output import exit_code, reader_may_leave
+from data_pipeline.output import as_path, exit_code, reader_may_leave
 from data_pipeline.staging import check_json
 from trainer.comparison import Comparison, compare, comparison_text, comparison_values, label
 from trainer.config import ConfigError
@@ -35,9 +35,9 @@ from trainer.run_report import report
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: what run.dir was")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the bits per byte (.png or .svg)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what is said as values")
+    parser.add_argument("runs", type=as_path, nargs="+", metavar="RUN", help="folder of a run: what run.dir was")
+    parser.add_argument("--plot", type=as_path, metavar="FILE", help="also draw the bits per byte (.png or .svg)")
+    parser.add_argument("--json", type=as_path, metavar="FILE", help="also write what is said as values")
     return parser.parse_args()
 
 
@@ -48,8 +48,11 @@ def read_all(paths: Sequence[Path]) -> list[Curves]:
     """
     if len(paths) == 1:
         return [read_curves(paths[0])]
-    runs = []
+    runs: list[Curves] = []
     for path in paths:
+        if any(path.resolve() == run.path.resolve() for run in runs):
+            print(f"note: left out: {path} was given before", file=sys.stderr)
+            continue
         try:
             runs.append(read_curves(path))
         except ConfigError as error:
@@ -75,6 +78,8 @@ def draw(reported: Curves | Comparison, file: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check_json(arguments.json)
+    if arguments.plot and (arguments.plot.is_dir() or not arguments.plot.suffix):
+        raise ConfigError(f"--plot {arguments.plot}: give the name of a file that ends in .png, .svg or .pdf")
     runs = read_all(arguments.runs)
     compared = compare(runs) if len(runs) > 1 else None
     text, values = (comparison_text(compared), comparison_values(compared)) if compared else report(runs[0])

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.output import BAD_INPUT, counted, exit_code, listed
+from data_pipeline.output import BAD_INPUT, as_path, counted, exit_code, listed
 from trainer.config import ConfigError
 from trainer.ranks import SHOWN, RankState
 from trainer.status import QUIET_S, facts
@@ -185,7 +185,7 @@ def sparkline(values: Sequence[float | None]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: what run.dir was")
+    parser.add_argument("runs", type=as_path, nargs="+", metavar="RUN", help="folder of a run: what run.dir was")
     parser.add_argument("--json", action="store_true", help="everything as JSON, an object for each run, for programs")
     return parser.parse_args()
 

@@ -41,7 +41,7 @@ from pathlib import Path  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
-from data_pipeline.output import INTERRUPTED, positive, print_utf8  # noqa: E402
+from data_pipeline.output import INTERRUPTED, as_path, positive, print_utf8  # noqa: E402
 from trainer.config import ConfigError  # noqa: E402
 from trainer.distributed import Launch, detect, end_by  # noqa: E402
 from trainer.job import read_job  # noqa: E402
@@ -75,9 +75,15 @@ class Template(argparse.Action):
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE.toml", help="model, data and run; or the folder of a run"
+        "--config",
+        type=as_path,
+        required=True,
+        metavar="FILE.toml",
+        help="model, data and run; or the folder of a run",
     )
-    parser.add_argument("--deepspeed_config", type=Path, metavar="FILE.json", help="in place of run.deepspeed_config")
+    parser.add_argument(
+        "--deepspeed_config", type=as_path, metavar="FILE.json", help="in place of run.deepspeed_config"
+    )
     parser.add_argument("--new", action="store_true", help="refuse to continue: run.dir must not hold a run yet")
     parser.add_argument(
         "--check",

@@ -161,7 +161,10 @@ def write_folder(
     try:
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(whole, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:  # which is no OSError
+            raise OSError(f"cannot write the weights of {folder}: {error}") from None
         shutil.copymode(
             partial / CONFIG_FILE, partial / WEIGHTS_FILE
         )  # safetensors gives no one else the right to read

@@ -87,17 +87,17 @@ def compare(given: Sequence[Curves]) -> Comparison:
         notes.append(f"there is no {place}, but for the beginning, at which all were evaluated")
     if 0 < len(scored) < len(given):
         others = " ".join(f"[{place}]" for place in range(len(scored) + 1, len(given) + 1))  # ranked last
-        notes.append(
-            f"note: {others} have no finite score of held-out rows after the beginning: they are compared with none"
-        )
+        have = "has" if len(given) - len(scored) == 1 else "have"
+        notes.append(f"note: {others} {have} no finite score of held-out rows after the beginning: compared with none")
     of_steps = numbered([f"{run.tokens_per_step():,} tokens" for run in runs])
     if len(of_steps) > 1:
         each = "; ".join(f"{tokens} in {alike}" for tokens, alike in of_steps.items())
         how = "at the same step they have not seen as many" if tokens is None else "they are compared after as many"
         notes.append(f"note: a step is {each}: {how}")
     for what, of_rows in unlike(runs, sources).items():
-        alike = ", ".join(of for rows, of in numbered(of_rows).items() if rows)  # where there are any
-        notes.append(f"note: not all were scored on the same rows: what stands below {what!r} compares within {alike}")
+        alike = [of for rows, of in numbered(of_rows).items() if rows and " " in of]  # where there are any
+        how = f"compares within {', '.join(alike)} alone" if alike else "does not compare"
+        notes.append(f"note: not all were scored on the same rows: what stands below {what!r} {how}")
     if changed := [f"[{place}]" for place, run in enumerate(runs, start=1) if continued(run.record)]:
         notes.append(
             f"note: {' '.join(changed)} changed settings on the way ('continued' says which); the others are the last"

@@ -12,10 +12,11 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from data_pipeline.output import as_path
 from reformer.config import ConfigError, ReformerConfig, StrictConfig
 from trainer.run_files import RECORD, read_record
 
@@ -38,10 +39,13 @@ OF_DEEPSPEED = {
 }
 
 
+UserPath = Annotated[Path, AfterValidator(as_path)]
+
+
 class SourceConfig(StrictConfig):
     """One of several stores to train on."""
 
-    store: Path = Field(strict=False)
+    store: UserPath = Field(strict=False)
     """Folder of the store, relative to the working directory."""
     weight: float = Field(gt=0.0, allow_inf_nan=False)
     """Share of the samples, relative to the sum of all weights; rounded to 1/1000, at least 1/1000."""
@@ -64,7 +68,7 @@ class ReadSplit(NamedTuple):
 class DataConfig(StrictConfig):
     """What to read. The stores are named as in `mixture`; data.store is ""."""
 
-    store: Path = Field(strict=False)
+    store: UserPath = Field(strict=False)
     """Folder of the store that `python -m data_pipeline build` wrote, relative to the working directory."""
     mixture: dict[str, SourceConfig] = Field(default_factory=dict)
     """Stores to train on in place of data.store, by names of your own; evaluations go on reading data.store, and
@@ -118,9 +122,9 @@ class LoopConfig(StrictConfig):
 
     elsewhere = OF_DEEPSPEED
 
-    dir: Path = Field(strict=False)
+    dir: UserPath = Field(strict=False)
     """Folder of the run (checkpoints, TensorBoard events, metrics), relative to the working directory."""
-    deepspeed_config: Path = Field(strict=False)
+    deepspeed_config: UserPath = Field(strict=False)
     """DeepSpeed's JSON file, relative to the TOML file; `--deepspeed_config` takes its place."""
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
@@ -135,7 +139,7 @@ class LoopConfig(StrictConfig):
     that a step more would have it; inverse_sqrt's floor."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
-    init_from: Path | None = Field(default=None, strict=False)
+    init_from: UserPath | None = Field(default=None, strict=False)
     """Folder of the initial weights of a new run, instead of random ones, relative to the working directory: written by
     launch/export.py or Hugging Face's save_pretrained, with the tensors of [model]. Its vocab_size may be smaller, and
     its max_seq_len shorter if its axial_shape has as many columns."""
@@ -267,6 +271,8 @@ def load(
     for keys, value in changes:
         if keys[0] != "deepspeed":
             _assign(tables, keys, value)
+    if deepspeed_path and isinstance(tables.get("run"), dict):
+        tables["run"].setdefault("deepspeed_config", str(deepspeed_path.absolute()))
     config = RunConfig(**tables)
     if recorded is None:
         deepspeed = _read(deepspeed_path or path.parent / config.run.deepspeed_config, json.loads)

@@ -55,9 +55,9 @@ def _leaks(data: DataConfig, stores: Mapping[str, Store]) -> Iterator[str]:
 
 def inherited(folder: Path, store: Store, split: str) -> list[str]:
     """A note for each store that the model in an exported folder was trained on, if it has documents of this split of
-    `store`, byte for byte.
+    `store`, byte for byte, or if that is not known: it may have been moved since, or have too many to look at.
 
-    Of other splits of `store` itself `inspect` says it. Nothing is known where origin.json or the store is not there.
+    Of other splits of `store` itself `inspect` says it. Nothing is said of a folder without origin.json.
     """
     notes = []
     for path, trained, fingerprint in _trained_on(folder):
@@ -67,11 +67,10 @@ def inherited(folder: Path, store: Store, split: str) -> list[str]:
             continue
         try:
             source = Store.open(path)
-        except DataError:
-            continue
-        if source.manifest.fingerprint != fingerprint or max(map(_n_documents, (source, store))) > MOST_DOCUMENTS:
-            continue
-        try:
+            if source.manifest.fingerprint != fingerprint:
+                raise DataError(f"{path} is another store now, or was added to")
+            if max(map(_n_documents, (source, store))) > MOST_DOCUMENTS:
+                raise DataError(f"{path} or {store.path} has too many documents to look for them")
             scored = set(_hashes(store, split))
             shared = scored.intersection(_hashes(source, trained))
         except DataError as error:

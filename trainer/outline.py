@@ -77,9 +77,11 @@ def _checkpoints(job: Job, n_parameters: int) -> str:
     often = math.lcm(run.save_every or run.steps, run.keep_every)
     n_kept = run.keep_last + 1 + run.keep_best + (run.steps // often if often else 0)
     n_bytes = 2 if table(job.deepspeed, "bf16").get("bf16_master_weights_and_grads") else 4
-    size = f"{n_parameters * n_bytes * (1 + n_moments) / 2**30:.3g} GiB"
-    free = f"{shutil.disk_usage(_existing(run.dir)).free / 2**30:,.3g} GiB"
-    return f"checkpoints  about {size} each, {min(n_saves, n_kept)} of them at most; {free} are free there"
+    each, most = n_parameters * n_bytes * (1 + n_moments), min(n_saves, n_kept)
+    free = shutil.disk_usage(_existing(run.dir)).free
+    too_few = ", which is not enough" if most * each > free else ""
+    about, left = (f"{size / 2**30:,.3g} GiB" for size in (each, free))
+    return f"checkpoints  about {about} each, {most} of them at most; {left} are free there{too_few}"
 
 
 def _existing(folder: Path) -> Path:

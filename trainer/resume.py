@@ -127,8 +127,11 @@ def differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str,
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
     """The same in words."""
     keeps_best = bool(current["run"].get("keep_best"))
+    follows = current["run"].get("decay") in ("cosine", "linear", "wsd")
+    course = {"run.steps": ": from here on the learning rate is that of a run of so many steps"} if follows else {}
     return {
-        name: f"was {spelled(before)} and is {spelled(now)} now" + _evaluated_otherwise(name, before, keeps_best)
+        name: f"was {spelled(before)} and is {spelled(now)} now"
+        + course.get(name, _evaluated_otherwise(name, before, keeps_best))
         for name, (before, now) in differing(saved, current).items()
     }
 

@@ -23,6 +23,8 @@ def refuse_other_files(run_dir: Path) -> None:
         raise ConfigError(f"cannot read run.dir={run_dir}: {error.strerror}: choose another folder") from None
     if names & RUN_FILES:
         return
+    if store := next((each for each in run_dir.resolve().parents if (each / MANIFEST_NAME).is_file()), None):
+        raise ConfigError(f"run.dir={run_dir} is in the store {store}, all of which is hashed: choose another folder")
     if data := sorted(name for name in names if is_document(name) or name in OTHERS):
         raise ConfigError(
             f"run.dir={run_dir} has something else in it ({data[0]}, for one) and no run: give it a folder of its own"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -208,10 +208,13 @@ def test_an_existing_folder_is_refused_before_anything_is_written(saved: Path, m
         save_model(saved, CONFIG, parameters(CONFIG))
 
 
-def test_a_folder_appears_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_folder_appears_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     def fails(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr("reformer.weights.save_file", fails)
     with pytest.raises(OSError, match="No space"):

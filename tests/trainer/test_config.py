@@ -34,6 +34,29 @@ def test_defaults_then_file_then_command_line(config: Path) -> None:
     assert (changed.run.warmup_steps, changed.run.steps, changed.model.d_model) == (3, 7, 64)
 
 
+def test_a_home_is_one_in_paths_that_no_shell_has_seen(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    overrides = [
+        "run.dir=~/runs/x",
+        "data.store=~/store",
+        "run.init_from=~",
+        "data.mixture.web={store='~/w', weight=1}",
+    ]
+    found, _ = load(config, overrides)
+    assert (found.run.dir, found.data.store) == (Path("/home/ada/runs/x"), Path("/home/ada/store"))
+    assert (found.run.init_from, found.data.mixture["web"].store) == (Path("/home/ada"), Path("/home/ada/w"))
+    for other in ("a/~/b", "x~", "~nobody-has-this-name/b"):
+        assert load(config, [f"run.dir={other}"])[0].run.dir == Path(other)
+
+
+def test_deepspeeds_file_may_be_given_on_the_command_line_alone(config: Path, tmp_path: Path) -> None:
+    config.write_text(TOML.replace('deepspeed_config = "sub/ds.json"\n', ""))
+    found, deepspeed = load(config, (), tmp_path / "sub" / "ds.json")
+    assert (found.run.deepspeed_config, deepspeed["zero_optimization"]) == (tmp_path / "sub" / "ds.json", {"stage": 2})
+    with pytest.raises(ConfigError, match="'deepspeed_config' is missing"):
+        load(config)
+
+
 def test_the_folder_of_a_run_has_both_sides(config: Path, tmp_path: Path) -> None:
     """As the run was last started, wherever it lies now; the command line changes them alike."""
     changes = ["model.attn_pattern=[lsh]", "deepspeed.zero_optimization.stage=3"]

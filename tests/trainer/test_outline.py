@@ -49,7 +49,10 @@ def test_as_many_are_there_at_most_as_are_saved_and_kept(run: dict[str, int], ex
 def test_the_room_is_that_of_the_disk_where_the_run_is_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = {tmp_path: 3 * 2**30}
     monkeypatch.setattr(outline.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
-    assert outline._checkpoints(job(dir=tmp_path / "not" / "there"), 1).endswith("; 3 GiB are free there")
+    there = job(dir=tmp_path / "not" / "there", steps=2, save_every=1, keep_last=1)
+    assert outline._checkpoints(there, 1).endswith("; 3 GiB are free there")
+    assert outline._checkpoints(there, 2**27).endswith("1.5 GiB each, 2 of them at most; 3 GiB are free there")
+    assert outline._checkpoints(there, 2**27 + 1).endswith("; 3 GiB are free there, which is not enough")
 
 
 def test_a_run_that_is_beyond_its_steps_has_nothing_to_do(tmp_path: Path) -> None:

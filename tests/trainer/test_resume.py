@@ -65,12 +65,14 @@ def test_what_does_not_decide_the_numbers_may_change(tmp_path: Path) -> None:
     refuse_another_run(tmp_path, changed, new=False)
     assert changes(old, changed) == {
         "data.store": "was 's' and is 'b' now",
-        "run.steps": "was 9 and is 20 now",
+        "run.steps": "was 9 and is 20 now: from here on the learning rate is that of a run of so many steps",
         "deepspeed.optimizer.params.lr": "was not given and is 2.0 now",
         "deepspeed.zero_optimization.stage": "was 2 and is 3 now",
         "deepspeed.zero_optimization.overlap_comm": "was false and is true now",
     }
     assert changes(old, IDENTITY) == {}
+    constant = {**changed, "run": {**changed["run"], "decay": "constant"}}
+    assert changes(old, constant)["run.steps"] == "was 9 and is 20 now"
 
 
 def test_what_decides_about_memory_only_may_change_and_is_told(tmp_path: Path) -> None:

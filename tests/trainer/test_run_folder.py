@@ -29,6 +29,18 @@ def test_a_run_is_not_begun_among_other_files(tmp_path: Path) -> None:
     refuse_other_files(tmp_path)
 
 
+def test_nor_within_a_store_of_which_all_is_hashed(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to(store)
+    for run_dir in (store / "run", store / "a" / "run", tmp_path / "link" / "run"):
+        with pytest.raises(ConfigError, match=f"run.dir={run_dir} is in the store {store}, .* choose another folder"):
+            refuse_other_files(run_dir)
+    publish(store / "run", 50)  # of an earlier version
+    refuse_other_files(store / "run")
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
