@@ -1,6 +1,8 @@
-"""Checks of arguments: token ids, heads [B, H, T, D] of every inner attention, and masks that fit."""
+"""Checks of arguments: token ids, heads [B, H, T, D] of every inner attention, masks that fit, numbers and switches."""
 
+import operator
 from collections.abc import Mapping
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -14,6 +16,12 @@ INTEGERS = (
 
 def check_heads(heads: Mapping[str, Tensor], key_padding_mask: Tensor | None, segment_ids: Tensor | None) -> None:
     """Raises ValueError unless all heads are [B, H, T, D] of one floating-point dtype and masks [B, T] fit."""
+    for name, x in heads.items():
+        check_is_tensor(x, name, "floating-point numbers")
+    if key_padding_mask is not None:
+        check_is_tensor(key_padding_mask, "key_padding_mask", "integers or booleans")
+    if segment_ids is not None:
+        check_is_tensor(segment_ids, "segment_ids")
     first = next(iter(heads.values()))
     names = " and ".join(heads)
     if first.ndim != 4 or 0 in first.shape or any(x.shape != first.shape for x in heads.values()):
@@ -30,10 +38,10 @@ def check_heads(heads: Mapping[str, Tensor], key_padding_mask: Tensor | None, se
             raise ValueError(f"{name} must be {kinds}, got {mask.dtype}")
 
 
-def check_is_tensor(tokens: Tensor) -> None:
+def check_is_tensor(given: Tensor, name: str = "tokens", kind: str = "integers") -> None:
     """Raises ValueError for a list, or an array of numpy's."""
-    if not isinstance(tokens, Tensor):
-        raise ValueError(f"tokens must be a torch tensor of integers, got {type(tokens).__name__}: use torch.as_tensor")
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name} must be a torch tensor of {kind}, got {type(given).__name__}: use torch.as_tensor")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
@@ -54,7 +62,34 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
         )
 
 
-def check_chunk_len(chunk_len: int) -> None:
-    """Raises ValueError unless it is a length."""
-    if not isinstance(chunk_len, int) or chunk_len < 1:
-        raise ValueError(f"chunk_len={chunk_len!r} must be an int of at least 1")
+def whole_number(name: str, value: SupportsIndex) -> int:
+    """The number, of whatever type: NumPy's and a tensor of one are taken too.
+
+    Raises TypeError for booleans and floating-point numbers.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}={value!r} must be a whole number, got {type(value).__name__}")
+
+
+def length(name: str, value: SupportsIndex) -> int:
+    """The whole number. Raises ValueError unless it is one of at least 1."""
+    try:
+        number = whole_number(name, value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}={value!r} must be an int of at least 1")
+    return number
+
+
+def switch(name: str, value: object) -> bool:
+    """The boolean, NumPy's too. Raises ValueError for anything else, such as a text, which would count as True."""
+    if isinstance(value, bool):
+        return value
+    if str(getattr(value, "dtype", "")) == "bool" and getattr(value, "shape", None) == ():  # a tensor's is torch.bool
+        return bool(value)
+    raise ValueError(f"{name}={value!r} must be True or False")

@@ -12,7 +12,6 @@ Several sequences of one length are continued side by side, in less time than on
 Axes: B sequences, H heads, T tokens so far, n new ones, D head dim, M model, V vocabulary.
 """
 
-import operator
 from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import cast
@@ -20,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from reformer.arguments import check_is_tensor, check_tokens
+from reformer.arguments import check_is_tensor, check_tokens, whole_number
 from reformer.decoding_caches import Cache, make_cache
 from reformer.model import Reformer
 from reformer.reversible import ReversibleBlock
@@ -87,7 +86,7 @@ class Decoder:
 
         One layer after another, so that there is never much more memory than before.
         """
-        numbers = [operator.index(row) for row in rows]
+        numbers = [whole_number("rows", row) for row in rows]
         if not numbers or not 0 <= min(numbers) <= max(numbers) < len(self.seen_BT):
             raise ValueError(f"rows={numbers}: this decoder has seen {len(self.seen_BT)} sequences, counted from 0")
         row_b = torch.tensor(numbers)

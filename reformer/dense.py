@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reformer.arguments import check_heads
+from reformer.arguments import check_heads, switch
 from reformer.gradients import refuse_second_derivatives
 from reformer.lsh.counts import Counts, PairCounts
 from reformer.lsh.dropout import check_dropout, keep_factor
@@ -66,7 +66,7 @@ def dense_attention(
     check_dropout(dropout, dropout_keys, qk.shape[:2])
     n_heads = qk.shape[1]
     view = _View(
-        causal=causal,
+        causal=switch("causal", causal),
         counts=counts,
         key_mask_GT=None if key_padding_mask is None else by_head(key_padding_mask.bool(), n_heads),
         segment_ids_GT=None if segment_ids is None else by_head(segment_ids, n_heads),

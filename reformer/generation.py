@@ -6,13 +6,12 @@ function of its logits, the seed and its place. The model itself therefore gives
 and on any rank (a Decoder of LSH layers remembers where its first call ended).
 """
 
-import operator
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from reformer.arguments import INTEGERS, check_is_tensor, check_tokens
+from reformer.arguments import INTEGERS, check_is_tensor, check_tokens, whole_number
 from reformer.config import ReformerConfig
 from reformer.lsh.hashing import derive_seed
 
@@ -45,7 +44,8 @@ def continue_tokens(
         FloatingPointError: the logits are NaN, as those of a model that has diverged.
     """
     check_continuation(config, tokens, n_tokens, temperature, top_p)
-    seeds = list(seed) if isinstance(seed, Sequence) else [operator.index(seed)]
+    n_tokens = whole_number("n_tokens", n_tokens)
+    seeds = [whole_number("seed", own) for own in (seed if isinstance(seed, Sequence) else [seed])]
     window_BT = (tokens if tokens.ndim == 2 else tokens[None]).long()
     if len(seeds) != len(window_BT):
         raise ValueError(f"{len(seeds)} seeds for {len(window_BT)} sequences: give seed=[…] with one for each")
@@ -66,7 +66,8 @@ def check_continuation(
     """Raise a ValueError where tokens [T] or [B, T] cannot be continued so.
 
     That is for a model that is not causal, tokens that are no rows of ids below vocab_size or too few to begin with, a
-    result longer than max_seq_len, and an n_tokens, temperature or top_p that is none.
+    result longer than max_seq_len, and an n_tokens, temperature or top_p that is none; TypeError for an n_tokens
+    that is no whole number.
     """
     if not config.causal:
         raise ValueError("a model with causal=False saw the following tokens in training: it cannot continue a text")
@@ -79,7 +80,7 @@ def check_continuation(
     if not tokens.numel():
         raise ValueError("there is no token to begin with: give at least one, such as BOS")
     check_tokens(tokens.cpu(), config.vocab_size)
-    n_before = tokens.shape[-1]
+    n_before, n_tokens = tokens.shape[-1], whole_number("n_tokens", n_tokens)
     room = config.max_seq_len - n_before
     if n_tokens > room:
         fewer = config.max_seq_len - n_tokens

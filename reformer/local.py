@@ -7,7 +7,7 @@ Below it stands its slow, obvious twin.
 import torch
 from torch import Tensor
 
-from reformer.arguments import check_chunk_len, check_heads
+from reformer.arguments import check_heads, length, switch
 from reformer.lsh.dispatch import Backend, attention_in_chunks
 from reformer.lsh.dropout import check_dropout, keep_factor
 from reformer.lsh.rounds import Layout, by_head, renumbered
@@ -43,7 +43,7 @@ def local_attention(
     if backend not in ("auto", "triton", "chunked"):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'triton' or 'chunked'")
     check_heads({"q": q, "k": k, "v": v}, key_padding_mask, segment_ids)
-    check_chunk_len(chunk_len)
+    chunk_len, causal = length("chunk_len", chunk_len), switch("causal", causal)
     check_dropout(dropout, dropout_keys, q.shape[:2])
     batch, n_heads, n_tokens, d_head = q.shape
     groups = batch * n_heads

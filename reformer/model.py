@@ -4,14 +4,13 @@ Both residual streams start as the embedded tokens, run in fp32 whatever the par
 float64), and are read side by side at the end.
 """
 
-import operator
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from reformer.arguments import INTEGERS, check_is_tensor, check_tokens
+from reformer.arguments import INTEGERS, check_is_tensor, check_tokens, whole_number
 from reformer.call import Call
 from reformer.config import ReformerConfig
 from reformer.loss import EMBEDDING_STD, OutputHead
@@ -39,6 +38,11 @@ class Reformer(nn.Module):
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
+        if not isinstance(config, ReformerConfig):
+            raise TypeError(
+                f"config must be a ReformerConfig, got {type(config).__name__}: give Reformer(ReformerConfig(…)), and "
+                "ReformerConfig(**values) of a table"
+            )
         self.config = config
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList([ReversibleBlock(config, layer) for layer in range(config.n_layers)])
@@ -89,22 +93,23 @@ class Reformer(nn.Module):
 
         Raises:
             ValueError: tokens that are not [B, T], no integers or, on a CPU, not below vocab_size; n_hashes below 1, or
-                in a model without LSH attention; labels or segment_ids of another shape or no integers; dropout in
-                training without a step; per_token without labels, or where gradients are wanted; a number of parts that
-                does not divide n_heads.
+                in a model without LSH attention; labels or segment_ids of another shape or no integers; any of these
+                that are no tensors; dropout in training without a step; per_token without labels, or where gradients
+                are wanted; a number of parts that does not divide n_heads.
+            TypeError: a step, n_hashes or sample_ids that are no whole numbers.
             RuntimeError: parameters on the meta device, or tied embeddings that are two parameters by now.
         """
         self._check(tokens, labels, segment_ids, step, sample_ids, n_hashes, per_token, part)
         ids = range(len(tokens)) if sample_ids is None else sample_ids
         call = Call(
             seed=self.config.seed,
-            step=0 if step is None else operator.index(step),
-            sample_ids=tuple(int(sample_id) for sample_id in ids),
+            step=0 if step is None else whole_number("step", step),
+            sample_ids=tuple(whole_number("sample_ids", sample_id) for sample_id in ids),
             dropout=self.config.dropout if self.training else 0.0,
             # Copied: the backward reads it again, when the caller's memory may hold the next batch.
             segment_ids_BT=None if segment_ids is None else part.whole(segment_ids).clone(),
             attn_dropout=self.config.attn_dropout if self.training else 0.0,
-            n_hashes=n_hashes,
+            n_hashes=None if n_hashes is None else whole_number("n_hashes", n_hashes),
             part=part,
         )
         return self.head(*self._streams(tokens, call), labels, per_token)
@@ -149,7 +154,7 @@ class Reformer(nn.Module):
                 "updates so far, or call model.eval()",
                 stacklevel=5,  # whoever calls the module, beyond forward and two of torch's
             )
-        if n_hashes is not None and (n_hashes < 1 or not self.config.has_lsh):
+        if n_hashes is not None and (whole_number("n_hashes", n_hashes) < 1 or not self.config.has_lsh):
             raise ValueError(
                 f"n_hashes={n_hashes} must be at least 1, and some layer must use LSH attention "
                 f"(attn_pattern is {self.config.attn_pattern}); leave it out to keep the model's {self.config.n_hashes}"
@@ -158,10 +163,11 @@ class Reformer(nn.Module):
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be [B, T], each at least 1, got {list(tokens.shape)}")
         check_tokens(tokens, self.config.vocab_size)
-        if sample_ids is not None and len(sample_ids) != len(tokens):
-            raise ValueError(
-                f"sample_ids has {len(sample_ids)} entries for a batch of {len(tokens)}: give one for each sample"
-            )
+        if sample_ids is not None:
+            _check_sample_ids(sample_ids, len(tokens))
+        for name, given in (("labels", labels), ("segment_ids", segment_ids)):
+            if given is not None:
+                check_is_tensor(given, name)
         if segment_ids is not None and segment_ids.shape != tokens.shape:
             raise ValueError(f"segment_ids must be {list(tokens.shape)} like tokens, got {list(segment_ids.shape)}")
         if labels is not None and (labels.shape != tokens.shape or labels.dtype not in INTEGERS):
@@ -183,3 +189,13 @@ class Reformer(nn.Module):
         x = self.embedding(tokens_BT, call.part.start(tokens_BT.shape[1]))
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return reversible_stack(self.blocks, x, x, call, self.config.keep_ends)
+
+
+def _check_sample_ids(sample_ids: Sequence[int] | Tensor, n_samples: int) -> None:
+    """Raises TypeError unless there are several, and ValueError unless they are as many as the samples."""
+    try:
+        n_ids = len(sample_ids)
+    except TypeError:
+        raise TypeError(f"sample_ids={sample_ids!r} must be a list of whole numbers, one for each sample") from None
+    if n_ids != n_samples:
+        raise ValueError(f"sample_ids has {n_ids} entries for a batch of {n_samples}: give one for each sample")

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reformer.arguments import check_chunk_len, check_heads
+from reformer.arguments import check_heads, check_is_tensor, length, switch
 from reformer.dense import dense_attention
 from reformer.lsh.chunked import chunked_attention
 from reformer.lsh.counts import Counts
@@ -84,7 +84,11 @@ def lsh_attention(
     Raises:
         ValueError: a shape, dtype or option that does not fit, with what was expected; a path that cannot run.
     """
-    _check_arguments(qk, v, buckets, n_hashes, chunk_len, key_padding_mask, segment_ids)
+    n_hashes, chunk_len = length("n_hashes", n_hashes), length("chunk_len", chunk_len)
+    causal = switch("causal", causal)
+    attend_across_buckets = switch("attend_across_buckets", attend_across_buckets)
+    duplicate_correction = switch("duplicate_correction", duplicate_correction)
+    _check_tensors(qk, v, buckets, n_hashes, key_padding_mask, segment_ids)
     check_dropout(dropout, dropout_keys, qk.shape[:2])
     if backend not in ("auto", "triton", "chunked", "dense", "reference"):
         raise ValueError(f"backend={backend!r}: choose 'auto', 'triton', 'chunked', 'dense' or 'reference'")
@@ -148,7 +152,8 @@ def _hashed(qk: Tensor, n_hashes: int, factors: tuple[int, ...], rotations: Tens
     shape = (qk.shape[1], qk.shape[3], n_hashes, sum(factors) // 2)
     if rotations is None:
         rotations = torch.randn(shape, device=qk.device, dtype=torch.float32)
-    elif rotations.shape != shape:
+    check_is_tensor(rotations, "rotations", "floating-point numbers")
+    if rotations.shape != shape:
         raise ValueError(f"rotations must be {list(shape)} = [H, D, R, F], got {list(rotations.shape)}")
     with torch.autocast(qk.device.type, enabled=False):  # rounded products would change buckets
         may_be_fused = backend == "triton" or (backend == "auto" and qk.device.type == "cuda")
@@ -235,21 +240,18 @@ def _announce(kind: str, path: str, reason: str) -> None:
     log.info("%s attention runs as '%s': %s", kind, path, reason)
 
 
-def _check_arguments(
+def _check_tensors(
     qk: Tensor,
     v: Tensor,
     buckets: Tensor | None,
     n_hashes: int,
-    chunk_len: int,
     key_padding_mask: Tensor | None,
     segment_ids: Tensor | None,
 ) -> None:
     check_heads({"qk": qk, "v": v}, key_padding_mask, segment_ids)
-    check_chunk_len(chunk_len)
-    if not isinstance(n_hashes, int) or n_hashes < 1:
-        raise ValueError(f"n_hashes={n_hashes!r} must be an int of at least 1")
     batch, n_heads, n_tokens, _ = qk.shape
     if buckets is not None:
+        check_is_tensor(buckets, "buckets")
         shape = [batch, n_heads, n_hashes, n_tokens]
         if list(buckets.shape) != shape or buckets.is_floating_point() or buckets.dtype == torch.bool:
             raise ValueError(

@@ -20,6 +20,8 @@ Axes: L queries, W keys.
 import torch
 from torch import Tensor
 
+from reformer.arguments import check_is_tensor
+
 QUERY_TAG, KEY_TAG = 0x2545F491, 0x6C8E9CF5
 """Any two different words, so that a query's word says nothing about that of the key at the same position."""
 
@@ -33,9 +35,10 @@ def check_dropout(dropout: float, dropout_keys: Tensor | None, shape: tuple[int,
             f"dropout={dropout} needs dropout_keys, one integer per sample and head {list(shape)}, "
             "which say what is dropped; give them, or dropout=0"
         )
-    if dropout_keys is not None and (
-        dropout_keys.shape != shape or dropout_keys.dtype not in (torch.int32, torch.int64)
-    ):
+    if dropout_keys is None:
+        return
+    check_is_tensor(dropout_keys, "dropout_keys")
+    if dropout_keys.shape != shape or dropout_keys.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"dropout_keys must be int32 or int64 {list(shape)} = [B, H], "
             f"got {dropout_keys.dtype} {list(dropout_keys.shape)}"

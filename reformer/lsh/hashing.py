@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from reformer.arguments import length
+
 # Unfactorised hashing costs T * D * n_buckets / 2 products and n_buckets grows with T: beyond this many
 # buckets it would be quadratic, so the default number is split into two factors.
 MAX_UNFACTORISED = 128
@@ -50,8 +52,12 @@ def bucket_factors(n_buckets: int | Sequence[int] | None, n_tokens: int, chunk_l
     """
     if n_buckets is None:
         return default_buckets(n_tokens, chunk_len)
-    factors = tuple(n_buckets) if isinstance(n_buckets, Sequence) else (n_buckets,)
-    if not factors or any(not isinstance(factor, int) or factor < 2 or factor % 2 for factor in factors):
+    given = tuple(n_buckets) if isinstance(n_buckets, Sequence) else (n_buckets,)
+    try:
+        factors = tuple(length("n_buckets", factor) for factor in given)
+    except ValueError:
+        factors = ()
+    if not factors or any(factor % 2 for factor in factors):
         raise ValueError(f"n_buckets={n_buckets!r}: each factor must be even and at least 2, and an int")
     if math.prod(factors) > MAX_BUCKETS:
         raise ValueError(f"n_buckets={n_buckets}: there can be up to {MAX_BUCKETS:,} buckets")
