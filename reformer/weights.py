@@ -29,6 +29,8 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT = {"format": "longhand-reformer", "version": 1}
 EMBEDDING, HEAD = "embedding.tokens.weight", "head.weight"
 """What is one matrix in a model with tied embeddings."""
+OF_A_RUN = ("checkpoints", "run.json", "SHA256SUMS")
+"""What tells a folder of the trainer's, of a run or of a checkpoint (trainer/run_files.py, trainer/checkpoint.py)."""
 
 
 def save_model(
@@ -181,7 +183,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except NotADirectoryError:
+        files = f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+        raise ConfigError(f"{folder} is not a folder: give the folder that {files} are in") from None
     except FileNotFoundError:
+        if any((folder / name).exists() for name in OF_A_RUN):
+            raise ConfigError(export_first(folder, str(folder))) from None
         wrote = "launch/export.py, save_model, save_hf or Hugging Face's save_pretrained"
         raise ConfigError(f"{path} is missing: give a folder that {wrote} wrote") from None
     except (OSError, ValueError) as error:
@@ -189,6 +196,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold an object with the model's settings, got {type(values).__name__}")
     return values
+
+
+def export_first(folder: Path, name: str) -> str:
+    """What is said of a run's folder, or a checkpoint's, in the place of a model's.
+
+    name: what the folder is called.
+    """
+    return (
+        f"{name} is a run or a checkpoint of one: export its model first, python launch/export.py {folder} "
+        "--output exported, and give that folder"
+    )
 
 
 def is_hf(config: Mapping[str, Any]) -> bool:

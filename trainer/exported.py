@@ -11,7 +11,7 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_folder import TOKENIZER_MODEL, Ends, read_record, read_tokenizer
 from reformer import Reformer, load_model
 from reformer.hf import load_hf
-from reformer.weights import is_hf, read_config
+from reformer.weights import export_first, is_hf, read_config
 from trainer.config import ConfigError
 from trainer.run_files import CHECKPOINTS
 
@@ -31,10 +31,7 @@ def read_model(folder: Path, name: str) -> Reformer:
     if not folder.is_dir():
         raise ConfigError(f"{name} is not a folder: give one that launch/export.py or save_pretrained wrote")
     if (folder / CHECKPOINTS).is_dir() or (folder / "SHA256SUMS").is_file():
-        raise ConfigError(
-            f"{name} is a run or a checkpoint of one: export its model first, python launch/export.py {folder} "
-            "--output exported, and give that folder"
-        )
+        raise ConfigError(export_first(folder, name))
     model = load_hf(folder, attn_dropout=0.0) if is_hf(read_config(folder)) else load_model(folder)
     if any(not parameter.float().isfinite().all() for parameter in model.parameters()):
         raise ConfigError(f"{name} has weights that are not finite: give those of an earlier checkpoint")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reformer import ConfigError, Reformer, ReformerConfig, load_model, save_model
-from reformer.hf import save_hf
+from reformer.hf import load_hf, save_hf
 from reformer.weights import assemble
 
 CONFIG = ReformerConfig(
@@ -130,12 +130,22 @@ def test_files_that_are_missing_or_damaged(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_in_the_place_of_a_file_and_a_file_in_that_of_the_folder(saved: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.safetensors/config.json cannot be read as JSON \(.*Not a directory"):
-        load_model(saved / "model.safetensors")
+    message = r"model/model.safetensors is not a folder: give the folder that config.json and model.safetensors are in"
+    for load in (load_model, load_hf):
+        with pytest.raises(ConfigError, match=message):
+            load(saved / "model.safetensors")
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors").mkdir()
     with pytest.raises(ConfigError, match=r"model/model.safetensors is damaged"):
         load_model(saved)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "run.json", "SHA256SUMS"])
+def test_a_run_and_a_checkpoint_have_to_be_exported(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    for load in (load_model, load_hf):
+        with pytest.raises(ConfigError, match=rf"export its model first, python launch/export.py {tmp_path} --output"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '"reformer"', "7"])
