@@ -6,6 +6,7 @@ Every field says what it means in one sentence; every relation between fields is
 
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -24,7 +25,10 @@ class ConfigError(ValueError):
 
 
 class StrictConfig(BaseModel):
-    """A frozen pydantic model that takes values as they are, refuses unknown fields and names the nearest real one."""
+    """A frozen pydantic model that takes values as they are, refuses unknown fields and names the nearest real one.
+
+    NumPy's integers are taken as the numbers that they are.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
     elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -32,9 +36,32 @@ class StrictConfig(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**{name: _plain(value) for name, value in values.items()})
         except ValidationError as error:
             raise ConfigError(explain(error, type(self))) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """No field changes: raises ConfigError, which says how to make another configuration."""
+        try:
+            super().__setattr__(name, value)
+        except ValidationError:
+            kind = type(self).__name__
+            raise ConfigError(
+                f"a {kind} does not change: make another one for {name}={value!r}, "
+                f"{kind}(**{{**config.model_dump(), {name!r}: {value!r}}}), without what is to follow from it"
+            ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers of NumPy's, also within lists, as Python's; all else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(each) for each in value) if type(value) in (list, tuple) else value
+    if isinstance(value, int) or not hasattr(value, "__index__"):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:  # an array, or a boolean of NumPy's
+        return value
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -51,6 +78,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             lines.append(f"'{name}' is missing: give it a value")
         elif problem["type"] == "tuple_type":
             lines.append(f"'{name}': input should be a list{_listed(given)} (got {given!r})")
+        elif problem["type"] in ("bool_type", "bool_parsing"):
+            lines.append(f"'{name}': input should be a valid boolean (got {given!r}): give true or false")
+        elif problem["type"] == "path_type":
+            lines.append(f"'{name}': input should be a path (got {given!r}): put it in quotes")
         elif problem["type"] in ("dict_type", "model_type"):
             lines.append(f"'{name}': input should be a table of keys and values (got {given!r})")
         elif problem["type"] == "value_error":

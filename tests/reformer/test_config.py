@@ -2,8 +2,8 @@
 
 from datetime import date
 
+import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from reformer import ConfigError, ReformerConfig
 
@@ -29,8 +29,12 @@ def test_a_model_has_lsh_if_one_of_its_layers_is(pattern: tuple[str, ...], n_lay
 
 def test_a_configuration_does_not_change() -> None:
     config = ReformerConfig(vocab_size=10)
-    with pytest.raises(ValidationError, match="frozen"):
-        config.d_model = 64
+    with pytest.raises(ConfigError) as error:
+        config.n_heads = 2
+    way_out = "ReformerConfig(**{**config.model_dump(), 'n_heads': 2})"
+    message = f"a ReformerConfig does not change: make another one for n_heads=2, {way_out}, without what is to follow"
+    assert str(error.value).startswith(message)
+    assert config.n_heads == 4 and eval(way_out) == ReformerConfig(vocab_size=10, n_heads=2, d_head=64)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,10 @@ def test_errors(values: dict[str, object], message: str) -> None:
         ({"d_model": "32"}, "'d_model': input should be a valid integer"),
         ({"max_seq_len": 1024.0}, "'max_seq_len': input should be a valid integer"),
         ({"n_hashes": True}, r"'n_hashes': input should be a valid integer \(got True\)"),
-        ({"causal": 1}, r"'causal': input should be a valid boolean \(got 1\)"),
+        ({"causal": 1}, r"'causal': input should be a valid boolean \(got 1\): give true or false"),
+        ({"causal": "False"}, r"'causal': input should be a valid boolean \(got 'False'\): give true or false"),
+        ({"d_model": np.float64(32)}, r"'d_model': input should be a valid integer \(got np.float64\(32.0\)\)"),
+        ({"d_model": np.bool_(True)}, r"'d_model': input should be a valid integer \(got np.True_\)"),
         ({"dropout": "0.1"}, "'dropout': input should be a valid number"),
         ({"attn_pattern": "lsh"}, r"'attn_pattern': input should be a list, such as \[\"lsh\"\]"),
         ({"attn_pattern": "[local, lsh]"}, r"input should be a list, such as \[\"local\", \"lsh\"\] \(got '\[local, "),
@@ -100,3 +107,15 @@ def test_values_of_another_kind_are_refused_not_converted(change: dict, message:
 def test_lists_and_whole_numbers_as_files_have_them() -> None:
     config = ReformerConfig(vocab_size=50, attn_pattern=["lsh"], axial_shape=[128, 512], n_buckets=[4, 8], dropout=0)
     assert (config.attn_pattern, config.axial_shape, config.n_buckets) == (("lsh",), (128, 512), (4, 8))
+
+
+def test_integers_of_numpy_are_kept_as_pythons() -> None:
+    given = {"vocab_size": 50, "d_model": 32, "max_seq_len": 64, "axial_shape": (4, 16), "n_buckets": [4, 8], "seed": 3}
+    of_numpy = {
+        name: type(value)(map(np.int64, value)) if isinstance(value, tuple | list) else np.uint32(value)
+        for name, value in given.items()
+    }
+    config = ReformerConfig(**of_numpy)
+    assert config == ReformerConfig(**given)
+    kept = [config.d_model, config.d_ff, config.d_head, *config.axial_shape, *config.axial_dims, *config.n_buckets]
+    assert {type(number) for number in kept} == {int}

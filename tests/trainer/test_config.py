@@ -143,7 +143,7 @@ def test_an_override_without_its_section() -> None:
         (["run.batch_size=8"], "unknown key 'batch_size': set it in DeepSpeed's JSON, as train_batch_size "),
         (["run.steps=true"], r"\[run\] 'steps': input should be a valid integer.*got True"),
         (["run.keep_best=1"], r"\[run\] 'keep_best': input should be a valid boolean.*got 1"),
-        (["run.dir=3"], r"\[run\] 'dir': input is not a valid path.*got 3"),
+        (["run.dir=[3]"], r"\[run\] 'dir': input should be a path \(got \[3\]\): put it in quotes"),
         (["run.steps=many"], r"\[run\] 'steps': input should be a valid integer.*got 'many'"),
         (["run.decay=cosinus"], r"\[run\] 'decay'.*got 'cosinus'"),
         (["run.watchdog_min_s=inf"], r"\[run\] 'watchdog_min_s'.*got inf"),
