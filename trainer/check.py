@@ -153,9 +153,11 @@ def _data(config: RunConfig, stores: Mapping[str, StoreFacts]) -> list[str]:
             f"set model.vocab_size={store.vocab_size}"
         )
     if model.max_seq_len < store.seq_len:
+        is_given = model.axial_shape != near_square(model.max_seq_len)
+        of_positions = ", and model.axial_shape to two factors of that, or leave it out" if is_given else ""
         problems.append(
             f"model.max_seq_len={model.max_seq_len}, but the rows of {data.store} have {store.seq_len} tokens: "
-            f"set model.max_seq_len={store.seq_len}, and axial_shape to that product"
+            f"set model.max_seq_len={store.seq_len}{of_positions}"
         )
     problems += _splits(config, stores)
     return problems + [

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -217,14 +217,22 @@ class LoopConfig(StrictConfig):
             raise ValueError("run.keep_best=true, and run.eval_every=0 evaluates nothing: change one of them")
         return self
 
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _as_text(cls, given: Any) -> Any:
+        """A number as the text that it was, of which `_check_profile_steps` says what is meant."""
+        return str(given) if isinstance(given, int | float) and not isinstance(given, bool) else given
+
     @model_validator(mode="after")
     def _check_profile_steps(self) -> Self:
         if self.profile_steps is not None:
             window = profiled_steps(self.profile_steps)
             if not window or window[0] < 1 or window[-1] > self.steps:
+                text = self.profile_steps
+                alone = f" ({text}..{text} for this step alone)" if text.isdecimal() else ""
                 raise ValueError(
-                    f"run.profile_steps={self.profile_steps!r} must be a first and a last step from 1 to "
-                    f'run.steps={self.steps}, as in "10..12": change it, or leave it out'
+                    f"run.profile_steps={text!r} must be a first and a last step from 1 to "
+                    f'run.steps={self.steps}, as in "10..12"{alone}: change it, or leave it out'
                 )
         return self
 
@@ -297,7 +305,8 @@ def _recorded(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def parse_override(text: str) -> tuple[list[str], Any]:
     """`a.b=c` as (["a", "b"], c): c is read as TOML where it is TOML, and is a string otherwise, or a list of words, as
-    `["local", "lsh"]` without its quotes, which a shell takes away."""
+    `["local", "lsh"]` without its quotes, which a shell takes away. What reads like a number or a truth value is a
+    string too where a path or a text is wanted."""
     name, equals, value = text.partition("=")
     keys = name.split(".")
     if not equals or len(keys) < 2 or not all(keys):
@@ -312,8 +321,24 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         return keys, re.split(r"\s*,\s*", words[1]) if words else value
     if len(parsed) > 1:
         raise ConfigError(f"cannot read {text!r}: an override is one key and one value")
-    is_time = isinstance(parsed["value"], datetime.date | datetime.time)  # of which no key is, but a name may look so
-    return keys, value if is_time else parsed["value"]
+    looks_otherwise: tuple[type, ...] = (datetime.date, datetime.time)  # of which no key is, but a name may look so
+    if {str, Path} & _kinds(keys):
+        looks_otherwise += (int, float)
+    return keys, value if isinstance(parsed["value"], looks_otherwise) else parsed["value"]
+
+
+def _kinds(keys: list[str]) -> set[Any]:
+    """What the value of this key may be; nothing where there is no such key."""
+    kind: Any = RunConfig
+    for key in keys:
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif isinstance(kind, type) and issubclass(kind, StrictConfig) and key in kind.model_fields:
+            kind = kind.model_fields[key].annotation
+        else:
+            return set()
+    kinds = {kind} if get_origin(kind) is dict else {kind, *get_args(kind)}
+    return {get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds}
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:

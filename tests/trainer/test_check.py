@@ -135,7 +135,11 @@ def test_what_is_switched_off_is_no_contradiction(harmless: dict[str, Any]) -> N
     [
         ({"model_vocab_size": 300}, "model.vocab_size=300, but .* has 258 tokens: set model.vocab_size=258"),
         ({"model_vocab_size": 257}, "model.vocab_size=257, but .* has 258 tokens: set model.vocab_size=258"),
-        ({"model_max_seq_len": 128}, "model.max_seq_len=128, but .* 256 tokens: set model.max_seq_len=256"),
+        ({"model_max_seq_len": 128}, "model.max_seq_len=128, but .* 256 tokens: set model.max_seq_len=256$"),
+        (
+            {"model_max_seq_len": 128, "model_axial_shape": [4, 32]},
+            "set model.max_seq_len=256, and model.axial_shape to two factors of that, or leave it out",
+        ),
         (
             {"data_eval_split": "test"},
             "data.eval_split='test' has no rows in .*: its splits are 'train', 'val'; build it with --split, or",

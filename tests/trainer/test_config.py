@@ -114,6 +114,17 @@ def test_override_values(text: str, value: object) -> None:
     assert parse_override(text) == (["a", "b"], value)
 
 
+def test_a_path_that_reads_like_a_number_is_what_was_typed(config: Path) -> None:
+    for text in ("2024", "1e-3", "1_000", "0x10", "true", "inf"):
+        changes = [f"run.dir={text}", f"run.init_from={text}", f"data.store={text}", f"data.train_split={text}"]
+        mixture = [f"data.mixture.7.store={text}", "data.mixture.7.weight=2", f"data.mixture.7.split={text}"]
+        changed, _ = load(config, changes + mixture)
+        found = {changed.run.dir, changed.run.init_from, changed.data.store, changed.data.mixture["7"].store}
+        assert found == {Path(text)}
+        assert {changed.data.train_split, changed.data.mixture["7"].split} == {text}
+    assert parse_override('run.dir="7"')[1] == "7" and parse_override("run.steps=7")[1] == 7
+
+
 @pytest.mark.parametrize("text", ["stops=3", "steps", "run.steps", "run..steps=3", "=3", "run.=3"])
 def test_what_is_no_override(text: str) -> None:
     with pytest.raises(ConfigError, match=r"an override looks like run.steps=100"):
@@ -142,6 +153,8 @@ def test_an_override_without_its_section() -> None:
         (["optimizer.params.lr=1e-3"], "unknown key 'optimizer': set it in DeepSpeed's JSON, as optimizer "),
         (["run.batch_size=8"], "unknown key 'batch_size': set it in DeepSpeed's JSON, as train_batch_size "),
         (["run.steps=true"], r"\[run\] 'steps': input should be a valid integer.*got True"),
+        (["run.keep_best=True"], r"\[run\] 'keep_best': .*boolean \(got 'True'\): give true or false"),
+        (["run.profile_steps=5"], r"run.profile_steps='5' must be a first and .*\(5\.\.5 for this step alone\)"),
         (["run.keep_best=1"], r"\[run\] 'keep_best': input should be a valid boolean.*got 1"),
         (["run.dir=[3]"], r"\[run\] 'dir': input should be a path \(got \[3\]\): put it in quotes"),
         (["run.steps=many"], r"\[run\] 'steps': input should be a valid integer.*got 'many'"),

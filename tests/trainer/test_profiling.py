@@ -90,10 +90,17 @@ def test_no_profiler_runs_for_other_steps_and_ranks(
     assert not (tmp_path / "profile").exists()
 
 
-@pytest.mark.parametrize("window", ["12..10", "0..3", "98..101", "10", "10-12", "a..b", "..", "10..12..14", ""])
-def test_a_bad_window_is_refused_with_a_way_out(window: str) -> None:
+@pytest.mark.parametrize("window", ["12..10", "0..3", "98..101", "10", "10-12", "a..b", "..", "10..12..14", "", 5, 1.5])
+def test_a_bad_window_is_refused_with_a_way_out(window: Any) -> None:
     with pytest.raises(ConfigError, match=r"profile_steps.*\"10\.\.12\""):
         LoopConfig(dir="x", deepspeed_config="x.json", steps=100, profile_steps=window)
+
+
+def test_of_one_step_the_window_is_told() -> None:
+    windows: list[Any] = ["5", 5]
+    for window in windows:
+        with pytest.raises(ConfigError, match=r"^run.profile_steps='5' must be .*\(5\.\.5 for this step alone\)"):
+            LoopConfig(dir="x", deepspeed_config="x.json", steps=100, profile_steps=window)
 
 
 @pytest.mark.parametrize("window", [None, "1..1", "10..12", "100..100"])
