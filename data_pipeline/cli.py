@@ -28,7 +28,7 @@ from data_pipeline.config import (
 )
 from data_pipeline.decode import decode_all, decode_document, decode_row, decode_split
 from data_pipeline.errors import DataError
-from data_pipeline.output import counted, exit_code
+from data_pipeline.output import SEVERAL, counted, exit_code
 from data_pipeline.overlap import MIN_TOKENS, TRAIN, find_overlap
 from data_pipeline.overlap_report import overlap_summary, overlap_text
 from data_pipeline.report import inspect, summary
@@ -91,7 +91,7 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
         max_bytes=arguments.max_bytes,
         seed=arguments.seed,
         text=_text_of(arguments),
-        policies=parse_policies(arguments.on_bad),
+        policies=parse_policies(",".join(arguments.on_bad)),
     )
     trained = train_tokenizer(settings)
     tokenizer = load_tokenizer(str(settings.output))
@@ -120,11 +120,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=_output, required=True, metavar="STORE")
     parser.add_argument("--append", action="store_true", help="add the documents to an existing store")
     _add_packing(parser)
-    parser.add_argument("--split", default="", metavar="val=0.01,test=0.01", help="shares of documents to hold out")
+    held_out = "shares of documents to hold out"
+    parser.add_argument("--split", action="append", default=[], metavar="val=0.01,test=0.01", help=held_out)
     for split in ("val", "test"):
         parser.add_argument(
             f"--{split}-input",
-            nargs="+",
+            **SEVERAL,
             default=[],
             metavar="PATH",
             help=f"documents of the split {split}, not in --input; without --input they are all there is",
@@ -188,11 +189,11 @@ def _run_build(arguments: argparse.Namespace) -> int:
         stride=arguments.stride,
         bos=arguments.bos,
         eos=arguments.eos,
-        split=parse_split(arguments.split),
+        split=parse_split(",".join(arguments.split)),
         val_inputs=tuple(arguments.val_input),
         test_inputs=tuple(arguments.test_input),
         text=_text_of(arguments),
-        policies=parse_policies(arguments.on_bad),
+        policies=parse_policies(",".join(arguments.on_bad)),
         duplicates=arguments.duplicates,
         near_threshold=arguments.near_threshold,
         append=arguments.append,
@@ -222,7 +223,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="only the manifest, and presence and sizes of files")
     parser.add_argument(
         "--source",
-        nargs="+",
+        **SEVERAL,
         default=[],
         metavar="PATH",
         help="all inputs, including --val-input, --test-input and --append, to compare with the store",
@@ -254,10 +255,10 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
 
 def _add_overlap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=_store, metavar="STORE")
-    parser.add_argument("--held-out", nargs="+", metavar="SPLIT", help="splits of STORE (default: all but train)")
+    parser.add_argument("--held-out", **SEVERAL, metavar="SPLIT", help="splits of STORE (default: all but train)")
     parser.add_argument(
         "--train",
-        nargs="+",
+        **SEVERAL,
         type=_store,
         metavar="STORE",
         help="stores with the same tokenizer whose split train is searched (default: STORE itself)",
@@ -326,7 +327,7 @@ def _run_decode(arguments: argparse.Namespace) -> int:
 def _add_input(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--input",
-        nargs="+",
+        **SEVERAL,
         required=required,
         default=[],
         metavar="PATH",
@@ -341,7 +342,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoding", default=default.encoding, help="of text files (default: %(default)s)")
     parser.add_argument(
         "--normalize",
-        nargs="+",
+        **SEVERAL,
         choices=NORMALIZATIONS,
         default=[],
         help="bom: drop a byte order mark; newlines: CRLF and CR become LF; nfc: Unicode's normalization form C "
@@ -358,7 +359,8 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--on-bad",
-        default="",
+        action="append",
+        default=[],
         metavar="PROBLEM=POLICY,...",
         help=f"what to do about bad documents, the default first: {'; '.join(map(_choices, POLICIES))}",
     )

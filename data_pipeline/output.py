@@ -5,13 +5,29 @@ import io
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from data_pipeline.errors import DataError
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class _Several(argparse.Action):
+    """Values of an option that is repeated come together; by itself argparse keeps those of the last alone."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, given: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        before = getattr(given, self.dest)
+        setattr(given, self.dest, [*([] if before is self.default else before), *values])
+
+
+SEVERAL: Mapping[str, Any] = MappingProxyType({"nargs": "+", "action": _Several})
+"""Of `add_argument`: an option of one or more values, which replace the default and may come in several goes."""
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from bench_memory import command as memory
 from bench_pipeline import command as pipeline
 from bench_pipeline import faults as pipeline_faults
 
-from data_pipeline.output import exit_code, positive
+from data_pipeline.output import SEVERAL, exit_code, positive
 from trainer.memory import peak_gib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     for what, meaning in (("attention", "time of one layer of attention"), ("model", "time of a whole model")):
         command = commands.add_parser(what, help=meaning, description=meaning)
         command.add_argument(
-            "--seq-len", type=positive, nargs="+", default=[65_536], metavar="T", help="(default: 65536)"
+            "--seq-len", type=positive, **SEVERAL, default=[65_536], metavar="T", help="(default: 65536)"
         )
         command.add_argument(
             "--dtype",

@@ -26,7 +26,7 @@ from typing import Any, Literal, cast
 
 from data_pipeline.bar import Bar
 from data_pipeline.dataset import RowDataset
-from data_pipeline.output import as_path, exit_code, table
+from data_pipeline.output import SEVERAL, as_path, exit_code, table
 from data_pipeline.staging import check_json, check_writable, partial_path
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--attention",
         type=attention,
-        nargs="+",
+        **SEVERAL,
         default=[None],
         metavar="N|dense|none",
         help="for LSH layers: N rounds, dense or none; several are compared (default: as in training)",

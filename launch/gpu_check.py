@@ -42,7 +42,7 @@ try:
     from bench_gpu.timing import DeviceLost, Setting, attempt, find_longest, run_items
 
     from data_pipeline.errors import DataError
-    from data_pipeline.output import exit_code, positive
+    from data_pipeline.output import SEVERAL, exit_code, positive
     from reformer import ConfigError
 except ModuleNotFoundError as error:
     print(f"error: {error.name} is not installed here: {NEEDS}", file=sys.stderr)
@@ -105,11 +105,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=NEEDS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, in fp32")
-    parser.add_argument("--seq-len", type=positive, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="T")
+    parser.add_argument("--seq-len", type=positive, **SEVERAL, default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="T")
     parser.add_argument("--budget-s", type=positive, default=480, help="for everything (default: %(default)s)")
     parser.add_argument("--item-budget-s", type=positive, default=30, help="for a measurement (default: %(default)s)")
     names = [name for name in dict.fromkeys((*ATTENTION, *MODEL, "huggingface")) if name != LONGEST]
-    parser.add_argument("--peers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--peers", **SEVERAL, choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--skip-tests", action="store_true", help="of the kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="(default: benchmarks/gpu-<device>.json; cpu: none)")
     shape = Sizes(d_model=1024, n_layers=12, n_heads=8, chunk_tokens=2**15)

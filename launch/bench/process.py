@@ -31,7 +31,7 @@ import torch
 from bench.peers import PEERS, Peer, Sizes
 from bench.prediction import predict, predict_depth
 from data_pipeline.errors import DataError
-from data_pipeline.output import positive
+from data_pipeline.output import SEVERAL, positive
 from trainer.memory import peak_gib
 from trainer.record import environment
 
@@ -77,7 +77,7 @@ def option(name: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser, rounds: str) -> None:
     """The options that all benchmarks have; `rounds` says what is repeated."""
-    parser.add_argument("--peers", nargs="+", default=["all"], metavar="NAME", help="ours, …, or all (the default)")
+    parser.add_argument("--peers", **SEVERAL, default=["all"], metavar="NAME", help="ours, …, or all (the default)")
     parser.add_argument("--rounds", type=positive, default=3, help=f"{rounds} (default: %(default)s)")
     parser.add_argument(
         "--budget-s",

@@ -30,7 +30,7 @@ from bench.process import machine, n_cores, write
 from bench_faults import damage, kills, overhead, signals, worker
 from bench_faults.jobs import MODES, SBATCH, cluster_tools
 from bench_faults.runs import Bench, FailedError
-from data_pipeline.output import positive
+from data_pipeline.output import SEVERAL, positive
 
 Result = dict[str, Any]
 ON_CLUSTER = {"srun", *SBATCH}
@@ -44,11 +44,11 @@ def add_command(commands: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument("--part", **SEVERAL, choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write hardware, versions and all that was seen")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=list(MODES), help="how runs of `kills` and `signals` are started"
+        "--modes", **SEVERAL, choices=MODES, default=list(MODES), help="how runs of `kills` and `signals` are started"
     )
     for name, default, text in (
         ("--kills", 60, "SIGKILLs in all, at least"),

@@ -58,7 +58,7 @@ from bench.process import (
 )
 
 from bench_memory.figures import FIGURES, VARIED, activations_gib, state_gib
-from data_pipeline.output import positive
+from data_pipeline.output import SEVERAL, positive
 from trainer.memory import peak_gib
 
 MEMORY_PEERS = MODELS | {"ours-autograd": Peer(ours_by_autograd)}
@@ -93,14 +93,14 @@ def add_command(commands: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument("--parts", **SEVERAL, choices=PARTS, default=list(PARTS), help="(default: all)")
     for name, defaults, of in (
         ("--seq-len", [2**power for power in range(10, 21, 2)], "lengths of `length`"),
         ("--depths", [2, 6, 12, 24], "layers of `depth` and `layer`"),
         ("--vocab-sizes", [1024, 131_072], "of `vocabulary`"),
     ):
         text = f"{of} (default: {' '.join(map(str, defaults))})"
-        parser.add_argument(name, type=positive, nargs="+", default=defaults, metavar="N", help=text)
+        parser.add_argument(name, type=positive, **SEVERAL, default=defaults, metavar="N", help=text)
     for name, default, of in (
         ("--depth-tokens", 16_384, "length in `depth` and `recompute`"),
         ("--layer-tokens", 65_536, "length in `layer` and `vocabulary`"),

@@ -27,7 +27,7 @@ from bench_pipeline.common import ROOT, Bench, FailedError, Result, texts_of
 from bench_pipeline.figures import FIGURES, lines_of
 from bench_pipeline.parts import PARTS
 from data_pipeline.errors import DataError
-from data_pipeline.output import positive
+from data_pipeline.output import SEVERAL, positive
 from trainer.record import installed_version
 
 PACKAGES = ("datatrove", "fsspec", "longhand", "mpi4py", "numpy", "sentencepiece", "tokenizers", "zarr", "zstandard")
@@ -41,8 +41,8 @@ def add_command(commands: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
-    parser.add_argument("--corpus", type=Path, nargs="+", metavar="PATH", help="folders of .txt files, or single files")
+    parser.add_argument("--parts", **SEVERAL, choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument("--corpus", type=Path, **SEVERAL, metavar="PATH", help="folders of .txt files, or single files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write hardware, versions and all measurements")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "runs", metavar="DIR", help="for files that are removed in the end"
@@ -55,7 +55,7 @@ def add_command(commands: Any) -> None:
         help="the Python of an environment with launch/bench_pipeline/mosaicml.txt (default: .venv/mds/bin/python)",
     )
     workers = sorted({1, min(2, n_cores())})
-    parser.add_argument("--workers", type=positive, nargs="+", default=workers, help="(default: 1 2, if there are two)")
+    parser.add_argument("--workers", type=positive, **SEVERAL, default=workers, help="(default: 1 2, if there are two)")
     for name, default, text in (
         ("--rounds", 3, "of `tokenize` and `read`"),
         ("--budget-s", 1800, "for one command"),
