@@ -7,6 +7,7 @@ was opened. A directory below `parts/` that no manifest names was left by an app
 """
 
 import hashlib
+import operator
 from bisect import bisect_right
 from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
@@ -165,21 +166,25 @@ class Store:
     def read_row(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start:stop] of a row as stored, padding included; uint16 or uint32.
 
-        Raises IndexError for a row that does not exist, DataError for one that is damaged: damage never yields wrong
-        tokens.
+        Raises IndexError for a row that does not exist, TypeError for what is no integer, DataError for a row that is
+        damaged: damage never yields wrong tokens.
         """
-        return self._part_of(row).read_row(row, start, stop)
+        part, row = self._placed(row)
+        return part.read_row(row, operator.index(start), None if stop is None else operator.index(stop))
 
     def segments_of(self, row: int) -> np.ndarray:
         """int64 [n, 4]: (start, length, document, document_start) of each stretch of a document in the row.
 
-        Raises IndexError for a row that does not exist, DataError when the table of segments is damaged.
+        Raises IndexError for a row that does not exist, TypeError for what is no integer, DataError when the table of
+        segments is damaged.
         """
-        return self._part_of(row).segments_of(row)
+        part, row = self._placed(row)
+        return part.segments_of(row)
 
     def lengths_of(self, row: int) -> np.ndarray:
         """uint32 [n]: the lengths of these stretches, which follow on each other. Raises as above."""
-        return self._part_of(row).lengths_of(row)
+        part, row = self._placed(row)
+        return part.lengths_of(row)
 
     def check_files(self, full: bool = False) -> list[str]:
         """What is wrong with the files of all parts: see `StorePart.check_files`."""
@@ -199,10 +204,12 @@ class Store:
         place = "/".join(name.split("/")[:2])
         return place if name.startswith(f"{_PARTS_NAME}/") and place not in self._manifests else name
 
-    def _part_of(self, row: int) -> StorePart:
+    def _placed(self, row: int) -> tuple[StorePart, int]:
+        """The part that has a row, and its number as Python's integer, which one of NumPy's is not."""
+        row = operator.index(row)
         if not 0 <= row < self.n_rows:
             raise IndexError(f"row {row} is outside a store of {self.n_rows} rows")
-        return self.parts[bisect_right(self.parts, row, key=lambda part: part.first_row) - 1]
+        return self.parts[bisect_right(self.parts, row, key=lambda part: part.first_row) - 1], row
 
 
 def part_path(store: Path, name: str) -> Path:

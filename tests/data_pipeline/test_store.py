@@ -165,6 +165,22 @@ def test_rows_longer_than_a_chunk_are_read_in_slices(tmp_path: Path) -> None:
     assert opened.read_row(0, 1, 100).astype(np.uint8).tobytes() == content[:99]
 
 
+def test_rows_by_numbers_of_other_types(tmp_path: Path) -> None:
+    write_store(tmp_path / "s", {"a": bytes(range(256)) * 2})
+    opened = Store.open(tmp_path / "s")
+    for number in (np.int64(2), np.uint8(2), True):
+        assert np.array_equal(opened.read_row(number), opened.read_row(int(number)))
+        assert np.array_equal(opened.segments_of(number), opened.segments_of(int(number)))
+        assert np.array_equal(opened.lengths_of(number), opened.lengths_of(int(number)))
+    assert np.array_equal(opened.read_row(0, np.uint8(3), np.int64(5)), opened.read_row(0)[3:5])
+    for no_number in (1.0, np.float64(2), "1", None):
+        for read in (opened.read_row, opened.segments_of, opened.lengths_of):
+            with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+                read(no_number)
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        opened.read_row(0, 1.0)
+
+
 def test_another_store_in_its_place_is_noticed_and_rows_that_are_added_are_none(tmp_path: Path) -> None:
     write_store(tmp_path / "s", {"a.txt": b"some text", "b.txt": b"more"})
     opened = Store.open(tmp_path / "s")
