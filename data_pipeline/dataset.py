@@ -114,7 +114,7 @@ class RowDataset(Dataset[Sample]):
         return make_sample(tokens, self.store.lengths_of(row), start, stop)
 
     def _row_at(self, position: int) -> int:
-        if position < 0:
+        if (position := operator.index(position)) < 0:
             raise IndexError(f"position {position} is negative")
         if not len(self):
             raise DataError(f"the split {self.split!r} of {self.store.path} has no rows: name one that has")
@@ -132,6 +132,7 @@ class RowDataset(Dataset[Sample]):
 
 def part_bounds(seq_len: int, part: int, n_parts: int) -> tuple[int, int]:
     """Where a part of a row begins and ends. Raises DataError where the parts would not be equal."""
+    part, n_parts = operator.index(part), operator.index(n_parts)
     if n_parts < 1 or seq_len % n_parts:
         raise DataError(
             f"rows of {seq_len} tokens cannot be cut into {n_parts} equal parts: choose a number that divides {seq_len}"

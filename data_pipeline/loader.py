@@ -9,6 +9,7 @@ and an error comes through as it is. Each row is read and decoded once, whoever 
 """
 
 import logging
+import operator
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,7 @@ class Loader(Iterator[list[MicroBatch]]):
     threads; after that the loader delivers nothing. It is for one thread of the process that made it.
 
     Raises:
-        ValueError: an option that is out of range.
+        ValueError: an option that is out of range. TypeError: what is no integer in the place of one.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class Loader(Iterator[list[MicroBatch]]):
     ) -> None:
         if on_damage not in get_args(OnDamage):
             raise ValueError(f"on_damage={on_damage!r}: choose one of {', '.join(get_args(OnDamage))}")
+        part, n_parts, n_consumed, threads, ahead = map(operator.index, (part, n_parts, n_consumed, threads, ahead))
         if n_consumed < 0 or threads < 1 or ahead < 1:
             raise ValueError(
                 f"n_consumed={n_consumed} must be at least 0, threads={threads} and ahead={ahead} at least 1"
             )
-        self.samples, self.batch_size, self.on_damage = samples, batch_size, on_damage
+        self.samples, self.batch_size, self.on_damage = samples, operator.index(batch_size), on_damage
         self.n_consumed = n_consumed
         """Samples that all ranks together have been delivered."""
         self.n_skipped = 0

@@ -7,6 +7,7 @@ that each goes through its own epochs without a repetition or a gap.
 
 import functools
 import math
+import operator
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import count
@@ -36,7 +37,7 @@ class Mixture:
         if different := sorted(sources.keys() ^ weights.keys()):
             raise DataError(f"a mixture needs a source and a weight of each name: one lacks {', '.join(different)}")
         self.counts = block_counts(weights)
-        self.seed = seed
+        self.seed = operator.index(seed)
         self._names = sorted(self.counts)
         self._sources = [sources[name] for name in self._names]
         for name, source in zip(self._names, self._sources, strict=True):
@@ -74,7 +75,7 @@ class Mixture:
 
     def place(self, position: int) -> tuple[int, int]:
         """The source of a position >= 0, by its number in the order of names, and the position in that source."""
-        if position < 0:
+        if (position := operator.index(position)) < 0:
             raise IndexError(f"position {position} is negative")
         block, index = divmod(position, BLOCK_SAMPLES)
         source, number = _block_order(self._counts, self.seed, block)[index]

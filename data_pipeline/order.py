@@ -3,8 +3,11 @@
 Row = permutation(seed, epoch, position): nothing is shuffled, stored or remembered, so a run resumes by knowing one
 number, on any number of ranks, with data sets of any size. A Feistel network permutes the smallest power of four
 that holds the index; an image outside the data set is permuted again ("cycle walking") until it falls inside. The
-image of a bijection restricted this way is a bijection. Plain integers only: the same on every platform, forever.
+image of a bijection restricted this way is a bijection. Plain integers only: the same on every platform, forever
+(NumPy's, which overflow, become plain ones first).
 """
+
+import operator
 
 _MASK_64 = (1 << 64) - 1
 _ROUNDS = 8
@@ -16,6 +19,7 @@ def permute(index: int, length: int, seed: int, epoch: int) -> int:
 
     Raises IndexError unless 0 <= index < length.
     """
+    index, length, seed, epoch = map(operator.index, (index, length, seed, epoch))
     if not 0 <= index < length:
         raise IndexError(f"index {index} is outside a permutation of {length}")
     half_bits = max(1, ((length - 1).bit_length() + 1) // 2)
@@ -33,6 +37,9 @@ def shares(batch_size: int, micro_batch_size: int, rank: int, world_size: int) -
     same on any number of ranks. Where these do not divide it, the last micro-batches are smaller or missing.
     Raises ValueError for sizes below 1 and for a rank that is not one of `world_size`.
     """
+    batch_size, micro_batch_size, rank, world_size = map(
+        operator.index, (batch_size, micro_batch_size, rank, world_size)
+    )
     if batch_size < 1 or micro_batch_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
             f"rank {rank} of {world_size} with a batch of {batch_size} in micro-batches of {micro_batch_size}: "

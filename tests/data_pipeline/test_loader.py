@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from on_disk import flip
@@ -215,6 +216,30 @@ def test_a_closed_loader_delivers_nothing() -> None:
 def test_options_that_are_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Loader(Numbered(), BATCH, **options)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int8])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_numbers_of_numpy(make_store: Callable[..., Store], kind: type, mixed: bool) -> None:
+    store = make_store()
+
+    def first_of(number: Callable[[int], Any]) -> tuple[list[MicroBatch], str]:
+        rows = RowDataset(store, seed=number(5))
+        samples = Mixture({"a": rows}, {"a": 1}, seed=number(3)) if mixed else rows
+        options = {"part": number(1), "n_parts": number(2), "n_consumed": number(4), "threads": number(1)}
+        with Loader(samples, number(8), number(2), number(1), number(2), **options, ahead=number(1)) as loader:
+            return next(loader), json.dumps(loader.state_dict())
+
+    (expected, state), (found, found_state) = first_of(int), first_of(kind)
+    assert found_state == state and [ids for ids, _ in found] == [ids for ids, _ in expected]
+    for (_, some), (_, others) in zip(found, expected, strict=True):
+        assert all(map(torch.equal, sum(some, ()), sum(others, ())))
+
+
+@pytest.mark.parametrize("option", ["batch_size", "micro_batch_size", "n_consumed", "part", "threads"])
+def test_what_is_no_integer_is_refused_at_once(option: str) -> None:
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        Loader(Numbered(), **{"batch_size": BATCH, option: 2.0})
 
 
 def test_a_forked_child_is_told_that_its_loader_has_no_threads() -> None:

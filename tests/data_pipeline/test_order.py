@@ -45,6 +45,16 @@ def test_the_order_never_changes() -> None:
     assert [permute(i, 10, 0, 0) for i in range(10)] == [8, 5, 2, 7, 1, 0, 3, 6, 4, 9]
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int8])
+def test_numbers_of_numpy(kind: type) -> None:
+    for i in range(100):
+        assert permute(kind(i), kind(100), kind(3), kind(1)) == permute(i, 100, 3, 1)
+    assert shares(kind(100), kind(3), kind(1), kind(50)) == shares(100, 3, 1, 50)
+    for call in (lambda: permute(1.0, 5, 0, 0), lambda: shares(8, 2.0, 0, 1)):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            call()
+
+
 @pytest.mark.parametrize("index", [-1, 5])
 def test_outside_is_an_error(index: int) -> None:
     with pytest.raises(IndexError, match="outside a permutation of 5"):
