@@ -6,6 +6,7 @@ and what the policies did is recorded document by document (`problems.jsonl`).
 """
 
 import codecs
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -150,6 +151,12 @@ class BuildSettings:
             given = getattr(self, name)
             paths = (given,) if isinstance(given, str | os.PathLike) else given
             object.__setattr__(self, name, tuple(map(os.fspath, paths)))
+        for name in ("vocab_size", "seq_len", "stride", "rows_per_shard", "workers"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name), getattr(type(self), name) is None))
+        for name, example in (("split", {"val": 0.3}), ("policies", {"encoding": "skip"})):
+            if not isinstance(getattr(self, name), Mapping):
+                raise DataError(f"{name} is {getattr(self, name)!r}: expected a dict such as {example}")
+        object.__setattr__(self, "text", text_settings(**self.text.model_dump()))
         object.__setattr__(self, "output", Path(self.output))
         object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
         if not (self.inputs or self.held_out):
@@ -205,6 +212,18 @@ class BuildSettings:
     def shard_rows(self) -> int:
         """Rows in one shard file."""
         return self.rows_per_shard or max(1, min(_MAX_ROWS_PER_SHARD, _SHARD_TOKENS // self.seq_len))
+
+
+def _whole(name: str, value: object, may_be_none: bool) -> int | None:
+    """A field as a plain integer, which one of NumPy's becomes. Raises DataError where it is none."""
+    if value is None and may_be_none:
+        return None
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise DataError(f"{name} is {value!r}: expected an integer{' or None' if may_be_none else ''}")
 
 
 def check_policies(policies: Mapping[str, str]) -> None:
