@@ -32,7 +32,7 @@ from data_pipeline.output import SEVERAL, counted, exit_code
 from data_pipeline.overlap import MIN_TOKENS, TRAIN, find_overlap
 from data_pipeline.overlap_report import overlap_summary, overlap_text
 from data_pipeline.report import inspect, summary
-from data_pipeline.staging import check_json
+from data_pipeline.staging import check_json, write_figures
 from data_pipeline.store import Store
 from data_pipeline.team import default_workers
 from data_pipeline.tokenizer import load_tokenizer
@@ -215,7 +215,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
 
 def _write_json(figures: dict[str, Any], path: Path | None) -> None:
     if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_figures(path, json.dumps(figures, indent=2) + "\n")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

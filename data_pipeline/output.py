@@ -1,6 +1,7 @@
 """What all commands share: numbers as arguments, how they end (exit code, a line on errors), words and tables."""
 
 import argparse
+import errno
 import io
 import os
 import select
@@ -70,6 +71,19 @@ def exit_code(command: Callable[[], int | None], *errors: type[Exception]) -> in
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code or 0
+
+
+@contextmanager
+def naming(output: Path) -> Iterator[None]:
+    """Around what writes a file or folder: an error by which it finds no room names it, where it names nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        if error.errno is None:  # NumPy's
+            raise OSError(f"{error}: {str(output)!r}") from error
+        raise OSError(error.errno, error.strerror, str(output)) from error
 
 
 def print_utf8() -> None:

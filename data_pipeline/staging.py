@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 
 from data_pipeline.errors import DataError
 from data_pipeline.locks import EXCLUSIVE, NO_LOCKS_WAY_OUT, is_at, try_lock
+from data_pipeline.output import naming
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,23 @@ def check_json(path: Path | None) -> None:
         raise DataError(f"cannot write to --json {path}: Permission denied: choose another file")
 
 
+def write_figures(path: Path, text: str) -> None:
+    """Writes what --json asks for. What is there stays where it cannot be written.
+
+    A file appears whole. A device, and what a link leads to (as /dev/stdout), is written to as it is.
+    """
+    with naming(path):
+        target = path if path.exists() else Path(os.path.realpath(path))  # of a link to nothing
+        is_other = target.is_symlink() or (target.exists() and not target.is_file())
+        if is_other or not os.access(target.parent, os.W_OK):
+            target.write_text(text, encoding="utf-8")
+            return
+        with publishing(target) as file:
+            if target.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
+            file.write(text.encode())
+
+
 def unwritable(what: str, error: OSError) -> DataError:
     """What an error of the system means that came up on the way to an output."""
     in_the_way = isinstance(error, FileExistsError)  # a file, or a link to nothing
@@ -83,8 +102,9 @@ def staged(output: Path) -> Iterator[Path]:
         content = partial / _CONTENT
         _remove_leftover(content)
         try:
-            yield content
-            _publish(content, output)
+            with naming(output):
+                yield content
+                _publish(content, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

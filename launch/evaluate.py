@@ -27,7 +27,7 @@ from typing import Any, Literal, cast
 from data_pipeline.bar import Bar
 from data_pipeline.dataset import RowDataset
 from data_pipeline.output import SEVERAL, as_path, exit_code, table
-from data_pipeline.staging import check_json, check_writable, partial_path
+from data_pipeline.staging import check_json, check_writable, partial_path, write_figures
 from data_pipeline.store import Store
 from reformer import ConfigError, Reformer
 from reformer.weights import refuse_existing
@@ -167,7 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
             first = first or scores
             record["settings"].append({"name": name, **report(scores, first, documents)})
             if arguments.json:
-                arguments.json.write_text(dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+                write_figures(arguments.json, dumps(record, indent=1, allow_nan=False) + "\n")
         if of_tokens:
             of_tokens.write(arguments.per_token, store)
     finally:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.output import as_path, exit_code, reader_may_leave
-from data_pipeline.staging import check_json
+from data_pipeline.staging import check_json, write_figures
 from trainer.comparison import Comparison, compare, comparison_text, comparison_values, label
 from trainer.config import ConfigError
 from trainer.curve_plot import n_in_colour, plot_groups, plot_run, plot_runs
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     with reader_may_leave():  # the file and the drawing are wanted all the same
         print(text)
     if arguments.json:
-        arguments.json.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_figures(arguments.json, json.dumps(values, indent=1, allow_nan=False) + "\n")
     if arguments.plot:
         try:
             draw(compared or runs[0], arguments.plot)

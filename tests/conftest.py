@@ -1,5 +1,6 @@
 """What tests of several folders share, and the order of the files, each of which is one process's: long ones first."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def own_ports() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(distributed, "_PORTS", own_share(distributed._PORTS))
         yield
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, for `on_disk.resize` and `on_disk.fill`."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
-"""Files of tests: what a folder holds, and damage."""
+"""Files of tests: what a folder holds, damage, and small disks."""
 
+import errno
+import subprocess
 from pathlib import Path
 
 from data_pipeline.layout import list_files
@@ -15,3 +17,20 @@ def flip(path: Path, byte: int, bit: int = 0) -> None:
     content = bytearray(path.read_bytes())
     content[byte] ^= 1 << bit
     path.write_bytes(content)
+
+
+def resize(disk: Path, n_bytes: int) -> None:
+    """Gives the fixture `small_disk` another size."""
+    subprocess.run(["mount", "-o", f"remount,size={n_bytes}", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all the room that there is on the fixture `small_disk`."""
+    resize(disk, 1 << 20)
+    with (disk / "filler").open("ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+    return disk / "filler"

@@ -8,13 +8,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from bench.corpora import write_corpus
 from bench_pipeline import flips, kills
+from on_disk import resize
 
 from data_pipeline.store import Store
 from data_pipeline.verify import verify
@@ -82,24 +82,6 @@ def test_a_second_builder_is_refused(target: kills.Target, tmp_path: Path) -> No
     assert second.stderr == f"error: {output} is being built by another process: wait for it to end, or stop it\n"
     assert first.wait() == 0
     assert kills.first_difference(target.expected, output) is None
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, for `resize`."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def resize(disk: Path, n_bytes: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={n_bytes}", str(disk)], check=True)
 
 
 def test_a_disk_that_is_full(target: kills.Target, small_disk: Path) -> None:

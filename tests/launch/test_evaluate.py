@@ -14,7 +14,7 @@ import pytest
 import torch
 from evaluation import CPU, PlainEngine, make_store
 from evaluation import config as run_config
-from on_disk import flip
+from on_disk import fill, flip
 from small_stores import write_store
 from torch import Tensor
 from torch.nn import functional as F
@@ -265,6 +265,23 @@ def test_what_was_scored_before_an_end_is_not_lost(
     assert (code, errors) == (130, "error: interrupted\n") and "2 rounds" in out and "dense" not in out
     record = json.loads(path.read_bytes())
     assert record["asked"] == ["2 rounds", "dense"] and [one["name"] for one in record["settings"]] == ["2 rounds"]
+
+
+def test_scores_of_before_stay_where_there_is_no_room_for_more(
+    exported: Path, store: Store, call, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_disk / "scores.json"
+
+    def score(*arguments: Any) -> Scores:
+        if path.exists():
+            fill(small_disk)
+        return score_rows(*arguments)
+
+    monkeypatch.setattr(evaluate, "score_rows", score)
+    code, out, errors = call(exported, store.path, "--attention", 2, "dense", "--json", path)
+    assert (code, errors) == (2, f"error: [Errno 28] No space left on device: '{path}'\n") and "dense" in out
+    assert [one["name"] for one in json.loads(path.read_bytes())["settings"]] == ["2 rounds"]
+    assert len(list(small_disk.iterdir())) == 2
 
 
 def test_scores_go_through_links_and_to_what_is_no_file(exported: Path, store: Store, call, tmp_path: Path) -> None:
