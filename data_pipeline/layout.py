@@ -21,10 +21,12 @@ fill value is no token, so that a shard that is not there is noticed. Zarr encod
 every file appears whole, by a rename, so that a writer may be killed at any time, and two may write the same file.
 """
 
+import atexit
 import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +62,18 @@ INPUTS_NAME = "inputs.jsonl"
 PROBLEMS_NAME = "problems.jsonl"
 SIGNATURES_NAME = "signatures.npy"
 TOKENIZER_NAME = "tokenizer.model"
+_PATIENCE_S = 60
+
+
+@atexit.register  # after Zarr's own, and so called before it
+def _end_thread_of_zarr() -> None:
+    """At its exit Zarr waits 0.2 s for its thread, and complains of one that a busy machine has not ended by then."""
+    with suppress(ImportError, AttributeError):  # of what other versions of Zarr may have elsewhere
+        from zarr.core.sync import iothread, loop
+
+        if loop[0] is not None and iothread[0] is not None:
+            loop[0].call_soon_threadsafe(loop[0].stop)
+            iothread[0].join(_PATIENCE_S)
 
 
 class ArrayLayout(NamedTuple):

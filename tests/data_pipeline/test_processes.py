@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_stores import write_store
 
 from data_pipeline import build as build_module
 from data_pipeline import stages
@@ -67,3 +68,17 @@ def test_a_script_without_a_guard_is_told_of_it(corpus: Path, tmp_path: Path, is
         (tmp_path / "script.py").write_text(f"{script.replace('workers=2', 'workers=1')}{READS}")
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (0, "here\n0\n"), done.stderr
+
+
+def test_a_thread_of_zarr_that_takes_its_time_is_waited_for(tmp_path: Path) -> None:
+    """As on a busy machine: Zarr itself would close the loop of the running thread, which is an error."""
+    write_store(tmp_path / "s", {"a.txt": b"some text"})
+    lines = [
+        "import time",
+        "from zarr.core.sync import loop",
+        "from data_pipeline.store import Store",
+        f"print(len(Store.open({str(tmp_path / 's')!r}).read_row(0)))",
+        "loop[0].call_soon_threadsafe(time.sleep, 1)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "16\n", "")
