@@ -13,6 +13,8 @@ from fractions import Fraction
 from itertools import count
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from data_pipeline.errors import DataError
 from data_pipeline.order import permute
 
@@ -96,6 +98,7 @@ def block_counts(weights: Mapping[str, float]) -> dict[str, int]:
 
     The counts add up: what rounding down leaves goes to the largest remainders. Raises DataError where that cannot be.
     """
+    weights = {name: each.item() if isinstance(each, np.generic) else each for name, each in weights.items()}
     if not 1 <= len(weights) <= BLOCK_SAMPLES:
         raise DataError(f"a mixture of {len(weights)} sources: expected 1 to {BLOCK_SAMPLES}")
     for name, weight in weights.items():

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
@@ -49,6 +50,7 @@ def test_sources_must_be_alike() -> None:
         ({"a": 1e9, "b": 1e-9}, {"a": 999, "b": 1}),
         ({"a": 0.0126, "b": 0.9874}, {"a": 13, "b": 987}),
         ({"a": 5}, {"a": 1000}),
+        ({"a": np.int64(5), "b": np.float32(5)}, {"a": 500, "b": 500}),
         ({f"s{i}": 1e-3**i for i in range(1000)}, {f"s{i}": 1 for i in range(1000)}),
     ],
 )
