@@ -28,7 +28,7 @@ from data_pipeline.config import (
 )
 from data_pipeline.decode import decode_all, decode_document, decode_row, decode_split
 from data_pipeline.errors import DataError
-from data_pipeline.output import SEVERAL, counted, exit_code
+from data_pipeline.output import SEVERAL, as_path, counted, exit_code
 from data_pipeline.overlap import MIN_TOKENS, TRAIN, find_overlap
 from data_pipeline.overlap_report import overlap_summary, overlap_text
 from data_pipeline.report import inspect, summary
@@ -384,7 +384,7 @@ def _tokenizer(text: str) -> str:
 def _local(text: str, expected: str) -> Path:
     if "://" in text:
         raise DataError(f"{text} is a URL, and {expected}")
-    return Path(text)
+    return as_path(text)
 
 
 def _choices(problem: str) -> str:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from pydantic import BaseModel, ConfigDict
 
 from data_pipeline.errors import DataError
+from data_pipeline.output import as_path
 
 PACKINGS = ("bestfit", "stream", "book")
 DUPLICATES = ("keep", "drop", "near")
@@ -157,7 +158,7 @@ class BuildSettings:
             if not isinstance(getattr(self, name), Mapping):
                 raise DataError(f"{name} is {getattr(self, name)!r}: expected a dict such as {example}")
         object.__setattr__(self, "text", text_settings(**self.text.model_dump()))
-        object.__setattr__(self, "output", Path(self.output))
+        object.__setattr__(self, "output", as_path(self.output))
         object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
         if not (self.inputs or self.held_out):
             raise DataError(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from data_pipeline.errors import DataError
 from data_pipeline.kinds import Wanted
 from data_pipeline.manifest import MANIFEST_NAME
+from data_pipeline.output import as_path
 from data_pipeline.urls import described, file_system, mtime_ns
 
 _OF_STORE = ("zarr.json", MANIFEST_NAME)
@@ -37,6 +38,8 @@ def find(source: str, wanted: Wanted) -> Iterator[Found]:
     source = source.removeprefix("file://")
     if "://" in source:
         return _find_remote(source, wanted)
+    if source.startswith("~"):
+        source = str(as_path(source))
     path = Path(source).absolute()
     if path.is_dir():
         return _find_in_folder(path, wanted)
@@ -50,7 +53,7 @@ def find(source: str, wanted: Wanted) -> Iterator[Found]:
 def _find_listed(source: str, wanted: Wanted) -> Iterator[Found]:
     """The inputs that stand in a file. Each is named as it stands there: many listed files may share a last name."""
     try:
-        lines = Path(source[1:]).read_text("utf-8-sig").splitlines()
+        lines = as_path(source[1:]).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the list of inputs {source[1:]}: {error}") from error
     inputs = [line.strip() for line in lines if line.strip()]

@@ -20,6 +20,7 @@ import numpy as np
 import sentencepiece
 
 from data_pipeline.errors import DataError
+from data_pipeline.output import as_path
 
 PIECE_CHARS = 1 << 16
 """Characters that SentencePiece is given at once. Part of every store's manifest."""
@@ -88,7 +89,7 @@ def load_tokenizer(name: str, n_values: int | None = None) -> Tokenizer:
             f"--vocab-size {n_values} is for --tokenizer integers, and --tokenizer {name} has a vocabulary of its "
             "own: leave it out"
         )
-    return ByteTokenizer() if name == "bytes" else SentencePieceTokenizer(Path(name))
+    return ByteTokenizer() if name == "bytes" else SentencePieceTokenizer(as_path(name))
 
 
 def _checked(n_values: int | None) -> int:

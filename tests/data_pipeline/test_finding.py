@@ -25,6 +25,15 @@ def test_names_are_paths_below_the_folder(corpus: Path, odd_documents: dict[str,
     assert [file.n_bytes for file in files] == [len(odd_documents[name]) for name in sorted(odd_documents)]
 
 
+def test_a_home_that_no_shell_has_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in --input=~/corpus, and in lists."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "corpus" / "a.txt", b"text")
+    write(tmp_path / "list", b"~/corpus/a.txt\n")
+    assert names("~/corpus") == names("~/corpus/*.txt") == names("~/corpus/a.txt") == ["a.txt"]
+    assert names("@~/list") == ["~/corpus/a.txt"]
+
+
 def test_every_kind_of_file_in_a_folder(tmp_path: Path) -> None:
     text = ["a.txt", "b.txt.gz", "c.jsonl", "d/e.jsonl.zst", "f.parquet", "g.txt.xz"]
     for name in [*text, "h.npy", "i.npz", "readme.md", "j.gz", ".k.txt", ".l/m.txt"]:
