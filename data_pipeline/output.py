@@ -7,7 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -94,10 +94,7 @@ def print_utf8() -> None:
 
 def as_path(text: str | Path) -> Path:
     """A path as people write it: a shell does not make a home of the `~` in `run.dir=~/runs`, or in a file."""
-    path = Path(text)
-    with suppress(RuntimeError):  # nobody has that name
-        return path.expanduser()
-    return path
+    return Path(text).expanduser() if str(text) == "~" or str(text).startswith("~/") else Path(text)
 
 
 def positive(text: str) -> int:

@@ -20,6 +20,7 @@ than ten values those of the best three are shown, with their number and range. 
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,11 +49,13 @@ def read_all(paths: Sequence[Path]) -> list[Curves]:
     """
     if len(paths) == 1:
         return [read_curves(paths[0])]
-    runs: list[Curves] = []
+    runs, before = [], set[str]()
     for path in paths:
-        if any(path.resolve() == run.path.resolve() for run in runs):
+        place = os.path.realpath(path)
+        if place in before:
             print(f"note: left out: {path} was given before", file=sys.stderr)
             continue
+        before.add(place)
         try:
             runs.append(read_curves(path))
         except ConfigError as error:

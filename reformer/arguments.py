@@ -68,7 +68,7 @@ def whole_number(name: str, value: SupportsIndex) -> int:
     Raises TypeError for booleans and floating-point numbers.
     """
     try:
-        if not isinstance(value, bool):
+        if not (isinstance(value, bool) or is_boolean(value)):
             return operator.index(value)
     except TypeError:
         pass
@@ -86,10 +86,15 @@ def length(name: str, value: SupportsIndex) -> int:
     return number
 
 
+def is_boolean(value: object) -> bool:
+    """Whether its type is NumPy's or PyTorch's boolean."""
+    return str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
 def switch(name: str, value: object) -> bool:
     """The boolean, NumPy's too. Raises ValueError for anything else, such as a text, which would count as True."""
     if isinstance(value, bool):
         return value
-    if str(getattr(value, "dtype", "")) == "bool" and getattr(value, "shape", None) == ():  # a tensor's is torch.bool
-        return bool(value)
+    if str(getattr(value, "dtype", "")) == "bool" and getattr(value, "shape", None) == ():
+        return bool(value)  # not a tensor's, which would have to come from its device
     raise ValueError(f"{name}={value!r} must be True or False")

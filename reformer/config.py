@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
+from reformer.arguments import is_boolean
 from reformer.lsh.hashing import bucket_factors
 
 AttentionKind = Literal["local", "lsh", "dense"]
@@ -46,17 +47,19 @@ class StrictConfig(BaseModel):
             super().__setattr__(name, value)
         except ValidationError:
             kind = type(self).__name__
-            raise ConfigError(
-                f"a {kind} does not change: make another one for {name}={value!r}, "
-                f"{kind}(**{{**config.model_dump(), {name!r}: {value!r}}}), without what is to follow from it"
-            ) from None
+            another = (
+                f"make another one for {name}={value!r}, {kind}(**{{**config.model_dump(), {name!r}: {value!r}}}), "
+                "without what is to follow from it"
+            )
+            way_out = another if name in type(self).model_fields else f"it has no field {name!r}, either"
+            raise ConfigError(f"a {kind} does not change: {way_out}") from None
 
 
 def _plain(value: Any) -> Any:
     """Whole numbers of NumPy's, also within lists, as Python's; all else as it is."""
     if isinstance(value, list | tuple):
         return type(value)(_plain(each) for each in value) if type(value) in (list, tuple) else value
-    if isinstance(value, int) or not hasattr(value, "__index__"):
+    if isinstance(value, int) or not hasattr(value, "__index__") or is_boolean(value):
         return value
     try:
         return operator.index(value)

@@ -8,6 +8,7 @@ How the two files, the data and the number of ranks must fit together is written
 
 import datetime
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -280,7 +281,7 @@ def load(
         if keys[0] != "deepspeed":
             _assign(tables, keys, value)
     if deepspeed_path and isinstance(tables.get("run"), dict):
-        tables["run"].setdefault("deepspeed_config", str(deepspeed_path.absolute()))
+        tables["run"].setdefault("deepspeed_config", os.path.realpath(deepspeed_path))
     config = RunConfig(**tables)
     if recorded is None:
         deepspeed = _read(deepspeed_path or path.parent / config.run.deepspeed_config, json.loads)
@@ -324,7 +325,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     looks_otherwise: tuple[type, ...] = (datetime.date, datetime.time)  # of which no key is, but a name may look so
     if {str, Path} & _kinds(keys):
         looks_otherwise += (int, float)
-    return keys, value if isinstance(parsed["value"], looks_otherwise) else parsed["value"]
+    return keys, value.strip() if isinstance(parsed["value"], looks_otherwise) else parsed["value"]
 
 
 def _kinds(keys: list[str]) -> set[Any]:

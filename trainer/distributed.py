@@ -244,11 +244,17 @@ def local_address(hosts: Sequence[str]) -> str:
 
 
 def free_port() -> int:
-    """A port of this host that nothing listens on, and that the system does not give to a connection meanwhile."""
-    while True:
-        port = _CHOICE.choice(_PORTS)
-        with suppress(OSError), socket.create_server(("", port)):
-            return port
+    """A port of this host that nothing listens on, and that the system does not give to a connection meanwhile.
+
+    Raises ConfigError where there is none.
+    """
+    for port in _CHOICE.sample(_PORTS, len(_PORTS)):
+        try:
+            with socket.create_server(("", port)):
+                return port
+        except OSError as error:
+            reason = error.strerror
+    raise ConfigError(f"no port from {min(_PORTS)} to {max(_PORTS)} can be listened on: {reason}")
 
 
 def _shared_store(launch: Launch) -> dist.Store:

@@ -25,9 +25,9 @@ def leaks(data: DataConfig, stores: Mapping[str, Store]) -> list[str]:
 
 
 def _leaks(data: DataConfig, stores: Mapping[str, Store]) -> Iterator[str]:
-    read = [(read.split, stores[name]) for name, read in data.evaluated.items()]
-    # One of a mixture may be data.store, which goes before.
-    evaluated = {(split, one.manifest.fingerprint): one for split, one in reversed(read)}
+    own, *of_sources = [(read.split, stores[name]) for name, read in data.evaluated.items()]
+    # One of these may be data.store, which is named then.
+    evaluated = {(split, one.manifest.fingerprint): one for split, one in [*of_sources, own]}
     sources = {name: stores[name] for name in data.mixture}
     held_out = {
         at: set(_hashes(one, at[0]))
@@ -60,6 +60,7 @@ def inherited(folder: Path, store: Store, split: str) -> list[str]:
     Of other splits of `store` itself `inspect` says it. Nothing is said of a folder without origin.json.
     """
     notes = []
+    unknown = f"whether the model in {folder} was trained on documents of {split!r} of {store.path} is not known: "
     for path, trained, fingerprint in _trained_on(folder):
         if fingerprint == store.manifest.fingerprint:
             if trained == split:
@@ -67,6 +68,10 @@ def inherited(folder: Path, store: Store, split: str) -> list[str]:
             continue
         try:
             source = Store.open(path)
+        except DataError:
+            notes.append(f"{unknown}{path}, which it was trained on, is no store now")
+            continue
+        try:
             if source.manifest.fingerprint != fingerprint:
                 raise DataError(f"{path} is another store now, or was added to")
             if max(map(_n_documents, (source, store))) > MOST_DOCUMENTS:
@@ -74,7 +79,7 @@ def inherited(folder: Path, store: Store, split: str) -> list[str]:
             scored = set(_hashes(store, split))
             shared = scored.intersection(_hashes(source, trained))
         except DataError as error:
-            notes.append(f"whether the model in {folder} was trained on documents of {split!r} is not known: {error}")
+            notes.append(f"{unknown}{error}")
             continue
         if shared:
             notes.append(

@@ -79,7 +79,9 @@ def _checkpoints(job: Job, n_parameters: int) -> str:
     n_bytes = 2 if table(job.deepspeed, "bf16").get("bf16_master_weights_and_grads") else 4
     each, most = n_parameters * n_bytes * (1 + n_moments), min(n_saves, n_kept)
     free = shutil.disk_usage(_existing(run.dir)).free
-    too_few = ", which is not enough" if most * each > free else ""
+    there = published(run.dir)
+    n_more = 0 if there and there[-1].step >= run.steps else max(0, most - len(there))
+    too_few = ", which is not enough" if n_more * each > free else ""
     about, left = (f"{size / 2**30:,.3g} GiB" for size in (each, free))
     return f"checkpoints  about {about} each, {most} of them at most; {left} are free there{too_few}"
 

@@ -10,6 +10,8 @@ from reformer.config import ConfigError
 from reformer.weights import WEIGHTS_FILE
 from trainer.run_files import CHECKPOINTS, RUN_FILES
 
+OF_A_STORE = (MANIFEST_NAME, "zarr.json")
+
 OTHERS = {MANIFEST_NAME, WEIGHTS_FILE}
 """What tells a store's folder, and a model's."""
 
@@ -23,7 +25,8 @@ def refuse_other_files(run_dir: Path) -> None:
         raise ConfigError(f"cannot read run.dir={run_dir}: {error.strerror}: choose another folder") from None
     if names & RUN_FILES:
         return
-    if store := next((each for each in run_dir.resolve().parents if (each / MANIFEST_NAME).is_file()), None):
+    above = Path(os.path.realpath(run_dir)).parents
+    if store := next((each for each in above if all((each / name).is_file() for name in OF_A_STORE)), None):
         raise ConfigError(f"run.dir={run_dir} is in the store {store}, all of which is hashed: choose another folder")
     if data := sorted(name for name in names if is_document(name) or name in OTHERS):
         raise ConfigError(

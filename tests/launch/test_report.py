@@ -180,6 +180,9 @@ def test_a_run_that_is_given_twice_is_one(tmp_path: Path, store: Path) -> None:
     done = report(tmp_path / "one", tmp_path / "link", tmp_path / "two")
     assert done.stderr == f"note: left out: {tmp_path / 'link'} was given before\n"
     assert done.stdout == report(tmp_path / "one", tmp_path / "two").stdout
+    (tmp_path / "loop").symlink_to("loop")
+    done = report(tmp_path / "one", tmp_path / "loop", tmp_path / "two")
+    assert done.returncode == 0 and done.stderr.startswith(f"note: left out: {tmp_path / 'loop'} is not the folder of")
 
 
 def test_a_picture_has_the_name_that_was_given(tmp_path: Path, store: Path) -> None:

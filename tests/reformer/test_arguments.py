@@ -65,6 +65,7 @@ def test_a_switch_is_a_boolean(attend: Callable[..., Any], valid: dict[str, Any]
         ({"step": True}, "step=True must be a whole number, got bool"),
         ({"step": "1"}, "step='1' must be a whole number, got str"),
         ({"n_hashes": 2.0}, "n_hashes=2.0 must be a whole number, got float"),
+        ({"step": torch.tensor(True)}, r"step=tensor\(True\) must be a whole number, got Tensor"),
         ({"n_hashes": True}, "n_hashes=True must be a whole number, got bool"),
         ({"n_hashes": "2"}, "n_hashes='2' must be a whole number, got str"),
         ({"sample_ids": 3}, "sample_ids=3 must be a list of whole numbers, one for each sample"),

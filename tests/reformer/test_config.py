@@ -35,6 +35,8 @@ def test_a_configuration_does_not_change() -> None:
     message = f"a ReformerConfig does not change: make another one for n_heads=2, {way_out}, without what is to follow"
     assert str(error.value).startswith(message)
     assert config.n_heads == 4 and eval(way_out) == ReformerConfig(vocab_size=10, n_heads=2, d_head=64)
+    with pytest.raises(ConfigError, match=r"^a ReformerConfig does not change: it has no field 'dmodel', either$"):
+        ReformerConfig(vocab_size=10).dmodel = 64
 
 
 @pytest.mark.parametrize(

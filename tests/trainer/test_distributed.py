@@ -123,6 +123,9 @@ def test_a_free_port_is_none_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
         free = free_port()
         monkeypatch.setattr(distributed, "_PORTS", [*[taken] * 99, free])
         assert free_port() == free
+        monkeypatch.setattr(distributed, "_PORTS", [taken])
+        with pytest.raises(ConfigError, match=f"no port from {taken} to {taken} can be listened on: Address already"):
+            free_port()
 
 
 def two_ranks(rank: int, address: str, port: int) -> Launch:

@@ -1,6 +1,7 @@
 """What a mixture trains on is held against what evaluations hold out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,12 @@ def test_what_an_exported_model_was_trained_on_is_held_against_what_it_is_scored
 
 def test_where_it_is_not_known_what_a_model_was_trained_on(tmp_path: Path, stores: dict[str, Store]) -> None:
     web, books = stores["web"], stores["books"]
-    for folder, store, why in (("another", web.path, "is another store now"), ("gone", tmp_path / "x", "not exist")):
+    for folder, store, why in (
+        ("another", web.path, "is another store now"),
+        ("gone", tmp_path / "x", "is no store now"),
+    ):
         (note,) = inherited(origin(tmp_path / folder, DataConfig(store=store), "0"), books, "val")
-        assert "was trained on documents of 'val' is not known: " in note and why in note
+        assert f"was trained on documents of 'val' of {books.path} is not known: {store}" in note and why in note
     assert inherited(tmp_path / "none", books, "val") == []
     (tmp_path / "none").mkdir()
     for text in ("{", "[]", '{"run": {}}', '{"run": {"data": {"stores": 1}}}'):
@@ -89,7 +93,8 @@ def test_a_table_that_is_damaged_is_a_note(tmp_path: Path, stores: dict[str, Sto
     assert "documents.jsonl" in note
     own = origin(tmp_path / "model", DataConfig(store=stores["web"].path), stores["web"].manifest.fingerprint)
     (note,) = inherited(own, stores["books"], "val")
-    assert note.startswith(f"whether the model in {own} was trained on documents of 'val' is not known: ")
+    assert note.startswith(f"whether the model in {own} was trained on documents of 'val' of ")
+    assert "is not known: " in note and "documents.jsonl" in note
 
 
 def test_tables_that_would_take_minutes_are_not_read(stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +120,17 @@ def test_what_a_source_holds_out_is_held_against_the_other_sources(stores: dict[
 def test_data_store_that_is_a_source_too_is_looked_at_once(stores: dict[str, Store]) -> None:
     write = data(stores, "books", "web").model_dump()
     write["mixture"]["books"]["eval_split"] = "val"
-    assert leaks(DataConfig(**write), {"": stores["books"], **stores}) == found(stores, "books", "web") != []
+    (note,) = leaks(DataConfig(**write), {"": stores["books"], **stores})
+    assert [note] == found(stores, "books", "web")
+
+
+def test_data_store_that_is_a_source_elsewhere_is_named(tmp_path: Path, stores: dict[str, Store]) -> None:
+    copy = Store.open(shutil.copytree(stores["books"].path, tmp_path / "copy"))
+    mixture = {"web": {"store": stores["web"].path, "weight": 1.0}}
+    mixture["books"] = {"store": copy.path, "weight": 1.0, "eval_split": "val"}
+    data = DataConfig(store=stores["books"].path, mixture=mixture)
+    (note,) = leaks(data, {"": stores["books"], "books": copy, "web": stores["web"]})
+    assert f"('val' of {stores['books'].path})" in note
 
 
 def test_no_table_is_read_that_nothing_is_looked_for_in(

@@ -53,6 +53,10 @@ def test_the_room_is_that_of_the_disk_where_the_run_is_to_be(tmp_path: Path, mon
     assert outline._checkpoints(there, 1).endswith("; 3 GiB are free there")
     assert outline._checkpoints(there, 2**27).endswith("1.5 GiB each, 2 of them at most; 3 GiB are free there")
     assert outline._checkpoints(there, 2**27 + 1).endswith("; 3 GiB are free there, which is not enough")
+    free[there.config.run.dir] = 2 * 2**30
+    for step, said in ((1, "2 GiB are free there"), (2, "2 GiB are free there")):  # one more must fit; none
+        (there.config.run.dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        assert outline._checkpoints(there, 2**27 + 1).endswith(said)
 
 
 def test_a_run_that_is_beyond_its_steps_has_nothing_to_do(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ def test_nor_within_a_store_of_which_all_is_hashed(tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
     (store / "manifest.json").write_text("{}")
+    refuse_other_files(store / "run")  # manifests are of many kinds
+    (store / "zarr.json").write_text("{}")
     (tmp_path / "link").symlink_to(store)
     for run_dir in (store / "run", store / "a" / "run", tmp_path / "link" / "run"):
         with pytest.raises(ConfigError, match=f"run.dir={run_dir} is in the store {store}, .* choose another folder"):

@@ -205,6 +205,14 @@ def test_a_hang_ends_though_nothing_can_be_written(run_dir: Path) -> None:
     assert "error: the run hangs" in errors and "(at most 2 s) in 'forward'" in errors
 
 
+def test_no_time_in_a_phase_is_below_0(tmp_path: Path) -> None:
+    """Where time that began before the phase is taken out of the clock."""
+    with Watchdog(tmp_path, ALONE, factor=4.0, min_s=60) as watching:
+        watching.mark(1, "forward")
+        watching._paused_s += 100
+        assert watching._state().in_phase_s == 0
+
+
 def test_what_a_rank_says_while_it_runs(tmp_path: Path) -> None:
     with Watchdog(tmp_path, Launch("x", rank=1, world_size=3), factor=4.0, min_s=0.1) as watching:
         for step in (4, 5):
