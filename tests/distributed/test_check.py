@@ -40,7 +40,7 @@ def test_it_says_what_the_run_would_be_and_writes_nothing(train: Train, store: P
         "note: run.keep_every was 0 and is 10 now",
         "note: run.save_every was 2 and is 0 now",
         "note: run.sequence_parallel was 1 and is 2 now",
-        "note: run.steps was 4 and is 50 now",
+        "note: run.steps was 4 and is 50 now: from here on the learning rate is that of a run of so many steps",
     )
     assert without_room(shared.output) == RUN.format(
         store=store, step=each, kept=1, run="\n".join((goes_on, *differences))
