@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from side_by_side import own_share
-
-from trainer import distributed
 
 LONGEST = ("distributed", "slurm", "browser")
 """Folders, the first one first; the others come after, in the order of their names."""
@@ -20,14 +17,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
 
     items.sort(key=place)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_ports() -> Iterator[None]:
-    """Between the choice of a port and the listening on it, another process of pytest might choose it."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(distributed, "_PORTS", own_share(distributed._PORTS))
-        yield
 
 
 @pytest.fixture

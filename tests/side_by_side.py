@@ -3,6 +3,9 @@
 import os
 from collections.abc import Sequence
 from typing import TypeVar
+from unittest import mock
+
+from trainer import distributed
 
 T = TypeVar("T")
 
@@ -16,3 +19,9 @@ def own_share(numbers: Sequence[T]) -> Sequence[T]:
     n_each = len(numbers) // _SHARES
     first = _PROCESS % _SHARES * n_each
     return numbers[first : first + n_each]
+
+
+def free_port() -> int:
+    """As a run chooses one, but that no other process of pytest does between its choice and the listening on it."""
+    with mock.patch.object(distributed, "_PORTS", own_share(distributed._PORTS)):
+        return distributed.free_port()

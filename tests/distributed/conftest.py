@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 import warm_start
 from on_disk import flip
-from side_by_side import own_share
+from side_by_side import free_port, own_share
 
 from data_pipeline.cli import main as data_pipeline
-from trainer.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 240

@@ -18,8 +18,7 @@ import psutil
 import pytest
 from bench.process import AS_ROOT
 from distributed.conftest import LAUNCHER_VARIABLES, ROOT, Train, script
-
-from trainer.distributed import free_port
+from side_by_side import free_port
 
 SETTINGS = ("run.steps=60", "run.save_every=1000", "run.eval_every=30", "run.sample_tokens=0", "run.ablation_rows=0")
 BIN = Path(sys.executable).parent

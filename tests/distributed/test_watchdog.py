@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distributed.conftest import torchrun_variables
+from side_by_side import free_port
 
-from trainer.distributed import free_port
 from trainer.run_lock import holder
 from trainer.watchdog import HUNG
 

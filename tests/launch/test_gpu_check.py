@@ -226,6 +226,20 @@ def test_tests_run_in_shares_and_failures_are_told(monkeypatch: pytest.MonkeyPat
     assert testing.run_tests() == {"error": "pytest is not installed"}
 
 
+def test_tests_of_the_kernels_need_nothing_of_the_trainers() -> None:
+    """Nor does what pytest loads for them: a GPU machine may have PyTorch and Triton alone."""
+    program = f"""import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {testing.TRAINER_NEEDS}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import pytest
+sys.exit(pytest.main(["--collect-only", "-qq", *{testing.KERNEL_TESTS}]))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_tests_end_with_who_runs_them(tmp_path: Path, sent: signal.Signals) -> None:
     """And what they have started: in a session of its own, which a signal of the terminal does not reach."""
