@@ -14,12 +14,9 @@ from typing import NamedTuple
 
 from data_pipeline.errors import DataError
 from data_pipeline.kinds import Wanted
-from data_pipeline.manifest import MANIFEST_NAME
+from data_pipeline.manifest import STORE_FILES
 from data_pipeline.output import as_path
 from data_pipeline.urls import described, file_system, mtime_ns
-
-_OF_STORE = ("zarr.json", MANIFEST_NAME)
-"""What the folder of a store has in it, perhaps of the one that is built: its tables are no documents."""
 
 
 class Found(NamedTuple):
@@ -94,8 +91,8 @@ def _find_in_folder(folder: Path, wanted: Wanted) -> Iterator[Found]:
             entries = list(os.scandir(location))
         except OSError as error:
             raise DataError(f"cannot read folder {location}: {error.strerror}") from error
-        if {*_OF_STORE} <= {entry.name for entry in entries}:
-            continue
+        if {*STORE_FILES} <= {entry.name for entry in entries}:
+            continue  # its tables are no documents
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -181,7 +178,7 @@ def _outside_stores(paths: Iterable[str], root: str, exists: Callable[[str], boo
 
     @cache
     def is_inside(folder: str) -> bool:
-        is_store = all(exists(posixpath.join(folder, name)) for name in _OF_STORE)
+        is_store = all(exists(posixpath.join(folder, name)) for name in STORE_FILES)
         above = posixpath.dirname(folder)
         return is_store or (len(root) <= len(above) < len(folder) and is_inside(above))
 

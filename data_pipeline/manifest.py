@@ -24,6 +24,8 @@ from data_pipeline.tokenizer import TokenizerKind
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+STORE_FILES = ("zarr.json", MANIFEST_NAME)
+"""What the folder of a store has in it, perhaps of the one that is built."""
 UNREADABLE = "0" * 64
 """Recorded as the sha256 of an input file that could not be read, where it was allowed to leave such files out."""
 _MOST_NAMED = 3

@@ -1,4 +1,4 @@
-"""What all commands share: numbers as arguments, how they end (exit code, a line on errors), words and tables."""
+"""What all commands share: arguments, how they end (exit code, a line on errors), words and tables."""
 
 import argparse
 import errno

@@ -41,6 +41,7 @@ OF_DEEPSPEED = {
 
 
 UserPath = Annotated[Path, AfterValidator(as_path)]
+"""A path whose `~` is a home."""
 
 
 class SourceConfig(StrictConfig):

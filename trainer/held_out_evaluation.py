@@ -104,7 +104,8 @@ class Evaluator:
                 without = self.score(rows, n_ablated, n_ablated).first.loss
             values |= {"eval/loss_without_lsh": without, "eval/lsh_gain": without - scores.first.loss}
         known = {str(rows.identity): scores.all}
-        for name, own in ((name, own) for name, own in rows_of.items() if name):
+        of_sources = {name: own for name, own in rows_of.items() if name}
+        for name, own in of_sources.items():
             try:
                 if (identity := str(own.identity)) not in known:
                     known[identity] = self.score(own, len(own), n_first=0).all

@@ -22,10 +22,10 @@ def repetition_notes(run: Path, config: RunConfig, stores: Mapping[str, Store]) 
     ]
     samples = record.get("samples", {})
     before = {name: samples.get(f"{name}.store") for name in stores} | {"": record.get("store", {}).get("fingerprint")}
-    others = {  # as keys, each once
-        store.path: None for name, store in stores.items() if before[name] not in (None, store.manifest.fingerprint)
-    }
-    notes += [f"{path} is not the store that {run} read: it was built anew, or added to" for path in others]
+    others = [store.path for name, store in stores.items() if before[name] not in (None, store.manifest.fingerprint)]
+    notes += [
+        f"{path} is not the store that {run} read: it was built anew, or added to" for path in dict.fromkeys(others)
+    ]
     folder, began_with = config.run.init_from, record.get("initial_sha256")
     if folder and began_with and folder_sha256(folder) != began_with:
         notes.append(f"run.init_from={folder} holds other weights than those that {run} began with")

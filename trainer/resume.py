@@ -126,22 +126,20 @@ def differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str,
 
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
     """The same in words."""
-    keeps_best = bool(current["run"].get("keep_best"))
-    follows = current["run"].get("decay") in ("cosine", "linear", "wsd")
-    course = {"run.steps": ": from here on the learning rate is that of a run of so many steps"} if follows else {}
     return {
-        name: f"was {spelled(before)} and is {spelled(now)} now"
-        + course.get(name, _evaluated_otherwise(name, before, keeps_best))
+        name: f"was {spelled(before)} and is {spelled(now)} now" + _what_follows(name, before, current["run"])
         for name, (before, now) in differing(saved, current).items()
     }
 
 
-def _evaluated_otherwise(name: str, before: Any, keeps_best: bool) -> str:
-    """What a setting that was another one before means for the curves of evaluations."""
+def _what_follows(name: str, before: Any, run: Mapping[str, Any]) -> str:
+    """What a setting that was another one before means for the learning rate, and for the curves of evaluations."""
+    if name == "run.steps" and run.get("decay") in ("cosine", "linear", "wsd"):
+        return ": from here on the learning rate is that of a run of so many steps"
     if name in (EVAL_STORE, "data.eval_split", "run.eval_rows", "run.eval_n_hashes"):
         differ = ": evaluations may differ from here on, so that eval/* before it does not compare"
         best = ", and run.keep_best may begin anew: the best checkpoint until now would be removed in its turn"
-        return differ + best * keeps_best
+        return differ + best * bool(run.get("keep_best"))
     source = re.fullmatch(r"data\.mixture\.(.*)\.eval_split", name)
     return f": eval/source/{source[1]}/* before it does not compare" if source and before is not None else ""
 

@@ -5,12 +5,10 @@ import os
 from pathlib import Path
 
 from data_pipeline.kinds import is_document
-from data_pipeline.manifest import MANIFEST_NAME
+from data_pipeline.manifest import MANIFEST_NAME, STORE_FILES
 from reformer.config import ConfigError
 from reformer.weights import WEIGHTS_FILE
 from trainer.run_files import CHECKPOINTS, RUN_FILES
-
-OF_A_STORE = (MANIFEST_NAME, "zarr.json")
 
 OTHERS = {MANIFEST_NAME, WEIGHTS_FILE}
 """What tells a store's folder, and a model's."""
@@ -26,7 +24,7 @@ def refuse_other_files(run_dir: Path) -> None:
     if names & RUN_FILES:
         return
     above = Path(os.path.realpath(run_dir)).parents
-    if store := next((each for each in above if all((each / name).is_file() for name in OF_A_STORE)), None):
+    if store := next((each for each in above if all((each / name).is_file() for name in STORE_FILES)), None):
         raise ConfigError(f"run.dir={run_dir} is in the store {store}, all of which is hashed: choose another folder")
     if data := sorted(name for name in names if is_document(name) or name in OTHERS):
         raise ConfigError(

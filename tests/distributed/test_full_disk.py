@@ -3,13 +3,13 @@
 What is special: how large a checkpoint is, and which losses are right, is what an undisturbed run says.
 """
 
-import os
 import resource
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from on_disk import resize
 
 from trainer import checkpoint
 
@@ -20,25 +20,14 @@ Disk = Callable[[int], Path]
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
+def disk(small_disk: Path) -> Disk:
     """disk(n_bytes): a folder with so much room; called again, it has another size."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
 
     def sized(n_bytes: int) -> Path:
-        # A swap-backed file system takes the memory of what is in it, no more.
-        options = f"size={n_bytes}" + (",remount" if folder.is_mount() else "")
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        found = subprocess.run(command, capture_output=True, text=True)
-        if found.returncode:
-            pytest.skip(f"cannot mount a small disk here: {found.stderr.strip()}")
-        return folder
+        resize(small_disk, n_bytes)
+        return small_disk
 
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk takes the rights of root")
-    yield sized
-    if folder.is_mount():
-        subprocess.run(["umount", str(folder)], check=True)
+    return sized
 
 
 @pytest.fixture(scope="module")
